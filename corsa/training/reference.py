@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from typing import Any, cast
 
 import numpy as np
@@ -17,6 +18,7 @@ import pyarrow.parquet as pq
 import ray.data
 import ray.exceptions
 import torch
+from ray.util.annotations import RayDeprecationWarning
 
 from corsa.config import ModelConfig, Placement
 from corsa.errors import CorsaError
@@ -106,17 +108,21 @@ def _write(task: Task, config: ReferenceConfig, placement: Placement) -> tuple[i
     edits = ray.data.read_parquet(
         task.inputs["edits"].path("edits.parquet"), columns=["id", "prompt", "target_new", "target_old"]
     )
-    scored = edits.map_batches(
-        Score,
-        fn_constructor_args=(config.model, placement),
-        batch_format="pyarrow",
-        batch_size=EDITS_PER_BATCH,
-        num_cpus=min(1.0, cluster_resources()["CPU"] / 4),  # reading needs room beside the actors
-        num_gpus=1 if placement.gpu else 0,
-        compute=ray.data.ActorPoolStrategy(size=placement.workers),
-        # A restarted actor would want its arguments again, which Ray may have dropped (ray #53727): `compute` retries.
-        max_restarts=0,
-    )
+    with warnings.catch_warnings():
+        # Ray 2.60 deprecates all arguments that it does not name, and names no other way to say `max_restarts`.
+        warnings.simplefilter("ignore", RayDeprecationWarning)
+        scored = edits.map_batches(
+            Score,
+            fn_constructor_args=(config.model, placement),
+            batch_format="pyarrow",
+            batch_size=EDITS_PER_BATCH,
+            num_cpus=min(1.0, cluster_resources()["CPU"] / 4),  # reading needs room beside the actors
+            num_gpus=1 if placement.gpu else 0,
+            compute=ray.data.ActorPoolStrategy(size=placement.workers),
+            # A restarted actor would want its arguments again, which Ray may have dropped (ray #53727): `compute`
+            # retries.
+            max_restarts=0,
+        )
     bad: list[dict[str, str]] = []
     kept = 0
     with pq.ParquetWriter(task.output / "reference.parquet", REFERENCE) as writer:
