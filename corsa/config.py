@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from tyro.conf import arg
 
 
@@ -155,6 +155,41 @@ class EvaluationConfig(Frozen):
         return self.model_copy(update={"match": "contains"})
 
 
+class ShardingConfig(Frozen):
+    """What the workers of a group divide among them instead of holding all of it each (DeepSpeed ZeRO).
+
+    The base is frozen: stage 1 shards AdamW's state of phi, the LoRA parameters; 2 also its merged gradient; 3 also
+    the base. The result is the same. docs/sharding.md has the table.
+    """
+
+    zero_stage: int = Field(
+        default=0, ge=0, le=3, description="0: nothing; 1: AdamW's state of phi; 2: and its gradient; 3: and the base"
+    )
+    offload_parameters: bool = Field(
+        default=False, description="keep a worker's shard of the base in CPU memory (stage 3 only)"
+    )
+    offload_optimizer: bool = Field(
+        default=False, description="keep a worker's shard of AdamW's state in CPU memory, and update there (stages 1-3)"
+    )
+    activation_checkpointing: bool = Field(
+        default=False, description="keep each layer's inputs alone, and compute the rest again going back (any stage)"
+    )
+
+    @model_validator(mode="after")
+    def _meant(self) -> ShardingConfig:
+        if self.offload_parameters and self.zero_stage < 3:
+            raise ValueError(
+                f"offload_parameters moves a worker's shard of the base, and stage {self.zero_stage} does not shard "
+                "that: set zero_stage 3, or leave offload_parameters out"
+            )
+        if self.offload_optimizer and self.zero_stage == 0:
+            raise ValueError(
+                "offload_optimizer moves a worker's shard of AdamW's state, and stage 0 does not shard it: "
+                "set zero_stage 1, 2 or 3, or leave offload_optimizer out"
+            )
+        return self
+
+
 class Placement(Frozen):
     """How steps are run. Never part of a step's identity: it changes the time a result takes, not the result."""
 
@@ -171,6 +206,7 @@ class Placement(Frozen):
     checkpoint_every: int = Field(default=20, ge=1, description="steps between checkpoints inside a round")
     max_failures: int = Field(default=3, ge=0, description="worker-group restarts before a run gives up")
     heartbeat_timeout: float = Field(default=60.0, gt=0, description="seconds after which a silent worker is replaced")
+    sharding: Annotated[ShardingConfig, plain("sharding")] = ShardingConfig()
 
 
 def _lora(step: StepConfig) -> StepConfig:
