@@ -174,6 +174,10 @@ def test_a_store_that_cannot_be_written_is_refused_with_the_remedy(tmp_path: Pat
     (tmp_path / "file").touch()
     with pytest.raises(CorsaError, match=r"cannot write to .*file/store.*: Not a directory\. Choose a --storage"):
         execute(Store(tmp_path / "file" / "store"), step("this", ADD, log))
+    with pytest.raises(
+        CorsaError, match=r"cannot write to /proc/store: No such file or directory\. Choose a --storage"
+    ):
+        execute(Store("/proc/store"), step("this", ADD, log))
     assert log.read_text() == ""
 
 

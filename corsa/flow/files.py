@@ -121,6 +121,8 @@ class Files:
         except OSError as error:
             if refusal := self.refusal(error):
                 raise refusal from error
+            if isinstance(error, FileNotFoundError):  # what is written makes its own folders, where it may
+                raise CorsaError(f"cannot write to {self.url}: {error.strerror}. {_CLOSED}") from error
             if self.local:
                 raise
             reason = (str(error).splitlines() or [type(error).__name__])[0]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import warnings
 from typing import Any, cast
 
 import numpy as np
@@ -16,19 +15,17 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import ray.data
-import ray.exceptions
 import torch
-from ray.util.annotations import RayDeprecationWarning
 
 from corsa.config import ModelConfig, Placement
 from corsa.errors import CorsaError
-from corsa.flow.cluster import cluster_resources
 from corsa.flow.task import Task
 from corsa.identities import ReferenceConfig
 from corsa.method.logprobs import answer_logprobs, packing_is_exact
 from corsa.method.packing import Triplet, pack
 from corsa.models.encoding import Encoder
 from corsa.models.loading import load_model, load_tokenizer
+from corsa.training.stages import map_with_model, retried
 from corsa.training.tokens import REFERENCE, token_row, without_tokens
 
 EDITS_PER_BATCH = 32
@@ -82,13 +79,7 @@ def compute(task: Task) -> dict[str, Any]:
     """
     config: ReferenceConfig = task.config
     placement: Placement = task.placement
-    for attempt in range(placement.max_failures + 1):
-        try:
-            kept, bad = _write(task, config, placement)
-            break
-        except ray.exceptions.RayError as e:
-            if attempt == placement.max_failures or isinstance(getattr(e, "cause", None), CorsaError):
-                raise
+    kept, bad = retried(placement, lambda: _write(task, config, placement))
     if bad and config.on_bad_record == "stop":
         raise CorsaError(
             f"{bad[0]['where']}: {bad[0]['field']} has no tokens under the tokenizer of {config.model.name} "
@@ -108,21 +99,9 @@ def _write(task: Task, config: ReferenceConfig, placement: Placement) -> tuple[i
     edits = ray.data.read_parquet(
         task.inputs["edits"].path("edits.parquet"), columns=["id", "prompt", "target_new", "target_old"]
     )
-    with warnings.catch_warnings():
-        # Ray 2.60 deprecates all arguments that it does not name, and names no other way to say `max_restarts`.
-        warnings.simplefilter("ignore", RayDeprecationWarning)
-        scored = edits.map_batches(
-            Score,
-            fn_constructor_args=(config.model, placement),
-            batch_format="pyarrow",
-            batch_size=EDITS_PER_BATCH,
-            num_cpus=min(1.0, cluster_resources()["CPU"] / 4),  # reading needs room beside the actors
-            num_gpus=1 if placement.gpu else 0,
-            compute=ray.data.ActorPoolStrategy(size=placement.workers),
-            # A restarted actor would want its arguments again, which Ray may have dropped (ray #53727): `compute`
-            # retries.
-            max_restarts=0,
-        )
+    scored = map_with_model(
+        edits, Score, (config.model, placement), placement, batch_size=EDITS_PER_BATCH, batch_format="pyarrow"
+    )
     bad: list[dict[str, str]] = []
     kept = 0
     with pq.ParquetWriter(task.output / "reference.parquet", REFERENCE) as writer:

@@ -15,11 +15,11 @@ from corsa.baselines.memit import layers_for
 from corsa.config import ModelConfig, Placement
 from corsa.edits import from_table
 from corsa.errors import CorsaError
-from corsa.flow.cluster import cluster_resources
 from corsa.flow.task import Task
 from corsa.identities import StatisticsConfig
 from corsa.models.encoding import Encoder
 from corsa.models.loading import load_model, load_tokenizer
+from corsa.training.stages import map_with_model, retried
 
 TEXTS_PER_BATCH = 256
 """Texts of one block; their sums are added up in the order of the corpus."""
@@ -52,20 +52,20 @@ def compute(task: Task) -> dict[str, Any]:
         texts = probe_texts(from_table(pq.read_table(task.inputs["edits"].local("edits.parquet"))))
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
-    gathered = ray.data.from_items([{"text": text} for text in texts]).map_batches(
-        Gather,
-        fn_constructor_args=(config.model, config.layers, placement),
-        batch_size=TEXTS_PER_BATCH,
-        num_cpus=min(1.0, cluster_resources()["CPU"] / 4),
-        num_gpus=1 if placement.gpu else 0,
-        compute=ray.data.ActorPoolStrategy(size=placement.workers),
-    )
-    total: KeyStatistics | None = None
-    for row in gathered.iter_rows():
-        sums = {int(layer): torch.from_numpy(one) for layer, one in zip(row["layers"], row["sums"], strict=True)}
-        part = KeyStatistics(sums, int(row["tokens"]))
-        total = part if total is None else total + part
+    total = retried(placement, lambda: _gathered(texts, config, placement))
     if total is None:
         raise CorsaError(f"{corpus} holds no text to gather key statistics from")
     total.save(task.output / "statistics.safetensors")
     return {"tokens": total.tokens, "corpus": corpus, "texts": len(texts)}
+
+
+def _gathered(texts: list[str], config: StatisticsConfig, placement: Placement) -> KeyStatistics | None:
+    """The sums over all texts; None where there is no text."""
+    total: KeyStatistics | None = None
+    data = ray.data.from_items([{"text": text} for text in texts])
+    arguments = (config.model, config.layers, placement)
+    for row in map_with_model(data, Gather, arguments, placement, batch_size=TEXTS_PER_BATCH).iter_rows():
+        sums = {int(layer): torch.from_numpy(one) for layer, one in zip(row["layers"], row["sums"], strict=True)}
+        part = KeyStatistics(sums, int(row["tokens"]))
+        total = part if total is None else total + part
+    return total
