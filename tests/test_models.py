@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -211,6 +212,41 @@ def test_a_tokenizer_that_ends_every_text_does_not_end_the_prompt() -> None:
             return {"input_ids": [1, 5, 6, 9]}
 
     assert Encoder(Ending(), "qa").prompt("Who?") == [1, 5, 6]
+
+
+# What is never loaded
+
+
+class Trap:
+    """Whoever unpickles this leaves a file behind."""
+
+    def __init__(self, evidence: Path) -> None:
+        self.evidence = evidence
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.evidence,)
+
+
+def test_weights_in_a_pickle_are_refused_unread(tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    tiny_model().config.save_pretrained(model)
+    torch.save({"lm_head.weight": Trap(tmp_path / "ran")}, model / "pytorch_model.bin")
+    with pytest.raises(CorsaError, match=r"weights in pytorch_model\.bin, a pickle.* only safetensors are loaded"):
+        load_model(ModelConfig(name=str(model)))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_the_code_of_a_model_is_refused_unread(tmp_path: Path) -> None:
+    classes = {"AutoConfig": "code.Strange", "AutoModelForCausalLM": "code.Strange", "AutoTokenizer": ["code.Strange"]}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "strange", "auto_map": classes}))
+    (tmp_path / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    with pytest.raises(CorsaError, match=r"code of its own, which is never run \(trust_remote_code is off\)"):
+        load_model(ModelConfig(name=str(tmp_path)))
+    with pytest.raises(CorsaError, match="could not be loaded"):
+        load_tokenizer(ModelConfig(name=str(tmp_path)))
+    with pytest.raises(CorsaError, match="code of its own"):
+        load_model(ModelConfig(name=f"random:{tmp_path}"))
+    assert not (tmp_path / "ran").exists()
 
 
 # The embedded model

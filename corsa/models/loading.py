@@ -31,7 +31,9 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     else:
         place = source.place
     try:
-        tokenizer = AutoTokenizer.from_pretrained(place, revision=_hub_revision(source, config))
+        tokenizer = AutoTokenizer.from_pretrained(
+            place, revision=_hub_revision(source, config), trust_remote_code=False
+        )
     except (OSError, ValueError) as e:
         raise _not_loaded("tokenizer", config, e) from e
     if tokenizer.eos_token_id is None:
@@ -48,18 +50,19 @@ def load_model(config: ModelConfig, device: torch.device | str = "cpu") -> PreTr
         CorsaError: it cannot be had, with the cause.
     """
     source = locate(config.name)
-    dtype = getattr(torch, config.dtype)
     if source.kind == "random":
-        model = _random_model(source.place, dtype)
+        model = _random_model(source.place, config)
     else:
         place = embedded_model() if source.kind == "embedded" else source.place
+        _refuse_pickles(Path(place))
         try:
             model = AutoModelForCausalLM.from_pretrained(
                 place,
                 revision=_hub_revision(source, config),
-                dtype=dtype,
+                dtype=getattr(torch, config.dtype),
                 attn_implementation="sdpa",
-                use_safetensors=True,
+                use_safetensors=True,  # a pickle can run any code
+                trust_remote_code=False,  # said, or transformers asks whoever sits at the terminal
             )
         except (OSError, ValueError) as e:
             raise _not_loaded("weights", config, e) from e
@@ -67,15 +70,29 @@ def load_model(config: ModelConfig, device: torch.device | str = "cpu") -> PreTr
     return model.to(device)  # type: ignore[arg-type]
 
 
-def _random_model(shape: str, dtype: torch.dtype) -> PreTrainedModel:
+def _random_model(shape: str, config: ModelConfig) -> PreTrainedModel:
     if shape in ARCHITECTURES:
         entries: dict[str, Any] = dict(ARCHITECTURES[shape])
         architecture = AutoConfig.for_model(entries.pop("model_type"), **entries)
     else:
-        architecture = AutoConfig.from_pretrained(shape)
+        try:
+            architecture = AutoConfig.from_pretrained(shape, trust_remote_code=False)
+        except (OSError, ValueError) as e:
+            raise _not_loaded("architecture", config, e) from e
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return AutoModelForCausalLM.from_config(architecture, dtype=dtype, attn_implementation="sdpa")
+        return AutoModelForCausalLM.from_config(
+            architecture, dtype=getattr(torch, config.dtype), attn_implementation="sdpa"
+        )
+
+
+def _refuse_pickles(directory: Path) -> None:
+    pickles = sorted(path.name for path in directory.glob("*.bin")) if directory.is_dir() else []
+    if pickles and not list(directory.glob("*.safetensors")):
+        raise CorsaError(
+            f"model directory {directory} has its weights in {pickles[0]}, a pickle, which can run any code when it is "
+            "read; only safetensors are loaded. If you trust it: load it once with transformers and save_pretrained it"
+        )
 
 
 def _hub_revision(source: Source, config: ModelConfig) -> str:
@@ -84,6 +101,11 @@ def _hub_revision(source: Source, config: ModelConfig) -> str:
 
 def _not_loaded(what: str, config: ModelConfig, cause: Exception) -> CorsaError:
     first = str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__
+    if "custom code" in first:
+        return CorsaError(
+            f"model {config.name!r} comes with code of its own, which is never run (trust_remote_code is off): "
+            "use a model whose architecture transformers itself knows"
+        )
     return CorsaError(
         f"the {what} of model {config.name!r} could not be loaded: {first}. "
         "Name a directory written by save_pretrained, or make the hub reachable (HF_TOKEN for gated models)"
