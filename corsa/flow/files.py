@@ -1,30 +1,43 @@
-"""Files below one root, local or on an object store, with the two things a store of results rests on: creating a file
-exclusively and with its whole content, and errors that say what to do.
+"""Files below one root, local or on an object store, with the three things a store of results rests on: creating a file
+exclusively and with its whole content, patience with a storage that fails for a while, and errors that say what to do.
 """
 
 from __future__ import annotations
 
 import errno
 import hashlib
+import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 from pathlib import Path
+from typing import ParamSpec, TypeVar
 from uuid import uuid4
 
 from pyarrow import fs
+from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_delay, wait_exponential
 
 from corsa.errors import CorsaError
+
+PATIENCE = 120.0
+"""Seconds for which a storage that fails is asked again."""
+
+_log = logging.getLogger(__name__)
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 class Files:
     """The files below a local path, an `s3://`, `gs://` or `file://` URL, or a path on `filesystem`. Picklable.
 
-    Raises `CorsaError` for a root that is none of these.
+    What fails in a way that passes (a connection, a server or a network share that is gone) is tried again, at growing
+    intervals and with a warning, for `patience` seconds; then it is a `CorsaError`. So is a root that is none of these.
     """
 
-    def __init__(self, root: str | Path, filesystem: fs.FileSystem | None = None) -> None:
+    def __init__(self, root: str | Path, filesystem: fs.FileSystem | None = None, patience: float = PATIENCE) -> None:
         self.url = str(root).rstrip("/")
+        self.patience = patience
         if filesystem is not None:
             self.system, self.root = filesystem, self.url
         elif "://" in self.url:
@@ -38,6 +51,12 @@ class Files:
         if self.local:
             self.url = self.root
 
+    def hasty(self) -> Files:
+        """The same files without patience, for what is done again soon anyway."""
+        other = copy(self)
+        other.patience = 0.0
+        return other
+
     def inside(self, path: str) -> str:
         """The path as the file system knows it."""
         return f"{self.root}/{path}"
@@ -45,27 +64,49 @@ class Files:
     def read(self, path: str) -> bytes | None:
         """The content of a file, None if there is none."""
         try:
-            with self.system.open_input_stream(self.inside(path), compression=None) as stream:
-                return stream.read()
+            return self._patiently(self._read, path)
         except (FileNotFoundError, NotADirectoryError):
             return None
 
+    def _read(self, path: str) -> bytes:
+        with self.system.open_input_stream(self.inside(path), compression=None) as stream:
+            return stream.read()
+
     def digest(self, path: str) -> str:
         """SHA-256 of a file, hex."""
+        return self._patiently(self._digest, path)
+
+    def _digest(self, path: str) -> str:
         with self.system.open_input_stream(self.inside(path), compression=None) as stream:
             digest = hashlib.sha256()
             while block := stream.read(1 << 20):
                 digest.update(block)
             return digest.hexdigest()
 
+    def info(self, paths: Sequence[str]) -> list[fs.FileInfo]:
+        """Kind, size and age of each of the paths, whether there is something or not."""
+        return self._patiently(self.system.get_file_info, [self.inside(path) for path in paths])
+
+    def names(self, folder: str) -> list[str]:
+        """What lies directly in a folder; nothing if it does not exist."""
+        selector = fs.FileSelector(self.inside(folder), allow_not_found=True)
+        return [entry.base_name for entry in self._patiently(self.system.get_file_info, selector)]
+
     def publish(self, path: str, content: bytes) -> bool:
-        """Create a file with its whole content; False if there is one. Atomic on POSIX, check-then-put elsewhere."""
+        """Create a file with its whole content; False if there is one. Atomic on POSIX, check-then-put elsewhere.
+
+        False may also mean that it was created, by an attempt whose answer was lost.
+        """
+        with self.writing():
+            return self._patiently(self._publish, path, content)
+
+    def _publish(self, path: str, content: bytes) -> bool:
         if not self.local:
             if self.system.get_file_info(self.inside(path)).type != fs.FileType.NotFound:
                 return False
-            self.replace(path, content)
+            self._replace(path, content)
             return True
-        with self.writing(), self._aside(path, content) as aside:
+        with self._aside(path, content) as aside:
             target = Path(self.inside(path))
             try:
                 os.link(aside, target)
@@ -82,13 +123,16 @@ class Files:
     def replace(self, path: str, content: bytes) -> None:
         """Write a file, in one atomic change, over what is there."""
         with self.writing():
-            if self.local:
-                with self._aside(path, content) as aside:
-                    aside.replace(self.inside(path))
-            else:
-                self.system.create_dir(self.inside(path).rpartition("/")[0])
-                with self.system.open_output_stream(self.inside(path), compression=None) as stream:
-                    stream.write(content)
+            self._patiently(self._replace, path, content)
+
+    def _replace(self, path: str, content: bytes) -> None:
+        if self.local:
+            with self._aside(path, content) as aside:
+                aside.replace(self.inside(path))
+        else:
+            self.system.create_dir(self.inside(path).rpartition("/")[0])
+            with self.system.open_output_stream(self.inside(path), compression=None) as stream:
+                stream.write(content)
 
     @contextmanager
     def _aside(self, path: str, content: bytes) -> Iterator[Path]:
@@ -104,14 +148,56 @@ class Files:
         finally:
             aside.unlink(missing_ok=True)
 
+    def upload(self, source: Path, folder: str) -> None:
+        """Copy all files below a local directory into a folder."""
+        with self.writing():
+            self._patiently(self._upload, source, folder)
+
+    def _upload(self, source: Path, folder: str) -> None:
+        self.system.create_dir(self.inside(folder))
+        fs.copy_files(str(source), self.inside(folder), fs.LocalFileSystem(), self.system)
+
     def remove(self, path: str) -> None:
         """Delete a file or a folder, if it is there."""
-        kind = self.system.get_file_info(self.inside(path)).type
         with self.writing():
-            if kind == fs.FileType.Directory:
-                self.system.delete_dir(self.inside(path))
-            elif kind == fs.FileType.File:
-                self.system.delete_file(self.inside(path))
+            self._patiently(self._remove, path)
+
+    def _remove(self, path: str) -> None:
+        kind = self.system.get_file_info(self.inside(path)).type
+        if kind == fs.FileType.Directory:
+            self.system.delete_dir(self.inside(path))
+        elif kind == fs.FileType.File:
+            self.system.delete_file(self.inside(path))
+
+    def _patiently(self, deed: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        """The deed, again and again while what it runs into may pass."""
+        attempts = Retrying(
+            retry=retry_if_exception(self._may_pass),
+            stop=stop_after_delay(self.patience),
+            wait=wait_exponential(multiplier=0.5, max=15),
+            before_sleep=self._warn,
+            reraise=True,
+        )
+        try:
+            return attempts(deed, *args, **kwargs)
+        except OSError as error:
+            if not self._may_pass(error):
+                raise
+            raise CorsaError(
+                f"storage {self.url} does not answer, for {self.patience:g} s now: {_first_line(error)}. Once it does, "
+                "the same command goes on from here; finished steps are intact"
+            ) from error
+
+    def _may_pass(self, error: BaseException) -> bool:
+        """Whether it is about the way to the storage, or its state at the moment, and not about what was asked."""
+        if not isinstance(error, OSError):
+            return False
+        return error.errno in _PASSING or any(word in str(error) for word in _PASSING_WORDS)
+
+    def _warn(self, attempts: RetryCallState) -> None:
+        error = attempts.outcome.exception() if attempts.outcome else None
+        wait = attempts.next_action.sleep if attempts.next_action else 0.0
+        _log.warning("storage %s: %s: trying again in %.1f s", self.url, _first_line(error), wait)
 
     @contextmanager
     def writing(self) -> Iterator[None]:
@@ -125,7 +211,7 @@ class Files:
                 raise CorsaError(f"cannot write to {self.url}: {error.strerror}. {_CLOSED}") from error
             if self.local:
                 raise
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            reason = _first_line(error)
             raise CorsaError(f"cannot write to {self.url}: {reason}. Check the address and the credentials") from error
 
     def refusal(self, error: OSError) -> CorsaError | None:
@@ -137,6 +223,21 @@ class Files:
         return None
 
 
+def _first_line(error: BaseException | None) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+_PASSING = {
+    *(errno.EIO, errno.ESTALE, errno.EAGAIN, errno.EBUSY, errno.ETIMEDOUT, errno.ENOTCONN, errno.EPIPE),
+    *(errno.ECONNREFUSED, errno.ECONNRESET, errno.ECONNABORTED, errno.EHOSTDOWN, errno.EHOSTUNREACH),
+    *(errno.ENETDOWN, errno.ENETUNREACH, errno.ENETRESET),
+}
+"""What a network share or a mounted bucket answers while its server is gone."""
+_PASSING_WORDS = (
+    *("NETWORK_CONNECTION", "SLOW_DOWN", "INTERNAL_FAILURE", "SERVICE_UNAVAILABLE", "THROTTLING", "REQUEST_TIMEOUT"),
+    *("HTTP status 429", "HTTP status 5", "kUnavailable", "kDeadlineExceeded", "Retry policy exhausted", "timed out"),
+)
+"""The same in Arrow's words, which are all that it says of an answer from S3 or GCS."""
 _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS)  # as mounted buckets and some network shares answer
 _FULL = "Free some space there or choose another --storage"
 _CLOSED = "Choose a --storage that can be written to"

@@ -20,6 +20,7 @@ from pathlib import Path
 from uuid import uuid4
 
 from corsa.errors import CorsaError
+from corsa.flow.files import Files
 from corsa.flow.step import Step
 from corsa.flow.store import Store
 
@@ -81,6 +82,7 @@ class Leases:
 
     def __init__(self, store: Store) -> None:
         self._store, self._files = store, store.files
+        self._hasty = store.files.hasty()  # for a heartbeat, which the next follows, and at the end
         self._held: dict[str, Holder] = {}  # path -> as whom
         self._lock = threading.Lock()
         self._closed = threading.Event()
@@ -136,7 +138,9 @@ class Leases:
                 self._files.remove(path)
             me = Holder.this_process()
             if not self._files.publish(path, json.dumps(asdict(me)).encode()):
-                return self._holder(path) or _UNKNOWN
+                other = self._holder(path)
+                if other != me:
+                    return other or _UNKNOWN
             with self._lock:
                 self._held[path] = me
         if self._closed.is_set():
@@ -153,8 +157,8 @@ class Leases:
             mine = self._held.pop(path, None)
         if mine:
             with suppress(CorsaError), self._alone():
-                if mine == self._holder(path):
-                    self._files.remove(path)
+                if mine == self._holder(path, self._hasty):
+                    self._hasty.remove(path)
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
@@ -171,15 +175,15 @@ class Leases:
                 fcntl.flock(file, fcntl.LOCK_EX)
             yield
 
-    def _holder(self, path: str) -> Holder | None:
-        content = self._files.read(path)
+    def _holder(self, path: str, files: Files | None = None) -> Holder | None:
+        content = (files or self._files).read(path)
         try:
             return Holder(**json.loads(content)) if content is not None else None
         except (ValueError, TypeError):  # not written by us: nobody is known to run it, so only its age counts
             return _UNKNOWN
 
     def _age(self, path: str) -> float:
-        modified = self._files.system.get_file_info(self._files.inside(path)).mtime
+        modified = self._files.info([path])[0].mtime
         return time.time() - modified.timestamp() if modified else 0.0
 
     def _beat(self) -> None:
@@ -187,12 +191,12 @@ class Leases:
             with self._lock:
                 for path, me in self._held.items():
                     with suppress(CorsaError, OSError):  # a storage that fails for a while must not end the heartbeat
-                        if me != self._holder(path):
+                        if me != self._holder(path, self._hasty):
                             continue  # taken over while this process was suspended
                         if self._files.local:
                             os.utime(self._files.inside(path))
                         else:
-                            self._files.replace(path, json.dumps(asdict(me)).encode())
+                            self._hasty.replace(path, json.dumps(asdict(me)).encode())
 
 
 def _path(step: Step) -> str:

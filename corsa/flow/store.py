@@ -132,9 +132,7 @@ class Artifact:
     def check(self, checksums: bool = False) -> None:
         """Raises `MissingError` or `DamagedError`. Looks at the size of every file and, if asked, at its content."""
         files = self.record.files
-        found = self.store.files.system.get_file_info(
-            [self.store.files.inside(f"{self._directory}/{name}") for name in files]
-        )
+        found = self.store.files.info([f"{self._directory}/{name}" for name in files])
         for info, (name, (size, digest)) in zip(found, files.items(), strict=True):
             if info.type != fs.FileType.File:
                 raise DamagedError(f"{self.url}/{name} is gone")
@@ -175,10 +173,9 @@ class Store:
 
     def records(self) -> list[Record]:
         """Every finished step, oldest first. Damaged records are left out."""
-        selector = fs.FileSelector(self.files.inside("steps"), allow_not_found=True)
         found = []
-        for entry in self.files.system.get_file_info(selector):
-            text = self.files.read(f"steps/{entry.base_name}/record.json")
+        for name in self.files.names("steps"):
+            text = self.files.read(f"steps/{name}/record.json")
             try:
                 found += [Record.model_validate_json(text)] if text else []
             except ValidationError:
@@ -237,16 +234,14 @@ class Store:
             },
         )
         if not self.files.local:
-            with self.files.writing():
-                target = self.files.inside(f"{folder}/{output.name}")
-                self.files.system.create_dir(target)
-                fs.copy_files(str(output), target, fs.LocalFileSystem(), self.files.system)
+            self.files.upload(output, f"{folder}/{output.name}")
             shutil.rmtree(output.parent)
         text = record.model_dump_json(indent=1).encode()
         path = self.record_path(step.fingerprint)
         if not self.files.publish(path, text):
             if first := self.find(step, checksums=True):
-                self.files.remove(f"{folder}/{output.name}")
+                if first.record.attempt != output.name:  # else it is ours, and only the answer was lost
+                    self.files.remove(f"{folder}/{output.name}")
                 return first
             self.files.replace(path, text)
         self.files.remove(f"partial/{step.fingerprint[:16]}")
