@@ -205,7 +205,7 @@ class Placement(Frozen):
     probe_batch: int = Field(default=128, ge=1, description="probes generated together on one worker")
     checkpoint_every: int = Field(default=20, ge=1, description="steps between checkpoints inside a round")
     max_failures: int = Field(default=3, ge=0, description="worker-group restarts before a run gives up")
-    heartbeat_timeout: float = Field(default=60.0, gt=0, description="seconds after which a silent worker is replaced")
+    heartbeat_timeout: float = Field(default=30.0, gt=0, description="seconds after which a silent worker is replaced")
     sharding: Annotated[ShardingConfig, plain("sharding")] = ShardingConfig()
 
 

@@ -209,6 +209,7 @@ def _notes(task: Task) -> list[str]:
     notes = []
     for step in topological([task.step])[:-1]:
         found = task.store.artifact(step.fingerprint).metrics
+        notes += [f"{step.name}: {text}." for text in found.get("notes", ())]
         if step.kind.name == "statistics":
             notes.append(f"MEMIT's key statistics rest on {found['tokens']} tokens of {found['corpus']}.")
         if found.get("contradictions"):

@@ -23,7 +23,7 @@ from ray_cluster import (
 )
 
 from corsa.flow import Store
-from corsa.training.checkpoint import Position, _read
+from corsa.training.checkpoint import Position, read_checkpoint
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]  # the first test waits for the cluster and the shared run
 pytest_plugins = ["ray_fixtures"]
@@ -36,7 +36,7 @@ STARTED = 120  # seconds until a round is under way
 def checkpoint(undisturbed: Run, storage: Path, step: str) -> Position | None:
     """Where a round stands, None if it has no checkpoint."""
     fingerprint = undisturbed.records[step].fingerprint
-    found = _read(Store(storage), f"partial/{fingerprint[:16]}/checkpoint")
+    found = read_checkpoint(Store(storage), f"partial/{fingerprint[:16]}/checkpoint")
     return found[1] if found else None
 
 

@@ -245,8 +245,8 @@ def test_a_finished_round_is_not_trained_again(bench: Bench, alone: dict[str, Tr
     assert again.curves == first.curves
 
 
-@pytest.mark.parametrize("damage", ["empty", "garbage", "digits", "truncated", "zeros"])
-def test_an_unreadable_checkpoint_starts_over(
+@pytest.mark.parametrize("damage", ["empty", "garbage", "truncated", "zeros", "one bit"])
+def test_a_damaged_checkpoint_starts_over_and_says_so(
     bench: Bench, alone: dict[str, Trained], tmp_path: Path, damage: str
 ) -> None:
     interrupted(bench, tmp_path, 5, 2)
@@ -255,13 +255,16 @@ def test_an_unreadable_checkpoint_starts_over(
     contents = {
         "empty": b"",
         "garbage": b"no checkpoint" * 100,
-        "digits": b"1" * 1000,
         "truncated": whole[: len(whole) // 2],
         "zeros": bytes(len(whole)),
+        "one bit": whole[:500] + bytes([whole[500] ^ 1]) + whole[501:],  # among the numbers: still good safetensors
     }
     file.write_bytes(contents[damage])
     steps: list[int] = []
     resumed = bench.train(ROUNDS["fewer edits than workers"], tmp_path, post=lambda line: steps.append(line["step"]))
+    assert resumed.notes == [
+        f"the checkpoint {file} is not what was written (SHA-256): the round was begun anew",
+    ]
     assert steps[0] == 1
     assert torch.equal(resumed.phi, alone["fewer edits than workers"].phi)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -115,6 +115,7 @@ class Trained:
 
     phi: Tensor
     curves: list[dict[str, Any]]
+    notes: list[str] = field(default_factory=list)
 
 
 class Bench:
@@ -147,7 +148,7 @@ class Bench:
             self.loaded.lora.phi.copy_(self.start)
         workshop = Workshop(crew or self.crew, Placement(**placement), {})
         curves = train(config, edits, self.loaded, workshop, (Store(folder), "partial/x"), post)
-        return Trained(self.loaded.lora.phi.detach().clone(), curves)
+        return Trained(self.loaded.lora.phi.detach().clone(), curves, workshop.notes)
 
 
 # Rounds that are trained by one process and by a group of two

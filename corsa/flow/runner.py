@@ -206,6 +206,8 @@ class _Run:
         if found := self.store.find(step, checksums=True):
             self.outcome.artifacts[step.fingerprint] = found
             self.say(f"done     {step.name}  {found.record.seconds:.1f} s")
+            for text in found.metrics.get("notes", ()):
+                self.say(f"note     {step.name}: {text}")
         return found is not None
 
     def drop(self, step: Step) -> bool:

@@ -23,7 +23,8 @@ class Kind:
 
     An ordinary function is `f(task) -> metrics`. With `together`, it is `f(tasks, progress) -> {fingerprint: cause}`:
     it gets a topologically ordered list of steps (an input may be an earlier one of the list), commits each by itself
-    with `task.commit` and names the causes of those that failed.
+    with `task.commit` and names the causes of those that failed. The metric `notes`, a list of texts, is said when the
+    step is done.
     """
 
     name: str

@@ -1,4 +1,5 @@
-"""Where a round stands: phi, the optimizer's moments, the step, and the curves so far, in one safetensors file.
+"""Where a round stands: phi, the optimizer's moments, the step, and the curves so far, in one file: the SHA-256 of what
+follows, the tensors as safetensors, and the rest as JSON.
 
 No step draws a random number (dropout is 0, batches follow from seed, round and epoch), so there is no random state to
 keep: a round that goes on from here ends bit for bit as an undisturbed one on the same machine and number of workers.
@@ -6,25 +7,26 @@ keep: a round that goes on from here ends bit for bit as an undisturbed one on t
 
 from __future__ import annotations
 
+import hashlib
 import json
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from corsa.flow.store import Store
+from corsa.flow.store import DamagedError, Store
 from corsa.training.crew import Crew
 
 
 @dataclass
 class Position:
-    """How far a round is: optimizer steps done, and one row of the curves table for each."""
+    """How far a round is: optimizer steps done, one row of the curves table for each, and what befell it, in words."""
 
     step: int = 0
     curves: list[dict[str, Any]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     def add(self, row: dict[str, Any]) -> None:
         """One more step is done."""
@@ -36,19 +38,24 @@ def save_checkpoint(store: Store, path: str, phi: Tensor, optimizer: torch.optim
     """Replace the round's checkpoint in one atomic write. `path` is relative to the store's root."""
     state = optimizer.state.get(phi, {})
     tensors = {"phi": phi.detach().cpu(), **{k: v.detach().cpu() for k, v in state.items() if isinstance(v, Tensor)}}
-    text = json.dumps({"step": position.step, "curves": position.curves})
-    store.files.replace(path, save(tensors) + _frame(text))
+    content = save(tensors) + _frame(json.dumps(asdict(position)))
+    store.files.replace(path, hashlib.sha256(content).digest() + content)
 
 
 def load_checkpoint(store: Store, path: str, phi: Tensor, optimizer: torch.optim.Optimizer, crew: Crew) -> Position:
     """Put phi and the optimizer where the round's last checkpoint left them, on every worker; the leader alone reads.
 
-    A round without a checkpoint, or with an unreadable one, starts at step 0 with phi as it is.
+    A round without a checkpoint, or with a damaged one, starts at step 0 with phi as it is; the damage is noted.
     """
-    found = _read(store, path) if crew.leads else None
+    found, notes = None, []
+    if crew.leads:
+        try:
+            found = read_checkpoint(store, path)
+        except DamagedError as damage:
+            notes = [f"{damage}: the round was begun anew"]
     position, names = crew.share((found[1], sorted(set(found[0]) - {"phi"})) if found else (None, []))
     if position is None:
-        return Position()
+        return Position(notes=notes)
     tensors = found[0] if found else {}
     state = optimizer.state[phi] = {}
     for name in ["phi", *names]:
@@ -64,16 +71,16 @@ def _like(name: str, phi: Tensor) -> Tensor:
     return torch.zeros((), dtype=torch.float32, device=phi.device) if name == "step" else torch.zeros_like(phi)
 
 
-def _read(store: Store, path: str) -> tuple[dict[str, Tensor], Position] | None:
+def read_checkpoint(store: Store, path: str) -> tuple[dict[str, Tensor], Position] | None:
+    """The tensors and the position of a checkpoint, None if there is none. Raises `DamagedError`."""
     content = store.files.read(path)
     if content is None:
         return None
-    try:
-        length = int.from_bytes(content[-8:], "big")
-        state = json.loads(content[-8 - length : -8])
-        return load(content[: -8 - length]), Position(state["step"], state["curves"])
-    except (SafetensorError, ValueError, KeyError, TypeError):
-        return None
+    digest, content = content[:32], content[32:]
+    if hashlib.sha256(content).digest() != digest:
+        raise DamagedError(f"the checkpoint {store.url}/{path} is not what was written (SHA-256)")
+    length = int.from_bytes(content[-8:], "big")
+    return load(content[: -8 - length]), Position(**json.loads(content[-8 - length : -8]))
 
 
 def _frame(text: str) -> bytes:

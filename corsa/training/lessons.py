@@ -46,9 +46,11 @@ def take(task: Task, workshop: Workshop, post: Post) -> None:
     """Do one step and commit its result. Every worker of the group calls this; the leader reads and writes."""
     started = time.monotonic()
     post({"phase": "loading"})
+    workshop.notes = []
     metrics = _LESSONS[type(task.config)](task, workshop, post)
     if workshop.crew.leads:
-        task.commit(metrics, time.monotonic() - started)
+        notes = {"notes": workshop.notes} if workshop.notes else {}
+        task.commit(metrics | notes, time.monotonic() - started)
 
 
 # Teaching

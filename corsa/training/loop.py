@@ -112,6 +112,7 @@ def train(
                     | {"loss": loss, "eta_s": pace * (steps - number)}
                 )
         _check_every_edit_once(seen, crew, epoch + 1)
+    workshop.notes += position.notes
     return position.curves
 
 

@@ -37,6 +37,7 @@ class Workshop:
 
     def __init__(self, crew: Crew, placement: Placement, tables: dict[str, TokenTable]) -> None:
         self.crew, self.placement, self.tables = crew, placement, tables
+        self.notes: list[str] = []  # what befell the step in progress, for its record
         self._key: tuple[ModelConfig, LoraConfig] | None = None
         self._loaded: Loaded | None = None
         self._checked = False  # whether packed rows have been compared with plain ones
