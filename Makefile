@@ -40,7 +40,13 @@ $(VENV)/.demo: pyproject.toml constraints.txt
 
 $(VENV)/.test: $(VENV)/.demo
 	$(PIP) -e '.[embedded,dev]'
+	$(BROWSER)
 	touch $@
+
+# The report page is looked at in Chromium. Without it, and without the right to install it, those tests skip and say so.
+BROWSER = command -v chromedriver >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null \
+	&& apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq chromium chromium-driver >/dev/null; } \
+	|| echo "no Chromium: the tests of the page in a browser will be skipped"
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -66,8 +66,8 @@ SCHEDULE = Kind("schedule", "corsa.steps:deal_rounds", version=1)
 QUESTIONS = Kind("questions", "corsa.steps:read_questions", version=1)
 ROUND = Kind("round", "corsa.training.rounds:run", version=1, on_cluster=True, together=True)
 MERGE = Kind("merge", "corsa.steps:merge_adapters", version=1)
-REPORT = Kind("report", "corsa.steps:make_report", version=1)
-PAPER = Kind("report", "corsa.steps:join_reports", version=1)
+REPORT = Kind("report", "corsa.steps:make_report", version=2)
+PAPER = Kind("report", "corsa.steps:join_reports", version=2)
 
 
 Methods = Annotated[

@@ -31,7 +31,7 @@ from corsa.identities import (
     ReportConfig,
     Shown,
 )
-from corsa.report.page import write_paper, write_report
+from corsa.report.page import Scenario, write_paper, write_report
 from corsa.rounds import deal
 
 
@@ -144,10 +144,11 @@ def join_reports(task: Task) -> dict[str, Any]:
     """Step function: the reports of several scenarios -> one page, and their metrics by scenario."""
     config: JoinedConfig = task.config
     scenarios, metrics = {}, {}
-    for name, artifact in task.inputs.items():
+    for step, artifact in task.inputs.items():
         run = json.loads(artifact.read("run.json"))
-        metrics[name.removeprefix("report/")] = found = json.loads(artifact.read("metrics.json"))
-        scenarios[run["title"]] = (found, pd.read_parquet(artifact.local("curves.parquet")), run)
+        metrics[step.removeprefix("report/")] = found = json.loads(artifact.read("metrics.json"))
+        answers, curves = (pd.read_parquet(artifact.local(f"{name}.parquet")) for name in ("predictions", "curves"))
+        scenarios[run["title"]] = Scenario(found, answers, curves, run)
     steps = _steps(task)
     first = next(iter(task.inputs.values()))
     run = {

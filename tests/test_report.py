@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import gzip
 import json
 import re
 from html.parser import HTMLParser
@@ -9,13 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import plotly.graph_objects as go
 import pytest
+from plotly.offline import get_plotlyjs_version
 from rich.console import Console
 from synthetic_run import RUN, curves, predictions
 
 from corsa.evaluation.metrics import compute
+from corsa.report.answers import folded_answers
+from corsa.report.dag import Dag
 from corsa.report.findings import findings, summary
-from corsa.report.page import write_report
+from corsa.report.layout import write_page
+from corsa.report.page import Scenario, write_paper, write_report
 from corsa.report.tables import summary_table
 
 EVIL = "<script>alert('x')</script> & <b>bold</b>"
@@ -28,7 +35,7 @@ class Page(HTMLParser):
 
     def __init__(self, path: Path) -> None:
         super().__init__(convert_charrefs=True)
-        self.text, self.tags, self.open, self.scripts = "", [], [], []
+        self.text, self.tags, self.open, self.scripts = "", [], [], {}
         self.source = path.read_text(encoding="utf-8")
         self.feed(self.source)
         self.close()
@@ -45,9 +52,12 @@ class Page(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         if self.open and self.open[-1] == "script":
-            self.scripts.append(data)
+            self.scripts[self.tags[-1][1].get("id")] = data
         elif self.open and self.open[-1] != "style":
             self.text += data
+
+    def unfolded(self, id_: str) -> str:
+        return gzip.decompress(base64.b64decode(self.scripts[id_])).decode()
 
     def all(self, tag: str) -> list[dict[str, Any]]:
         return [attributes for name, attributes in self.tags if name == tag]
@@ -80,14 +90,14 @@ def test_what_a_model_says_is_escaped(page: Page) -> None:
     assert EVIL not in page.source
     assert EVIL in page.text  # shown as it is
     assert not page.all("b")
-    assert len(page.all("script")) == 3  # data, plotly, ours
     assert page.source.index("<script") > page.source.index("</main>")
+    assert "onerror" not in page.source
 
 
 def test_every_method_and_figure_is_there(page: Page) -> None:
     for method in ("base", "LoRA", "CoRSA"):
         assert method in page.text
-    plots = json.loads(page.scripts[0])
+    plots = json.loads(page.unfolded("plots"))
     counts = {"learning": 2, "tradeoff": 1, "rounds": 3, "diagnostics": 2}
     assert set(plots) == {f"{figure}-{index}" for figure, count in counts.items() for index in range(count)}
     drawn = {div["id"]: div for div in page.all("div") if div.get("role") == "img"}
@@ -110,6 +120,90 @@ def test_how_to_repeat_the_run_is_there(page: Page) -> None:
     assert "corsa/seed0/round1" in page.text
     assert "2 min 10 s" in page.text
     assert "1 record of the data could not be used" in page.text
+
+
+def test_the_drawing_of_the_steps_shows_times_and_the_slowest_way(page: Page) -> None:
+    dag = Dag.of(RUN["steps"])
+    assert {node.name for node in dag.nodes if node.critical} == {"edits", "reference", "corsa/seed0/round1", "metrics"}
+    assert dag.longest == pytest.approx(0.4 + 21 + 130.2 + 1.2)
+    places = {node.name: node for node in dag.nodes}
+    for node in dag.nodes:
+        assert all(places[needed].x + dag.box < node.x for needed in node.inputs)
+        assert all(len(line) <= 25 for line in node.lines)
+        assert node.x + dag.box <= dag.width
+        assert node.y + 48 <= dag.height
+    assert len({(node.x, node.y) for node in dag.nodes}) == len(dag.nodes)
+    assert len(dag.edges) == 5
+    assert len([tag for tag, _ in page.tags if tag == "path"]) == 5
+
+
+def test_a_long_name_keeps_its_end() -> None:
+    (node,) = Dag.of([{"name": "counterfact-x3/corsa-no-pcgrad-revised0.25/seed0/round3", "seconds": None}]).nodes
+    assert node.lines[1] == "seed0/round3"
+    assert node.lines[0].endswith("…")
+
+
+def test_every_answer_is_on_the_page_with_its_outcome() -> None:
+    table = predictions(chains=8)
+    folded = folded_answers({"": (table, "contains")})
+    assert folded["rows"] == (table.method != "base").sum()
+    columns = {name: [column["values"][code] for code in column["codes"]] for name, column in folded["columns"].items()}
+    rows = pd.DataFrame(columns)
+    asked = table[table.method != "base"].reset_index(drop=True)
+    neighbor = asked.kind == "neighbor"
+    assert rows.question.tolist() == asked.prompt.tolist()
+    assert rows.outcome.eq("took").tolist() == (asked.matched_new & ~neighbor).tolist()
+    assert rows.outcome.eq("reverted").tolist() == (~asked.matched_new & asked.matched_old & ~neighbor).tolist()
+    assert set(rows.outcome[neighbor]) == {"changed", "unchanged"}
+    assert (rows.output[rows.outcome == "unchanged"] == rows.base[rows.outcome == "unchanged"]).all()
+    lost = rows[rows.forgotten]
+    assert len(lost) > 0
+    assert (lost.trained > lost.learnt).all()
+    assert not lost.outcome.isin(["took"]).any()
+
+
+def test_without_edited_models_the_base_model_is_listed() -> None:
+    table = predictions(chains=2)
+    folded = folded_answers({"": (table[table.method == "base"], "contains")})
+    assert folded["columns"]["method"]["values"] == ["base"]
+    assert "changed" not in folded["columns"]["outcome"]["values"]
+
+
+def test_matrices_say_what_each_round_knows_of_each(page: Page) -> None:
+    table = predictions(chains=8)
+    matrix = compute(table)["matrices"]["corsa"]
+    rows = table[(table.method == "corsa") & (table.kind == "paraphrase")]
+    first = rows[(rows.trained == 3) & (rows.learnt == 1)]
+    assert matrix[2][0] == {"value": first.matched_new.mean(), "edits": 4, "probes": 12}
+    assert matrix[0][1] is None
+    assert matrix[2][1] is None  # all facts of round 2 were revised in round 3
+    assert len([table for table in page.all("table") if table.get("class") == "matrix"]) == 3
+
+
+def test_several_scenarios_share_one_page(tmp_path: Path) -> None:
+    table = predictions(chains=4)
+    one = Scenario(compute(table), table, curves(), RUN)
+    page = Page(write_paper(tmp_path, {"first": one, "second": one}, RUN))
+    plots = json.loads(page.unfolded("plots"))
+    assert {name.split("-")[0] for name in plots} == {"s1", "s2"}
+    drawn = {div["id"] for div in page.all("div") if div.get("class") == "plot"}
+    assert drawn == set(plots)
+    ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    assert json.loads(page.unfolded("answers-data"))["columns"]["scenario"]["values"] == ["first", "second"]
+
+
+def test_a_page_of_ones_own_extends_the_layout(tmp_path: Path) -> None:
+    own = tmp_path / "own.html"
+    own.write_text(
+        "{% extends 'layout.html' %}{% block main %}<p>{{ words }}</p><div class='plot' id='one'></div>{% endblock %}"
+    )
+    basic = write_page(tmp_path / "a", own, title="T", plots={"one": go.Figure(go.Scatter(y=[1]))}, words="<b>")
+    whole = write_page(tmp_path / "b", own, title="T", plots={"one": go.Figure(go.Heatmap(z=[[1]]))}, words="<b>")
+    page = Page(basic)
+    assert "<b>" in page.text
+    assert f"plotly.js (basic - minified) v{get_plotlyjs_version()}" in page.unfolded("plotly")[:100]
+    assert f"plotly.js v{get_plotlyjs_version()}" in Page(whole).unfolded("plotly")[:100]
 
 
 def test_a_poor_run_still_makes_a_page(tmp_path: Path) -> None:

@@ -181,7 +181,9 @@ def compute(
     Returns:
         `rule`, `protocol`, `level`, `probe_kind` ("paraphrase" | "edit"), `standing` ("evaluation" | "earlier"),
         `rounds`, `methods`, `seeds`, `chains`, `definitions` {metric: {label, text, better, unit}}, `rows` (one per
-        method, after the last round), `series` (one per method and round) and `comparisons`. A row is {method, round,
+        method, after the last round), `series` (one per method and round), `matrices` and `comparisons`. A matrix
+        {method: rows} has a row for each round trained up to and in it an entry for each round whose facts are asked:
+        {value: share of their wordings answered right, edits, probes}, null where none was. A row is {method, round,
         metrics: {name: value}}; a value is {value, low, high, interval, edits, probes, rule, seeds, reason}, with
         nulls and a reason where there is nothing to count. A comparison is {metric, round, a, b, difference, low,
         high, p, distinguishable, better, edits, probes}.
@@ -228,8 +230,22 @@ def compute(
         },
         "rows": [entry for entry in series if entry["round"] == last],
         "series": series,
+        "matrices": {
+            method: [_by_round_asked(cells.get((method, r), empty), rounds) for r in rounds] for method in methods
+        },
         "comparisons": [entry for entry in compared if entry],
     }
+
+
+def _by_round_asked(cell: pd.DataFrame, rounds: list[int]) -> list[dict[str, Any] | None]:
+    """One row of a matrix: of the facts each round taught, the share of wordings answered right."""
+    asked = cell[cell.wordings]
+    entries = []
+    for number in rounds:
+        found = asked[asked.learnt == number]
+        entry = {"value": float(found.right.mean()), "edits": found.edit.nunique(), "probes": found.item.nunique()}
+        entries.append(entry if len(found) else None)
+    return entries
 
 
 class _Counted(NamedTuple):

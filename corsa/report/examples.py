@@ -1,10 +1,12 @@
-"""Questions with the answers of every method after every round, side by side, as in the paper's Table 13."""
+"""Questions with the answers of every method after every round, side by side, as in the paper's Tables 11 to 13."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import pandas as pd
+
+from corsa.report.answers import gives
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,7 @@ class Example:
 
     question: str
     part: str
+    kind: str
     rounds: list[Asked]
 
 
@@ -40,17 +43,13 @@ def examples(predictions: pd.DataFrame, *, rule: str, kind: str, methods: list[s
     Args:
         predictions: the predictions table.
         rule: "contains" or "exact", which decides what an answer gives.
-        kind: the probe kind to show ("paraphrase" or "edit"), its first wording, first seed.
+        kind: the probe kind to show ("paraphrase", "edit", "multihop"), its first wording, first seed.
         methods: in the order shown.
     """
     rows = predictions[predictions.kind == kind].reset_index(drop=True)
     rows = rows[rows.wording == rows.groupby("edit").wording.transform("min")]
     rows = rows[rows.seed == rows.groupby("method").seed.transform("min")]
-    new, old = ("matched_new", "matched_old") if rule == "contains" else ("exact_new", "exact_old")
-    words = {(True, False): "new", (False, True): "old", (True, True): "both", (False, False): "neither"}
-    rows = rows.assign(
-        gives=[words[bool(n), bool(o)] for n, o in zip(rows[new].eq(True), rows[old].eq(True), strict=True)]
-    )
+    rows = rows.assign(gives=gives(rows, rule))
     base = rows[rows.method == "base"].drop_duplicates("edit").set_index("edit")
     edited = rows[rows.method != "base"]
 
@@ -75,4 +74,6 @@ def _example(rows: pd.DataFrame, base: pd.DataFrame, methods: list[str]) -> Exam
             for _, row in after[after.method == method].head(1).iterrows():
                 answers[method] = Answer(str(row.output), str(row.gives))
         asked.append(Asked(int(str(number)), str(first.answer), str(first.target_old), answers))
-    return Example(str(rows.prompt.iloc[int(rows.trained.argmax())]), str(rows.part.iloc[0]), asked)
+    return Example(
+        str(rows.prompt.iloc[int(rows.trained.argmax())]), str(rows.part.iloc[0]), str(rows.kind.iloc[0]), asked
+    )

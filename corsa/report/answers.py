@@ -1,0 +1,92 @@
+"""Every answer of a run as the page's searchable table reads it: few distinct texts, and numbers that point to them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from corsa.evaluation.matching import normalise
+from corsa.evaluation.rows import BASE
+from corsa.report.findings import label
+
+OUTCOMES = ("took", "failed", "reverted", "changed", "unchanged")
+"""Of an answer: the expected one; neither it nor the old one; the old one; for a neighbor, another than the base
+model's; the same as the base model's.
+"""
+
+_GIVES = np.array(["neither", "new", "old", "both"])
+
+
+def gives(rows: pd.DataFrame, rule: str) -> pd.Series:
+    """What each answer of a predictions table gives under a rule: "new", "old", "both" or "neither"."""
+    new, old = ("matched_new", "matched_old") if rule == "contains" else ("exact_new", "exact_old")
+    found = rows[new].eq(True).to_numpy(int) + 2 * rows[old].eq(True).to_numpy(int)  # a null match is no match
+    return pd.Series(_GIVES[found], index=rows.index)
+
+
+def folded_answers(scenarios: Mapping[str, tuple[pd.DataFrame, str]]) -> dict[str, Any]:
+    """All answers of scenarios {title: (predictions, rule)}.
+
+    Returns:
+        `rows`: their number. `columns`: {name: {"values": distinct values, "codes": one index a row}}, of scenario,
+        method, seed, trained, learnt, kind, question, expected, old, output, base (what the unedited model said, null
+        where it was not asked), outcome (of `OUTCOMES`), forgotten (right when it was learnt and wrong now).
+        The base model's own rows are only listed where nothing else was asked.
+    """
+    table = pd.concat(
+        [_answers(predictions, rule).assign(scenario=title) for title, (predictions, rule) in scenarios.items()],
+        ignore_index=True,
+    )
+    columns = {}
+    for name in table.columns:
+        codes, values = pd.factorize(table[name], use_na_sentinel=False)
+        columns[name] = {"values": [_plain(value) for value in values], "codes": codes.tolist()}
+    return {"rows": len(table), "columns": columns}
+
+
+def _answers(predictions: pd.DataFrame, rule: str) -> pd.DataFrame:
+    asked = ["edit", "kind", "probe", "wording"]
+    rows = predictions.assign(right=gives(predictions, rule).isin(["new", "both"]), gives=gives(predictions, rule))
+    rows["said"] = rows.output.fillna("").map(normalise)
+    base = rows[rows.method == BASE].drop_duplicates(asked)
+    if (rows.method != BASE).any():
+        rows = rows[rows.method != BASE]
+    base = base[[*asked, "output", "said"]].rename(columns={"output": "base", "said": "base_said"})
+    run = ["method", "seed", *asked]
+    then = rows[rows.trained == rows.learnt].drop_duplicates(run)[[*run, "right"]].rename(columns={"right": "then"})
+    rows = rows.merge(base, on=asked, how="left").merge(then, on=run, how="left")
+    # Where the base model was not asked, a neighbor's true answer stands in for what it said.
+    same = rows.said.eq(rows.base_said).where(rows.base_said.notna(), rows.right)
+    of_fact = rows.gives.map({"new": "took", "both": "took", "old": "reverted", "neither": "failed"})
+    neighbor = rows.kind == "neighbor"
+    of_neighbor = same.map({True: "unchanged", False: "changed"})
+    outcome = of_fact.where(~neighbor, of_neighbor)
+    return pd.DataFrame(
+        {
+            "scenario": "",
+            "method": rows.method.map(lambda name: label(str(name))),
+            "seed": rows.seed,
+            "trained": rows.trained,
+            "learnt": rows.learnt,
+            "kind": rows.kind,
+            "question": rows.prompt,
+            "expected": rows.answer,
+            "old": rows.target_old.fillna(""),
+            "output": rows.output.fillna(""),
+            "base": rows.base,
+            "outcome": outcome,
+            "forgotten": rows.then.eq(True) & ~rows.right & ~neighbor,
+        }
+    )
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON can write it."""
+    if isinstance(value, str):
+        return value
+    if pd.isna(value):
+        return None
+    return value.item() if isinstance(value, np.generic) else value
