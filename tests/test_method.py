@@ -464,7 +464,7 @@ def test_several_adapters_need_no_second_step(setting: Setting) -> None:
     with torch.no_grad():
         lora.phi.copy_(setting.start.expand(2, -1))
     twice = [*setting.edits, *setting.edits]
-    batch = Batch([MicroBatch(pack(twice, adapters=2), reference_of(twice), 1)], 6, cut(setting.edits, 6).tokens)
+    batch = Batch([MicroBatch(pack(twice), reference_of(twice), 1)], 6, cut(setting.edits, 6).tokens)
     before = lora.phi.detach().clone()
     corsa_step(model, lora.phi, batch, config(rho=0.3), torch.optim.SGD([lora.phi], lr=1.0), 1e9, alone)
     expected = setting.gradient(config(rho=0.3))

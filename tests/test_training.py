@@ -17,10 +17,12 @@ import pytest
 import tiny
 import torch
 from tiny import CPU, EDITS, ROUNDS, Bench, Mortal, Trained, round_config, triplets, with_one_bad_reference
+from torch import nn
 
 from corsa.config import Placement, StepConfig
 from corsa.flow import Store
 from corsa.method.step import corsa_step
+from corsa.training.adamw import PlainAdamW
 from corsa.training.checkpoint import Position, load_checkpoint, save_checkpoint
 from corsa.training.crew import Crew
 from corsa.training.loop import CURVES, RoundFailedError, _own_parts
@@ -271,15 +273,15 @@ def test_a_damaged_checkpoint_starts_over_and_says_so(
 
 def test_a_checkpoint_holds_all_that_a_step_depends_on(tmp_path: Path) -> None:
     store, crew = Store(tmp_path), Crew(0, 1, CPU)
-    phi = torch.randn(1, 50, requires_grad=True)
-    optimizer = torch.optim.AdamW([phi], lr=1e-2)
+    phi = nn.Parameter(torch.randn(1, 50))
+    optimizer = PlainAdamW(phi)
     for _ in range(3):
         phi.grad = torch.randn(1, 50)
         optimizer.step()
     position = Position(3, [{"step": 1, "loss_sft": math.nan, "cosine": None}])
-    save_checkpoint(store, "partial/x", phi, optimizer, position)
-    other = torch.zeros(1, 50, requires_grad=True)
-    fresh = torch.optim.AdamW([other], lr=1e-2)
+    save_checkpoint(store, "partial/x", phi, optimizer, position, crew)
+    other = nn.Parameter(torch.zeros(1, 50))
+    fresh = PlainAdamW(other)
     found = load_checkpoint(store, "partial/x", other, fresh, crew)
     assert found.step == 3
     assert math.isnan(found.curves[0].pop("loss_sft"))
@@ -292,8 +294,8 @@ def test_a_checkpoint_holds_all_that_a_step_depends_on(tmp_path: Path) -> None:
 
 
 def test_without_a_checkpoint_a_round_starts_where_phi_is(tmp_path: Path) -> None:
-    phi = torch.ones(1, 5, requires_grad=True)
-    optimizer = torch.optim.AdamW([phi])
+    phi = nn.Parameter(torch.ones(1, 5))
+    optimizer = PlainAdamW(phi)
     assert load_checkpoint(Store(tmp_path), "partial/x", phi, optimizer, Crew(0, 1, CPU)) == Position()
     assert torch.equal(phi.detach(), torch.ones(1, 5))
     assert not optimizer.state

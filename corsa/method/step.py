@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -21,6 +21,12 @@ from corsa.method.sam import perturbation, perturbed
 
 Reduce = Callable[[Tensor], Tensor]
 """Sums a tensor over all workers, in place."""
+
+
+class Optimizer(Protocol):
+    """Updates phi by `phi.grad`."""
+
+    def step(self) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -66,7 +72,7 @@ def corsa_step(
     phi: Tensor,
     batch: Batch,
     config: StepConfig,
-    optimizer: torch.optim.Optimizer,
+    optimizer: Optimizer,
     clip: float,
     reduce: Reduce,
 ) -> dict[str, Any]:
@@ -142,7 +148,7 @@ def _microbatch_sharp_gradient(
     """As `sharp_gradient`, with e made from each micro-batch alone; parts weigh as many edits as they hold."""
     g, sums = torch.zeros_like(phi), phi.new_zeros(2, 4)
     for part in batch.parts:
-        alone = Batch([part], part.edits, part.tokens)
+        alone = Batch([part], max(1, part.edits), max(1, part.tokens))  # a part may be empty: see corsa.training.pace
         share = part.edits / batch.edits
         low, high, own = sharp_gradient(
             phi, lambda alone=alone: gradients(model, phi, alone, config, lambda t: t), config

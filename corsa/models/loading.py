@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
@@ -43,15 +46,22 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def load_model(config: ModelConfig, device: torch.device | str = "cpu") -> PreTrainedModel:
+Whole = Callable[[nn.Parameter], AbstractContextManager[Any]]
+"""Gives a sharded parameter back whole inside a block, to be written."""
+
+
+def load_model(config: ModelConfig, device: torch.device | str = "cpu", whole: Whole | None = None) -> PreTrainedModel:
     """The frozen base model in evaluation mode, on `device`.
+
+    `whole`: given where parameters are sharded among workers as they are made (`corsa.training.sharding`), and then
+    they are where they belong.
 
     Raises:
         CorsaError: it cannot be had, with the cause.
     """
     source = locate(config.name)
     if source.kind == "random":
-        model = _random_model(source.place, config)
+        model = _random_model(source.place, config, whole)
     else:
         place = embedded_model() if source.kind == "embedded" else source.place
         _refuse_pickles(Path(place))
@@ -67,10 +77,10 @@ def load_model(config: ModelConfig, device: torch.device | str = "cpu") -> PreTr
         except (OSError, ValueError) as e:
             raise _not_loaded("weights", config, e) from e
     model.requires_grad_(False).eval()
-    return model.to(device)  # type: ignore[arg-type]
+    return model if whole else model.to(device)  # type: ignore[arg-type]
 
 
-def _random_model(shape: str, config: ModelConfig) -> PreTrainedModel:
+def _random_model(shape: str, config: ModelConfig, whole: Whole | None) -> PreTrainedModel:
     if shape in ARCHITECTURES:
         entries: dict[str, Any] = dict(ARCHITECTURES[shape])
         architecture = AutoConfig.for_model(entries.pop("model_type"), **entries)
@@ -80,10 +90,17 @@ def _random_model(shape: str, config: ModelConfig) -> PreTrainedModel:
         except (OSError, ValueError) as e:
             raise _not_loaded("architecture", config, e) from e
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return AutoModelForCausalLM.from_config(
-            architecture, dtype=getattr(torch, config.dtype), attn_implementation="sdpa"
-        )
+        dtype = getattr(torch, config.dtype)
+        model = AutoModelForCausalLM.from_config(architecture, dtype=dtype, attn_implementation="sdpa")
+    # Each matrix anew from a generator of its own: what transformers draws depends on how the model was made.
+    generator = torch.Generator().manual_seed(0)
+    deviation = getattr(architecture.get_text_config(), "initializer_range", 0.02)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            with whole(parameter) if whole else nullcontext():
+                if parameter.dim() > 1:
+                    parameter.copy_(torch.randn(parameter.shape, generator=generator).mul_(deviation))
+    return model
 
 
 def _refuse_pickles(directory: Path) -> None:

@@ -58,9 +58,8 @@ class Lora:
         self._active = True
         self._factors: list[Tensor] = []
         device = layers[0][1].weight.device
-        self.phi = torch.zeros(adapters, sum(self._sizes), dtype=torch.float32, device=device)
+        self.phi = nn.Parameter(torch.zeros(adapters, sum(self._sizes), dtype=torch.float32, device=device))
         self.initialise(seed)
-        self.phi.requires_grad_()
         model.register_forward_pre_hook(self._open, with_kwargs=True)
         for i, (_, layer) in enumerate(layers):
             layer.register_forward_hook(lambda module, args, output, i=i: self._add(i, args[0], output))

@@ -134,7 +134,7 @@ def pin(config: ModelConfig) -> ModelConfig:
     elif source.kind == "hub":
         revision = "main"
     else:
-        revision = "seed-0"
+        revision = "normal-seed-0"
     return config.model_copy(update={"revision": revision})
 
 

@@ -17,6 +17,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from corsa.flow.store import DamagedError, Store
+from corsa.training.adamw import AdamW
 from corsa.training.crew import Crew
 
 
@@ -34,15 +35,21 @@ class Position:
         self.curves.append(row)
 
 
-def save_checkpoint(store: Store, path: str, phi: Tensor, optimizer: torch.optim.Optimizer, position: Position) -> None:
-    """Replace the round's checkpoint in one atomic write. `path` is relative to the store's root."""
-    state = optimizer.state.get(phi, {})
-    tensors = {"phi": phi.detach().cpu(), **{k: v.detach().cpu() for k, v in state.items() if isinstance(v, Tensor)}}
+def save_checkpoint(store: Store, path: str, phi: Tensor, optimizer: AdamW, position: Position, crew: Crew) -> None:
+    """Replace the round's checkpoint in one atomic write. `path` is relative to the store's root.
+
+    All workers call it: an optimizer's state that is sharded is brought together first, so that the round can go on
+    with another number of workers, or sharded otherwise. The leader writes. The base is no part of it.
+    """
+    moments = optimizer.moments()
+    if not crew.leads:
+        return
+    tensors = {"phi": phi.detach().cpu(), **{name: moment.detach().cpu() for name, moment in moments.items()}}
     content = save(tensors) + _frame(json.dumps(asdict(position)))
     store.files.replace(path, hashlib.sha256(content).digest() + content)
 
 
-def load_checkpoint(store: Store, path: str, phi: Tensor, optimizer: torch.optim.Optimizer, crew: Crew) -> Position:
+def load_checkpoint(store: Store, path: str, phi: Tensor, optimizer: AdamW, crew: Crew) -> Position:
     """Put phi and the optimizer where the round's last checkpoint left them, on every worker; the leader alone reads.
 
     A round without a checkpoint, or with a damaged one, starts at step 0 with phi as it is; the damage is noted.
@@ -57,12 +64,13 @@ def load_checkpoint(store: Store, path: str, phi: Tensor, optimizer: torch.optim
     if position is None:
         return Position(notes=notes)
     tensors = found[0] if found else {}
-    state = optimizer.state[phi] = {}
+    moments: dict[str, Tensor] = {}
     for name in ["phi", *names]:
-        target = phi.detach() if name == "phi" else state.setdefault(name, _like(name, phi))
+        target = phi.detach() if name == "phi" else moments.setdefault(name, _like(name, phi))
         if tensors:
             target.copy_(tensors[name])
         crew.share_tensor(target)
+    optimizer.restore(moments)
     return position
 
 

@@ -1,23 +1,27 @@
 """The workers of one group: who am I, how are tensors summed and shared, and where do parameters live.
 
-This is the one place that knows how the base model is placed on workers; the step does not. Today each worker holds a
-full copy on its own device; sharding the frozen base is a change to `place` alone, since phi lies outside the module
-tree.
+What is sharded among the workers, and how, is known here alone and in what this calls; the step does not know it.
 """
 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from corsa.config import ModelConfig, Placement
+from corsa.config import ModelConfig, Placement, ShardingConfig
+from corsa.method.step import MicroBatch
 from corsa.models.loading import load_model
+from corsa.models.recomputing import recompute_activations
+from corsa.training.adamw import AdamW, PlainAdamW
+from corsa.training.pace import keeping_pace, level
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,7 @@ class Crew:
     rank: int
     size: int
     device: torch.device
+    sharding: ShardingConfig = field(default_factory=ShardingConfig)
 
     @classmethod
     def join(cls, placement: Placement) -> Crew:
@@ -40,7 +45,7 @@ class Crew:
         else:
             device = torch.device("cpu")
             torch.set_num_threads(placement.threads or max(1, len(os.sched_getaffinity(0)) // _on_this_node(size)))
-        return cls(rank, size, device)  # type: ignore[arg-type]
+        return cls(rank, size, device, placement.sharding)  # type: ignore[arg-type]
 
     @property
     def leads(self) -> bool:
@@ -48,8 +53,47 @@ class Crew:
         return self.rank == 0
 
     def place(self, model: ModelConfig) -> PreTrainedModel:
-        """The frozen base model, ready for forward passes on this worker."""
-        return load_model(model, self.device)
+        """The frozen base model, ready for forward passes: whole on this worker, or sharded among all (stage 3)."""
+        if self.sharding.zero_stage == 3:
+            from corsa.training.sharding import load_sharded
+
+            placed = load_sharded(model, self.sharding, self.device)
+        else:
+            placed = load_model(model, self.device)
+        if self.sharding.activation_checkpointing:
+            recompute_activations(placed)
+        return placed
+
+    def let_go(self, model: PreTrainedModel) -> None:
+        """Give a placed model's memory back."""
+        if self.sharding.zero_stage == 3:
+            from corsa.training.sharding import discard
+
+            discard(model)
+
+    def optimizer(self, phi: nn.Parameter) -> AdamW:
+        """A fresh AdamW over phi, its state whole on this worker or sharded among all (stages 1 to 3)."""
+        if self.sharding.zero_stage == 0:
+            return PlainAdamW(phi)
+        from corsa.training.sharding import ShardedAdamW
+
+        return ShardedAdamW(phi, self.sharding, self.device)
+
+    def in_step(self, model: PreTrainedModel) -> AbstractContextManager[None]:
+        """A block in which each worker runs forward passes without gradients, as many as its share of the work takes.
+
+        Where the base is sharded, one that is through keeps pace with the others until all are.
+        """
+        return keeping_pace(model, self.device) if self._gathers else nullcontext()
+
+    def level(self, parts: Sequence[MicroBatch]) -> Sequence[MicroBatch]:
+        """A worker's micro-batches of a step, filled up with empty ones to the number that all workers must run."""
+        return level(parts, self.device) if self._gathers else parts
+
+    @property
+    def _gathers(self) -> bool:
+        """Whether a pass of one worker needs the others."""
+        return self.sharding.zero_stage == 3 and self.size > 1
 
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum over all workers, in place."""

@@ -143,7 +143,9 @@ def _answer_questions(task: Task, workshop: Workshop, post: Post) -> dict[str, A
     post({"phase": "evaluating"})
     asker = MultipleChoice(loaded.model, loaded.encoder.tokenizer, crew.device, workshop.placement.probe_batch)
     with _edited(task, loaded, crew):
-        rows = crew.collect(asker.answers(questions.share(crew.rank, crew.size)))
+        with crew.in_step(loaded.model):
+            own = list(asker.answers(questions.share(crew.rank, crew.size)))
+        rows = crew.collect(own)
     if not crew.leads:
         return {}
     rows.sort(key=lambda row: (row["subject"], row["index"]))
@@ -159,7 +161,7 @@ def _route(task: Task, workshop: Workshop, post: Post) -> dict[str, Any]:
     changes = [_change(task, f"adapter{part}", crew) for part in parts]
     post({"phase": "evaluating"})
     asker = _asker(task.config, loaded, workshop)
-    with loaded.lora.off():
+    with loaded.lora.off(), crew.in_step(loaded.model):
         rows, chosen = route(task.config.router, loaded, asker, splits, changes, _own_chains(lesson.asked, crew))
     rows, chosen = crew.collect(rows), crew.collect(chosen)
     if not crew.leads:
@@ -216,7 +218,9 @@ def _ask(task: Task, lesson: _Lesson, loaded: Loaded, workshop: Workshop, post: 
     crew = workshop.crew
     post({"phase": "evaluating"})
     began = time.monotonic()
-    rows = crew.collect(_asker(task.config, loaded, workshop).ask(_own_chains(lesson.asked, crew)))
+    with crew.in_step(loaded.model):
+        rows = _asker(task.config, loaded, workshop).ask(_own_chains(lesson.asked, crew))
+    rows = crew.collect(rows)
     return {"evaluation_s": round(time.monotonic() - began, 3)} | _write_predictions(task, rows) if crew.leads else {}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from typing import Any
 
 import numpy as np
@@ -78,41 +79,41 @@ def train(
         raise RoundFailedError(
             f"round {config.round} has no edits to teach: lower --rounds, or give chains with as many updates"
         )
-    optimizer = torch.optim.AdamW([phi], betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)  # fresh each round
-    position = load_checkpoint(*checkpoint, phi, optimizer, crew)
     per_epoch = -(-len(triplets) // training.batch)
     steps = per_epoch * training.epochs
     unit = config.step.microbatch if config.step.scope == "microbatch" else 1
-    began, resumed_at = time.monotonic(), position.step
-    for epoch in range(resumed_at // per_epoch, training.epochs):
-        seen = np.zeros(len(triplets), dtype=np.int64)  # by this worker
-        batches = batch_order(len(triplets), training.batch, seed=config.seed, round_=config.round, epoch=epoch)
-        for number, chosen in enumerate(batches, start=epoch * per_epoch + 1):
-            own = _own_parts(chosen, config.step, crew)
-            for part in own:
-                seen[part] += 1
-            if number <= resumed_at:
-                continue
-            start = time.monotonic()
-            rate = learning_rate(training.learning_rate, position.step, steps, training.warmup)
-            optimizer.param_groups[0]["lr"] = rate
-            parts = [[triplets[i] for i in part] for part in own]
-            batch = workshop.batch(loaded, [triplets[i] for i in chosen], parts, unit)
-            log = corsa_step(loaded.model, phi, batch, config.step, optimizer, training.clip, crew.sum)
-            log |= {"epoch": epoch + 1, "learning_rate": rate, "seconds": time.monotonic() - start}
-            position.add({"seed": config.seed, "round": config.round, "step": number} | log)
-            _stop_if_diverged(position, config)
-            if crew.leads:
+    with closing(crew.optimizer(phi)) as optimizer:  # fresh each round
+        position = load_checkpoint(*checkpoint, phi, optimizer, crew)
+        began, resumed_at = time.monotonic(), position.step
+        for epoch in range(resumed_at // per_epoch, training.epochs):
+            seen = np.zeros(len(triplets), dtype=np.int64)  # by this worker
+            batches = batch_order(len(triplets), training.batch, seed=config.seed, round_=config.round, epoch=epoch)
+            for number, chosen in enumerate(batches, start=epoch * per_epoch + 1):
+                own = _own_parts(chosen, config.step, crew)
+                for part in own:
+                    seen[part] += 1
+                if number <= resumed_at:
+                    continue
+                start = time.monotonic()
+                rate = learning_rate(training.learning_rate, position.step, steps, training.warmup)
+                optimizer.param_groups[0]["lr"] = rate
+                parts = [[triplets[i] for i in part] for part in own]
+                batch = workshop.batch(loaded, [triplets[i] for i in chosen], parts, unit)
+                log = corsa_step(loaded.model, phi, batch, config.step, optimizer, training.clip, crew.sum)
+                log |= {"epoch": epoch + 1, "learning_rate": rate, "seconds": time.monotonic() - start}
+                position.add({"seed": config.seed, "round": config.round, "step": number} | log)
+                _stop_if_diverged(position, config)
                 if number % workshop.placement.checkpoint_every == 0 or number == steps:
-                    save_checkpoint(*checkpoint, phi, optimizer, position)
-                pace = (time.monotonic() - began) / (number - resumed_at)
-                loss = log["loss_sft"] + config.step.lambda_ * (log["loss_dpo"] or 0.0)
-                post(
-                    {"epoch": epoch + 1, "epochs": training.epochs, "step": number, "steps": steps}
-                    | {"loss": loss, "eta_s": pace * (steps - number)}
-                )
-        _check_every_edit_once(seen, crew, epoch + 1)
-    workshop.notes += position.notes
+                    save_checkpoint(*checkpoint, phi, optimizer, position, crew)
+                if crew.leads:
+                    pace = (time.monotonic() - began) / (number - resumed_at)
+                    loss = log["loss_sft"] + config.step.lambda_ * (log["loss_dpo"] or 0.0)
+                    post(
+                        {"epoch": epoch + 1, "epochs": training.epochs, "step": number, "steps": steps}
+                        | {"loss": loss, "eta_s": pace * (steps - number)}
+                    )
+            _check_every_edit_once(seen, crew, epoch + 1)
+        workshop.notes += position.notes
     return position.curves
 
 

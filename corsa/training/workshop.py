@@ -46,7 +46,10 @@ class Workshop:
         """The model of a step with LoRA of its shape; `sample` shows whether its rows can be packed."""
         shape = config.lora if isinstance(config, RoundConfig) else None  # None: asked with LoRA off, any shape will do
         if not (self._loaded and self._key and self._key[0] == config.model and shape in (None, self._key[1])):
-            self._loaded = None  # the old one goes before the new one comes
+            if self._loaded:  # the old one goes before the new one comes
+                old, self._loaded = self._loaded.model, None
+                self.crew.let_go(old)
+                del old
             self._key = (config.model, shape or LoraConfig())
             model = self.crew.place(config.model)
             encoder = Encoder(load_tokenizer(config.model), config.model.template)
@@ -72,7 +75,7 @@ class Workshop:
         for part in parts:
             ordered = sorted(part, key=len)
             micro += [self._micro_batch(loaded, ordered[i : i + size]) for i in range(0, len(ordered), size)]
-        return Batch(micro, edits=len(whole), tokens=sum(len(t.new) for t in whole))
+        return Batch(self.crew.level(micro), edits=len(whole), tokens=sum(len(t.new) for t in whole))
 
     def _micro_batch(self, loaded: Loaded, triplets: Sequence[Triplet]) -> MicroBatch:
         device = self.crew.device

@@ -1,0 +1,175 @@
+"""DeepSpeed ZeRO: the one place that knows it (docs/sharding.md).
+
+The base is frozen and phi lies outside it, so there are two engines, neither of which sees the other's tensors: one
+without an optimizer that holds the base in shards (stage 3), and one around phi alone that shards its AdamW.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch._C._distributed_c10d import HashStore
+from transformers import PreTrainedModel
+
+from corsa.config import ModelConfig, ShardingConfig
+from corsa.models.loading import load_model
+from corsa.training.adamw import SETTINGS
+
+
+def _deepspeed(device: torch.device) -> Any:
+    """The library, set up for this worker's device. It takes seconds to import: only where a stage asks for it."""
+    os.environ.setdefault("DS_ACCELERATOR", device.type)
+    os.environ["LOCAL_RANK"] = str(device.index or 0)  # DeepSpeed takes it for the number of the device
+    if not dist.is_initialized():  # a worker by itself: nothing to share out, but its base may lie in CPU memory
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=HashStore(), rank=0, world_size=1)
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # gloo does: nothing is compiled on a CPU worker
+    warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)  # DeepSpeed calls what torch has renamed
+    deepspeed.init_distributed(verbose=False)
+    return deepspeed
+
+
+# The base
+
+
+def load_sharded(config: ModelConfig, sharding: ShardingConfig, device: torch.device) -> PreTrainedModel:
+    """The frozen base, each worker holding its share of every matrix; one layer at a time is whole while it is used.
+
+    It is sharded from the start: every parameter as soon as it is made, and filled one by one from the leader's file,
+    so no worker ever holds the base whole. Vectors (norms, biases) are whole everywhere: gathering them costs more than
+    they do.
+
+    Raises:
+        CorsaError: the model cannot be had, with the cause.
+    """
+    deepspeed = _deepspeed(device)
+    settings = _base_settings(config, sharding)
+    with _sharded_as_made(settings):
+        model = load_model(config, device, whole=lambda p: deepspeed.zero.GatheredParameters(p, modifier_rank=0))
+    vectors = [p.ds_numel for p in model.parameters() if len(p.ds_shape) < 2]  # type: ignore[attr-defined]
+    settings["zero_optimization"]["stage3_param_persistence_threshold"] = max(vectors, default=0)
+    engine = deepspeed.initialize(model=model, config=settings)[0]
+    model.__dict__["engine"] = engine  # its hooks work as long as it lives; not as a submodule, which would be a loop
+    model.register_forward_pre_hook(lambda *_: engine.optimizer.release_backward_leftovers(), prepend=True)
+    return model
+
+
+def discard(model: PreTrainedModel) -> None:
+    """Let go of a sharded base: DeepSpeed keeps references to it that would hold its memory."""
+    from deepspeed.runtime.zero import parameter_offload
+
+    model.__dict__.pop("engine").destroy()
+    parameter_offload.FWD_MODULE_STACK[:] = [m for m in parameter_offload.FWD_MODULE_STACK if m is not model]
+    gc.collect()
+
+
+def _base_settings(config: ModelConfig, sharding: ShardingConfig) -> dict[str, Any]:
+    zero: dict[str, Any] = {"stage": 3}
+    if sharding.offload_parameters:
+        zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    # Without bf16 a bfloat16 model would be sharded as float32. phi is no part of this engine, so it stays float32.
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "bf16": {"enabled": config.dtype == "bfloat16"},
+        "zero_optimization": zero,
+    }
+
+
+@contextmanager
+def _sharded_as_made(settings: dict[str, Any]) -> Iterator[None]:
+    """Models that transformers makes inside the block are sharded parameter by parameter as they are made."""
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
+
+    alive = HfDeepSpeedConfig(settings)  # transformers keeps a weak reference
+    try:
+        yield
+    finally:
+        unset_hf_deepspeed_config()
+        del alive
+
+
+# AdamW of phi
+
+
+class ShardedAdamW:
+    """`PlainAdamW` with its state shared out: each worker updates its part of phi, and all get the whole of it.
+
+    Every worker steps with the same gradient, the merged one at phi + e. DeepSpeed takes gradients from a backward
+    pass, so it is given one: that of sum(phi * g), which is g.
+    """
+
+    def __init__(self, phi: nn.Parameter, sharding: ShardingConfig, device: torch.device) -> None:
+        deepspeed = _deepspeed(device)
+        self._phi = phi
+        zero: dict[str, Any] = {"stage": min(sharding.zero_stage, 2)}
+        zero["reduce_bucket_size"] = 2  # phi is one tensor: reduced as it is, without a buffer to copy it to
+        if sharding.offload_optimizer:
+            zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+        settings = {
+            "train_micro_batch_size_per_gpu": 1,
+            "gradient_clipping": 0,  # the default is 1.0; the step has clipped already
+            "zero_optimization": zero,
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+        }
+        module = nn.Module()
+        module.register_parameter("phi", phi)
+        adamw = torch.optim.AdamW([phi], **SETTINGS)
+        self._engine = deepspeed.initialize(model=module, model_parameters=[phi], optimizer=adamw, config=settings)[0]
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """As a torch optimizer's: one group, with its learning rate."""
+        return self._engine.optimizer.param_groups
+
+    def step(self) -> None:
+        """Update phi by `phi.grad`, the same on every worker."""
+        g, self._phi.grad = self._phi.grad, None
+        assert g is not None, "no gradient"
+        self._engine.backward((self._phi * g).sum())
+        self._engine.step()
+
+    def moments(self) -> dict[str, Tensor]:
+        """The state whole, in phi's shape, on every worker; nothing before the first step. All workers call it."""
+        return {name: self._whole(part) if part.dim() else part for name, part in self._state.items()}
+
+    def restore(self, moments: Mapping[str, Tensor]) -> None:
+        """Go on from whole moments, and from phi as it stands."""
+        self._engine.optimizer.refresh_fp32_params()
+        self._state.clear()
+        self._state.update(
+            {name: self._own(whole) if whole.dim() else whole.clone() for name, whole in moments.items()}
+        )
+
+    def close(self) -> None:
+        """Leave phi to another optimizer."""
+        self._engine.destroy()
+
+    @property
+    def _part(self) -> Tensor:
+        """This worker's part of phi, padded to the size of the others'."""
+        return self._engine.optimizer.single_partition_of_fp32_groups[0]
+
+    @property
+    def _state(self) -> dict[str, Tensor]:
+        return self._engine.optimizer.optimizer.state[self._part]
+
+    def _whole(self, part: Tensor) -> Tensor:
+        part = part.to(self._phi.device)
+        parts = [torch.empty_like(part) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, part)
+        return torch.cat(parts)[: self._phi.numel()].view_as(self._phi)
+
+    def _own(self, whole: Tensor) -> Tensor:
+        size = self._part.numel()
+        own = whole.reshape(-1)[dist.get_rank() * size :][:size].to(self._part.device)
+        return nn.functional.pad(own, (0, size - own.numel()))
