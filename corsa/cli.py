@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from tyro.conf import FlagCreatePairsOff
 
 from corsa.commands import app
+from corsa.commands import perf_sandbox as perf_sandbox
 from corsa.commands import runs as runs
 from corsa.errors import CorsaError
 

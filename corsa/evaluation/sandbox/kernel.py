@@ -1,0 +1,101 @@
+"""System calls that Python 3.11's standard library lacks: namespaces, mounts, capabilities."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from pathlib import Path
+
+CLONE_NEWNS = 0x00020000
+CLONE_NEWUTS = 0x04000000
+CLONE_NEWIPC = 0x08000000
+CLONE_NEWUSER = 0x10000000
+CLONE_NEWPID = 0x20000000
+CLONE_NEWNET = 0x40000000
+
+MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC = 1, 2, 4, 8
+MS_REMOUNT, MS_NOATIME, MS_NODIRATIME, MS_BIND, MS_REC = 32, 1024, 2048, 4096, 16384
+MS_PRIVATE, MS_RELATIME = 1 << 18, 1 << 21
+_MNT_DETACH = 2
+_LOCKED = MS_NOSUID | MS_NODEV | MS_NOEXEC | MS_NOATIME | MS_NODIRATIME | MS_RELATIME
+
+_PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_CAPBSET_DROP = 1, 4, 24
+_PR_SET_SECUREBITS, _PR_SET_NO_NEW_PRIVS = 28, 38
+_SECBITS = 0b101111  # no capability by being root, none kept over a change of user; both locked
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def _checked(result: int, what: str) -> None:
+    if result != 0:
+        error = ctypes.get_errno()
+        raise OSError(error, f"{what}: {os.strerror(error)}")
+
+
+def unshare(flags: int) -> None:
+    """New namespaces for this process (pid: for its children)."""
+    _checked(_libc.unshare(flags), "unshare")
+
+
+def setns(file: int, kind: int) -> None:
+    """Into the namespace of an open file of /proc/PID/ns (pid: for children)."""
+    _checked(_libc.setns(file, kind), "setns")
+
+
+def mount(source: str, target: str, kind: str | None = None, flags: int = 0, data: str = "") -> None:
+    """Mount, as the system call does."""
+    encoded = [None if text is None else os.fsencode(text) for text in (source, target, kind)]
+    found = _libc.mount(*encoded, ctypes.c_ulong(flags), os.fsencode(data))
+    _checked(found, f"mount {kind or source} on {target}")
+
+
+def bind_read_only(source: str, target: str) -> None:
+    """The file or directory `source`, seen at `target`, which exists, and cannot be written there."""
+    try:
+        mount(source, target, flags=MS_BIND)
+    except OSError:  # mounts below it that an unprivileged user may not leave out
+        mount(source, target, flags=MS_BIND | MS_REC)
+    kept = os.statvfs(target).f_flag & _LOCKED  # an unprivileged user may not take these off
+    mount("none", target, flags=MS_BIND | MS_REMOUNT | MS_RDONLY | MS_NOSUID | MS_NODEV | kept)
+
+
+def bind_device(source: str, target: str) -> None:
+    """A device such as /dev/null at `target`, which exists."""
+    mount(source, target, flags=MS_BIND)
+
+
+def enter_root(root: str) -> None:
+    """Make `root`, a mount, this process's file system and leave the old one."""
+    os.chdir(root)
+    _checked(_libc.pivot_root(b".", b"."), "pivot_root")
+    _checked(_libc.umount2(b".", _MNT_DETACH), "umount2")
+    os.chdir("/")
+
+
+def die_with_parent() -> None:
+    """Be killed when the process that forked this one ends."""
+    _checked(_libc.prctl(_PR_SET_PDEATHSIG, 9, 0, 0, 0), "prctl")
+
+
+def undumpable() -> None:
+    """Let no process of the same user look into this one."""
+    _checked(_libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0), "prctl")
+
+
+class _Header(ctypes.Structure):
+    _fields_ = [("version", ctypes.c_uint32), ("pid", ctypes.c_int)]
+
+
+class _Sets(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_uint32) for name in ("effective", "permitted", "inheritable")]
+
+
+def drop_privileges() -> None:
+    """No capability, now or by executing a file."""
+    last = int(Path("/proc/sys/kernel/cap_last_cap").read_text()) if os.path.exists("/proc/sys") else 40
+    for capability in range(last + 1):
+        _libc.prctl(_PR_CAPBSET_DROP, capability, 0, 0, 0)  # refused where there is none to drop
+    _libc.prctl(_PR_SET_SECUREBITS, _SECBITS, 0, 0, 0)
+    header, sets = _Header(0x20080522, 0), (_Sets * 2)()
+    _checked(_libc.capset(ctypes.byref(header), ctypes.byref(sets)), "capset")
+    _checked(_libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "prctl")
