@@ -129,7 +129,7 @@ def test_the_drawing_of_the_steps_shows_times_and_the_slowest_way(page: Page) ->
     places = {node.name: node for node in dag.nodes}
     for node in dag.nodes:
         assert all(places[needed].x + dag.box < node.x for needed in node.inputs)
-        assert all(len(line) <= 25 for line in node.lines)
+        assert all(len(line) <= 23 for line in node.lines)
         assert node.x + dag.box <= dag.width
         assert node.y + 48 <= dag.height
     assert len({(node.x, node.y) for node in dag.nodes}) == len(dag.nodes)
@@ -140,7 +140,13 @@ def test_the_drawing_of_the_steps_shows_times_and_the_slowest_way(page: Page) ->
 def test_a_long_name_keeps_its_end() -> None:
     (node,) = Dag.of([{"name": "counterfact-x3/corsa-no-pcgrad-revised0.25/seed0/round3", "seconds": None}]).nodes
     assert node.lines[1] == "seed0/round3"
-    assert node.lines[0].endswith("…")
+    assert node.lines[0].startswith("…")
+    assert node.lines[0].endswith("-revised0.25/")
+
+
+def test_what_follows_from_other_lines_gets_none() -> None:
+    steps = [{"name": name, "seconds": 1, "inputs": needs} for name, needs in (("a", ""), ("b", "a"), ("c", "ab"))]
+    assert len(Dag.of(steps).edges) == 2
 
 
 def test_every_answer_is_on_the_page_with_its_outcome() -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
-_BOX, _GAP, _ROW, _LINE = 148, 26, 60, 25
+_BOX, _GAP, _ROW, _LINE = 148, 26, 60, 23
 """Pixels: width of a box, space between layers, height of a row; letters that fit a line of a box."""
 
 
@@ -25,13 +26,13 @@ class Node:
 
     @property
     def lines(self) -> list[str]:
-        """The name on two lines, broken at a slash where there is one, the middle left out where it is too long."""
+        """The name on two lines, broken at a slash where there is one; of a name too long for them, its end."""
         if len(self.name) <= _LINE:
             return [self.name]
         breaks = [i for i, letter in enumerate(self.name) if letter == "/" and len(self.name) - i - 1 <= _LINE]
         at = breaks[0] + 1 if breaks else len(self.name) - _LINE
         head, tail = self.name[:at], self.name[at:]
-        return [head if len(head) <= _LINE else head[: _LINE - 1] + "…", tail]
+        return [head if len(head) <= _LINE else "…" + head[1 - _LINE :], tail]
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,10 @@ class Edge:
 
 @dataclass(frozen=True)
 class Dag:
-    """The drawing. `seconds`: of all steps; `longest`: of the critical path, both sums of what steps took."""
+    """The drawing, with a line for every input that does not follow from another line.
+
+    `seconds`: of all steps; `longest`: of the critical path; both are sums of what steps took.
+    """
 
     nodes: list[Node]
     edges: list[Edge]
@@ -69,7 +73,8 @@ class Dag:
         for name in took:
             depth[name] = max((depth[needed] + 1 for needed in inputs[name]), default=0)
             reached[name] = took[name] + max((reached[needed] for needed in inputs[name]), default=0.0)
-        critical = _slowest_way(inputs, reached)
+        way = _slowest_way(inputs, reached)
+        drawn = {name: _direct(name, inputs) for name in took}
         rows = _rows(inputs, depth)
         top = max(took.values(), default=0) or 1
         layers, most = max(depth.values(), default=0) + 1, max(rows.values(), default=0) + 1
@@ -82,14 +87,14 @@ class Dag:
                 inputs[step["name"]],
                 *place[step["name"]],
                 share=took[step["name"]] / top,
-                critical=step["name"] in critical,
+                critical=step["name"] in way,
             )
             for step in steps
         ]
         edges = [
-            Edge(_curve(place[needed], place[name]), needed in critical and name in critical)
+            Edge(_curve(place[needed], place[name]), (needed, name) in pairwise(way))
             for name in took
-            for needed in inputs[name]
+            for needed in drawn[name]
         ]
         edges.sort(key=lambda edge: edge.critical)  # drawn last, so on top
         return cls(
@@ -102,13 +107,26 @@ class Dag:
         )
 
 
-def _slowest_way(inputs: Mapping[str, Sequence[str]], reached: Mapping[str, float]) -> set[str]:
-    way: set[str] = set()
+def _slowest_way(inputs: Mapping[str, Sequence[str]], reached: Mapping[str, float]) -> list[str]:
+    """From a first step to a last one, through the inputs that were there latest."""
+    way: list[str] = []
     at = max(reached, key=reached.__getitem__, default=None)
     while at is not None:
-        way.add(at)
+        way.insert(0, at)
         at = max(inputs[at], key=reached.__getitem__, default=None)
     return way
+
+
+def _direct(name: str, inputs: Mapping[str, Sequence[str]]) -> list[str]:
+    """The inputs of a step that no other of its inputs rests on: the rest need no line of their own."""
+    below: set[str] = set()
+    open_ = [further for needed in inputs[name] for further in inputs[needed]]
+    while open_:
+        at = open_.pop()
+        if at not in below:
+            below.add(at)
+            open_.extend(inputs[at])
+    return [needed for needed in inputs[name] if needed not in below]
 
 
 def _rows(inputs: Mapping[str, Sequence[str]], depth: Mapping[str, int]) -> dict[str, float]:
