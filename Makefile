@@ -7,7 +7,7 @@ PYTHON ?= python3
 BIN = $(VENV)/bin
 PIP = $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test check test-fast test-ray test-long clean
+.PHONY: demo test check test-fast test-ray test-long links clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python pipelines/continual.py
@@ -47,6 +47,9 @@ $(VENV)/.test: $(VENV)/.demo
 BROWSER = command -v chromedriver >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null \
 	&& apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq chromium chromium-driver >/dev/null; } \
 	|| echo "no Chromium: the tests of the page in a browser will be skipped"
+
+links: $(VENV)/.test       ## the line numbers in the documents, as the code stands now
+	$(BIN)/python tests/documents.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

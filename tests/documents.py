@@ -1,0 +1,95 @@
+"""What the documents hold: links to lines of code, and commands. `python tests/documents.py` mends the line numbers."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("cluster/*.md")])
+
+_LINK = re.compile(r"\[`(?P<file>[\w/.]+): (?P<name>\w+)`\]\((?P<to>[^)#]+)#L(?P<line>\d+)\)")
+_FENCE = re.compile(r"^ *```(?P<language>\w*)\n(?P<text>.*?)^ *```$", re.DOTALL | re.MULTILINE)
+_SHELL = ("", "sh", "bash", "console")
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block of a document, and the line it begins at."""
+
+    document: str
+    line: int
+    language: str
+    text: str
+
+    @property
+    def elsewhere(self) -> bool:
+        """It says that it needs something this machine may lack; all of cluster/ needs a cluster."""
+        return self.text.lstrip().startswith("# needs ") or self.document.startswith("cluster/")
+
+    def commands(self) -> Iterator[list[str]]:
+        """The words of each command; comments and lines that continue one are dealt with."""
+        if self.language not in _SHELL:
+            return
+        for line in self.text.replace("\\\n", " ").splitlines():
+            if words := shlex.split(line, comments=True):
+                yield words
+
+
+def blocks() -> list[Block]:
+    """Every fenced block of every document."""
+    found = []
+    for path in DOCUMENTS:
+        text = path.read_text()
+        for match in _FENCE.finditer(text):
+            line = text.count("\n", 0, match.start()) + 1
+            found.append(Block(str(path.relative_to(ROOT)), line, match["language"], match["text"]))
+    return found
+
+
+def inline_commands() -> Iterator[tuple[str, list[str]]]:
+    """Commands with options that stand within a line: the document, and the words."""
+    for path in DOCUMENTS:
+        prose = _FENCE.sub("", path.read_text())
+        for span in re.findall(r"`([^`]+)`", prose):
+            text = " ".join(span.split())
+            if re.match(r"(python )?pipelines/\w+\.py |corsa [a-z]+ .*--", text):
+                yield str(path.relative_to(ROOT)), shlex.split(text)
+
+
+def line_of(file: str, name: str) -> int | None:
+    """The line on which a module defines a name."""
+    for number, line in enumerate((ROOT / file).read_text().splitlines(), start=1):
+        if re.match(rf"(def|class) {name}\b|{name}(:.*)? = ", line):
+            return number
+    return None
+
+
+def wrong_links() -> list[str]:
+    """Links to lines at which the name is not defined."""
+    wrong = []
+    for path in DOCUMENTS:
+        for link in _LINK.finditer(path.read_text()):
+            file = (path.parent / link["to"]).resolve()
+            fits = file == ROOT / link["file"] and line_of(link["file"], link["name"]) == int(link["line"])
+            if not fits:
+                wrong.append(f"{path.relative_to(ROOT)}: {link[0]}")
+    return wrong
+
+
+def mended(text: str) -> str:
+    """The document with the line numbers of today."""
+
+    def now(link: re.Match[str]) -> str:
+        line = line_of(link["file"], link["name"]) or link["line"]
+        return f"[`{link['file']}: {link['name']}`]({link['to']}#L{line})"
+
+    return _LINK.sub(now, text)
+
+
+if __name__ == "__main__":
+    for document in DOCUMENTS:
+        document.write_text(mended(document.read_text()))

@@ -1,0 +1,217 @@
+"""What the documents say holds: links lead to what they name, commands are accepted, examples work."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+from documents import DOCUMENTS, ROOT, Block, blocks, inline_commands, wrong_links
+from tiny import Bench, round_config, triplets
+
+import corsa.benchmarks
+import corsa.cli
+from corsa import config
+from corsa.commands import app
+from corsa.config import StepConfig
+
+SHELL = [block for block in blocks() if not block.elsewhere and list(block.commands())]
+OPTIONS_OF_ALL = "--training.batch"
+"""docs/results.md has a block of options that follow each of its commands."""
+
+
+def example(start: str) -> str:
+    """The Python block of extending.md that begins with this comment."""
+    (found,) = [
+        block.text
+        for block in blocks()
+        if block.document == "docs/extending.md" and block.text.startswith(f"# {start}\n")
+    ]
+    assert len(found.splitlines()) < 60
+    return found
+
+
+# Links
+
+
+def test_links_to_lines_lead_to_what_they_name() -> None:
+    assert wrong_links() == [], "run `make links`"
+
+
+def test_links_to_files_lead_somewhere() -> None:
+    missing = [
+        f"{path.relative_to(ROOT)}: {target}"
+        for path in DOCUMENTS
+        for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", path.read_text())
+        if not target.startswith(("http:", "https:", "mailto:")) and not (path.parent / target).exists()
+    ]
+    assert missing == []
+
+
+# Commands
+
+
+@pytest.fixture
+def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The directory that commands are planned in."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(ROOT / "pipelines")
+    return tmp_path
+
+
+def laid_out(words: list[str]) -> None:
+    """Make the files that a command names, for its plan to take their digests."""
+    for option, value in pairwise(words):
+        if option in ("--data", "--then-data", "--other-data", "--temporal-data", "--memit.corpus"):
+            Path(value).write_text("{}\n")
+        if option == "--config":
+            Path(value).write_text("limit: 3\n")
+        if option == "--mmlu" and value != "hub":
+            for part in ("dev", "test"):
+                (Path(value) / part).mkdir(parents=True, exist_ok=True)
+                (Path(value) / part / f"anatomy_{part}.csv").write_text("q,1,2,3,4,A\n" * 5)
+
+
+def planned(words: list[str], monkeypatch: pytest.MonkeyPatch, storage: Path) -> None:
+    """Run a scenario's own main up to the drawing of its steps."""
+    script, *options = words[words.index("python") + 1 :] if "python" in words else words
+    laid_out(options)
+    if "--help" not in options:
+        options = [*options, "--dry-run", "--storage", str(storage)]
+    monkeypatch.setattr(sys, "argv", [script, *options])
+    main = importlib.import_module(Path(script).stem).main
+    try:
+        status = main()
+    except SystemExit as left:
+        status = left.code
+    assert status == 0, f"{script} {options} exits with {status}"
+
+
+def accepted(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parse the arguments of `corsa` without running the command."""
+    reached: list[str] = []
+
+    def silent(name: str, command: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(command)
+        def stub(*args: Any, **kwargs: Any) -> int:
+            reached.append(name)
+            return 0
+
+        stub.__signature__ = inspect.signature(command)  # type: ignore[attr-defined]
+        return stub
+
+    stubs = {name: silent(name, command) for name, command in app._subcommands.items()}
+    monkeypatch.setattr(app, "_subcommands", stubs)
+    try:
+        status: Any = corsa.cli.main(words[1:])
+    except SystemExit as left:
+        status = left.code
+    assert not status, f"corsa refuses {words[1:]}"
+    assert reached or "--help" in words, f"corsa ran nothing for {words[1:]}"
+
+
+def tried(words: list[str], monkeypatch: pytest.MonkeyPatch, storage: Path) -> None:
+    """Try a command as far as that is cheap; a command that no test knows is an error."""
+    first = words[0]
+    if first == OPTIONS_OF_ALL:
+        words = ["python", "pipelines/single_update.py", *words]
+    if first == "ray":
+        assert words[:3] == ["ray", "job", "submit"]
+        words = words[words.index("--") + 1 :]
+    if any(word.startswith(("pipelines/", "tune/")) for word in words[:2]):
+        planned(words, monkeypatch, storage)
+    elif first == "corsa":
+        accepted(words, monkeypatch)
+    elif first == "make":
+        subprocess.run(["make", "-n", *words[1:]], cwd=ROOT, check=True, capture_output=True)
+    elif first == "pip":
+        extras = re.findall(r"\[([\w,]+)\]", " ".join(words))
+        known = (ROOT / "pyproject.toml").read_text()
+        assert words[1] == "install"
+        assert all(f"\n{extra} = [" in known for group in extras for extra in group.split(","))
+    else:
+        assert first in ("source", "git", "export", "cd"), f"no test knows how to try {words}: mark it `# needs ...`"
+
+
+@pytest.mark.parametrize("block", SHELL, ids=lambda block: f"{block.document}:{block.line}")
+def test_commands_in_blocks_are_accepted(block: Block, files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for words in block.commands():
+        tried(words, monkeypatch, files / "runs")
+
+
+def test_commands_within_lines_are_accepted(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = list(inline_commands())
+    assert len(found) > 5
+    for _, words in found:
+        tried(words, monkeypatch, files / "runs")
+
+
+def test_the_dry_run_of_the_demo_draws_its_steps(files: Path) -> None:
+    command = [sys.executable, ROOT / "pipelines" / "continual.py", "--dry-run", "--storage", files]
+    drawn = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "0 done" in drawn
+    assert "corsa/seed0/round3" in drawn
+
+
+def test_python_blocks_compile() -> None:
+    for block in blocks():
+        if block.language == "python":
+            compile(block.text, f"{block.document}:{block.line}", "exec")
+
+
+def test_examples_of_facts_are_read(tmp_path: Path) -> None:
+    texts = [block.text for block in blocks() if block.language == "json" and "target_new" in block.text]
+    assert texts
+    path = tmp_path / "facts.jsonl"
+    for text in texts:
+        path.write_text(text)
+        wanted = [json.loads(line)["target_new"] for line in text.splitlines()]
+        edits = corsa.benchmarks.read("file", str(path)).edits
+        assert [edit.target_new for edit in edits] == wanted
+        assert {probe.kind for probe in edits[0].probes} == {"edit", "paraphrase", "neighbor"}
+
+
+# The examples of extending.md
+
+
+def test_the_example_of_a_benchmark_reads_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "capitals.py").write_text(example("corsa/benchmarks/capitals.py"))
+    monkeypatch.setattr(corsa.benchmarks, "__path__", [*corsa.benchmarks.__path__, str(tmp_path)])
+    entry = eval(example("an entry of BENCHMARKS"), vars(corsa.benchmarks))
+    monkeypatch.setitem(corsa.benchmarks.BENCHMARKS, entry.name, entry)
+    data = tmp_path / "moved.csv"
+    data.write_text("country,old,new,continent\nNigeria,Lagos,Abuja,Africa\nBrazil,Rio de Janeiro,Brasilia,\n")
+    reading = corsa.benchmarks.read("capitals", str(data))
+    (edit,) = reading.edits
+    assert (edit.id, edit.target_old, edit.target_new) == ("capitals/Nigeria", "Lagos", "Abuja")
+    assert [probe.kind for probe in edit.probes] == ["edit", "paraphrase", "neighbor"]
+    (bad,) = reading.skipped
+    assert bad.field == "continent"
+
+
+def test_the_example_of_a_method_trains(tmp_path: Path) -> None:
+    ((name, setting),) = eval(example("an entry of STEPS"), vars(config)).items()
+    assert name not in config.METHODS
+    step = setting(StepConfig()).effective()
+    assert (step.lambda_, step.rho) == (0.0, 0.2)
+    trained = Bench(triplets(4)).train(round_config(step=step.canonical()), tmp_path)
+    assert trained.curves[-1]["logp_new"] > trained.curves[0]["logp_new"]
+
+
+def test_the_example_of_a_scenario_draws_its_steps(tmp_path: Path) -> None:
+    script = tmp_path / "ranks.py"
+    script.write_text(example("pipelines/ranks.py"))
+    options = ["--model", "random:tiny-llama", "--limit", "3", "--methods", "lora", "--ranks", "1,2"]
+    command = [sys.executable, script, *options, "--storage", tmp_path / "runs", "--dry-run"]
+    drawn = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert "world_facts/lora-rank1/seed0/round1" in drawn
+    assert "report/ranks" in drawn
