@@ -6,6 +6,7 @@ not. This module imports neither torch nor ray: a pipeline is planned from it be
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -79,6 +80,20 @@ class StepConfig(Frozen):
         description="L_SFT as a mean over answer tokens (authors' trainer), or over answers of the sum (paper)",
     )
     eps: float = Field(default=1e-12, gt=0, description="guard of the two divisions by a norm")
+
+    @property
+    def dpo(self) -> bool:
+        """Whether L_DPO is run."""
+        return self.lambda_ > 0
+
+    @property
+    def sam(self) -> bool:
+        """Whether the gradient is taken at phi + e."""
+        return self.rho > 0
+
+    def each(self, adapters: int) -> Sequence[StepConfig]:
+        """The settings of each row of phi."""
+        return [self] * adapters
 
     def effective(self) -> StepConfig:
         """The same step with every field that has no effect at its default: equal steps then have equal identities."""
@@ -201,8 +216,16 @@ class Placement(Frozen):
     cpus: float | None = Field(
         default=None, gt=0, description="CPUs reserved per worker; default: what leaves room for the data stream"
     )
-    micro_batch: int = Field(default=16, ge=1, description="edits per forward pass on one worker")
+    micro_batch: int = Field(
+        default=16, ge=1, description="edits per forward pass on one worker, of each adapter trained together"
+    )
     probe_batch: int = Field(default=128, ge=1, description="probes generated together on one worker")
+    pack: Annotated[int, plain()] = Field(
+        default=1,
+        ge=1,
+        description="rounds that differ only in lambda, beta, rho, learning rate and seed trained together by one "
+        "worker group, this many at once (one at a time where the base or AdamW is sharded)",
+    )
     checkpoint_every: int = Field(default=20, ge=1, description="steps between checkpoints inside a round")
     max_failures: int = Field(default=3, ge=0, description="worker-group restarts before a run gives up")
     heartbeat_timeout: float = Field(default=30.0, gt=0, description="seconds after which a silent worker is replaced")

@@ -121,6 +121,41 @@ class StatisticsPlace(Placement):
     corpus: str | None
 
 
+class TrialPlace(Placement):
+    """How a round is run that belongs to a trial of a sweep, and what it tells of itself on the way."""
+
+    trial: int = Field(ge=0, description="number in the study")
+    title: str = Field(description="of the worker group, on the Ray dashboard")
+    metric: str | None = Field(default=None, description="scored at the end of epochs; None: never")
+    rung: int = Field(default=1, ge=1, description="epochs between scores")
+    before: int = Field(default=0, ge=0, description="epochs of the trial before this round")
+    rule: Literal["contains", "exact"] = "contains"
+    better: Literal["high", "low"] = "high"
+
+
+class SweepConfig(Frozen):
+    """What the result of a sweep depends on, beside the edits and the reference."""
+
+    experiment: dict[str, Any] = Field(description="the resolved configuration that the trials change")
+    command: str = Field(description="repeats the run")
+    space: dict[str, str] = Field(description="name -> values, as `corsa.tuning.space` reads them")
+    objectives: tuple[str, ...] = Field(description="metrics of the evaluation; two or more: a Pareto front")
+    sampler: Literal["tpe", "random", "grid"]
+    seed: int
+    trials: int
+    rounds: RoundsConfig
+    stop: Literal["no", "asha", "median"]
+    rung: int | None
+    development: int
+
+
+class SweepPlace(Placement):
+    """How a sweep is run."""
+
+    study: str
+    storage: str
+
+
 class QuestionsConfig(Frozen):
     """Which MMLU questions are read."""
 

@@ -56,7 +56,8 @@ class Setting:
     def step(
         self, config: StepConfig, optimizer: torch.optim.Optimizer, size: int = 6, clip: float = 1e9
     ) -> dict[str, Any]:
-        return corsa_step(self.model, self.lora.phi, cut(self.edits, size), config, optimizer, clip, alone)
+        (log,) = corsa_step(self.model, self.lora.phi, cut(self.edits, size), config, optimizer, clip, alone)
+        return log
 
     def gradient(self, config: StepConfig, size: int = 6) -> Tensor:
         """What the optimizer is given: one step of plain descent at rate 1, taken back."""
@@ -201,7 +202,7 @@ def test_without_rho_it_is_the_plain_step_bit_for_bit(setting: Setting, c: StepC
         losses = [sft_loss(logp, sum(len(t.new) for t in setting.edits))]
         if c.lambda_ > 0:
             losses.append(dpo_loss(logp, reference_of(setting.edits), c.beta, 6))
-        eye = torch.eye(len(losses))
+        eye = torch.eye(len(losses))[:, :, None]
         g = torch.autograd.grad([torch.stack(losses)], [setting.lora.phi], [eye], is_grads_batched=True)[0]
         g = g[0] if len(g) == 1 else merge(g[0], g[1], c.lambda_, c.pcgrad, c.eps)
         phi.grad = g * (1.0 / g.norm().clamp(min=1.0))
@@ -247,7 +248,7 @@ def test_dpo_starts_at_ln_2() -> None:
     model = tiny_model()
     edits = with_reference(model, triplets(6))
     lora = Lora(model, LORA)  # B is zero: the model is its own reference
-    log = corsa_step(
+    (log,) = corsa_step(
         model, lora.phi, cut(edits, 6), config(), torch.optim.SGD([lora.phi], lr=0.0), clip=1.0, reduce=alone
     )
     assert log["loss_dpo"] == pytest.approx(math.log(2), abs=1e-6)
@@ -403,7 +404,7 @@ def test_a_gradient_that_is_not_finite_is_skipped(setting: Setting, scope: str) 
     optimizer = torch.optim.AdamW([setting.lora.phi], lr=1e-2)
     batch = cut(setting.edits, 3)
     batch.parts[1].reference[0, 0] = math.nan
-    log = corsa_step(setting.model, setting.lora.phi, batch, config(scope=scope), optimizer, 1.0, alone)
+    (log,) = corsa_step(setting.model, setting.lora.phi, batch, config(scope=scope), optimizer, 1.0, alone)
     assert log["skipped"] is True
     assert torch.equal(setting.phi, setting.start)
     assert not optimizer.state
@@ -464,7 +465,8 @@ def test_several_adapters_need_no_second_step(setting: Setting) -> None:
     with torch.no_grad():
         lora.phi.copy_(setting.start.expand(2, -1))
     twice = [*setting.edits, *setting.edits]
-    batch = Batch([MicroBatch(pack(twice), reference_of(twice), 1)], 6, cut(setting.edits, 6).tokens)
+    reference = reference_of(twice).view(2, 2, 6)
+    batch = Batch([MicroBatch(pack(twice, adapters=2), reference, 1)], 6, cut(setting.edits, 6).tokens)
     before = lora.phi.detach().clone()
     corsa_step(model, lora.phi, batch, config(rho=0.3), torch.optim.SGD([lora.phi], lr=1.0), 1e9, alone)
     expected = setting.gradient(config(rho=0.3))

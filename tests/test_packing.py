@@ -14,10 +14,10 @@ from transformers.masking_utils import find_packed_sequence_indices
 
 from corsa.config import Placement
 from corsa.method.logprobs import answer_logprobs, packing_is_exact
-from corsa.method.packing import SAVING, Rows, Triplet, pack
+from corsa.method.packing import PADDING, SAVING, Rows, Triplet, pack
 from corsa.models.lora import Lora
 from corsa.training.crew import Crew
-from corsa.training.workshop import Workshop
+from corsa.training.workshop import Share, Workshop
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -67,7 +67,7 @@ def test_what_does_not_pack_runs_beside_what_does() -> None:
     packed, plain = pack(edits)
     assert packed.mask is not None
     assert plain.mask is None
-    assert len(packed.input_ids) == 6
+    assert {*packed.slot.tolist()} == {0, 2, 3, 5, 6, 7, 8, 10, 11, 13, 14, 15}
     assert len(plain.input_ids) == 2 * 2
     assert {*packed.slot.tolist(), *plain.slot.tolist()} == set(range(16))
     (unpacked,) = pack(edits, packed=False)
@@ -100,6 +100,26 @@ def test_padding_has_no_effect(model: Any) -> None:
     edits = mixed()
     alone = torch.cat([answer_logprobs(model, pack([t]), 1) for t in edits], dim=1)
     torch.testing.assert_close(answer_logprobs(model, pack(edits), len(edits)), alone, rtol=1e-5, atol=1e-4)
+
+
+def test_next_to_nothing_is_padded_whatever_the_lengths() -> None:
+    edits = [Triplet([1] * length, [1, END], [2, END]) for length in (40, 22, 12, 11, 10, 9, 8, 7)]
+    (rows,) = pack(edits)
+    needed = sum(map(len, edits))
+    assert needed <= rows.input_ids.numel() <= PADDING * needed
+    several = pack([*edits, *triplets(8)], adapters=2)[0].input_ids  # each adapter has as many rows of its own
+    assert len(several) % 2 == 0
+    assert {*several[: len(several) // 2].flatten().tolist()} <= {0, 1, 2, END}
+
+
+def test_an_answer_without_tokens_takes_none(model: Any) -> None:
+    edits = triplets(4)
+    new_alone = [replace(t, old=()) for t in edits]
+    (rows,) = pack(new_alone)
+    assert rows.keep.sum() == sum(len(t.new) for t in edits)
+    expected = one_by_one(model, edits)[0]
+    torch.testing.assert_close(answer_logprobs(model, [rows], 4)[0], expected, rtol=1e-5, atol=1e-4)
+    assert answer_logprobs(model, [rows], 4)[1].tolist() == [0.0] * 4
 
 
 def test_the_head_sees_the_answers_positions_alone(model: Any) -> None:
@@ -168,7 +188,7 @@ def test_the_workshop_falls_back_to_plain_rows(monkeypatch: pytest.MonkeyPatch, 
     loaded = workshop.open(round_config(), edits[:4])
     assert loaded.packed is False
     assert "random:tiny-llama treats packed rows differently" in capsys.readouterr().out
-    batch = workshop.batch(loaded, edits, [edits], unit=1)
+    batch = workshop.batch(loaded, [Share(edits, [edits])], unit=1)
     (part,) = batch.parts
     assert [rows.mask for rows in part.rows] == [None]
     found = answer_logprobs(loaded.model, part.rows, 5)

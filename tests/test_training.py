@@ -27,6 +27,7 @@ from corsa.training.checkpoint import Position, load_checkpoint, save_checkpoint
 from corsa.training.crew import Crew
 from corsa.training.loop import CURVES, RoundFailedError, _own_parts
 from corsa.training.tokens import REFERENCE, TokenTable, batch_order, token_row, without_tokens
+from corsa.training.workshop import Share
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -189,10 +190,10 @@ def test_a_perturbation_s_edits_are_never_cut(bench: Bench, tmp_path: Path) -> N
     workshop = bench.workshop(Placement(micro_batch=1))
     edits = bench.edits
     parts = [edits[:4], edits[4:]]
-    batch = workshop.batch(bench.loaded, edits, parts, unit=4)
+    batch = workshop.batch(bench.loaded, [Share(edits, parts)], unit=4)
     assert [part.edits for part in batch.parts] == [4, 3]
     assert (batch.edits, batch.tokens) == (7, sum(len(t.new) for t in edits))
-    assert [part.edits for part in workshop.batch(bench.loaded, edits, [edits], unit=1).parts] == [1] * 7
+    assert [part.edits for part in workshop.batch(bench.loaded, [Share(edits, [edits])], unit=1).parts] == [1] * 7
     config = round_config(step={"scope": "microbatch", "microbatch": 2})
     small, large = (bench.train(config, tmp_path / str(size), micro_batch=size).phi for size in (1, 16))
     assert torch.equal(small, large)
@@ -200,7 +201,7 @@ def test_a_perturbation_s_edits_are_never_cut(bench: Bench, tmp_path: Path) -> N
 
 def test_a_micro_batch_holds_neighbours_in_length(bench: Bench) -> None:
     edits = triplets(8, seed=2)
-    batch = bench.workshop(Placement(micro_batch=4)).batch(bench.loaded, edits, [edits], unit=1)
+    batch = bench.workshop(Placement(micro_batch=4)).batch(bench.loaded, [Share(edits, [edits])], unit=1)
     widths = [part.rows[0].input_ids.shape[1] for part in batch.parts]
     lengths = sorted(len(t.prompt) + len(t.new) + len(t.old) for t in edits)
     assert widths == [lengths[3], lengths[7]]
@@ -314,7 +315,9 @@ def test_each_round_has_a_fresh_optimizer_with_the_stated_settings(
 ) -> None:
     seen: list[tuple[torch.optim.Optimizer, bool, float]] = []
 
-    def spy(model: Any, phi: Any, batch: Any, step: Any, optimizer: Any, clip: float, reduce: Any) -> dict[str, Any]:
+    def spy(
+        model: Any, phi: Any, batch: Any, step: Any, optimizer: Any, clip: float, reduce: Any
+    ) -> list[dict[str, Any]]:
         seen.append((optimizer, bool(optimizer.state), clip))
         return corsa_step(model, phi, batch, step, optimizer, clip, reduce)
 

@@ -248,6 +248,17 @@ def _by_round_asked(cell: pd.DataFrame, rounds: list[int]) -> list[dict[str, Any
     return entries
 
 
+def measure(name: str, predictions: pd.DataFrame, *, rule: str, protocol: str) -> float | None:
+    """One metric of one method after its last round, without an interval; None where there is nothing to count.
+
+    `predictions` has one method's rows, and the base model's where the metric compares with them.
+    """
+    rows = prepared(predictions, rule, protocol)
+    rows = rows[(rows.method != BASE) & (rows.trained == rows.trained.max())]
+    value = _Counted.of(METRICS[name], rows).by_chain().ratio
+    return None if math.isnan(value) else value
+
+
 class _Counted(NamedTuple):
     """The rows a metric counts, as arrays of shape (rows,)."""
 

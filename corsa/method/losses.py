@@ -1,7 +1,8 @@
 """The two objectives of an update (paper, Section 3, Eq. 4): L_Update = L_SFT + lambda * L_DPO.
 
 Both are sums over the given edits divided by a count given from outside, so that the parts of a batch that lies on
-several workers or in several micro-batches add up to the loss of the whole.
+several workers or in several micro-batches add up to the loss of the whole. Of K adapters trained together each has its
+own, a column (K, 1).
 """
 
 from __future__ import annotations
@@ -10,23 +11,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def sft_loss(logp: Tensor, count: float) -> Tensor:
+def sft_loss(logp: Tensor, count: float | Tensor) -> Tensor:
     """L_SFT = - sum_i logp(y_new_i|x_i) / count.
 
     Args:
-        logp: (2, E), new answers first, nats.
+        logp: (2, K, E), new answers first, nats.
         count: answer tokens of the whole batch (`reduction="token"`) or its edits (`"sequence"`).
     """
-    return -logp[0].sum() / count
+    return -logp[0].sum(-1, keepdim=True) / count
 
 
-def dpo_loss(logp: Tensor, reference: Tensor, beta: float, count: float) -> Tensor:
+def dpo_loss(logp: Tensor, reference: Tensor, beta: float | Tensor, count: float) -> Tensor:
     """L_DPO = - sum_i log sigmoid(beta * [(logp - logp_ref)(y_new_i) - (logp - logp_ref)(y_old_i)]) / count.
 
     Args:
-        logp, reference: (2, E), new answers first, nats; `reference` is the base model's.
-        beta: inverse temperature.
+        logp, reference: (2, K, E), new answers first, nats; `reference` is the base model's.
+        beta: inverse temperature, a number or a column (K, 1).
         count: edits of the whole batch.
     """
     gain = logp - reference
-    return -F.logsigmoid(beta * (gain[0] - gain[1])).sum() / count
+    return -F.logsigmoid(beta * (gain[0] - gain[1])).sum(-1, keepdim=True) / count

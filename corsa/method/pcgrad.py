@@ -17,8 +17,10 @@ def project(g: Tensor, other: Tensor, eps: float) -> Tensor:
     return g - dot(g, other).clamp(max=0) / (dot(other, other) + eps) * other
 
 
-def merge(sft: Tensor, dpo: Tensor, lam: float, how: Literal["symmetric", "sequential", "off"], eps: float) -> Tensor:
-    """g_PC, one gradient from two: (K, P).
+def merge(
+    sft: Tensor, dpo: Tensor, lam: float | Tensor, how: Literal["symmetric", "sequential", "off"], eps: float
+) -> Tensor:
+    """g_PC, one gradient from two: (K, P). `lam` is a number, or a column (K, 1).
 
     symmetric (the paper's Section 3): g_PC = P(g_SFT; g_DPO) + lambda * P(g_DPO; g_SFT), both against the original
     other. sequential (the authors' trainer): the second is projected against the already changed first, and the sum is

@@ -1,6 +1,8 @@
 """One optimizer step of CoRSA (Algorithm 1), and everything it is made of that needs to know phi and the batch.
 
-Plain LoRA and the ablations of Table 9 are settings of this step (`corsa.config.STEPS`); there is no second one.
+Plain LoRA and the ablations of Table 9 are settings of this step (`corsa.config.STEPS`); there is no second one. K
+adapters trained together (`corsa.method.together`) take it row by row of phi: every quantity below has a column (K, 1)
+where one adapter has a number, and no row sees another.
 """
 
 from __future__ import annotations
@@ -18,52 +20,60 @@ from corsa.method.losses import dpo_loss, sft_loss
 from corsa.method.packing import Rows
 from corsa.method.pcgrad import dot, merge
 from corsa.method.sam import perturbation, perturbed
+from corsa.method.together import Together
 
 Reduce = Callable[[Tensor], Tensor]
 """Sums a tensor over all workers, in place."""
 
+Setting = StepConfig | Together
+"""The step's settings: one adapter's, or those of K that are trained together."""
+
 
 class Optimizer(Protocol):
-    """Updates phi by `phi.grad`."""
+    """Updates phi by `phi.grad`. Of several rows, one whose gradient is not finite stays as it is."""
 
     def step(self) -> Any: ...
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Edits of one forward pass: their rows, reference log-probabilities (2, E) in nats, and number of new tokens."""
+    """Edits of one forward pass: their rows, reference log-probabilities in nats, and number of new tokens.
+
+    For one adapter `reference` is (2, E) and `tokens` a number; for K, each with E edits of its own, (2, K, E) and
+    (K, 1).
+    """
 
     rows: Sequence[Rows]
     reference: Tensor
-    tokens: int
+    tokens: int | Tensor
 
     @property
     def edits(self) -> int:
-        """How many edits, E."""
-        return self.reference.shape[1]
+        """How many edits an adapter has, E."""
+        return self.reference.shape[-1]
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One worker's part of a global batch, with the counts of the whole of it (all workers)."""
+    """One worker's part of a global batch, with the counts of the whole of it (all workers), of each adapter."""
 
     parts: Sequence[MicroBatch]
     edits: int
-    tokens: int
+    tokens: int | Tensor
 
 
 @dataclass
 class Gradients:
     """g = (1 or 2, K, P): of L_SFT and, where lambda > 0, of L_DPO; with sums over the batch for the log.
 
-    `sums` holds L_SFT, L_DPO, sum of logp_new, sum of logp_old (nats).
+    `sums` (4, K, 1) holds L_SFT, L_DPO, sum of logp_new, sum of logp_old (nats).
     """
 
     g: Tensor
     sums: Tensor
 
-    def loss(self, lam: float) -> Tensor:
-        """L_Update = L_SFT + lambda * L_DPO (Eq. 4)."""
+    def loss(self, lam: float | Tensor) -> Tensor:
+        """L_Update = L_SFT + lambda * L_DPO (Eq. 4): (K, 1)."""
         return self.sums[0] + lam * self.sums[1]
 
 
@@ -71,19 +81,19 @@ def corsa_step(
     model: Model,
     phi: Tensor,
     batch: Batch,
-    config: StepConfig,
+    config: Setting,
     optimizer: Optimizer,
     clip: float,
     reduce: Reduce,
-) -> dict[str, Any]:
-    """Algorithm 1: one update of phi from one batch. Returns what the learning curves show.
+) -> list[dict[str, Any]]:
+    """Algorithm 1: one update of phi from one batch. Returns what the learning curves show, for each row of phi.
 
     Args:
         model: the frozen base with phi applied by forward hooks.
         phi: (K, P) float32 leaf.
         batch: this worker's part of the global batch.
         config: lambda, beta, rho, and how the gradients are reconciled.
-        optimizer: over phi alone; its learning rate is already set.
+        optimizer: over phi alone; its learning rate, or that of each row, is already set.
         clip: the merged gradient is clipped to this norm.
         reduce: sums over workers.
     """
@@ -92,63 +102,68 @@ def corsa_step(
     else:  # e is made from each micro-batch, as the authors' trainer does; only the result is summed
         at_phi, at_peak, g = _microbatch_sharp_gradient(model, phi, batch, config, reduce)
     norm = torch.linalg.vector_norm(g, dim=-1, keepdim=True)  # (K, 1)
-    finite = bool(
-        norm.isfinite().all()
-    )  # the gradients were summed over workers: one bad worker makes all of them skip
-    if finite:
-        phi.grad = g * (clip / norm.clamp(min=clip))
+    # The gradients were summed over workers: one bad worker makes all of them skip.
+    finite: list[bool] = norm.isfinite()[:, 0].tolist()
+    if any(finite):
+        phi.grad = torch.where(norm.isfinite(), g * (clip / norm.clamp(min=clip)), torch.nan)
         optimizer.step()  # from phi, with the gradient at phi + e
         phi.grad = None
     return _log(at_phi, at_peak, norm, finite, batch, config)
 
 
 def sharp_gradient(
-    phi: Tensor, gradients: Callable[[], Gradients], config: StepConfig
+    phi: Tensor, gradients: Callable[[], Gradients], config: Setting
 ) -> tuple[Gradients, Gradients | None, Tensor]:
     """g_PC at phi + e (lines 3 to 9 of Algorithm 1); with rho = 0, g_PC at phi. Returns (at phi, at phi + e, g_PC)."""
     at_phi = gradients()
     g = reconcile(at_phi.g, config)
-    if config.rho == 0:
+    if not config.sam:
         return at_phi, None, g
     with perturbed(phi, perturbation(g, config.rho, config.eps)):
         at_peak = gradients()
     return at_phi, at_peak, reconcile(at_peak.g, config)
 
 
-def reconcile(g: Tensor, config: StepConfig) -> Tensor:
+def reconcile(g: Tensor, config: Setting) -> Tensor:
     """g_PC (K, P) from the gradients of the objectives (1 or 2, K, P)."""
     if len(g) == 1:
         return g[0]
-    return merge(g[0], g[1], config.lambda_, config.pcgrad, config.eps)
+    merged = merge(g[0], g[1], config.lambda_, config.pcgrad, config.eps)
+    if isinstance(config, Together):  # a row without DPO beside others takes the plain step
+        return torch.where(config.lambda_ > 0, merged, g[0])
+    return merged
 
 
-def gradients(model: Model, phi: Tensor, batch: Batch, config: StepConfig, reduce: Reduce) -> Gradients:
+def gradients(model: Model, phi: Tensor, batch: Batch, config: Setting, reduce: Reduce) -> Gradients:
     """g_SFT and g_DPO of the global batch at the present phi: both from one forward pass of each micro-batch."""
-    objectives = 2 if config.lambda_ > 0 else 1
-    total = Gradients(phi.new_zeros(objectives, *phi.shape), phi.new_zeros(4))
+    objectives, adapters = 2 if config.dpo else 1, len(phi)
+    total = Gradients(phi.new_zeros(objectives, *phi.shape), phi.new_zeros(4, adapters, 1))
+    # Row k of phi is in the losses of adapter k alone, so the gradient of their sum holds each one's own.
+    directions = torch.eye(objectives, device=phi.device)[:, :, None, None].expand(-1, -1, adapters, 1)
     per_token = batch.tokens if config.reduction == "token" else batch.edits
     for part in batch.parts:
-        logp = answer_logprobs(model, part.rows, part.edits)
-        losses = torch.stack([sft_loss(logp, per_token), dpo_loss(logp, part.reference, config.beta, batch.edits)])
+        logp = answer_logprobs(model, part.rows, adapters * part.edits).view(2, adapters, part.edits)
+        reference = part.reference.view_as(logp)
+        if isinstance(config, Together):
+            reference = config.known(reference, logp)
+        losses = torch.stack([sft_loss(logp, per_token), dpo_loss(logp, reference, config.beta, batch.edits)])
         # One backward for both, exact (a batch of two vector-Jacobian products): half the walks of two calls
         # through the graph, and the only way that works where the base is sharded (a kept graph fails under ZeRO-3).
         chosen = losses[:objectives]
-        total.g += torch.autograd.grad(
-            [chosen], [phi], grad_outputs=[torch.eye(objectives, device=phi.device)], is_grads_batched=True
-        )[0]
-        total.sums += torch.cat([losses, logp.sum(1)]).detach()
+        total.g += torch.autograd.grad([chosen], [phi], grad_outputs=[directions], is_grads_batched=True)[0]
+        total.sums += torch.cat([losses, logp.sum(-1, keepdim=True)]).detach()
     reduce(total.g)
     reduce(total.sums)
     return total
 
 
 def _microbatch_sharp_gradient(
-    model: Model, phi: Tensor, batch: Batch, config: StepConfig, reduce: Reduce
+    model: Model, phi: Tensor, batch: Batch, config: Setting, reduce: Reduce
 ) -> tuple[Gradients, Gradients | None, Tensor]:
     """As `sharp_gradient`, with e made from each micro-batch alone; parts weigh as many edits as they hold."""
-    g, sums = torch.zeros_like(phi), phi.new_zeros(2, 4)
+    g, sums = torch.zeros_like(phi), phi.new_zeros(2, 4, len(phi), 1)
     for part in batch.parts:
-        alone = Batch([part], max(1, part.edits), max(1, part.tokens))  # a part may be empty: see corsa.training.pace
+        alone = Batch([part], max(1, part.edits), torch.as_tensor(part.tokens).clamp(min=1))  # it may be empty
         share = part.edits / batch.edits
         low, high, own = sharp_gradient(
             phi, lambda alone=alone: gradients(model, phi, alone, config, lambda t: t), config
@@ -160,26 +175,34 @@ def _microbatch_sharp_gradient(
     reduce(g)
     reduce(sums)
     both = phi.new_zeros(1, *phi.shape)
-    return Gradients(both, sums[0]), Gradients(both, sums[1]) if config.rho > 0 else None, g
+    return Gradients(both, sums[0]), Gradients(both, sums[1]) if config.sam else None, g
 
 
 def _log(
-    at_phi: Gradients, at_peak: Gradients | None, norm: Tensor, finite: bool, batch: Batch, config: StepConfig
-) -> dict[str, Any]:
-    """One row of the curves table (the one place of the step that waits for the device)."""
-    sft, dpo, new, old = at_phi.sums.tolist()
-    cosine = None
+    at_phi: Gradients, at_peak: Gradients | None, norm: Tensor, finite: list[bool], batch: Batch, config: Setting
+) -> list[dict[str, Any]]:
+    """A row of the curves table for each adapter (here the step waits for the device)."""
+    columns = [*at_phi.sums, norm]
     if len(at_phi.g) == 2:
         a, b = at_phi.g
-        cosine = float((dot(a, b) / (dot(a, a) * dot(b, b)).sqrt().clamp(min=config.eps)).mean())
-    return {
-        "loss_sft": sft,
-        "loss_dpo": dpo if config.lambda_ > 0 else None,
-        "logp_new": new / batch.edits,
-        "logp_old": old / batch.edits,
-        "cosine": cosine,
-        "conflict": None if cosine is None else cosine < 0,
-        "sharpness": None if at_peak is None else float(at_peak.loss(config.lambda_) - at_phi.loss(config.lambda_)),
-        "grad_norm": float(norm.mean()),
-        "skipped": not finite,
-    }
+        columns.append(dot(a, b) / (dot(a, a) * dot(b, b)).sqrt().clamp(min=config.eps))
+    if at_peak is not None:
+        columns.append(at_peak.loss(config.lambda_) - at_phi.loss(config.lambda_))
+    logs = []
+    for own, good, values in zip(config.each(len(norm)), finite, torch.cat(columns, 1).tolist(), strict=True):
+        sft, dpo, new, old, length, *more = values
+        cosine = more[0] if own.dpo and len(at_phi.g) == 2 else None
+        logs.append(
+            {
+                "loss_sft": sft,
+                "loss_dpo": dpo if own.dpo else None,
+                "logp_new": new / batch.edits,
+                "logp_old": old / batch.edits,
+                "cosine": cosine,
+                "conflict": None if cosine is None else cosine < 0,
+                "sharpness": more[-1] if own.sam and at_peak is not None else None,
+                "grad_norm": length,
+                "skipped": not good,
+            }
+        )
+    return logs

@@ -56,24 +56,30 @@ class Lora:
         self._shapes = [shape for s in self.sites for shape in ((config.rank, s.inputs), (s.outputs, config.rank))]
         self._sizes = [a * b for a, b in self._shapes]
         self._active = True
+        self._only: int | None = None
         self._factors: list[Tensor] = []
-        device = layers[0][1].weight.device
-        self.phi = nn.Parameter(torch.zeros(adapters, sum(self._sizes), dtype=torch.float32, device=device))
+        self._device = layers[0][1].weight.device
+        self.resize(adapters)
         self.initialise(seed)
         model.register_forward_pre_hook(self._open, with_kwargs=True)
         for i, (_, layer) in enumerate(layers):
             layer.register_forward_hook(lambda module, args, output, i=i: self._add(i, args[0], output))
 
-    def initialise(self, seed: int) -> None:
+    def resize(self, adapters: int) -> None:
+        """Hold so many adapters, all zero until they are initialised."""
+        self.phi = nn.Parameter(torch.zeros(adapters, sum(self._sizes), dtype=torch.float32, device=self._device))
+
+    def initialise(self, *seeds: int) -> None:
         """A uniform as PEFT's (Kaiming with a = sqrt(5): within 1 / sqrt(inputs)), B zero; the same for a seed
-        anywhere.
+        anywhere. One seed for each adapter, or one for all.
         """
-        generator = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            for a, b in zip(self.factors()[0::2], self.factors()[1::2], strict=True):
-                bound = 1 / math.sqrt(a.shape[-1])
-                a.copy_(torch.empty(a.shape[1:]).uniform_(-bound, bound, generator=generator))
-                b.zero_()
+        for row, seed in enumerate(seeds * len(self.phi) if len(seeds) == 1 else seeds):
+            generator = torch.Generator().manual_seed(seed)
+            with torch.no_grad():
+                for a, b in zip(self.factors()[0::2], self.factors()[1::2], strict=True):
+                    bound = 1 / math.sqrt(a.shape[-1])
+                    a[row].copy_(torch.empty(a.shape[1:]).uniform_(-bound, bound, generator=generator))
+                    b[row].zero_()
 
     def factors(self) -> list[Tensor]:
         """Views of phi: A (K, rank, inputs) and B (K, outputs, rank) of each site in turn."""
@@ -94,8 +100,18 @@ class Lora:
         finally:
             self._active = was
 
+    @contextmanager
+    def only(self, row: int) -> Iterator[None]:
+        """Every row of the inputs is adapter `row`'s inside the block."""
+        was, self._only = self._only, row
+        try:
+            yield
+        finally:
+            self._only = was
+
     def _open(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        self._factors = self.factors()  # once a forward: autograd then joins the factors' gradients in one go
+        factors = self.factors()  # once a forward: autograd then joins the factors' gradients in one go
+        self._factors = factors if self._only is None else [f[self._only : self._only + 1] for f in factors]
 
     def _add(self, i: int, x: Any, output: Any) -> Tensor | None:
         if not self._active:

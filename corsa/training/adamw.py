@@ -11,7 +11,19 @@ from torch import Tensor, nn
 SETTINGS: dict[str, Any] = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
 
 
-class AdamW(Protocol):
+class Moments(Protocol):
+    """What a checkpoint needs of an optimizer. Every worker of the group makes the same calls."""
+
+    def moments(self) -> dict[str, Tensor]:
+        """The state by name, each in phi's shape or a scalar; nothing before the first step."""
+        ...
+
+    def restore(self, moments: Mapping[str, Tensor]) -> None:
+        """Go on from these moments, and from phi as it stands."""
+        ...
+
+
+class AdamW(Moments, Protocol):
     """What training needs of an optimizer over phi. Every worker of the group makes the same calls."""
 
     @property
@@ -21,14 +33,6 @@ class AdamW(Protocol):
 
     def step(self) -> Any:
         """Update phi by `phi.grad`."""
-        ...
-
-    def moments(self) -> dict[str, Tensor]:
-        """The state by name, each in phi's shape or a scalar; nothing before the first step."""
-        ...
-
-    def restore(self, moments: Mapping[str, Tensor]) -> None:
-        """Go on from these moments, and from phi as it stands."""
         ...
 
     def close(self) -> None:
@@ -53,3 +57,45 @@ class PlainAdamW(torch.optim.AdamW):
 
     def close(self) -> None:
         """Nothing: phi was never taken over."""
+
+
+class PackedAdamW(torch.optim.AdamW):
+    """AdamW over each row of phi by itself: K adapters trained together, each with its own rate, moments and count.
+
+    A row takes no step where its gradient is not finite, or where its group says that it `waits`.
+    """
+
+    def __init__(self, phi: nn.Parameter) -> None:
+        # Leaves (1, P) that share phi's memory.
+        self.rows = [row.requires_grad_() for row in phi.detach().split(1)]
+        self._phi = phi
+        super().__init__([{"params": [row], "waits": False} for row in self.rows], **SETTINGS)
+
+    def step(self, closure: Any = None) -> Any:
+        """Update the rows by `phi.grad`."""
+        assert self._phi.grad is not None
+        for group, row, g in zip(self.param_groups, self.rows, self._phi.grad.split(1), strict=True):
+            row.grad = None if group["waits"] or not bool(g.isfinite().all()) else g
+        return super().step(closure)
+
+    def close(self) -> None:
+        """Nothing: phi was never taken over."""
+
+    def of(self, row: int) -> RowState:
+        """What a checkpoint keeps of one row."""
+        return RowState(self, self.rows[row])
+
+
+class RowState:
+    """The state of one row of a `PackedAdamW`, under the names of `AdamW`."""
+
+    def __init__(self, optimizer: PackedAdamW, row: Tensor) -> None:
+        self._state, self._row = optimizer.state, row
+
+    def moments(self) -> dict[str, Tensor]:
+        """The row's state by name."""
+        return dict(self._state.get(self._row, {}))
+
+    def restore(self, moments: Mapping[str, Tensor]) -> None:
+        """Go on from these moments."""
+        self._state[self._row] = dict(moments)

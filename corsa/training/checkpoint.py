@@ -17,7 +17,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from corsa.flow.store import DamagedError, Store
-from corsa.training.adamw import AdamW
+from corsa.training.adamw import Moments
 from corsa.training.crew import Crew
 
 
@@ -35,7 +35,7 @@ class Position:
         self.curves.append(row)
 
 
-def save_checkpoint(store: Store, path: str, phi: Tensor, optimizer: AdamW, position: Position, crew: Crew) -> None:
+def save_checkpoint(store: Store, path: str, phi: Tensor, optimizer: Moments, position: Position, crew: Crew) -> None:
     """Replace the round's checkpoint in one atomic write. `path` is relative to the store's root.
 
     All workers call it: an optimizer's state that is sharded is brought together first, so that the round can go on
@@ -49,7 +49,7 @@ def save_checkpoint(store: Store, path: str, phi: Tensor, optimizer: AdamW, posi
     store.files.replace(path, hashlib.sha256(content).digest() + content)
 
 
-def load_checkpoint(store: Store, path: str, phi: Tensor, optimizer: AdamW, crew: Crew) -> Position:
+def load_checkpoint(store: Store, path: str, phi: Tensor, optimizer: Moments, crew: Crew) -> Position:
     """Put phi and the optimizer where the round's last checkpoint left them, on every worker; the leader alone reads.
 
     A round without a checkpoint, or with a damaged one, starts at step 0 with phi as it is; the damage is noted.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -18,7 +20,9 @@ from corsa.baselines.key_statistics import KeyStatistics
 from corsa.baselines.memit import memit
 from corsa.baselines.weight_deltas import load_delta, save_delta
 from corsa.edits import Edit, from_table
+from corsa.errors import CorsaError
 from corsa.evaluation.asking import PREDICTIONS, Asker, Taught
+from corsa.evaluation.metrics import measure
 from corsa.evaluation.mmlu import from_questions_table
 from corsa.evaluation.multiple_choice import ANSWERS, MultipleChoice
 from corsa.flow.task import Task
@@ -29,12 +33,13 @@ from corsa.identities import (
     RoundConfig,
     RoutingConfig,
     SpecificityConfig,
+    TrialPlace,
 )
 from corsa.method.packing import Triplet
 from corsa.models.attached import Change, attached
 from corsa.rounds import taught_in, valid_after
 from corsa.training.crew import Crew
-from corsa.training.loop import CURVES, train
+from corsa.training.loop import CURVES, AtEpoch, Lesson, train_together
 from corsa.training.routing import route
 from corsa.training.workshop import Loaded, Workshop
 
@@ -42,37 +47,102 @@ Post = Callable[[dict[str, Any]], None]
 """Takes a line for the progress display."""
 
 
-def take(task: Task, workshop: Workshop, post: Post) -> None:
-    """Do one step and commit its result. Every worker of the group calls this; the leader reads and writes."""
+def take(tasks: Sequence[Task], workshop: Workshop, post: Post) -> dict[str, str]:
+    """Do one step, or several that are trained together, and commit their results. Every worker of the group calls
+    this; the leader reads and writes. Returns {fingerprint: cause} of those that failed.
+    """
     started = time.monotonic()
     post({"phase": "loading"})
     workshop.notes = []
+    if type(tasks[0].config) is RoundConfig:
+        return _teach_lora(tasks, workshop, post)
+    (task,) = tasks
     metrics = _LESSONS[type(task.config)](task, workshop, post)
     if workshop.crew.leads:
-        notes = {"notes": workshop.notes} if workshop.notes else {}
-        task.commit(metrics | notes, time.monotonic() - started)
+        task.commit(metrics | _notes(workshop), time.monotonic() - started)
+    return {}
+
+
+def _notes(workshop: Workshop) -> dict[str, Any]:
+    return {"notes": workshop.notes} if workshop.notes else {}
+
+
+def trains_with(first: Task, other: Task) -> bool:
+    """Whether two rounds can be trained together: they differ in lambda, beta, rho, learning rate and seed alone."""
+    if not all(type(task.config) is RoundConfig for task in (first, other)):
+        return False
+    both = first.config.step.dpo and other.config.step.dpo  # without DPO there is nothing for PCGrad to do
+
+    def common(task: Task) -> tuple[Any, ...]:
+        config: RoundConfig = task.config
+        free = {"lambda_": 1.0, "beta": 1.0, "rho": 1.0} | ({} if both else {"pcgrad": "off"})
+        step = config.step.model_copy(update=free)
+        training = config.training.model_copy(update={"learning_rate": 1.0})
+        needs = {name: None if name == "previous" else step.fingerprint for name, step in task.step.inputs.items()}
+        return config.model_copy(update={"seed": 0, "training": training, "step": step}), needs
+
+    return common(first) == common(other)
 
 
 # Teaching
 
 
-def _teach_lora(task: Task, workshop: Workshop, post: Post) -> dict[str, Any]:
-    """CoRSA, LoRA and the ablations: one adapter, trained on through the rounds."""
-    config, crew = task.config, workshop.crew
-    lesson, loaded = _open(task, workshop)
-    loaded.lora.initialise(config.seed)
-    if "previous" in task.step.inputs:
+def _teach_lora(tasks: Sequence[Task], workshop: Workshop, post: Post) -> dict[str, str]:
+    """CoRSA, LoRA and the ablations: one adapter, trained on through the rounds; or several of them together."""
+    crew, started = workshop.crew, time.monotonic()
+    lesson, loaded = _open(tasks[0], workshop, adapters=len(tasks))
+    lora = loaded.lora
+    lora.initialise(*(task.config.seed for task in tasks))
+    if "previous" in tasks[0].step.inputs:
         if crew.leads:
-            load_adapter(loaded.lora, task.inputs["previous"].local("adapter"))
-        crew.share_tensor(loaded.lora.phi.detach())
+            for row, task in enumerate(tasks):
+                load_adapter(lora, task.inputs["previous"].local("adapter"), row)
+        crew.share_tensor(lora.phi.detach())
     post({"phase": "training"})
-    checkpoint = (task.store, f"partial/{task.fingerprint[:16]}/checkpoint")
-    curves = train(config, lesson.triplets, loaded, workshop, checkpoint, post)
-    metrics = _ask(task, lesson, loaded, workshop, post)
-    if crew.leads:
-        save_adapter(loaded.lora, task.output / "adapter", config.model.name)
-        metrics |= _write_curves(task, curves)
-    return metrics
+    lessons = [Lesson(task.config, (task.store, f"partial/{task.fingerprint[:16]}/checkpoint")) for task in tasks]
+    scored = _scores(tasks, lesson, loaded, workshop)
+    found = train_together(lessons, lesson.triplets, loaded, workshop, post, scored)
+    failed = {t.fingerprint: str(cause) for t, cause in zip(tasks, found, strict=True) if isinstance(cause, CorsaError)}
+    shared = (time.monotonic() - started) / len(tasks)
+    for row, (task, curves) in enumerate(zip(tasks, found, strict=True)):
+        if not isinstance(curves, CorsaError):
+            began = time.monotonic()
+            with lora.only(row):
+                metrics = _ask(task, lesson, loaded, workshop, post)
+            if crew.leads:
+                save_adapter(lora, task.output / "adapter", task.config.model.name, row)
+                metrics |= _write_curves(task, curves) | {"packed": len(tasks)} | _notes(workshop)
+                task.commit(metrics, shared + time.monotonic() - began)
+    return failed
+
+
+def _scores(tasks: Sequence[Task], lesson: _Subject, loaded: Loaded, workshop: Workshop) -> AtEpoch:
+    """Asks the rounds of trials at the end of every so many epochs and tells Ray Tune, which may stop them there."""
+    place = tasks[0].placement
+    if not isinstance(place, TrialPlace) or place.metric is None:
+        return lambda epochs: None
+    metric, crew = place.metric, workshop.crew
+    protocol = tasks[0].config.evaluation.protocol
+
+    def at_epoch(epochs: int) -> None:
+        from ray import train
+
+        if epochs % place.rung or epochs == tasks[0].config.training.epochs:  # at the end all is asked anyway
+            return
+        scores: dict[str, float] = {}
+        for row, task in enumerate(tasks):
+            with loaded.lora.only(row), crew.in_step(loaded.model):
+                rows = _asker(task.config, loaded, workshop).ask(_own_chains(lesson.asked, crew))
+            rows = crew.collect(rows)
+            if crew.leads:
+                labels = {"method": "corsa", "seed": task.config.seed, "trained": task.config.round}
+                table = pd.DataFrame([{**labels, **answer} for answer in rows])
+                value = measure(metric, table, rule=place.rule, protocol=protocol)
+                scores[str(task.placement.trial)] = math.nan if value is None else value
+        best = (max if place.better == "high" else min)(scores.values(), default=math.nan)
+        train.report({metric: best, "epoch": place.before + epochs, "scores": scores})
+
+    return at_epoch
 
 
 def _teach_f_learning(task: Task, workshop: Workshop, post: Post) -> dict[str, Any]:
@@ -172,7 +242,6 @@ def _route(task: Task, workshop: Workshop, post: Post) -> dict[str, Any]:
 
 
 _LESSONS: dict[type, Callable[[Task, Workshop, Post], dict[str, Any]]] = {
-    RoundConfig: _teach_lora,
     FLearningRoundConfig: _teach_f_learning,
     MemitRoundConfig: _teach_memit,
     AskingConfig: _ask_only,
@@ -185,7 +254,7 @@ _LESSONS: dict[type, Callable[[Task, Workshop, Post], dict[str, Any]]] = {
 
 
 @dataclass(frozen=True)
-class _Lesson:
+class _Subject:
     """What a step teaches (`taught_now`, and as `triplets`) and asks (`asked`)."""
 
     taught_now: list[Edit]
@@ -193,19 +262,20 @@ class _Lesson:
     asked: list[Taught]
 
 
-def _open(task: Task, workshop: Workshop) -> tuple[_Lesson, Loaded]:
+def _open(task: Task, workshop: Workshop, adapters: int = 1) -> tuple[_Subject, Loaded]:
     """The step's edits, and the model that it is done with."""
     config: AskingConfig = task.config
     table = workshop.tables[task.step.inputs["reference"].fingerprint]
     edits = {e.id: e for e in from_table(_shared_table(task, "edits", workshop.crew)) if e.id in table}
-    loaded = workshop.open(config, sorted(map(table.triplet, edits), key=len)[-4:])  # windows show in long rows
+    sample = sorted(map(table.triplet, edits), key=len)[-4:]  # windows show in long rows
+    loaded = workshop.open(config, sample, adapters)
     if "schedule" not in task.step.inputs:  # which round teaches an edit is then the scenario's affair
-        return _Lesson([], [], [Taught(edit, edit.round, "") for edit in edits.values()]), loaded
+        return _Subject([], [], [Taught(edit, edit.round, "") for edit in edits.values()]), loaded
     schedule = _shared_table(task, "schedule", workshop.crew)
     now = [id_ for id_ in taught_in(schedule, config.round) if id_ in edits]
     facts = [fact for fact in valid_after(schedule, config.round) if fact["edit"] in edits]
     asked = [Taught(edits[fact["edit"]], fact["learnt"], fact["part"]) for fact in facts]
-    return _Lesson([edits[id_] for id_ in now], [table.triplet(id_) for id_ in now], asked), loaded
+    return _Subject([edits[id_] for id_ in now], [table.triplet(id_) for id_ in now], asked), loaded
 
 
 def _asker(config: AskingConfig, loaded: Loaded, workshop: Workshop) -> Asker:
@@ -213,7 +283,7 @@ def _asker(config: AskingConfig, loaded: Loaded, workshop: Workshop) -> Asker:
     return Asker(loaded.model, loaded.encoder, config.evaluation, workshop.crew.device, batch, loaded.packed)
 
 
-def _ask(task: Task, lesson: _Lesson, loaded: Loaded, workshop: Workshop, post: Post) -> dict[str, Any]:
+def _ask(task: Task, lesson: _Subject, loaded: Loaded, workshop: Workshop, post: Post) -> dict[str, Any]:
     """Ask the model as it stands, and write the answers."""
     crew = workshop.crew
     post({"phase": "evaluating"})

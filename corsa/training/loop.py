@@ -5,11 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
+from torch import Tensor
 
 from corsa.config import StepConfig
 from corsa.errors import CorsaError
@@ -18,10 +20,12 @@ from corsa.identities import RoundConfig
 from corsa.method.packing import Triplet
 from corsa.method.schedule import learning_rate
 from corsa.method.step import corsa_step
+from corsa.method.together import Together
+from corsa.training.adamw import AdamW, Moments, PackedAdamW
 from corsa.training.checkpoint import Position, load_checkpoint, save_checkpoint
 from corsa.training.crew import Crew
 from corsa.training.tokens import batch_order
-from corsa.training.workshop import Loaded, Workshop
+from corsa.training.workshop import Loaded, Share, Workshop
 
 CURVES = pa.schema(
     [
@@ -50,6 +54,18 @@ class RoundFailedError(CorsaError):
     """A round that would fail again if it were tried again; every worker finds so, at the same step."""
 
 
+@dataclass(frozen=True)
+class Lesson:
+    """A round to be trained, and where in the store its checkpoint is kept."""
+
+    config: RoundConfig
+    checkpoint: tuple[Store, str]
+
+
+AtEpoch = Callable[[int], None]
+"""Is told how many epochs are done, on every worker."""
+
+
 def train(
     config: RoundConfig,
     triplets: Sequence[Triplet],
@@ -58,63 +74,156 @@ def train(
     checkpoint: tuple[Store, str],
     post: Callable[[dict[str, Any]], None],
 ) -> list[dict[str, Any]]:
-    """Take phi from where it stands (or from the round's last checkpoint) through all epochs.
+    """Train one round, as `train_together`. Returns its curves, or raises what stopped it."""
+    (found,) = train_together([Lesson(config, checkpoint)], triplets, loaded, workshop, post)
+    if isinstance(found, RoundFailedError):
+        raise found
+    return found
+
+
+def train_together(
+    lessons: Sequence[Lesson],
+    triplets: Sequence[Triplet],
+    loaded: Loaded,
+    workshop: Workshop,
+    post: Callable[[dict[str, Any]], None],
+    at_epoch: AtEpoch = lambda epochs: None,
+) -> list[list[dict[str, Any]] | RoundFailedError]:
+    """Take phi from where it stands (or each row from its round's last checkpoint) through all epochs.
 
     Args:
-        config: seed, round, step, and how long it is trained.
-        triplets: the edits that the round teaches, with their reference.
+        lessons: a round for each row of phi; they differ in seed, lambda, beta, rho and learning rate alone.
+        triplets: the edits that the rounds teach, with their reference.
         loaded: the model; its `lora.phi` is trained in place.
         workshop: this worker's tools.
-        checkpoint: the store, and where in it this round's checkpoint is kept.
         post: takes a line for the progress display.
+        at_epoch: called at the end of every epoch that is trained here.
 
     Returns:
-        The rows of the curves table without the method's name, those before an interruption included.
+        Of each round the rows of the curves table without the method's name, those before an interruption included;
+        or why it stopped: too many steps had a gradient that was not finite. The others go on without it.
 
     Raises:
-        RoundFailedError: the round has no edits, or too many steps had a gradient that was not finite.
+        RoundFailedError: the rounds have no edits.
     """
-    crew, phi, training = workshop.crew, loaded.lora.phi, config.training
+    crew, phi = workshop.crew, loaded.lora.phi
     if not triplets:
         raise RoundFailedError(
-            f"round {config.round} has no edits to teach: lower --rounds, or give chains with as many updates"
+            f"round {lessons[0].config.round} has no edits to teach: lower --rounds, "
+            "or give chains with as many updates"
         )
+    with closing(PackedAdamW(phi) if len(lessons) > 1 else crew.optimizer(phi)) as optimizer:  # fresh each round
+        packed = isinstance(optimizer, PackedAdamW)
+        rows = optimizer.rows if packed else [phi]
+        kept = [optimizer.of(row) for row in range(len(rows))] if packed else [optimizer]
+        pupils = [
+            _Pupil(lesson, row, state, load_checkpoint(*lesson.checkpoint, row, state, crew))
+            for lesson, row, state in zip(lessons, rows, kept, strict=True)
+        ]
+        _learn(pupils, triplets, loaded, workshop, optimizer, post, at_epoch)
+    workshop.notes += [note for pupil in pupils for note in pupil.position.notes]
+    return [pupil.outcome for pupil in pupils]
+
+
+def _learn(
+    pupils: Sequence[_Pupil],
+    triplets: Sequence[Triplet],
+    loaded: Loaded,
+    workshop: Workshop,
+    optimizer: AdamW,
+    post: Callable[[dict[str, Any]], None],
+    at_epoch: AtEpoch,
+) -> None:
+    """All steps that are left to take."""
+    crew, phi, configs = workshop.crew, loaded.lora.phi, [pupil.config for pupil in pupils]
+    config, training = configs[0], configs[0].training
     per_epoch = -(-len(triplets) // training.batch)
     steps = per_epoch * training.epochs
     unit = config.step.microbatch if config.step.scope == "microbatch" else 1
-    with closing(crew.optimizer(phi)) as optimizer:  # fresh each round
-        position = load_checkpoint(*checkpoint, phi, optimizer, crew)
-        began, resumed_at = time.monotonic(), position.step
-        for epoch in range(resumed_at // per_epoch, training.epochs):
-            seen = np.zeros(len(triplets), dtype=np.int64)  # by this worker
-            batches = batch_order(len(triplets), training.batch, seed=config.seed, round_=config.round, epoch=epoch)
-            for number, chosen in enumerate(batches, start=epoch * per_epoch + 1):
-                own = _own_parts(chosen, config.step, crew)
-                for part in own:
-                    seen[part] += 1
-                if number <= resumed_at:
-                    continue
-                start = time.monotonic()
-                rate = learning_rate(training.learning_rate, position.step, steps, training.warmup)
-                optimizer.param_groups[0]["lr"] = rate
-                parts = [[triplets[i] for i in part] for part in own]
-                batch = workshop.batch(loaded, [triplets[i] for i in chosen], parts, unit)
-                log = corsa_step(loaded.model, phi, batch, config.step, optimizer, training.clip, crew.sum)
-                log |= {"epoch": epoch + 1, "learning_rate": rate, "seconds": time.monotonic() - start}
-                position.add({"seed": config.seed, "round": config.round, "step": number} | log)
-                _stop_if_diverged(position, config)
-                if number % workshop.placement.checkpoint_every == 0 or number == steps:
-                    save_checkpoint(*checkpoint, phi, optimizer, position, crew)
-                if crew.leads:
-                    pace = (time.monotonic() - began) / (number - resumed_at)
-                    loss = log["loss_sft"] + config.step.lambda_ * (log["loss_dpo"] or 0.0)
-                    post(
-                        {"epoch": epoch + 1, "epochs": training.epochs, "step": number, "steps": steps}
-                        | {"loss": loss, "eta_s": pace * (steps - number)}
-                    )
-            _check_every_edit_once(seen, crew, epoch + 1)
-        workshop.notes += position.notes
-    return position.curves
+    setting = Together.of([config.step for config in configs], phi.device)
+    began, resumed_at = time.monotonic(), min(pupil.position.step for pupil in pupils)
+    for epoch in range(resumed_at // per_epoch, training.epochs):
+        seen = np.zeros((len(pupils), len(triplets)), dtype=np.int64)  # by this worker
+        orders = [batch_order(len(triplets), training.batch, seed=c.seed, round_=c.round, epoch=epoch) for c in configs]
+        for number, chosen in enumerate(zip(*orders, strict=True), start=epoch * per_epoch + 1):
+            own = [_own_parts(whole, config.step, crew) for whole in chosen]
+            for counts, parts in zip(seen, own, strict=True):
+                for part in parts:
+                    counts[part] += 1
+            if number <= resumed_at:
+                continue
+            start = time.monotonic()
+            for pupil, group in zip(pupils, optimizer.param_groups, strict=True):
+                peak = pupil.config.training.learning_rate
+                group["lr"] = learning_rate(peak, number - 1, steps, training.warmup)
+                group["waits"] = pupil.waits(number)
+            shares = [
+                Share([triplets[i] for i in whole], [[triplets[i] for i in part] for part in parts])
+                for whole, parts in zip(chosen, own, strict=True)
+            ]
+            batch = workshop.batch(loaded, shares, unit)
+            logs = corsa_step(loaded.model, phi, batch, setting, optimizer, training.clip, crew.sum)
+            seconds = (time.monotonic() - start) / len(pupils)
+            for pupil, log, group in zip(pupils, logs, optimizer.param_groups, strict=True):
+                if not group["waits"]:
+                    more = {"epoch": epoch + 1, "learning_rate": group["lr"], "seconds": seconds}
+                    pupil.learnt({"step": number} | log | more)
+            if all(pupil.failed for pupil in pupils):
+                return
+            if number % workshop.placement.checkpoint_every == 0 or number == steps:
+                for pupil in pupils:
+                    if pupil.position.step == number and not pupil.failed:
+                        save_checkpoint(*pupil.lesson.checkpoint, pupil.row, pupil.state, pupil.position, crew)
+            if crew.leads:
+                pace = (time.monotonic() - began) / (number - resumed_at)
+                post(
+                    {"epoch": epoch + 1, "epochs": training.epochs, "step": number, "steps": steps}
+                    | {"loss": _mean_loss(configs, logs), "eta_s": pace * (steps - number)}
+                )
+        _check_every_edit_once(seen, crew, epoch + 1)
+        at_epoch(epoch + 1)
+
+
+@dataclass
+class _Pupil:
+    """One row of phi on its way through its round."""
+
+    lesson: Lesson
+    row: Tensor
+    state: Moments
+    position: Position
+    failed: RoundFailedError | None = None
+
+    @property
+    def config(self) -> RoundConfig:
+        return self.lesson.config
+
+    @property
+    def outcome(self) -> list[dict[str, Any]] | RoundFailedError:
+        return self.failed or self.position.curves
+
+    def waits(self, number: int) -> bool:
+        """Whether step `number` is not for this row: it has failed, or its checkpoint is ahead of the others'."""
+        return self.failed is not None or number <= self.position.step
+
+    def learnt(self, log: dict[str, Any]) -> None:
+        """One more step is done."""
+        self.position.add({"seed": self.config.seed, "round": self.config.round} | log)
+        skipped = sum(c["skipped"] for c in self.position.curves)
+        if skipped > self.config.training.max_skipped:
+            self.failed = RoundFailedError(
+                f"round {self.config.round}: {skipped} of {self.position.step} steps had a non-finite gradient, "
+                f"the last being step {self.position.step}. Lower --training.learning-rate "
+                f"(now {self.config.training.learning_rate:g}) or --corsa.rho, or use --dtype float32"
+            )
+
+
+def _mean_loss(configs: Sequence[RoundConfig], logs: Sequence[dict[str, Any]]) -> float:
+    losses = [
+        log["loss_sft"] + config.step.lambda_ * (log["loss_dpo"] or 0.0)
+        for config, log in zip(configs, logs, strict=True)
+    ]
+    return sum(losses) / len(losses)
 
 
 def _own_parts(chosen: np.ndarray, step: StepConfig, crew: Crew) -> list[np.ndarray]:
@@ -124,16 +233,6 @@ def _own_parts(chosen: np.ndarray, step: StepConfig, crew: Crew) -> list[np.ndar
         return parts[crew.rank :: crew.size]
     own = chosen[crew.rank :: crew.size]
     return [own] if len(own) else []
-
-
-def _stop_if_diverged(position: Position, config: RoundConfig) -> None:
-    skipped = sum(c["skipped"] for c in position.curves)
-    if skipped > config.training.max_skipped:
-        raise RoundFailedError(
-            f"round {config.round}: {skipped} of {position.step} steps had a non-finite gradient, "
-            f"the last being step {position.step}. Lower --training.learning-rate "
-            f"(now {config.training.learning_rate:g}) or --corsa.rho, or use --dtype float32"
-        )
 
 
 def _check_every_edit_once(seen: np.ndarray, crew: Crew, epoch: int) -> None:

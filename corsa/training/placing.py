@@ -40,6 +40,18 @@ def groups_side_by_side(placement: Placement, on: list[Resources] | None = None)
     return max(1, int(total // (placement.workers * each)))
 
 
+def trials_at_once(placement: Placement, on: list[Resources] | None = None) -> tuple[int, str]:
+    """How many trials run side by side, and the arithmetic in words."""
+    found = nodes() if on is None else on
+    count = groups_side_by_side(placement, found)
+    kind, each = ("GPU", 1) if placement.gpu else ("CPU", threads_per_worker(placement, _smallest_node(found)))
+    total = sum(node.get(kind, 0.0) for node in found)
+    workers = f"{placement.workers} worker{'s' * (placement.workers > 1)}"
+    sums = f"{total:g} {kind}s / ({workers} x {each:g} {kind}{'s' * (each > 1)}) = {count} at once"
+    packed = f", {placement.pack} trials in each" if placement.pack > 1 else ""
+    return count, sums + packed
+
+
 def _smallest_node(on: list[Resources] | None) -> float:
     found = [n.get("CPU", 0.0) for n in (nodes() if on is None else on)]
     return max(1.0, min((c for c in found if c > 0), default=1.0))

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from corsa.config import Placement
 from corsa.errors import CorsaError
 from corsa.flow.task import Progress, Task
+from corsa.identities import TrialPlace
 from corsa.training.crew import Crew
-from corsa.training.lessons import take
+from corsa.training.lessons import take, trains_with
 from corsa.training.loop import RoundFailedError
 from corsa.training.placing import cpus_per_worker
 from corsa.training.tokens import TokenTable
@@ -32,8 +33,10 @@ def run(tasks: list[Task], progress: Progress) -> dict[str, str]:
     import ray.data
     from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchTrainer
+    from ray.tune.integration.ray_train import TuneReportCallback
 
     placement: Placement = tasks[0].placement
+    watched = isinstance(placement, TrialPlace)  # by Ray Tune
     os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(placement.heartbeat_timeout)
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # a group's end is noticed this much later
     inputs = [t.inputs["reference"] for t in tasks if "reference" in t.step.inputs]
@@ -47,9 +50,10 @@ def run(tasks: list[Task], progress: Progress) -> dict[str, str]:
             resources_per_worker={"CPU": cpus_per_worker(placement)},
         ),
         run_config=RunConfig(
-            name=f"rounds-{uuid.uuid4().hex[:8]}",
+            name=f"{placement.title if watched else 'rounds'}-{uuid.uuid4().hex[:8]}",
             storage_path=f"{tasks[0].store.url}/ray",
             failure_config=FailureConfig(max_failures=placement.max_failures),
+            callbacks=[TuneReportCallback()] if watched and placement.metric else [],
         ),
         datasets={name: ray.data.read_parquet(path) for name, path in tables.items()},
         dataset_config=DataConfig(datasets_to_split=[]),  # every worker sees every row: no edit is dropped
@@ -81,25 +85,43 @@ def work(config: dict[str, Any]) -> dict[str, str]:
 
 
 def take_rounds(tasks: Sequence[Task], workshop: Workshop, progress: Progress) -> dict[str, str]:
-    """Train, ask and commit each round in turn; a round that fails takes with it only the later ones of its chain."""
+    """Train, ask and commit each round in turn, or as many together as `placement.pack` allows and can be; a round that
+    fails takes with it only the later ones of its chain.
+    """
     crew = workshop.crew
+    done = crew.share([crew.leads and task.finished is not None for task in tasks])
+    # Sharded, phi's optimizer and the passes of its workers are one adapter's.
+    most = workshop.placement.pack if workshop.placement.sharding.zero_stage == 0 else 1
+    waiting = [task for task, finished in zip(tasks, done, strict=True) if not finished]
     failed: dict[str, str] = {}
-    for task in tasks:
-        if crew.share(crew.leads and task.finished is not None):
-            continue
-        before = [step.name for step in task.step.inputs.values() if step.fingerprint in failed]
+    while waiting:
+        pack = _together(waiting, failed, most)
+        waiting = [task for task in waiting if task not in pack]
+        before = [step.name for step in pack[0].step.inputs.values() if step.fingerprint in failed]
         if before:
-            failed[task.fingerprint] = f"not run: {before[0]} failed"
+            failed[pack[0].fingerprint] = f"not run: {before[0]} failed"
+            waiting = [*pack[1:], *waiting]
             continue
-        line = _Line(task, crew, progress)
+        line = _Line(pack[0], crew, progress)
         try:
-            take(task, workshop, line.post)
+            failed |= take(pack, workshop, line.post)
         except CorsaError as e:
             if crew.size > 1 and not isinstance(e, RoundFailedError):
                 raise  # known to this worker alone: the others must not wait for it
-            failed[task.fingerprint] = str(e)
+            failed |= dict.fromkeys((task.fingerprint for task in pack), str(e))
         line.post({"phase": "done"})
     return failed
+
+
+def _together(waiting: Sequence[Task], failed: Mapping[str, str], most: int) -> list[Task]:
+    """The first of the waiting rounds, with others that can be trained with it: nothing they need is still missing."""
+    first, missing = waiting[0], {task.fingerprint for task in waiting} | failed.keys()
+    free = [
+        task
+        for task in (waiting[1:] if most > 1 else ())
+        if trains_with(first, task) and not any(needed.fingerprint in missing for needed in task.step.inputs.values())
+    ]
+    return [first, *free[: most - 1]]
 
 
 class _Line:

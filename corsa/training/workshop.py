@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from corsa.config import LoraConfig, ModelConfig, Placement
@@ -32,6 +33,14 @@ class Loaded:
     packed: bool
 
 
+@dataclass(frozen=True)
+class Share:
+    """What one adapter learns from in a step: the whole global batch, and this worker's parts of it."""
+
+    whole: Sequence[Triplet]
+    parts: Sequence[Sequence[Triplet]]
+
+
 class Workshop:
     """One worker's tools. The model changes only where the next step needs another one."""
 
@@ -42,8 +51,8 @@ class Workshop:
         self._loaded: Loaded | None = None
         self._checked = False  # whether packed rows have been compared with plain ones
 
-    def open(self, config: AskingConfig | SpecificityConfig, sample: Sequence[Triplet]) -> Loaded:
-        """The model of a step with LoRA of its shape; `sample` shows whether its rows can be packed."""
+    def open(self, config: AskingConfig | SpecificityConfig, sample: Sequence[Triplet], adapters: int = 1) -> Loaded:
+        """The model of a step with so many adapters of its shape; `sample` shows whether its rows can be packed."""
         shape = config.lora if isinstance(config, RoundConfig) else None  # None: asked with LoRA off, any shape will do
         if not (self._loaded and self._key and self._key[0] == config.model and shape in (None, self._key[1])):
             if self._loaded:  # the old one goes before the new one comes
@@ -54,6 +63,8 @@ class Workshop:
             model = self.crew.place(config.model)
             encoder = Encoder(load_tokenizer(config.model), config.model.template)
             self._loaded, self._checked = Loaded(model, Lora(model, self._key[1]), encoder, packed=True), False
+        if len(self._loaded.lora.phi) != adapters:
+            self._loaded.lora.resize(adapters)
         if sample and not self._checked:
             self._loaded, self._checked = replace(self._loaded, packed=self._packs(self._loaded, config, sample)), True
         return self._loaded
@@ -65,20 +76,32 @@ class Workshop:
             print(f"warning: {config.model.name} treats packed rows differently: running unpacked, slower, same result")
         return packed
 
-    def batch(self, loaded: Loaded, whole: Sequence[Triplet], parts: Sequence[Sequence[Triplet]], unit: int) -> Batch:
-        """This worker's `parts` of the global batch `whole`, cut to micro-batches with neighbours in length together.
+    def batch(self, loaded: Loaded, shares: Sequence[Share], unit: int) -> Batch:
+        """This worker's part of a global batch, cut to micro-batches with neighbours in length together.
 
-        No part of `unit` edits or less is cut: a perturbation is made from it.
+        Args:
+            loaded: the model.
+            shares: of one adapter, or of each of several that are trained together.
+            unit: no part of so many edits or less is cut: a perturbation is made from it.
         """
         size = max(self.placement.micro_batch, unit)
         micro = []
-        for part in parts:
-            ordered = sorted(part, key=len)
-            micro += [self._micro_batch(loaded, ordered[i : i + size]) for i in range(0, len(ordered), size)]
-        return Batch(self.crew.level(micro), edits=len(whole), tokens=sum(len(t.new) for t in whole))
+        for parts in zip(*(share.parts for share in shares), strict=True):  # of every adapter the same number of edits
+            ordered = [sorted(part, key=len) for part in parts]
+            cuts = range(0, len(ordered[0]), size)
+            micro += [self._micro_batch(loaded, [part[i : i + size] for part in ordered]) for i in cuts]
+        whole = [share.whole for share in shares]
+        return Batch(self.crew.level(micro), edits=len(whole[0]), tokens=self._tokens(whole))
 
-    def _micro_batch(self, loaded: Loaded, triplets: Sequence[Triplet]) -> MicroBatch:
-        device = self.crew.device
-        rows = [r.to(device) for r in pack(triplets, dtype=loaded.model.dtype, packed=loaded.packed)]
-        reference = torch.tensor([t.reference for t in triplets], dtype=torch.float32, device=device).T
-        return MicroBatch(rows, reference, sum(len(t.new) for t in triplets))
+    def _micro_batch(self, loaded: Loaded, adapters: Sequence[Sequence[Triplet]]) -> MicroBatch:
+        device, flat = self.crew.device, [t for own in adapters for t in own]
+        packed = pack(flat, dtype=loaded.model.dtype, packed=loaded.packed, adapters=len(adapters))
+        reference = torch.tensor([t.reference for t in flat], dtype=torch.float32, device=device).T
+        return MicroBatch(
+            [rows.to(device) for rows in packed], reference.reshape(2, len(adapters), -1), self._tokens(adapters)
+        )
+
+    def _tokens(self, adapters: Sequence[Sequence[Triplet]]) -> Tensor:
+        """Tokens of each adapter's new answers: (K, 1)."""
+        counts = [[float(sum(len(t.new) for t in own))] for own in adapters]
+        return torch.tensor(counts, device=self.crew.device)

@@ -1,0 +1,144 @@
+"""Adapters trained together on one copy of the base learn what they learn apart, whatever stands beside them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import END, Bench, round_config, triplets
+from torch import Tensor
+
+from corsa.config import Placement
+from corsa.flow import Store
+from corsa.identities import RoundConfig
+from corsa.method.packing import Triplet, pack
+from corsa.training.loop import Lesson, RoundFailedError, train_together
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+SETTINGS: list[dict[str, Any]] = [
+    {},
+    {"step": {"lambda": 0.0, "rho": 0.1}, "seed": 8},
+    {"step": {"lambda": 2.5, "rho": 0.0, "beta": 0.4}, "learning_rate": 1e-3},
+    {"step": {"lambda": 0.0, "rho": 0.0, "pcgrad": "off"}, "seed": 5},
+]
+"""The default, no DPO, no SAM, and plain LoRA: beside one another in one pack."""
+
+
+def rounds(**common: Any) -> list[RoundConfig]:
+    made = []
+    for setting in SETTINGS:
+        rate = {k: v for k, v in setting.items() if k == "learning_rate"}
+        config = round_config(step={**setting.get("step", {}), **common}, **rate)
+        made.append(config.model_copy(update={"seed": setting.get("seed", 3)}))
+    return made
+
+
+@pytest.fixture(scope="module")
+def bench() -> Bench:
+    return Bench(triplets(7, opposed=2, long=(2,)))  # one edit runs as two plain rows beside the packed ones
+
+
+def together(
+    bench: Bench,
+    configs: Sequence[RoundConfig],
+    folder: Path,
+    *,
+    edits: Sequence[Triplet] | None = None,
+    post: Any = lambda line: None,
+    **placement: Any,
+) -> tuple[Tensor, list[Any]]:
+    """Every row of phi as it ends, and what became of each round."""
+    lora = bench.loaded.lora
+    lora.resize(len(configs))
+    with torch.no_grad():
+        lora.phi.copy_(bench.start.expand(len(configs), -1))
+    lessons = [Lesson(config, (Store(folder), f"partial/{i}")) for i, config in enumerate(configs)]
+    try:
+        workshop = bench.workshop(Placement(**placement))
+        found = train_together(lessons, bench.edits if edits is None else edits, bench.loaded, workshop, post)
+        return lora.phi.detach().clone(), found
+    finally:
+        lora.resize(1)
+
+
+@pytest.mark.parametrize("common", [{}, {"reduction": "sequence"}, {"scope": "microbatch", "microbatch": 2}])
+def test_each_row_ends_as_it_does_alone(bench: Bench, tmp_path: Path, common: dict[str, Any]) -> None:
+    configs = rounds(**common)
+    phi, found = together(bench, configs, tmp_path / "together")
+    for row, curves, config in zip(phi, found, configs, strict=True):
+        alone = bench.train(config, tmp_path / f"{config.seed}-{config.step.rho}-{config.step.lambda_}")
+        # Adam turns the rounding of an entry without gradient into +-lr, so the bound is on all of what was learnt.
+        assert float((row - alone.phi[0]).norm()) <= 1e-3 * float((alone.phi[0] - bench.start[0]).norm())
+        assert [c["step"] for c in curves] == [c["step"] for c in alone.curves]
+        for mine, theirs in zip(curves, alone.curves, strict=True):
+            for name in ("loss_sft", "loss_dpo", "logp_new", "logp_old", "cosine", "grad_norm", "learning_rate"):
+                expected = theirs[name]
+                assert mine[name] == (expected if expected is None else pytest.approx(expected, rel=1e-3, abs=1e-4))
+            assert (mine["sharpness"] is None) == (theirs["sharpness"] is None)
+    assert float((phi[0] - phi[1]).abs().max()) > 1e-4  # or the rows could have been mixed up
+
+
+def test_small_micro_batches_of_each_adapter_change_nothing(bench: Bench, tmp_path: Path) -> None:
+    configs = rounds()
+    whole, _ = together(bench, configs, tmp_path / "whole")
+    cut, _ = together(bench, configs, tmp_path / "cut", micro_batch=1)
+    torch.testing.assert_close(cut, whole, rtol=0, atol=1e-5)
+
+
+def test_a_row_that_diverges_leaves_the_others_alone(bench: Bench, tmp_path: Path) -> None:
+    good, bad = round_config(epochs=8), round_config(epochs=8, step={"rho": 1e30})
+    phi, found = together(bench, [good, bad, good.model_copy(update={"seed": 9})], tmp_path)
+    assert isinstance(found[1], RoundFailedError)
+    assert "6 of 6 steps had a non-finite gradient" in str(found[1])
+    assert torch.equal(phi[1], bench.start[0])  # not one of its steps was taken
+    for row, config in ((0, good), (2, good.model_copy(update={"seed": 9}))):
+        alone = bench.train(config, tmp_path / f"alone{row}")
+        torch.testing.assert_close(phi[row], alone.phi[0], rtol=0, atol=1e-5)
+        assert not any(c["skipped"] for c in found[row])
+
+
+def test_one_bad_edit_skips_the_steps_of_the_rows_that_meet_it(bench: Bench, tmp_path: Path) -> None:
+    edits = [replace(bench.edits[0], reference=(math.nan, 0.0)), *bench.edits[1:]]
+    configs = [round_config(), round_config(step={"lambda": 0.0}), round_config().model_copy(update={"seed": 4})]
+    _, found = together(bench, configs, tmp_path, edits=edits)
+    assert [sum(c["skipped"] for c in curves) for curves in found] == [3, 0, 3]  # without DPO it is no bad edit
+    assert [c["skipped"] for c in found[0]] != [c["skipped"] for c in found[2]]  # each in its own order
+
+
+class LostError(Exception):
+    """What ends a pack in the middle."""
+
+
+def test_a_pack_goes_on_from_its_checkpoints_even_where_one_is_ahead(bench: Bench, tmp_path: Path) -> None:
+    configs = rounds()[:3]
+    expected, curves = together(bench, configs, tmp_path / "undisturbed")
+
+    def stop(line: dict[str, Any]) -> None:
+        if line["step"] == 4:
+            raise LostError
+
+    with pytest.raises(LostError):
+        together(bench, configs, tmp_path / "lost", post=stop, checkpoint_every=2)
+    lesson = [Lesson(configs[1], (Store(tmp_path / "lost"), "partial/1"))]
+    workshop = bench.workshop(Placement(checkpoint_every=1))
+    with pytest.raises(LostError):  # the second round alone gets a step further
+        train_together(lesson, bench.edits, bench.loaded, workshop, lambda line: stop({"step": line["step"] - 1}))
+    phi, found = together(bench, configs, tmp_path / "lost", checkpoint_every=2)
+    torch.testing.assert_close(phi, expected, rtol=0, atol=1e-5)
+    assert [[c["step"] for c in own] for own in found] == [[c["step"] for c in own] for own in curves]
+
+
+def test_adapters_with_unequal_rows_are_evened_with_blank_ones() -> None:
+    short, long = Triplet([5, 6, 7, 8], [9, END], [10, END]), Triplet([5], [9] * 20, [10] * 20)
+    packed, plain = pack([short, short, short, long], adapters=2)
+    for rows in (packed, plain):
+        assert len(rows.input_ids) % 2 == 0
+        half = len(rows.input_ids) // 2
+        own = rows.keep.nonzero()[:, 0][rows.index] >= half  # is each answer token predicted in the second's rows?
+        assert ((rows.slot % 4 >= 2) == own).all()
