@@ -1,5 +1,29 @@
 """CoRSA on Ray: edit what language models know, again and again, and see what each round does to what was learnt.
 
 Nguyen et al. 2026, arXiv 2602.03696. The method is in `corsa.method`, one idea a file; the step of Algorithm 1 is
-`corsa.method.step.corsa_step`.
+`corsa.method.step.corsa_step`. For programs: `load_edits`, `edit`, `evaluate`, `merge`, `to_dataset`.
 """
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from corsa.adapters.merging import merge
+    from corsa.api import edit, evaluate, load_edits, to_dataset
+
+__all__ = ["edit", "evaluate", "load_edits", "merge", "to_dataset"]
+
+_WHERE = {"merge": "corsa.adapters.merging"}
+
+
+def __getattr__(name: str) -> Any:
+    # Looked up when first used: `import corsa` loads neither torch nor ray.
+    if name not in __all__:
+        raise AttributeError(f"module 'corsa' has no attribute {name!r}")
+    return getattr(import_module(_WHERE.get(name, "corsa.api")), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

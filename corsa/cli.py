@@ -9,25 +9,34 @@ from tyro.conf import FlagCreatePairsOff
 
 from corsa.commands import app
 from corsa.commands import perf_sandbox as perf_sandbox
+from corsa.commands import STATUSES, app
+from corsa.commands import ask as ask
+from corsa.commands import data as data
+from corsa.commands import doctor as doctor
+from corsa.commands import edit as edit
+from corsa.commands import evaluate as evaluate
+from corsa.commands import merge as merge
+from corsa.commands import push as push
 from corsa.commands import runs as runs
+from corsa.commands import undo as undo
 from corsa.errors import CorsaError
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Entry point. Returns 0, or 2 for a failure the user can mend, which is printed to stderr; 130 after Ctrl-C."""
+    """Entry point. Returns the exit status, see `corsa.commands.STATUSES`; an error is one line on stderr."""
     try:
-        app.cli(
+        status = app.cli(
             prog="corsa",
-            description="Edit what language models know, again and again.",
+            description=f"Edit what language models know, again and again.\n\n{STATUSES}",
             args=args,
             config=[FlagCreatePairsOff],
         )
     except CorsaError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return error.status
     except KeyboardInterrupt:
         return 130
-    return 0
+    return status or 0
 
 
 if __name__ == "__main__":

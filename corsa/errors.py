@@ -7,7 +7,15 @@ from difflib import get_close_matches
 
 
 class CorsaError(Exception):
-    """A failure with a cause the user can mend. Commands print its text and exit with status 2, without a traceback."""
+    """A failure with a cause the user can mend. Commands print its text and exit with `status`, without a traceback."""
+
+    status = 2
+
+
+class StepsFailedError(CorsaError):
+    """Steps of a run failed; which, and why, has been said. What is finished is kept."""
+
+    status = 1
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> CorsaError:

@@ -189,17 +189,18 @@ def facts(experiment: Experiment, rounds: int) -> Facts:
     )
     name = experiment.benchmark if rounds == 1 else f"{experiment.benchmark}-x{rounds}"
     edits = Step(f"edits/{name}", EDITS, config, placement=EditsPlace(data=_absolute(experiment.data)))
-    return _with_reference(experiment, name, edits)
+    return with_reference(experiment, name, edits)
 
 
 def part_of(experiment: Experiment, whole: Facts, part: int, parts: int) -> Facts:
     """One of `parts` parts of a benchmark's edits, relations kept together."""
     name = f"{whole.name}/part{part + 1}of{parts}"
     edits = Step(f"edits/{name}", PART, PartConfig(part=part, parts=parts), {"edits": whole.edits})
-    return _with_reference(experiment, name, edits)
+    return with_reference(experiment, name, edits)
 
 
-def _with_reference(experiment: Experiment, name: str, edits: Step) -> Facts:
+def with_reference(experiment: Experiment, name: str, edits: Step) -> Facts:
+    """Edits as facts made ready, under a name."""
     config = ReferenceConfig(model=pin(experiment.model), on_bad_record=_on_bad_record(experiment))
     reference = Step(f"reference/{name}", REFERENCE, config, {"edits": edits}, experiment.placement)
     return Facts(name, edits, reference)
@@ -283,9 +284,14 @@ def base(experiment: Experiment, taught: Facts) -> Step:
     return Step(f"{taught.name}/base", ROUND, config, taught.tables, experiment.placement)
 
 
-def asked(experiment: Experiment, name: str, taught: Facts, schedule: Step, adapter: Step, seed: int = 0) -> Step:
-    """The answers of an edited model to the probes of facts that another step has taught it."""
-    config = AskingConfig(model=pin(experiment.model), evaluation=experiment.evaluation.asking(), seed=seed, round=1)
+def asked(
+    experiment: Experiment, name: str, taught: Facts, schedule: Step, adapter: Step, seed: int = 0, round_: int = 1
+) -> Step:
+    """The answers of an edited model to the probes of facts, as they stand after a round, that another step has taught
+    it.
+    """
+    evaluation = experiment.evaluation.asking()
+    config = AskingConfig(model=pin(experiment.model), evaluation=evaluation, seed=seed, round=round_)
     inputs = {**taught.tables, "schedule": schedule, "adapter": adapter}
     return Step(f"{name}/asked/{taught.name}", ROUND, config, inputs, experiment.placement)
 

@@ -175,6 +175,57 @@ class SpecificityConfig(Frozen):
     model: ModelConfig
 
 
+class ControlsConfig(Frozen):
+    """What a model's answers to the everyday questions depend on, beside the adapter."""
+
+    model: ModelConfig
+    digest: str = Field(description="of the questions")
+    new_tokens: int = Field(ge=1)
+
+
+class LineConfig(Frozen):
+    """An adapter from outside the store, and what it was taught."""
+
+    digest: str
+    method: str = Field(description="under which its answers are shown; a later update may be made by another")
+    seed: int = Field(ge=0)
+
+
+class LinePlace(Frozen):
+    """Where it is read from; what it holds is in `LineConfig.digest`."""
+
+    directory: str
+
+
+class FactsConfig(Frozen):
+    """The facts of an update, old answers included."""
+
+    benchmark: str = Field(description="name of the file, as a report shows it")
+    digest: str
+    update: int = Field(ge=1)
+
+
+class AskedFactsConfig(FactsConfig):
+    """The same where some old answers are the model's own."""
+
+    model: ModelConfig
+    new_tokens: int = Field(ge=1)
+
+
+class FactsPlace(Placement):
+    """How the model is asked, and where the file is read from; what it holds is in `FactsConfig.digest`."""
+
+    data: str
+
+
+class TakenBackConfig(Frozen):
+    """The edits whose old answers are taught again."""
+
+    benchmark: str = Field(description="as a report shows it")
+    edits: tuple[str, ...] = Field(description="ids, chains or questions")
+    update: int = Field(ge=1)
+
+
 class RoutingConfig(AskingConfig):
     """What routed answers depend on, beside the parts of the data and their adapters."""
 
@@ -225,6 +276,7 @@ class ReportConfig(Frozen):
     headlines: tuple[str, ...] = Field(description="metrics of the main table")
     shown: tuple[Shown, ...]
     specificity: tuple[Shown, ...] = ()
+    controls: tuple[Shown, ...] = Field(default=(), description="answers to everyday questions: before and after")
     axes: tuple[Axis, ...] = ()
     compare_with: str | None = Field(
         default=None, description="every method is compared with this one; by default each with each"

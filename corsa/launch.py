@@ -22,6 +22,7 @@ from corsa.experiment import Experiment
 from corsa.flow import Outcome, Step, Store, draw, run
 from corsa.flow.cluster import connect, disconnect, submitted
 from corsa.flow.step import topological
+from corsa.flow.store import Artifact
 from corsa.training.placing import groups_side_by_side, refuse_what_cannot_fit
 
 E = TypeVar("E", bound=Experiment)
@@ -56,8 +57,24 @@ def launch(experiment: Experiment, report: Step, console: Console) -> int:
         highlight=False,
         style="dim",
     )
-    placement = experiment.placement
+    page = bring_about(report, store, experiment.placement, console)
+    if page is None:
+        return 1
+    for table in summary_tables(json.loads(page.read("metrics.json"))):
+        console.print(table)
+    for name in ("report.html", "metrics.json", "predictions.parquet"):
+        if name in page.record.files:
+            console.print(page.path(name), markup=False, highlight=False, soft_wrap=True)
+    return 0
 
+
+def bring_about(report: Step, store: Store, placement: Placement, console: Console) -> Artifact | None:
+    """Run what is not done yet of a step and all that it needs. None if a step failed: what failed, and why, is said.
+
+    Raises:
+        CorsaError: the cluster cannot hold what is asked of it, or the store cannot be written to.
+        KeyboardInterrupt: after Ctrl-C; finished steps are kept.
+    """
     if any(step.kind.on_cluster and not store.find(step) for step in topological([report])):
         refuse_what_cannot_fit(placement)  # at once where no cluster is to be joined, else as soon as it is
 
@@ -71,14 +88,9 @@ def launch(experiment: Experiment, report: Step, console: Console) -> int:
         outcome = run([report], store, join, lambda steps: groups_side_by_side(placement), console)
         disconnect()  # a submitted job's log joins both streams: nothing may follow the last lines
     if outcome.failed:
-        return _say_what_failed(outcome, console)
-    page = outcome.artifacts[report.fingerprint]
-    for table in summary_tables(json.loads(page.read("metrics.json"))):
-        console.print(table)
-    for name in ("report.html", "metrics.json", "predictions.parquet"):
-        if name in page.record.files:
-            console.print(page.path(name), markup=False, highlight=False, soft_wrap=True)
-    return 0
+        _say_what_failed(outcome, console)
+        return None
+    return outcome.artifacts[report.fingerprint]
 
 
 def lasting(storage: str) -> str:
@@ -90,7 +102,7 @@ def lasting(storage: str) -> str:
     return str(Path.home() / storage)
 
 
-def _say_what_failed(outcome: Outcome, console: Console) -> int:
+def _say_what_failed(outcome: Outcome, console: Console) -> None:
     for name, cause in outcome.failed.items():
         console.print(f"error: {name}: {cause}", markup=False, highlight=False, soft_wrap=True)
     if outcome.not_run:
@@ -98,7 +110,6 @@ def _say_what_failed(outcome: Outcome, console: Console) -> int:
             f"not run, for want of these: {', '.join(outcome.not_run)}", markup=False, highlight=False, soft_wrap=True
         )
     console.print("finished steps are kept: once the cause is gone, the same command goes on from here")
-    return 1
 
 
 def _shown(experiment: Experiment) -> dict[str, Any]:

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from corsa.adapters.splits import describe, split
 from corsa.benchmarks import read
 from corsa.edits import from_table, to_table
-from corsa.evaluation import mmlu
+from corsa.evaluation import controls, mmlu
 from corsa.evaluation.metrics import compute
 from corsa.evaluation.rows import BASE
 from corsa.flow.step import topological
@@ -180,6 +180,9 @@ def measured(task: Task, config: ReportConfig, predictions: pd.DataFrame) -> dic
         metrics["by_benchmark"] = rows
     answers = {s.method: pq.read_table(task.inputs[s.answers].local("answers.parquet")) for s in config.specificity}
     metrics["specificity"] = {method: mmlu.accuracy(rows.to_pylist()) for method, rows in answers.items()}
+    if config.controls:
+        before, now = (pq.read_table(task.inputs[s.answers].local("answers.parquet")) for s in config.controls)
+        metrics["controls"] = controls.changes(before.to_pylist(), now.to_pylist())
     metrics |= {
         "headlines": list(config.headlines),
         "axes": [axis.canonical() for axis in config.axes],
@@ -226,6 +229,15 @@ def _notes(task: Task) -> list[str]:
             notes.append(f"{step.name}: cut to rank {found['rank']}, relative error {found['cut_error']:.2g}.")
         elif isinstance(step.config, FLearningRoundConfig):
             notes.append(f"{step.name}: the adapter has rank {found['rank']}.")
+        if found.get("templated"):
+            notes.append(
+                f"{found['templated']} of {found['edits']} facts came without other wordings: templates made theirs."
+            )
+        if found.get("asked"):
+            notes.append(
+                f"{found['asked']} old answers are the model's own"
+                + (f"; {found['known']} of these facts it knew already." if found["known"] else ".")
+            )
         if found.get("without_subject"):
             notes.append(
                 f"{step.name}: {found['without_subject']} of {found['edits']} edits do not name their subject in the "

@@ -2,7 +2,8 @@
 
 | column | | |
 |---|---|---|
-| prompt, target_new, target_old | required | the question or cloze, the new answer, the answer to give up |
+| prompt, target_new | required | the question or cloze, the new answer |
+| target_old | required (`drafts` does without) | the answer to give up |
 | id | `<file name>/<position>` | unique |
 | subject, relation | "" | |
 | aliases_new, aliases_old | none | list of strings; in CSV with a bar between them |
@@ -14,13 +15,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
-from corsa.benchmarks import BadRecord, Source
+from corsa.benchmarks import BENCHMARKS, BadRecord, Source
 from corsa.benchmarks.rows import Row, rows_of
-from corsa.edits import Edit, FieldError, Question
-from corsa.errors import unknown_name
+from corsa.edits import Edit, FieldError, Question, normalise
+from corsa.errors import CorsaError, unknown_name
 
 REQUIRED = ("prompt", "target_new", "target_old")
 COLUMNS = (
@@ -33,6 +35,59 @@ _REMEDIES = {
     "target_new": "give the answer that the model shall learn",
     "target_old": "give the answer that the model shall give up: L_DPO contrasts the two",
 }
+
+
+class Draft(NamedTuple):
+    """A record that may lack its old answer (""): where it stands, and the arguments of `Edit.build`."""
+
+    where: str
+    fields: dict[str, Any]
+
+    def edit(self, **change: Any) -> Edit:
+        """The edit with some fields changed. Raises FieldError for the first that is not valid."""
+        return Edit.build(**{**self.fields, **change})
+
+
+def drafts(source: Source) -> list[Draft]:
+    """The records in file order, of a chain the last one alone: what holds now is what a model is to be told.
+
+    Raises CorsaError at the first record that is bad, is given twice, or contradicts another; and if there is none.
+    """
+    latest: dict[str, Draft] = {}
+    asked: dict[str, str] = {}
+    ids: dict[str, str] = {}
+    for row in rows_of(source):
+        try:
+            if isinstance(row, BadRecord):
+                raise FieldError(row.field, row.reason, row.remedy)
+            draft = Draft(row.where, _fields(row, source.prefix, ("prompt", "target_new")))
+            edit = draft.edit(target_old=draft.fields["target_old"] or f"not {draft.fields['target_new']}")
+            _once("id", edit.id, ids, row.where)
+            if draft.fields["chain"] is None:
+                _once("prompt", normalise(edit.prompt), asked, row.where)
+            else:
+                _once("round", f"{edit.round} of chain {edit.chain}", asked, row.where)
+        except FieldError as error:
+            raise CorsaError(f"{source}, {row.where}: {error}") from None
+        if edit.round >= latest.setdefault(edit.chain, draft).fields["round"]:
+            latest[edit.chain] = draft
+    if not latest:
+        raise CorsaError(f"{source} is empty: it holds no fact; give a file with at least one")
+    return list(latest.values())
+
+
+def _once(field: str, value: str, seen: dict[str, str], where: str) -> None:
+    if value in seen:
+        raise FieldError(field, f"{value!r} was used before, by {seen[value]}", "give each fact once")
+    seen[value] = where
+
+
+def drafts_of(path: Path) -> list[Draft]:
+    """The records of a user's file, see `drafts`."""
+    if not path.is_file():
+        kind = "is a directory, not a file" if path.is_dir() else "does not exist"
+        raise CorsaError(f"the file of facts {path} {kind} (seen from {Path.cwd()})")
+    return drafts(Source(BENCHMARKS["file"], path.stem, path))
 
 
 def facts(source: Source, rounds: int | None = None) -> Iterator[list[Edit] | BadRecord]:
@@ -81,25 +136,31 @@ def _chain_fault(members: list[tuple[str, Edit]]) -> BadRecord | None:
 
 
 def _edit(row: Row, prefix: str) -> Edit:
+    return Edit.build(**_fields(row, prefix, REQUIRED))
+
+
+def _fields(row: Row, prefix: str, required: Sequence[str]) -> dict[str, Any]:
+    """The arguments of `Edit.build` that a record gives; a column that is not required may be absent."""
     for column in row.values:
         if column not in COLUMNS:
             raise FieldError(str(column), str(unknown_name("column", str(column), COLUMNS)))
-    required = {column: row.text(column, _REMEDIES[column]) for column in REQUIRED}
+    texts = {column: row.optional(column) for column in REQUIRED}
+    texts |= {column: row.text(column, _REMEDIES[column]) for column in required}
     chain = _name(row, "chain")
     if not chain and row.get("round") is not None:
         raise FieldError("chain", "is missing, though there is a round", "say which chain the round belongs to")
-    return Edit.build(
-        **required,
-        id=_name(row, "id") or f"{prefix}/{row.index}",
-        chain=chain or None,
-        round=_round(row) if chain else 1,
-        subject=row.optional("subject"),
-        relation=row.optional("relation"),
-        aliases_new=_texts(row, "aliases_new"),
-        aliases_old=_texts(row, "aliases_old"),
-        paraphrases=_texts(row, "paraphrases"),
-        neighbors=_neighbors(row),
-    )
+    return {
+        **texts,
+        "id": _name(row, "id") or f"{prefix}/{row.index}",
+        "chain": chain or None,
+        "round": _round(row) if chain else 1,
+        "subject": row.optional("subject"),
+        "relation": row.optional("relation"),
+        "aliases_new": _texts(row, "aliases_new"),
+        "aliases_old": _texts(row, "aliases_old"),
+        "paraphrases": _texts(row, "paraphrases"),
+        "neighbors": _neighbors(row),
+    }
 
 
 def _texts(row: Row, column: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""`corsa runs` and `corsa report`: what has been run, and what came out of it."""
+"""`corsa runs` and `corsa report`: what has been run, what came out of it, and what can go."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import json
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+import yaml
 from rich import box
 from rich.console import Console
 from rich.markup import escape
@@ -45,22 +46,51 @@ class Run:
 
 
 @app.command(name="runs")
-def list_runs(
+def runs(
+    action: Annotated[
+        Positional[Literal["list", "show", "compare", "clean"]], arg(help="list by default", metavar="[ACTION]")
+    ] = "list",
+    names: Annotated[
+        Positional[tuple[str, ...]],
+        arg(
+            metavar="[RUN ...]", help="names or starts of ids: one to show, two to compare, those to remove in cleaning"
+        ),
+    ] = (),
     storage: Storage = "runs",
     steps: Annotated[bool, arg(help="list every finished step as well")] = False,
-    as_json: Annotated[bool, arg(name="json", help="print JSON, runs and steps, for a program to read")] = False,
-) -> None:
-    """List the finished runs of a store.
+    yes: Annotated[bool, arg(help="clean: remove what the preview shows")] = False,
+    as_json: Annotated[bool, arg(name="json", help="print JSON for a program to read")] = False,
+) -> int:
+    """List the finished runs of a store, show one, compare two, or clean up: what no run needs, after a preview.
 
     Example: corsa runs --storage runs --steps
+
+    Example: corsa runs show 3f2a9c
+
+    Example: corsa runs compare 3f2a9c 81bd02
+
+    Example: corsa runs clean 3f2a9c --yes
     """
     store = open_store(storage)
+    if action == "list":
+        if names:
+            raise CorsaError(f"list takes no run: did you mean `corsa runs show {names[0]}`?")
+        return _list(store, steps, as_json)
+    if action == "clean":
+        return _clean(store, [chosen_run(store, name) for name in names], yes, as_json)
+    if len(names) != (1 if action == "show" else 2):
+        raise CorsaError(f"{action} takes {'one run' if action == 'show' else 'two runs'}: names or starts of ids")
+    chosen = [chosen_run(store, name) for name in names]
+    return _show(chosen[0], as_json) if action == "show" else _compare(chosen, as_json)
+
+
+def _list(store: Store, steps: bool, as_json: bool) -> int:
     records = store.records()
     runs = [as_run(store, record) for record in records if record.kind == "report"]
     if as_json:
         listed = {"runs": [_run_row(run) for run in runs], "steps": [_step_row(record) for record in records]}
         print(json.dumps(listed, indent=1))
-        return
+        return 0
     console = Console()
     if not runs:
         console.print(f"no finished run in {store.url}, {len(records)} finished step{'s' * (len(records) != 1)}")
@@ -74,6 +104,60 @@ def list_runs(
                 ["step", "kind", "id", "finished (UTC)", "time"], [list(_step_row(r).values())[:5] for r in records]
             )
         )
+    return 0
+
+
+def _show(run: Run, as_json: bool) -> int:
+    about = {**_run_row(run), **{key: run.about.get(key) for key in ("command", "config", "versions", "hardware")}}
+    if as_json:
+        print(json.dumps(about | {"steps": run.about.get("steps", [])}, indent=1))
+        return 0
+    print(yaml.safe_dump(about, sort_keys=False, allow_unicode=True, width=110).rstrip())
+    steps = [[step["name"], f"{step.get('seconds') or 0:.1f} s"] for step in run.about.get("steps", [])]
+    if steps:
+        table = Table("step", "time", box=box.SIMPLE_HEAD, pad_edge=False)
+        for row in steps:
+            table.add_row(*map(escape, row))
+        Console().print(table)
+    return 0
+
+
+def _compare(runs: list[Run], as_json: bool) -> int:
+    """Settings that differ, and every method's metrics side by side."""
+    from corsa.report.comparing import compared, metric_table
+
+    found = compared(*((run.about.get("config") or {}, json.loads(run.artifact.read("metrics.json"))) for run in runs))
+    if as_json:
+        print(json.dumps({"runs": [_run_row(run) for run in runs], **found}, indent=1))
+        return 0
+    console = Console()
+    table = Table("setting", *(f"{run.name} {run.id}" for run in runs), box=box.SIMPLE_HEAD, pad_edge=False)
+    for row in found["settings"]:
+        table.add_row(*(escape(str(row[key])) for key in ("name", "first", "second")))
+    console.print(table if found["settings"] else "the same settings")
+    console.print(metric_table(found["metrics"], [run.id for run in runs]))
+    return 0
+
+
+def _clean(store: Store, doomed: list[Run], yes: bool, as_json: bool) -> int:
+    from corsa.flow.cleaning import remove, waste
+
+    gone = {run.record.fingerprint for run in doomed}
+    kept = [record.fingerprint for record in store.records() if record.kind == "report"]
+    found = waste(store, [fingerprint for fingerprint in kept if fingerprint not in gone])
+    if yes:
+        remove(store, found)
+    total = sum(one.size for one in found)
+    if as_json:
+        print(json.dumps({"removed": yes, "bytes": total, "folders": [one._asdict() for one in found]}, indent=1))
+        return 0
+    console = Console()
+    for one in found:
+        line = f"{one.size / 2**20:9.1f} MiB  {one.path}  {one.why}"
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    done = "removed" if yes else "would be removed; --yes removes them"
+    console.print(f"{len(found)} folders, {total / 2**20:.1f} MiB in all, {done}" if found else "nothing to clean up")
+    return 0
 
 
 @app.command(name="report")

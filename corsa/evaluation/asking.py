@@ -89,7 +89,7 @@ class Asker:
                 (t.edit.probes[p], w) for t, p, w in wordings if (t.edit.probes[p].kind == "multihop") == reasoned
             ]
             prompts = list(dict.fromkeys(probe.prompts[w] for probe, w in probes))  # a chain repeats its wordings
-            outputs |= {(reasoned, p): o for p, o in zip(prompts, self._answers(prompts, reasoned), strict=True)}
+            outputs |= {(reasoned, p): o for p, o in zip(prompts, self.answers(prompts, reasoned), strict=True)}
         scores = self._scores(wordings)
         rows = []
         for t, p, w in wordings:
@@ -102,7 +102,7 @@ class Asker:
         one = self.config.protocol == "paper" and probe.kind == "paraphrase"
         return 1 if one else len(probe.prompts)
 
-    def _answers(self, prompts: Sequence[str], reasoned: bool = False) -> list[str]:
+    def answers(self, prompts: Sequence[str], reasoned: bool = False) -> list[str]:
         """The model's outputs; `reasoned`: at length, newlines included."""
         if not prompts:
             return []

@@ -26,6 +26,21 @@ ALIASES = {
 """Short names of hub models."""
 
 
+LICENCES = {
+    "HuggingFaceTB/SmolLM2-135M-Instruct": "apache-2.0",
+    "Qwen/Qwen3-4B-Instruct-2507": "apache-2.0",
+    "Qwen/Qwen3-8B": "apache-2.0",
+    "Qwen/Qwen3-14B": "apache-2.0",
+    "meta-llama/Llama-3.1-8B-Instruct": "llama3.1",
+}
+"""Licences of the models that have an alias, as the hub names them."""
+
+
+def hub_name(name: str) -> str:
+    """The name under which other programs know a model: an alias's hub id, anything else as it is."""
+    return ALIASES.get(name, name)
+
+
 def _qwen3(hidden: int, mlp: int, layers: int, heads: int, tied: bool) -> dict[str, Any]:
     return {
         "model_type": "qwen3",

@@ -19,15 +19,18 @@ from corsa.baselines.f_learning import f_learning
 from corsa.baselines.key_statistics import KeyStatistics
 from corsa.baselines.memit import memit
 from corsa.baselines.weight_deltas import load_delta, save_delta
+from corsa.config import EvaluationConfig
 from corsa.edits import Edit, from_table
 from corsa.errors import CorsaError
 from corsa.evaluation.asking import PREDICTIONS, Asker, Taught
+from corsa.evaluation.controls import controls, judged
 from corsa.evaluation.metrics import measure
 from corsa.evaluation.mmlu import from_questions_table
 from corsa.evaluation.multiple_choice import ANSWERS, MultipleChoice
 from corsa.flow.task import Task
 from corsa.identities import (
     AskingConfig,
+    ControlsConfig,
     FLearningRoundConfig,
     MemitRoundConfig,
     RoundConfig,
@@ -223,6 +226,23 @@ def _answer_questions(task: Task, workshop: Workshop, post: Post) -> dict[str, A
     return {"questions": len(rows), "accuracy": sum(row["correct"] for row in rows) / len(rows)}
 
 
+def _ask_controls(task: Task, workshop: Workshop, post: Post) -> dict[str, Any]:
+    """The answers to the everyday questions; they are few, so every worker answers them all."""
+    config: ControlsConfig = task.config
+    loaded = workshop.open(config, ())
+    post({"phase": "evaluating"})
+    evaluation = EvaluationConfig(new_tokens=config.new_tokens)
+    asker = Asker(
+        loaded.model, loaded.encoder, evaluation, workshop.crew.device, workshop.placement.probe_batch, loaded.packed
+    )
+    with _edited(task, loaded, workshop.crew):
+        rows = judged(asker.answers([control.question for control in controls()]))
+    if not workshop.crew.leads:
+        return {}
+    pq.write_table(pa.Table.from_pylist(rows), task.output / "answers.parquet")
+    return {"questions": len(rows), "right": sum(row["right"] for row in rows)}
+
+
 def _route(task: Task, workshop: Workshop, post: Post) -> dict[str, Any]:
     """The answers of a model that sends each query to one of several adapters."""
     crew, parts = workshop.crew, [name.removeprefix("adapter") for name in task.step.inputs if "adapter" in name]
@@ -246,6 +266,7 @@ _LESSONS: dict[type, Callable[[Task, Workshop, Post], dict[str, Any]]] = {
     MemitRoundConfig: _teach_memit,
     AskingConfig: _ask_only,
     SpecificityConfig: _answer_questions,
+    ControlsConfig: _ask_controls,
     RoutingConfig: _route,
 }
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from corsa.config import LoraConfig, ModelConfig, Placement
-from corsa.identities import AskingConfig, RoundConfig, SpecificityConfig
+from corsa.identities import AskingConfig, ControlsConfig, RoundConfig, SpecificityConfig
 from corsa.method.logprobs import packing_is_exact
 from corsa.method.packing import Triplet, pack
 from corsa.method.step import Batch, MicroBatch
@@ -51,7 +51,9 @@ class Workshop:
         self._loaded: Loaded | None = None
         self._checked = False  # whether packed rows have been compared with plain ones
 
-    def open(self, config: AskingConfig | SpecificityConfig, sample: Sequence[Triplet], adapters: int = 1) -> Loaded:
+    def open(
+        self, config: AskingConfig | SpecificityConfig | ControlsConfig, sample: Sequence[Triplet], adapters: int = 1
+    ) -> Loaded:
         """The model of a step with so many adapters of its shape; `sample` shows whether its rows can be packed."""
         shape = config.lora if isinstance(config, RoundConfig) else None  # None: asked with LoRA off, any shape will do
         if not (self._loaded and self._key and self._key[0] == config.model and shape in (None, self._key[1])):
@@ -69,7 +71,9 @@ class Workshop:
             self._loaded, self._checked = replace(self._loaded, packed=self._packs(self._loaded, config, sample)), True
         return self._loaded
 
-    def _packs(self, loaded: Loaded, config: AskingConfig | SpecificityConfig, sample: Sequence[Triplet]) -> bool:
+    def _packs(
+        self, loaded: Loaded, config: AskingConfig | SpecificityConfig | ControlsConfig, sample: Sequence[Triplet]
+    ) -> bool:
         with loaded.lora.off():
             packed = packing_is_exact(loaded.model, sample, loaded.model.dtype, self.crew.device)
         if not packed and self.crew.leads:

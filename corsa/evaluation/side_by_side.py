@@ -1,0 +1,92 @@
+"""One question asked of a base model and of adapters on it, in this process: what `corsa ask` shows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from corsa.adapters.peft_files import read_factors
+from corsa.config import EvaluationConfig, ModelConfig
+from corsa.errors import CorsaError
+from corsa.evaluation.asking import Asker
+from corsa.method.logprobs import answer_logprobs
+from corsa.method.packing import Triplet, pack
+from corsa.models.attached import Change, attached
+from corsa.models.encoding import Encoder
+from corsa.models.loading import load_model, load_tokenizer
+from corsa.models.registry import hub_name
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one model says, and the probability of each candidate as its whole answer, end of text included."""
+
+    model: str
+    output: str
+    probabilities: dict[str, float]
+
+
+class SideBySide:
+    """A base model and adapters on it, loaded once. The adapters are tried on the model when they are read.
+
+    Raises:
+        CorsaError: a model or adapter cannot be had, or an adapter is of another base model.
+    """
+
+    def __init__(
+        self, model: ModelConfig, adapters: Sequence[str | Path] = (), device: torch.device | str = "cpu"
+    ) -> None:
+        self._changes: dict[str, Change] = {"base": {}}
+        for path in adapters:
+            change, base = read_factors(path)
+            if base and hub_name(base) != hub_name(model.name):
+                raise CorsaError(
+                    f"adapter {path} is of base model {base!r}, not of {model.name!r}: give --model {base}"
+                )
+            self._changes[str(path)] = change
+        self._device = torch.device(device)
+        self._model = load_model(model, self._device)
+        self._encoder = Encoder(load_tokenizer(model), model.template)
+        for change in self._changes.values():
+            with attached(self._model, change):  # an adapter of other layers is refused now
+                pass
+
+    def ask(self, question: str, candidates: Sequence[str] = (), new_tokens: int = 32) -> list[Answer]:
+        """The greedy answer of the base model and of each adapter.
+
+        Args:
+            question: without any template.
+            candidates: answers whose probabilities are given.
+            new_tokens: bound on an answer's length; a newline or the end token stops earlier.
+
+        Raises:
+            CorsaError: the question or a candidate is blank.
+        """
+        if not question.strip():
+            raise CorsaError("the question is empty: ask something")
+        if any(not candidate.strip() for candidate in candidates):
+            raise CorsaError("a candidate is empty: give answers, such as --candidates 'Ada Byron,Grace Murray'")
+        asker = Asker(
+            self._model, self._encoder, EvaluationConfig(new_tokens=new_tokens), self._device, batch=1, packed=False
+        )
+        answers = []
+        for name, change in self._changes.items():
+            with attached(self._model, change):
+                (output,) = asker.answers([question.strip()])
+                answers.append(Answer(name, output, self._probabilities(question.strip(), candidates)))
+        return answers
+
+    @torch.no_grad()
+    def _probabilities(self, question: str, candidates: Sequence[str]) -> dict[str, float]:
+        if not candidates:
+            return {}
+        prompt = self._encoder.prompt(question)
+        answers = [self._encoder.answer(candidate.strip()) for candidate in candidates]
+        triplets = [Triplet(prompt, answer, answer) for answer in answers]
+        rows = [r.to(self._device) for r in pack(triplets, dtype=self._model.dtype, packed=False)]
+        logp = answer_logprobs(self._model, rows, len(triplets))[0].tolist()  # nats
+        return {candidate: math.exp(value) for candidate, value in zip(candidates, logp, strict=True)}
