@@ -32,27 +32,24 @@ class Finding(NamedTuple):
 
 def examine(storage: str, model: str) -> list[Finding]:
     """Look at everything; what breaks while it is looked at is a fault with its cause."""
-    looks: tuple[Callable[[], Iterator[Finding]], ...] = (
-        _python,
-        _versions,
-        _devices,
-        _ray,
-        _deepspeed,
-        lambda: _storage(storage),
-        lambda: _model(model),
-        _token,
-        lambda: _disk(storage),
-    )
+    looks: dict[str, Callable[[], Iterator[Finding]]] = {
+        "Python": _python,
+        "versions": _versions,
+        "devices": _devices,
+        "Ray": _ray,
+        "DeepSpeed": _deepspeed,
+        "storage": lambda: _storage(storage),
+        "model": lambda: _model(model),
+        "hub token": _token,
+        "disk": lambda: _disk(storage),
+    }
     found: list[Finding] = []
-    for look in looks:
+    for name, look in looks.items():
         try:
             found += look()
         except Exception as error:  # a broken installation breaks in any way
-            name = getattr(look, "__name__", "").strip("_")
             remedy = "install the project again: pip install -c constraints.txt -e ."
-            found.append(
-                Finding(name if name.isalpha() else "look", "fault", f"{type(error).__name__}: {error}", remedy)
-            )
+            found.append(Finding(name, "fault", f"{type(error).__name__}: {error}", remedy))
     return found
 
 

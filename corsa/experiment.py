@@ -106,6 +106,9 @@ class Experiment(Frozen):
         default="runs",
         description="where results live: a directory (of a submitted job: below its home), s3://... or gs://...",
     )
+    track: Annotated[tuple[str, ...], listed(str, "T,T")] = Field(
+        default=(), description="send the finished run to tensorboard:DIR, mlflow[:URI] or wandb[:PROJECT]"
+    )
     dry_run: bool = Field(default=False, description="draw the steps, say what is done, run nothing")
     mmlu: str | None = Field(
         default=None,
@@ -408,5 +411,5 @@ def joined(experiment: Experiment, command: str, reports: Sequence[Step]) -> Ste
 
 def _identity(experiment: Experiment) -> dict[str, Any]:
     """The resolved configuration without how it is run."""
-    how = {"config", "storage", "dry_run", "placement"}
+    how = {"config", "storage", "track", "dry_run", "placement"}
     return {k: v for k, v in experiment.canonical().items() if k not in how}

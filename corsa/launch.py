@@ -45,6 +45,7 @@ def start(plan: Callable[[E, str], Step], default: E, *, program: str, descripti
 def launch(experiment: Experiment, report: Step, console: Console) -> int:
     """Bring a scenario's report about and show it. Returns the exit status: 0, or 1 if a step failed."""
     from corsa.report.tables import summary_tables
+    from corsa.report.trackers import track_run
 
     store = Store(lasting(experiment.storage))
     if experiment.dry_run:
@@ -62,6 +63,8 @@ def launch(experiment: Experiment, report: Step, console: Console) -> int:
         return 1
     for table in summary_tables(json.loads(page.read("metrics.json"))):
         console.print(table)
+    for place in track_run(experiment.track, page):
+        console.print(f"tracked in {place}", markup=False, highlight=False, soft_wrap=True)
     for name in ("report.html", "metrics.json", "predictions.parquet"):
         if name in page.record.files:
             console.print(page.path(name), markup=False, highlight=False, soft_wrap=True)
@@ -128,7 +131,7 @@ def _differences(value: Frozen, default: Frozen, prefix: str) -> list[str]:
         mine, theirs = getattr(value, name), getattr(default, name)
         if isinstance(mine, Frozen):
             found += [] if isinstance(mine, Placement) else _differences(mine, theirs, f"{prefix}{name}.")
-        elif mine != theirs and name not in ("config", "storage", "dry_run"):
+        elif mine != theirs and name not in ("config", "storage", "track", "dry_run"):
             word = ",".join(map(str, mine)) if isinstance(mine, tuple) else str(mine)
             option = (field.alias or name).replace("_", "-")
             group = "" if isinstance(value, ModelConfig) else prefix

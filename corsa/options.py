@@ -48,6 +48,9 @@ class Options(Frozen):
         default=None, description="qa: 'Q: ...' and 'A:'; chat: the tokenizer's; default: the line's, else qa"
     )
     storage: str = Field(default="runs", description="where steps are kept, so that nothing is computed twice")
+    track: Annotated[tuple[str, ...], listed(str, "T,T")] = Field(
+        default=(), description="send the finished run to tensorboard:DIR, mlflow[:URI] or wandb[:PROJECT]"
+    )
     dry_run: bool = Field(default=False, description="draw the steps, say what is done, run nothing")
     evaluation: EvaluationConfig = EvaluationConfig()
     placement: Placement = Placement()
@@ -103,7 +106,7 @@ def differences(options: Frozen, prefix: str = "") -> list[str]:
     found: list[str] = []
     for name, field in type(options).model_fields.items():
         value = getattr(options, name)
-        if isinstance(value, Placement) or name in ("storage", "dry_run") or value == field.default:
+        if isinstance(value, Placement) or name in ("storage", "track", "dry_run") or value == field.default:
             continue
         option = f"{prefix}{(field.alias or name).replace('_', '-')}"
         if isinstance(value, Gates):

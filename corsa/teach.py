@@ -17,6 +17,7 @@ from corsa.flow.store import Artifact
 from corsa.gates import Verdict, judged
 from corsa.launch import bring_about, lasting
 from corsa.options import EvaluateOptions, Teaching
+from corsa.report.trackers import track_run
 from corsa.update import Plan, plan_evaluation
 
 
@@ -59,7 +60,7 @@ def teach(options: Teaching, plan: Plan, console: Console) -> Result:
     store = Store(lasting(options.storage))
     page = _finished(bring_about(plan.report, store, options.placement, console))
     out = write(options, plan, page, store)
-    return _result(page, options, out)
+    return _result(page, options, out, console)
 
 
 def evaluate(options: EvaluateOptions, console: Console) -> Result:
@@ -69,7 +70,7 @@ def evaluate(options: EvaluateOptions, console: Console) -> Result:
     """
     _, report = plan_evaluation(options)
     page = bring_about(report, Store(lasting(options.storage)), options.placement, console)
-    return _result(_finished(page), options, None)
+    return _result(_finished(page), options, None, console)
 
 
 def _finished(page: Artifact | None) -> Artifact:
@@ -78,7 +79,9 @@ def _finished(page: Artifact | None) -> Artifact:
     return page
 
 
-def _result(page: Artifact, options: Teaching | EvaluateOptions, out: Path | None) -> Result:
+def _result(page: Artifact, options: Teaching | EvaluateOptions, out: Path | None, console: Console) -> Result:
+    for place in track_run(options.track, page):
+        console.print(f"tracked in {place}", markup=False, highlight=False, soft_wrap=True)
     metrics = json.loads(page.read("metrics.json"))
     predictions = pd.read_parquet(page.local("predictions.parquet"))
     report = out / "report.html" if out else page.local("report.html")

@@ -14,6 +14,7 @@ from synthetic_run import RUN, curves, predictions
 from corsa.cli import main
 from corsa.config import Frozen
 from corsa.evaluation.metrics import compute
+from corsa.flow.lease import Leases
 from corsa.flow.step import Kind, Step
 from corsa.flow.store import Store
 
@@ -114,3 +115,60 @@ def test_help_is_quick_and_loads_nothing_heavy() -> None:
     assert shown.splitlines()[-1] == "[]"
     assert "runs" in shown
     assert "report" in shown
+
+
+def test_one_run_is_shown_and_two_are_compared(storage: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["runs", "show", "first", "--storage", str(storage), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["command"] == RUN["command"]
+    assert main(["runs", "compare", "first", "second", "--storage", str(storage), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["settings"] == []  # the two differ in name alone
+    assert {(row["method"], row["metric"]) for row in found["metrics"]} >= {
+        ("corsa", "efficacy"),
+        ("base", "generality"),
+    }
+    assert all(row["first"] == row["second"] for row in found["metrics"])
+    assert main(["runs", "compare", "first", "second", "--storage", str(storage)]) == 0
+    shown = capsys.readouterr().out
+    assert "the same settings" in shown
+    assert "+0.0 pt" in shown
+    assert main(["runs", "compare", "first", "--storage", str(storage)]) == 2
+    assert "compare takes two runs" in capsys.readouterr().err
+    assert main(["runs", "list", "first", "--storage", str(storage)]) == 2
+    assert "corsa runs show first" in capsys.readouterr().err
+
+
+def test_cleaning_shows_what_would_go_and_removes_only_that(storage: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store = Store(storage)
+    orphan = Step("orphan", Kind("edits", "nowhere:nothing", 1), Config(seed=9))
+    store.commit(orphan, store.workspace(orphan), {}, 0.5)
+    held = Step("held", Kind("edits", "nowhere:nothing", 1), Config(seed=10))
+    (store.workspace(held) / "half").write_text("written")
+    leases = Leases(store)
+    with leases.unfinished([held], print):
+        assert main(["runs", "clean", "first", "--storage", str(storage)]) == 0
+        preview = capsys.readouterr().out
+        assert "no run that is kept rests on it: orphan" in preview
+        assert "report/first" in preview
+        assert "would be removed" in preview
+        assert len(store.records()) == 4
+        assert main(["runs", "clean", "first", "--storage", str(storage), "--yes"]) == 0
+        capsys.readouterr()
+        assert {record.name for record in store.records()} == {"edits", "report/second"}  # the second rests on edits
+        assert list(storage.glob("steps/*/*/half"))  # somebody is running it
+    leases.close()
+    assert set(ids(storage, capsys)) == {"second"}
+
+
+def test_every_command_shows_an_example(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    overview = capsys.readouterr().out
+    assert "exit status:" in overview
+    for name in ("ask", "data", "doctor", "edit", "evaluate", "merge", "push", "report", "runs", "undo"):
+        with pytest.raises(SystemExit) as left:
+            main([name, "--help"])
+        assert left.value.code == 0
+        shown = capsys.readouterr().out
+        assert f"Example: corsa {name}" in shown, name
+        assert "\x1b" not in shown

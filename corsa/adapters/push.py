@@ -1,4 +1,4 @@
-"""Sending an adapter to the Hugging Face hub."""
+"""Sending an adapter to the Hugging Face hub, or to the one that HF_ENDPOINT names."""
 
 from __future__ import annotations
 
@@ -22,7 +22,6 @@ def push(
     facts: bool = False,
     revision: str | None = None,
     message: str = "",
-    endpoint: str | None = None,
     token: str | None = None,
 ) -> str:
     """Make the repository if it is not there, and commit the adapter's files to it.
@@ -34,7 +33,6 @@ def push(
         facts: send `FACTS` too, which may hold what is not meant for others.
         revision: branch; main by default.
         message: of the commit.
-        endpoint: of the hub; HF_ENDPOINT or huggingface.co by default.
         token: of the hub; HF_TOKEN or that of `hf auth login` by default.
 
     Returns:
@@ -48,7 +46,7 @@ def push(
 
     directory = open_line(adapter).directory
     names = [name for name in (*KEPT, *(FACTS if facts else ())) if (directory / name).is_file()]
-    api = HfApi(endpoint=endpoint, token=token)
+    api = HfApi(token=token)
     try:
         api.create_repo(repository, private=private, exist_ok=True)
         commit = api.upload_folder(
@@ -66,8 +64,9 @@ def push(
             "hf auth login, or set HF_TOKEN to a token that may write" if status in (401, 403) else "try again later"
         )
         raise CorsaError(f"the hub refused {repository}: {str(error).splitlines()[0]}. {remedy}") from error
-    except OSError as error:  # connection errors of every transport
+    except Exception as error:  # the library raises whatever its transport raises
         raise CorsaError(
-            f"the hub at {api.endpoint} cannot be reached: {error}. Check the network and HF_ENDPOINT"
+            f"the hub at {api.endpoint} cannot be reached: {type(error).__name__}: {error}. "
+            "Check the network and HF_ENDPOINT"
         ) from error
     return str(commit.commit_url)

@@ -18,18 +18,18 @@ def push(
     facts: Annotated[bool, arg(help="send the facts, all answers and the history as well")] = False,
     revision: Annotated[str | None, arg(help="branch; default: main")] = None,
     message: Annotated[str, arg(help="of the commit")] = "",
-    endpoint: Annotated[str | None, arg(help="of the hub; default: HF_ENDPOINT, else huggingface.co")] = None,
     as_json: AsJson = False,
 ) -> int:
     """Send an adapter, its model card and its report to the Hugging Face hub.
 
-    The card and the report quote facts: look at README.md first. The token is HF_TOKEN, or that of hf auth login.
+    The card and the report quote facts: look at README.md first. The token is HF_TOKEN, or that of hf auth
+    login; another hub than huggingface.co is named by HF_ENDPOINT.
 
     Example: corsa push adapters/january acme/facts-january
     """
     from corsa.adapters.push import push as pushed
 
-    how = {"private": not public, "facts": facts, "revision": revision, "message": message, "endpoint": endpoint}
+    how = {"private": not public, "facts": facts, "revision": revision, "message": message}
     address = pushed(adapter, repository, **how)  # type: ignore[arg-type]
     print(json.dumps({"commit": address}) if as_json else address)
     return 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
@@ -15,6 +16,9 @@ from typing import Any
 
 from corsa.config import Frozen
 from corsa.errors import CorsaError
+
+_IMPORTING = threading.Lock()
+"""Steps start in threads, and transformers fills itself in lazily: it does not bear to be imported by two at once."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,8 @@ class Kind:
     def load(self) -> Callable[..., Any]:
         """The function itself."""
         module, _, name = self.function.partition(":")
-        return getattr(import_module(module), name)
+        with _IMPORTING:
+            return getattr(import_module(module), name)
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,8 +7,9 @@ pip install 'corsa[wandb]'          wandb[:PROJECT]      offline unless WANDB_MO
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,20 @@ from typing import Any
 import pandas as pd
 
 from corsa.errors import CorsaError, unknown_name
+from corsa.flow.store import Artifact
 
 _CURVES = ("loss_sft", "loss_dpo", "logp_new", "logp_old", "cosine", "sharpness", "grad_norm", "learning_rate")
+
+
+def track_run(where: Sequence[str], page: Artifact) -> list[str]:
+    """Send a finished run, the result of a report's step, to each tracker; returns where it is to be found."""
+    if not where:
+        return []
+    about = json.loads(page.read("run.json"))
+    told = {"title": about["title"], "config": about.get("config") or {}}
+    metrics = json.loads(page.read("metrics.json"))
+    curves = pd.read_parquet(page.local("curves.parquet")) if "curves.parquet" in page.record.files else pd.DataFrame()
+    return [track(one, **told, metrics=metrics, curves=curves) for one in where]
 
 
 def track(where: str, *, title: str, config: Mapping[str, Any], metrics: dict[str, Any], curves: pd.DataFrame) -> str:
