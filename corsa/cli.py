@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
+import tyro
 from tyro.conf import FlagCreatePairsOff
 
 from corsa.commands import app
@@ -24,6 +26,8 @@ from corsa.errors import CorsaError
 
 def main(args: Sequence[str] | None = None) -> int:
     """Entry point. Returns the exit status, see `corsa.commands.STATUSES`; an error is one line on stderr."""
+    if os.environ.get("NO_COLOR"):
+        tyro._experimental_options["ansi_codes"] = False
     try:
         status = app.cli(
             prog="corsa",
