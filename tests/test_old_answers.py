@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,7 +25,8 @@ class Ask:
     """A tiny model that is asked for the old answers of facts."""
 
     def __init__(self, encoder: Encoder) -> None:
-        self.model, self.encoder = load_model(ModelConfig(name="random:tiny-llama")), encoder
+        self.model: Any = load_model(ModelConfig(name="random:tiny-llama"))
+        self.encoder = encoder
 
     def __call__(self, found: list) -> tuple[dict[str, str], list[str]]:
         device = torch.device("cpu")
