@@ -9,8 +9,6 @@ from collections.abc import Sequence
 import tyro
 from tyro.conf import FlagCreatePairsOff
 
-from corsa.commands import app
-from corsa.commands import perf_sandbox as perf_sandbox
 from corsa.commands import STATUSES, app
 from corsa.commands import ask as ask
 from corsa.commands import data as data
@@ -18,6 +16,7 @@ from corsa.commands import doctor as doctor
 from corsa.commands import edit as edit
 from corsa.commands import evaluate as evaluate
 from corsa.commands import merge as merge
+from corsa.commands import perf_sandbox as perf_sandbox
 from corsa.commands import push as push
 from corsa.commands import runs as runs
 from corsa.commands import undo as undo
