@@ -235,7 +235,7 @@ def _ask_controls(task: Task, workshop: Workshop, post: Post) -> dict[str, Any]:
     asker = Asker(
         loaded.model, loaded.encoder, evaluation, workshop.crew.device, workshop.placement.probe_batch, loaded.packed
     )
-    with _edited(task, loaded, workshop.crew):
+    with _edited(task, loaded, workshop.crew), workshop.crew.in_step(loaded.model):
         rows = judged(asker.answers([control.question for control in controls()]))
     if not workshop.crew.leads:
         return {}
