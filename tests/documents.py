@@ -13,7 +13,8 @@ DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("clu
 
 _LINK = re.compile(r"\[`(?P<file>[\w/.]+): (?P<name>\w+)`\]\((?P<to>[^)#]+)#L(?P<line>\d+)\)")
 _FENCE = re.compile(r"^ *```(?P<language>\w*)\n(?P<text>.*?)^ *```$", re.DOTALL | re.MULTILINE)
-_SHELL = ("", "sh", "bash", "console")
+_SHELL = ("sh", "bash", "console")
+_COMMAND = re.compile(r"^\s*(python|corsa|make|ray|pip|--training)\b", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Block:
 
     def commands(self) -> Iterator[list[str]]:
         """The words of each command; comments and lines that continue one are dealt with."""
-        if self.language not in _SHELL:
+        if self.language not in _SHELL and (self.language or not _COMMAND.search(self.text)):
             return
         for line in self.text.replace("\\\n", " ").splitlines():
             if words := shlex.split(line, comments=True):

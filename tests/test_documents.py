@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import functools
 import importlib
-import inspect
 import json
 import re
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 from documents import DOCUMENTS, ROOT, Block, blocks, inline_commands, wrong_links
 from tiny import Bench, round_config, triplets
+from tyro.extras import SubcommandApp
 
 import corsa.benchmarks
 import corsa.cli
@@ -100,17 +101,24 @@ def accepted(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Parse the arguments of `corsa` without running the command."""
     reached: list[str] = []
 
-    def silent(name: str, command: Callable[..., Any]) -> Callable[..., Any]:
+    def silent(command: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(command)
         def stub(*args: Any, **kwargs: Any) -> int:
-            reached.append(name)
+            reached.append(command.__name__)
             return 0
 
-        stub.__signature__ = inspect.signature(command)  # type: ignore[attr-defined]
         return stub
 
-    stubs = {name: silent(name, command) for name, command in app._subcommands.items()}
-    monkeypatch.setattr(app, "_subcommands", stubs)
+    def silence(commands: SubcommandApp) -> None:
+        specs = dict(commands._subcommands)
+        for name, spec in specs.items():
+            if isinstance(spec.target, SubcommandApp):
+                silence(spec.target)
+            else:
+                specs[name] = replace(spec, target=silent(spec.target))
+        monkeypatch.setattr(commands, "_subcommands", specs)
+
+    silence(app)
     try:
         status: Any = corsa.cli.main(words[1:])
     except SystemExit as left:
@@ -146,6 +154,13 @@ def tried(words: list[str], monkeypatch: pytest.MonkeyPatch, storage: Path) -> N
 def test_commands_in_blocks_are_accepted(block: Block, files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for words in block.commands():
         tried(words, monkeypatch, files / "runs")
+
+
+def test_a_command_that_does_not_exist_is_found_out(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    accepted(["corsa", "report", "--json"], monkeypatch)
+    for wrong in (["corsa", "report", "--jsno"], ["python", "pipelines/continual.py", "--rho", "0.1"], ["crosa"]):
+        with pytest.raises(AssertionError):
+            tried(wrong, monkeypatch, files / "runs")
 
 
 def test_commands_within_lines_are_accepted(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,7 +201,7 @@ def test_examples_of_facts_are_read(tmp_path: Path) -> None:
 def test_the_example_of_a_benchmark_reads_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "capitals.py").write_text(example("corsa/benchmarks/capitals.py"))
     monkeypatch.setattr(corsa.benchmarks, "__path__", [*corsa.benchmarks.__path__, str(tmp_path)])
-    entry = eval(example("an entry of BENCHMARKS"), vars(corsa.benchmarks))
+    entry = eval(example("an entry of BENCHMARKS"), dict(vars(corsa.benchmarks)))
     monkeypatch.setitem(corsa.benchmarks.BENCHMARKS, entry.name, entry)
     data = tmp_path / "moved.csv"
     data.write_text("country,old,new,continent\nNigeria,Lagos,Abuja,Africa\nBrazil,Rio de Janeiro,Brasilia,\n")
@@ -199,7 +214,7 @@ def test_the_example_of_a_benchmark_reads_its_rows(tmp_path: Path, monkeypatch: 
 
 
 def test_the_example_of_a_method_trains(tmp_path: Path) -> None:
-    ((name, setting),) = eval(example("an entry of STEPS"), vars(config)).items()
+    ((name, setting),) = eval(example("an entry of STEPS"), dict(vars(config))).items()
     assert name not in config.METHODS
     step = setting(StepConfig()).effective()
     assert (step.lambda_, step.rho) == (0.0, 0.2)

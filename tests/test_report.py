@@ -18,12 +18,17 @@ from rich.console import Console
 from synthetic_run import RUN, curves, predictions
 
 from corsa.evaluation.metrics import compute
+from corsa.experiment import PAPER, REPORT
+from corsa.flow import Step, Store
+from corsa.flow.task import Task
+from corsa.identities import JoinedConfig
 from corsa.report.answers import folded_answers
 from corsa.report.dag import Dag
 from corsa.report.findings import findings, summary
 from corsa.report.layout import write_page
 from corsa.report.page import Scenario, write_paper, write_report
 from corsa.report.tables import summary_table
+from corsa.steps import join_reports
 
 EVIL = "<script>alert('x')</script> & <b>bold</b>"
 
@@ -197,6 +202,26 @@ def test_several_scenarios_share_one_page(tmp_path: Path) -> None:
     ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
     assert len(ids) == len(set(ids))
     assert json.loads(page.unfolded("answers-data"))["columns"]["scenario"]["values"] == ["first", "second"]
+
+
+def test_reports_of_scenarios_are_joined_from_what_they_stored(tmp_path: Path) -> None:
+    store, table = Store(tmp_path), predictions(chains=4)
+    reports = {}
+    for name in ("single", "continual"):
+        step = Step(f"report/{name}", REPORT, JoinedConfig(title=name, command="", experiment={}))
+        reports[step.name] = step
+        output = store.workspace(step)
+        table.to_parquet(output / "predictions.parquet")
+        curves().to_parquet(output / "curves.parquet")
+        (output / "metrics.json").write_text(json.dumps(compute(table)))
+        (output / "run.json").write_text(json.dumps(RUN | {"title": name}))
+        store.commit(step, output, {}, 2.0)
+    task = Task(Step("report/paper", PAPER, JoinedConfig(title="All", command="c", experiment={}), reports), store)
+    assert join_reports(task) == {"scenarios": 2}
+    assert set(json.loads((task.output / "metrics.json").read_text())) == {"single", "continual"}
+    answers = json.loads(Page(task.output / "report.html").unfolded("answers-data"))
+    assert answers["columns"]["scenario"]["values"] == ["single", "continual"]
+    assert answers["rows"] == 2 * (table.method != "base").sum()
 
 
 def test_a_page_of_ones_own_extends_the_layout(tmp_path: Path) -> None:
