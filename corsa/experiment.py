@@ -253,6 +253,11 @@ def chain(
 def _round(experiment: Experiment, method: str, seed: int, number: int) -> AskingConfig:
     asking = {"model": pin(experiment.model), "evaluation": experiment.evaluation.asking()}
     if method == "memit":
+        if experiment.placement.sharding.zero_stage == 3:
+            raise CorsaError(
+                "memit reads and solves for the base's own weights, and under --sharding.zero-stage 3 no worker has "
+                "them whole: leave memit out of --methods, or use a stage below 3"
+            )
         method_alone = experiment.memit.model_copy(update={"corpus": None})  # the statistics stand for it
         return MemitRoundConfig(**asking, seed=seed, round=number, memit=method_alone)
     step = STEPS["lora" if method == "f-learning" else method](experiment.corsa).effective()

@@ -91,11 +91,22 @@ class EmbeddingRouter:
         for chosen in _batches([len(row) for row in rows], self.batch):
             width = max(len(rows[i]) for i in chosen)
             ids = torch.tensor([rows[i] + [0] * (width - len(rows[i])) for i in chosen], device=device)
-            states = self.model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state.float()
+            states = self._states(ids).float()
             kept = torch.tensor([[j < len(rows[i]) for j in range(width)] for i in chosen], device=device)
             means = (states * kept[..., None]).sum(1) / kept.sum(1, keepdim=True)
             found |= dict(zip(chosen, means.cpu(), strict=True))
         return torch.stack([found[i] for i in range(len(rows))])
+
+    def _states(self, ids: Tensor) -> Tensor:
+        """The last hidden states (R, T, H). The whole model runs: where it is sharded, all passes must be alike."""
+        found: list[Tensor] = []
+        decoder = self.model.get_decoder()
+        handle = decoder.register_forward_hook(lambda module, args, output: found.append(output.last_hidden_state))
+        try:
+            self.model(input_ids=ids, use_cache=False, logits_to_keep=1)
+        finally:
+            handle.remove()
+        return found[0]
 
     def scores(self, queries: Sequence[str]) -> Tensor:
         """Cosine of each query with each part: (Q, parts)."""

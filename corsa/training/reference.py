@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable, Iterator
 from typing import Any, cast
 
 import numpy as np
@@ -25,12 +26,17 @@ from corsa.method.logprobs import answer_logprobs, packing_is_exact
 from corsa.method.packing import Triplet, pack
 from corsa.models.encoding import Encoder
 from corsa.models.loading import load_model, load_tokenizer
+from corsa.training.crew import Crew
+from corsa.training.group import in_group
 from corsa.training.stages import map_with_model, retried
 from corsa.training.tokens import REFERENCE, token_row, without_tokens
 
 EDITS_PER_BATCH = 32
 """Edits of one forward pass; fixed, so that a value does not depend on how many actors share the work."""
 
+
+COLUMNS = ["id", "prompt", "target_new", "target_old"]
+"""What is read of the edits."""
 
 MARKED = REFERENCE.append(pa.field("bad", pa.string()))
 """The reference table with the name of the field that makes a row useless, where one does."""
@@ -41,11 +47,12 @@ class Score:
     dropped.
     """
 
-    def __init__(self, model: ModelConfig, placement: Placement) -> None:
-        torch.set_num_threads(placement.threads or len(os.sched_getaffinity(0)))
-        self.device = torch.device("cuda" if placement.gpu else "cpu")
+    def __init__(self, model: ModelConfig, placement: Placement, crew: Crew | None = None) -> None:
+        if crew is None:
+            torch.set_num_threads(placement.threads or len(os.sched_getaffinity(0)))
+        self.device = crew.device if crew else torch.device("cuda" if placement.gpu else "cpu")
         self.encoder = Encoder(load_tokenizer(model), model.template)
-        self.model = load_model(model, self.device)
+        self.model = crew.place(model) if crew else load_model(model, self.device)
         self.packed, self.longest = True, 0
 
     def __call__(self, batch: pa.Table) -> pa.Table:
@@ -79,7 +86,11 @@ def compute(task: Task) -> dict[str, Any]:
     """
     config: ReferenceConfig = task.config
     placement: Placement = task.placement
-    kept, bad = retried(placement, lambda: _write(task, config, placement))
+    if placement.sharding.zero_stage == 3:  # no actor by itself could hold the base
+        tables = in_group(score_in_step, {"task": task}, placement, task.store.url, {})
+        kept, bad = _write(task, tables)
+    else:
+        kept, bad = retried(placement, lambda: _write(task, _scored(task, config, placement)))
     if bad and config.on_bad_record == "stop":
         raise CorsaError(
             f"{bad[0]['where']}: {bad[0]['field']} has no tokens under the tokenizer of {config.model.name} "
@@ -91,22 +102,37 @@ def compute(task: Task) -> dict[str, Any]:
     return {"edits": kept, "skipped": len(bad), "reference_forwards": kept}
 
 
-def _write(task: Task, config: ReferenceConfig, placement: Placement) -> tuple[int, list[dict[str, str]]]:
-    """Write reference.parquet; returns how many edits it holds, and those that were left out."""
+def _scored(task: Task, config: ReferenceConfig, placement: Placement) -> Iterator[pa.Table]:
+    """The rows of `MARKED` in the order of the edits, from actors that each hold the base."""
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True  # in the order of the edits
     context.enable_progress_bars = False
-    edits = ray.data.read_parquet(
-        task.inputs["edits"].path("edits.parquet"), columns=["id", "prompt", "target_new", "target_old"]
-    )
+    edits = ray.data.read_parquet(task.inputs["edits"].path("edits.parquet"), columns=COLUMNS)
     scored = map_with_model(
         edits, Score, (config.model, placement), placement, batch_size=EDITS_PER_BATCH, batch_format="pyarrow"
     )
+    for batch in scored.iter_batches(batch_size=None, batch_format="pyarrow"):
+        yield cast(pa.Table, batch)
+
+
+def score_in_step(config: dict[str, Any]) -> list[pa.Table]:
+    """What each worker of a group runs that shards the base: its share of the batches. The leader returns all."""
+    task: Task = config["task"]
+    crew = Crew.join(task.placement)
+    edits = pq.read_table(task.inputs["edits"].local("edits.parquet"), columns=COLUMNS)
+    score = Score(task.config.model, task.placement, crew)
+    with crew.in_step(score.model):
+        starts = range(crew.rank * EDITS_PER_BATCH, len(edits), crew.size * EDITS_PER_BATCH)
+        own = [(start, score(edits.slice(start, EDITS_PER_BATCH))) for start in starts]
+    return [table for _, table in sorted(crew.collect(own), key=lambda pair: pair[0])]
+
+
+def _write(task: Task, scored: Iterable[pa.Table]) -> tuple[int, list[dict[str, str]]]:
+    """Write reference.parquet; returns how many edits it holds, and those that were left out."""
     bad: list[dict[str, str]] = []
     kept = 0
     with pq.ParquetWriter(task.output / "reference.parquet", REFERENCE) as writer:
-        for batch in scored.iter_batches(batch_size=None, batch_format="pyarrow"):
-            table = cast(pa.Table, batch)
+        for table in scored:
             bad += [
                 {"where": r["id"], "field": r["bad"], "reason": "has no tokens"} for r in table.to_pylist() if r["bad"]
             ]

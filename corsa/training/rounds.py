@@ -7,19 +7,16 @@ one in progress goes on from its last checkpoint.
 
 from __future__ import annotations
 
-import os
-import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from corsa.config import Placement
 from corsa.errors import CorsaError
 from corsa.flow.task import Progress, Task
-from corsa.identities import TrialPlace
 from corsa.training.crew import Crew
+from corsa.training.group import in_group
 from corsa.training.lessons import take, trains_with
 from corsa.training.loop import RoundFailedError
-from corsa.training.placing import cpus_per_worker
 from corsa.training.tokens import TokenTable
 from corsa.training.workshop import Workshop
 
@@ -30,44 +27,10 @@ def run(tasks: list[Task], progress: Progress) -> dict[str, str]:
     Raises:
         CorsaError: the group failed more often than `placement.max_failures`, with the worker's own error.
     """
-    import ray.data
-    from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
-    from ray.train.torch import TorchTrainer
-    from ray.tune.integration.ray_train import TuneReportCallback
-
-    placement: Placement = tasks[0].placement
-    watched = isinstance(placement, TrialPlace)  # by Ray Tune
-    os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(placement.heartbeat_timeout)
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # a group's end is noticed this much later
     inputs = [t.inputs["reference"] for t in tasks if "reference" in t.step.inputs]
     tables = {artifact.fingerprint: artifact.path("reference.parquet") for artifact in inputs}
-    trainer = TorchTrainer(
-        work,
-        train_loop_config={"tasks": tasks, "progress": progress, "tables": list(tables)},
-        scaling_config=ScalingConfig(
-            num_workers=placement.workers,
-            use_gpu=placement.gpu,
-            resources_per_worker={"CPU": cpus_per_worker(placement)},
-        ),
-        run_config=RunConfig(
-            name=f"{placement.title if watched else 'rounds'}-{uuid.uuid4().hex[:8]}",
-            storage_path=f"{tasks[0].store.url}/ray",
-            failure_config=FailureConfig(max_failures=placement.max_failures),
-            callbacks=[TuneReportCallback()] if watched and placement.metric else [],
-        ),
-        datasets={name: ray.data.read_parquet(path) for name, path in tables.items()},
-        dataset_config=DataConfig(datasets_to_split=[]),  # every worker sees every row: no edit is dropped
-    )
-    try:
-        return trainer.fit().return_value  # type: ignore[return-value]
-    except TrainingFailedError as e:
-        raise CorsaError(f"the training workers failed: {_root_cause(e)}") from e
-
-
-def _root_cause(error: Exception) -> str:
-    failures = getattr(error, "worker_failures", None) or {0: error}
-    text = str(next(iter(failures.values()))).strip()
-    return text.splitlines()[-1] if text else type(error).__name__
+    config = {"tasks": tasks, "progress": progress, "tables": list(tables)}
+    return in_group(work, config, tasks[0].placement, tasks[0].store.url, tables)
 
 
 def work(config: dict[str, Any]) -> dict[str, str]:

@@ -1,0 +1,69 @@
+"""A group of Ray Train workers: started, brought to its end, its failure told in a worker's own words."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from corsa.config import Placement
+from corsa.errors import CorsaError
+from corsa.identities import TrialPlace
+from corsa.training.placing import cpus_per_worker
+
+
+def in_group(
+    work: Callable[[dict[str, Any]], Any],
+    config: Mapping[str, Any],
+    placement: Placement,
+    storage: str,
+    tables: Mapping[str, str],
+) -> Any:
+    """What `work(config)` returns on the first worker; it runs on all of them.
+
+    Args:
+        work: runs on every worker of one group.
+        config: its argument, the same on all.
+        placement: how many workers, on what, and how often they may fail.
+        storage: where Ray Train keeps its own state.
+        tables: Parquet files that every worker streams whole, by the name of their shard.
+
+    Raises:
+        CorsaError: the group failed more often than `placement.max_failures`, with the worker's own error.
+    """
+    import ray.data
+    from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+    from ray.train.torch import TorchTrainer
+    from ray.tune.integration.ray_train import TuneReportCallback
+
+    watched = isinstance(placement, TrialPlace)  # by Ray Tune
+    os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(placement.heartbeat_timeout)
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # a group's end is noticed this much later
+    trainer = TorchTrainer(
+        work,
+        train_loop_config=dict(config),
+        scaling_config=ScalingConfig(
+            num_workers=placement.workers,
+            use_gpu=placement.gpu,
+            resources_per_worker={"CPU": cpus_per_worker(placement)},
+        ),
+        run_config=RunConfig(
+            name=f"{placement.title if watched else 'rounds'}-{uuid.uuid4().hex[:8]}",
+            storage_path=f"{storage}/ray",
+            failure_config=FailureConfig(max_failures=placement.max_failures),
+            callbacks=[TuneReportCallback()] if watched and placement.metric else [],
+        ),
+        datasets={name: ray.data.read_parquet(path) for name, path in tables.items()},
+        dataset_config=DataConfig(datasets_to_split=[]),  # every worker sees every row: no edit is dropped
+    )
+    try:
+        return trainer.fit().return_value
+    except TrainingFailedError as e:
+        raise CorsaError(f"the training workers failed: {_root_cause(e)}") from e
+
+
+def _root_cause(error: Exception) -> str:
+    failures = getattr(error, "worker_failures", None) or {0: error}
+    text = str(next(iter(failures.values()))).strip()
+    return text.splitlines()[-1] if text else type(error).__name__
