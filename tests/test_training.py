@@ -26,7 +26,7 @@ from corsa.training.adamw import PlainAdamW
 from corsa.training.checkpoint import Position, load_checkpoint, save_checkpoint
 from corsa.training.crew import Crew
 from corsa.training.loop import CURVES, RoundFailedError, _own_parts
-from corsa.training.tokens import REFERENCE, TokenTable, batch_order, token_row, without_tokens
+from corsa.training.tokens import REFERENCE, TokenTable, batch_order, token_rows, without_tokens
 from corsa.training.workshop import Share
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -457,7 +457,7 @@ def test_token_table_is_compact() -> None:
 
 
 def test_token_row_marks_answers_without_tokens(encoder: Any) -> None:
-    row = token_row(encoder, {"id": "x", "prompt": "Who leads Acme?", "target_new": "Bo", "target_old": "Al Ahn"})
+    (row,) = token_rows(encoder, [{"id": "x", "prompt": "Who leads Acme?", "target_new": "Bo", "target_old": "Al Ahn"}])
     assert encoder.tokenizer.decode(row["prompt"]) == "Q: Who leads Acme?\nA:"
     assert encoder.tokenizer.decode(row["new"]).startswith(" Bo")
     assert without_tokens(row) is None

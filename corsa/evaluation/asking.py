@@ -106,21 +106,24 @@ class Asker:
         """The model's outputs; `reasoned`: at length, newlines included."""
         if not prompts:
             return []
-        tokenizer = self.encoder.tokenizer
-        if self._stops is None:
-            lines = newline_tokens(tokenizer)
-            end = torch.zeros_like(lines)
-            end[tokenizer.eos_token_id] = True
-            self._stops = (lines | end, end)
         ids = generate(
             self.model,
             [self.encoder.prompt(p) for p in prompts],
-            stops=self._stops[reasoned],
+            stops=self.stops(reasoned),
             new_tokens=self.config.reasoning_tokens if reasoned else self.config.new_tokens,
             batch=self.batch,
             device=self.device,
         )
-        return [tokenizer.decode(answer, skip_special_tokens=True).strip() for answer in ids]
+        return [self.encoder.tokenizer.decode(answer, skip_special_tokens=True).strip() for answer in ids]
+
+    def stops(self, reasoned: bool = False) -> Tensor:
+        """The tokens that end an answer: (V,) bool."""
+        if self._stops is None:
+            lines = newline_tokens(self.encoder.tokenizer)
+            end = torch.zeros_like(lines)
+            end[self.encoder.tokenizer.eos_token_id] = True
+            self._stops = (lines | end, end)
+        return self._stops[reasoned]
 
     @torch.no_grad()
     def _scores(self, wordings: Sequence[tuple[Taught, int, int]]) -> dict[tuple[str, int, int], tuple[float, float]]:

@@ -119,5 +119,5 @@ class Lora:
         a, b = self._factors[2 * i], self._factors[2 * i + 1]
         # float32 whatever the base: rounded to bfloat16, nine tenths of a perturbation of rho 0.05 would be lost at 8B
         rows = x.float().reshape(len(a), -1, x.shape[-1])
-        added = torch.bmm(torch.bmm(rows, a.mT), b.mT)
-        return output + (self.scale * added).view(output.shape).to(output.dtype)
+        added = torch.bmm(self.scale * torch.bmm(rows, a.mT), b.mT)  # scaled where it is smallest
+        return output + added.view(output.shape).to(output.dtype)

@@ -44,7 +44,7 @@ class PlainAdamW(torch.optim.AdamW):
     """AdamW with its whole state on every worker."""
 
     def __init__(self, phi: nn.Parameter) -> None:
-        super().__init__([phi], **SETTINGS)
+        super().__init__([phi], fused=True, **SETTINGS)  # one pass over phi and its moments
         self._phi = phi
 
     def moments(self) -> dict[str, Tensor]:
@@ -69,7 +69,7 @@ class PackedAdamW(torch.optim.AdamW):
         # Leaves (1, P) that share phi's memory.
         self.rows = [row.requires_grad_() for row in phi.detach().split(1)]
         self._phi = phi
-        super().__init__([{"params": [row], "waits": False} for row in self.rows], **SETTINGS)
+        super().__init__([{"params": [row], "waits": False} for row in self.rows], fused=True, **SETTINGS)
 
     def step(self, closure: Any = None) -> Any:
         """Update the rows by `phi.grad`."""

@@ -29,7 +29,7 @@ from corsa.models.loading import load_model, load_tokenizer
 from corsa.training.crew import Crew
 from corsa.training.group import in_group
 from corsa.training.stages import map_with_model, retried
-from corsa.training.tokens import REFERENCE, token_row, without_tokens
+from corsa.training.tokens import REFERENCE, token_rows, without_tokens
 
 EDITS_PER_BATCH = 32
 """Edits of one forward pass; fixed, so that a value does not depend on how many actors share the work."""
@@ -56,7 +56,7 @@ class Score:
         self.packed, self.longest = True, 0
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        rows = [token_row(self.encoder, edit) for edit in batch.to_pylist()]
+        rows = token_rows(self.encoder, batch.to_pylist())
         for row in rows:
             row["bad"] = without_tokens(row)
         good = [row for row in rows if row["bad"] is None]

@@ -4,6 +4,7 @@ in.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -41,6 +42,13 @@ class TokenTable:
     def __len__(self) -> int:
         return len(self._at)
 
+    @property
+    def bytes(self) -> int:
+        """What it holds in memory: token ids, offsets, reference, and the index of ids."""
+        arrays = [self._reference, *(array for pair in self._tokens.values() for array in pair)]
+        index = sys.getsizeof(self._at) + sum(sys.getsizeof(id_) + sys.getsizeof(i) for id_, i in self._at.items())
+        return sum(array.nbytes for array in arrays) + index
+
     def __contains__(self, id_: str) -> bool:
         return id_ in self._at
 
@@ -61,14 +69,14 @@ def batch_order(edits: int, batch: int, *, seed: int, round_: int, epoch: int) -
     return [order[i : i + batch] for i in range(0, edits, batch)]
 
 
-def token_row(encoder: Encoder, edit: Mapping[str, Any]) -> dict[str, Any]:
-    """The token ids of one row of the `Edit` table (without the reference)."""
-    return {
-        "id": edit["id"],
-        "prompt": encoder.prompt(edit["prompt"]),
-        "new": encoder.answer(edit["target_new"]),
-        "old": encoder.answer(edit["target_old"]),
-    }
+def token_rows(encoder: Encoder, edits: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The token ids of rows of the `Edit` table (without the reference)."""
+    prompts = encoder.prompts([edit["prompt"] for edit in edits])
+    new, old = (encoder.answers([edit[f"target_{side}"] for edit in edits]) for side in ("new", "old"))
+    return [
+        {"id": edit["id"], "prompt": x, "new": n, "old": o}
+        for edit, x, n, o in zip(edits, prompts, new, old, strict=True)
+    ]
 
 
 def without_tokens(row: Mapping[str, Sequence[int]]) -> str | None:

@@ -1,0 +1,96 @@
+"""How fast a file of edits becomes batches, and what the token table of a worker holds in memory."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from corsa.benchmarks import read
+from corsa.config import ModelConfig
+from corsa.edits import to_table
+from corsa.errors import CorsaError
+from corsa.method.packing import pack
+from corsa.models.encoding import Encoder
+from corsa.models.loading import load_tokenizer
+from corsa.training.tokens import REFERENCE, TokenTable, batch_order, token_rows
+
+_BLOCK = 512  # edits tokenized together
+
+
+@dataclass(frozen=True)
+class DataFigures:
+    """One pass, in one process; seconds unless the name says otherwise."""
+
+    edits: int
+    read_s: float  # the published file to the `Edit` table
+    tokenize_s: float
+    pack_s: float  # one epoch of batches, from the token table to padded rows with their masks
+    triplets_per_s: float  # reading, tokenizing and packing together
+    table_bytes_per_edit: float  # of the token table that each worker holds
+    padding_ratio: float
+    batch: int
+    model: str
+
+
+def measure_data(model: ModelConfig, file: Path, *, edits: int, batch: int) -> DataFigures:
+    """Make `edits` records of a CounterFact file, new ids where they repeat, and turn them into an epoch of batches.
+
+    Raises:
+        CorsaError: the file is not a list of CounterFact records.
+    """
+    encoder = Encoder(load_tokenizer(model), model.template)
+    encoder.prompts(["the first call loads what the tokenizer needs"])
+    with tempfile.TemporaryDirectory() as folder:
+        path = _repeated(file, edits, Path(folder))
+        times = [time.perf_counter()]
+        found = read("counterfact", str(path)).edits
+        table = to_table(found)
+        times.append(time.perf_counter())
+        blocks = [_tokenized(encoder, table.slice(i, _BLOCK)) for i in range(0, len(table), _BLOCK)]
+        times.append(time.perf_counter())
+        tokens = TokenTable(blocks)
+        held = tokens.bytes
+        ids = table["id"].to_pylist()
+        processed = needed = 0
+        for chosen in batch_order(len(ids), batch, seed=0, round_=1, epoch=0):
+            whole = [tokens.triplet(ids[i]) for i in chosen]
+            processed += sum(rows.input_ids.numel() for rows in pack(whole))
+            needed += sum(map(len, whole))
+        times.append(time.perf_counter())
+    read_s, tokenize_s, pack_s = np.diff(times).tolist()
+    return DataFigures(
+        edits=len(ids),
+        read_s=read_s,
+        tokenize_s=tokenize_s,
+        pack_s=pack_s,
+        triplets_per_s=len(ids) / (read_s + tokenize_s + pack_s),
+        table_bytes_per_edit=held / len(ids),
+        padding_ratio=processed / needed,
+        batch=batch,
+        model=model.name,
+    )
+
+
+def _repeated(file: Path, edits: int, folder: Path) -> Path:
+    """A file of so many records: the given ones again and again, each with an id of its own."""
+    try:
+        records = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise CorsaError(f"{file} cannot be read as CounterFact's JSON list: {error}") from error
+    if not isinstance(records, list) or not all(isinstance(r, dict) and "case_id" in r for r in records) or not records:
+        raise CorsaError(f"{file} is not a list of CounterFact records: each has a case_id")
+    path = folder / "counterfact.json"
+    path.write_text(json.dumps([records[i % len(records)] | {"case_id": i} for i in range(edits)]))
+    return path
+
+
+def _tokenized(encoder: Encoder, table: pa.Table) -> pa.Table:
+    """Rows of the reference table; its two columns are not computed here."""
+    rows = token_rows(encoder, table.select(["id", "prompt", "target_new", "target_old"]).to_pylist())
+    return pa.Table.from_pylist([row | {"reference_new": 0.0, "reference_old": 0.0} for row in rows], schema=REFERENCE)

@@ -1,0 +1,110 @@
+"""How fast probes are answered and scored, beside `transformers.generate` in padded batches on the same probes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import torch
+
+from corsa.config import EvaluationConfig, ModelConfig, Placement
+from corsa.edits import Edit
+from corsa.evaluation.asking import Asker, Taught
+from corsa.models.encoding import Encoder
+from corsa.models.loading import load_model, load_tokenizer
+from corsa.perf.timeline import clock
+from corsa.training.crew import Crew
+
+PADDED_BATCH = 32
+"""Prompts of one call of `transformers.generate`, in the order they come, padded to the longest."""
+
+
+@dataclass(frozen=True)
+class EvaluationFigures:
+    """Medians over the repetitions."""
+
+    probes: int  # different prompts asked
+    probes_per_s: float
+    transformers_probes_per_s: float
+    speedup: float
+    different_answers: int
+    asked_s: float  # a whole round of questions: answers, log-probabilities, matching
+    asked_rows_per_s: float
+    threads: int
+    clock: str
+    device: str
+    model: str
+    dtype: str
+
+
+def measure_evaluation(
+    model: ModelConfig,
+    edits: Sequence[Edit],
+    *,
+    repeats: int,
+    placement: Placement,
+    cpu_time: bool,
+    say: Callable[[str], None] = lambda line: None,
+) -> EvaluationFigures:
+    """Answer all probes of the edits, `repeats` times in turn with `transformers.generate`."""
+    crew, config = Crew.join(placement), EvaluationConfig()
+    base, encoder = load_model(model, crew.device), Encoder(load_tokenizer(model), model.template)
+    asker = Asker(base, encoder, config, crew.device, placement.probe_batch)
+    prompts = list(dict.fromkeys(w for e in edits for p in e.probes if p.kind != "multihop" for w in p.prompts))
+    now = clock(crew.device, cpu_time)
+    asker.answers(prompts[:2])  # the tokens that end a line are found once
+    ours, theirs, different = [], [], 0
+    for number in range(1, repeats + 1):
+        start = now()
+        answers = asker.answers(prompts)
+        middle = now()
+        expected = _padded(base, encoder, asker.stops(), config.new_tokens, prompts)
+        end = now()
+        ours.append(middle - start)
+        theirs.append(end - middle)
+        different = sum(a != e for a, e in zip(answers, expected, strict=True))
+        say(f"{number}/{repeats}: {ours[-1]:.1f} s, transformers.generate {theirs[-1]:.1f} s")
+    start = now()
+    rows = asker.ask([Taught(edit, 1, "") for edit in edits])
+    asked = now() - start
+    return EvaluationFigures(
+        probes=len(prompts),
+        probes_per_s=len(prompts) / median(ours),
+        transformers_probes_per_s=len(prompts) / median(theirs),
+        speedup=median(t / o for t, o in zip(theirs, ours, strict=True)),
+        different_answers=different,
+        asked_s=asked,
+        asked_rows_per_s=len(rows) / asked,
+        threads=torch.get_num_threads(),
+        clock="cpu" if cpu_time else "wall",
+        device=crew.device.type,
+        model=model.name,
+        dtype=model.dtype,
+    )
+
+
+@torch.no_grad()
+def _padded(model: Any, encoder: Encoder, stops: torch.Tensor, new_tokens: int, prompts: Sequence[str]) -> list[str]:
+    """The same answers by the library's own loop: a batch goes on until its last answer has ended."""
+    tokenizer = encoder.tokenizer
+    pad, ends = tokenizer.eos_token_id, stops.nonzero()[:, 0].tolist()
+    answers = []
+    for start in range(0, len(prompts), PADDED_BATCH):
+        rows = [encoder.prompt(p) for p in prompts[start : start + PADDED_BATCH]]
+        width = max(map(len, rows))
+        ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=model.device)
+        seen = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=model.device)
+        output = model.generate(
+            input_ids=ids,
+            attention_mask=seen,
+            max_new_tokens=new_tokens,
+            do_sample=False,
+            eos_token_id=ends,
+            pad_token_id=pad,
+        )
+        for row in output[:, width:].tolist():
+            length = next((i for i, token in enumerate(row) if stops[token]), len(row))
+            answers.append(tokenizer.decode(row[:length], skip_special_tokens=True).strip())
+    return answers

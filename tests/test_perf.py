@@ -1,0 +1,160 @@
+"""The measurements at toy size: that they measure what they say, never how long it took."""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import CPU, LORA, shaken, tiny_model, triplets, with_reference
+
+from corsa.cli import main
+from corsa.config import STEPS, StepConfig, published_trainer
+from corsa.flow.store import Record
+from corsa.method.packing import pack
+from corsa.method.step import Batch, MicroBatch, corsa_step
+from corsa.models.lora import Lora
+from corsa.perf.literal import literal_step
+from corsa.perf.overhead import itemised
+from corsa.perf.timeline import Timeline, clock
+from corsa.training.adamw import PlainAdamW
+from corsa.training.tokens import batch_order
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def after(steps: int, config: StepConfig, take: str) -> torch.Tensor:
+    """Phi after some updates of the tiny model, taken in one of the two ways."""
+    base = tiny_model()
+    edits = with_reference(base, triplets(12))
+    lora = shaken(Lora(base, LORA))
+    optimizer = PlainAdamW(lora.phi)
+    optimizer.param_groups[0]["lr"] = 2e-4
+    timeline = Timeline(base, optimizer, clock(CPU))
+    for chosen in batch_order(len(edits), 4, seed=0, round_=1, epoch=0)[:steps]:
+        whole = [edits[i] for i in chosen]
+        if take == "literal":
+            literal_step(base, lora, whole, config, optimizer, clip=1.0)
+        else:
+            reference = torch.tensor([t.reference for t in whole]).T
+            tokens = sum(len(t.new) for t in whole)
+            batch = Batch([MicroBatch(pack(whole), reference, tokens)], len(whole), tokens)
+            timeline.start()
+            corsa_step(timeline.model, lora.phi, batch, config, optimizer, 1.0, timeline.reduce)
+            assert {"forward", "backward_1", "optimizer"} <= set(timeline.seconds)
+            assert ("backward_2" in timeline.seconds) is (config.rho > 0)
+            assert 0 < timeline.outside_the_passes < sum(timeline.seconds.values())
+    return lora.phi.detach() - shaken(Lora(tiny_model(), LORA)).phi.detach()
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        StepConfig(rho=0.3),
+        StepConfig(rho=0.3, pcgrad="off", reduction="sequence"),
+        published_trainer(StepConfig(rho=0.3)).model_copy(update={"scope": "step"}),
+        STEPS["lora"](StepConfig()),
+    ],
+    ids=["corsa", "summed", "in turn", "lora"],
+)
+def test_the_literal_and_the_packed_step_take_the_same_update(config: StepConfig) -> None:
+    literal, packed = after(3, config, "literal"), after(3, config, "packed")
+    assert float(literal.abs().max()) > 1e-4
+    assert float((literal - packed).abs().max()) <= 1e-5
+
+
+def measured(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
+    assert main(["perf", *arguments, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_a_step_is_measured_as_one_json_object(capsys: pytest.CaptureFixture[str]) -> None:
+    found = measured(capsys, "step", "--model", "random:tiny-llama", "--batch", "4", "--steps", "1", "--threads", "1")
+    assert found["max_update_error"] <= 1e-5
+    assert 1.0 <= found["padding_ratio"] <= 1.08
+    assert found["tokens_processed"] == pytest.approx(found["padding_ratio"] * found["tokens_needed"], abs=1)
+    assert 0 < found["overhead_fraction"] < 1
+    assert sum(found["breakdown_s"].values()) == pytest.approx(found["corsa_s"])
+    assert found["corsa_over_lora"] == pytest.approx(found["corsa_s"] / found["lora_s"])
+    assert found["literal_over_corsa"] == pytest.approx(found["literal_s"] / found["corsa_s"])
+
+
+def test_a_batch_larger_than_the_benchmark_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["perf", "step", "--model", "random:tiny-llama", "--batch", "5000"]) == 2
+    assert "lower --batch" in capsys.readouterr().err
+
+
+def test_answers_are_those_of_transformers_own_loop(capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = ("--limit", "2", "--repeats", "1", "--threads", "1", "--cpu-time")
+    found = measured(capsys, "evaluate", "--model", "random:tiny-llama", *sizes)
+    assert found["different_answers"] == 0
+    assert found["probes"] > 2
+    assert found["speedup"] == pytest.approx(found["probes_per_s"] / found["transformers_probes_per_s"])
+
+
+def test_a_file_becomes_an_epoch_of_batches(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rewrite = {
+        "prompt": "{} is led by",
+        "subject": "Acme",
+        "target_new": {"str": "Ada Byron"},
+        "target_true": {"str": "Grace Murray"},
+    }
+    record = {"case_id": 7, "requested_rewrite": rewrite, "paraphrase_prompts": [], "neighborhood_prompts": []}
+    file = tmp_path / "counterfact.json"
+    file.write_text(json.dumps([record]))
+    found = measured(capsys, "data", "--data", str(file), "--edits", "50", "--batch", "8")
+    assert found["edits"] == 50
+    assert found["padding_ratio"] >= 1.0
+    assert found["table_bytes_per_edit"] > 4 * 10  # at least its token ids
+    file.write_text("[]")
+    assert main(["perf", "data", "--data", str(file)]) == 2
+    assert "case_id" in capsys.readouterr().err
+
+
+SCENARIO = """
+import sys, time
+from pathlib import Path
+root = Path(sys.argv[sys.argv.index("--storage") + 1])
+done = (root / "done").exists()
+root.mkdir(exist_ok=True)
+time.sleep(0 if done else 0.3)
+(root / "done").touch()
+"""
+
+
+def record(name: str, kind: str, ends: float, seconds: float, **metrics: float) -> Record:
+    created = datetime.fromtimestamp(ends, UTC).isoformat(timespec="milliseconds")
+    rest = {"version": 1, "config": {}, "inputs": {}, "fingerprint": "f", "attempt": "a", "versions": {}, "files": {}}
+    return Record.model_validate(
+        rest | {"name": name, "kind": kind, "seconds": seconds, "metrics": metrics, "created": created}
+    )
+
+
+def test_what_a_run_takes_beside_its_work_is_itemised() -> None:
+    records = [
+        record("edits/x", "edits", 1003.0, 1.0),
+        record("reference/x", "reference", 1010.0, 5.0),
+        record("x/base", "round", 1030.0, 9.0, evaluation_s=7.0),
+        record("x/lora/seed0/round1", "round", 1050.0, 20.0, training_s=12.0, evaluation_s=6.0),
+        record("report/x", "report", 1053.0, 2.0),
+    ]
+    found = itemised(records, began=1000.0, wall=60.0, again=1.0)
+    assert (found.training_s, found.evaluation_s, found.overhead_s, found.chains) == (12.0, 13.0, 35.0, 1)
+    assert found.items_s["imports, planning, cluster start"] == pytest.approx(2.0)
+    assert found.items_s["worker group start"] == pytest.approx(11.0)
+    assert found.items_s["model load, data and checkpoints in rounds"] == pytest.approx(4.0)
+    assert sum(found.items_s.values()) == pytest.approx(found.overhead_s)
+
+
+def test_a_run_is_taken_twice_and_only_into_an_empty_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    script = tmp_path / "scenario.py"
+    script.write_text(SCENARIO)
+    command = ("--command", f"python {script}", "--storage", str(tmp_path / "runs"))
+    found = measured(capsys, "overhead", *command)
+    assert found["wall_s"] >= 0.3
+    assert found["wall_s"] > found["again_s"]
+    assert main(["perf", "overhead", *command]) == 2
+    assert "is not empty" in capsys.readouterr().err
