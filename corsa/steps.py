@@ -131,7 +131,7 @@ def make_report(task: Task) -> dict[str, Any]:
             if "skipped.json" in artifact.record.files
             for entry in json.loads(artifact.read("skipped.json"))
         ],
-        "notes": _notes(task),
+        "notes": [*_notes(task), *controls.told(metrics.get("controls"))],
         "versions": first.record.versions,
         "hardware": _hardware(),
     }

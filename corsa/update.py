@@ -17,7 +17,7 @@ from corsa.benchmarks.file import Draft, drafts_of
 from corsa.config import LoraConfig, ModelConfig
 from corsa.errors import CorsaError, unknown_name
 from corsa.evaluation import controls
-from corsa.experiment import ROUND, Experiment, Facts, asked, base, chain, dealt, facts, with_reference
+from corsa.experiment import REPORT, ROUND, Experiment, Facts, asked, base, chain, dealt, facts, with_reference
 from corsa.flow import Kind, Step
 from corsa.identities import (
     AskedFactsConfig,
@@ -40,7 +40,6 @@ FACTS = Kind("edits", "corsa.update_steps:read_facts", version=1)
 ASKED_FACTS = Kind("edits", "corsa.training.completing:complete", version=1, on_cluster=True)
 STANDING = Kind("edits", "corsa.update_steps:take_standing", version=1)
 TAKEN_BACK = Kind("edits", "corsa.update_steps:take_back", version=1)
-REPORT = Kind("report", "corsa.steps:make_report", version=1)
 
 HEADLINES = ("edit_success", "generality", "forgetting", "retention", "neighborhood", "agreement")
 

@@ -66,3 +66,24 @@ def changes(base: list[dict[str, Any]], edited: list[dict[str, Any]]) -> dict[st
             if before["right"] != now["right"]
         ],
     }
+
+
+def told(found: dict[str, Any] | None) -> list[str]:
+    """The changes in a sentence, and up to five questions that lost or gained the right answer."""
+    if found is None:
+        return []
+    lines = [
+        f"Everyday questions: {found['right_now']} of {found['questions']} right, before the edits "
+        f"{found['right_before']}; {found['same']} answered as before."
+    ]
+    for change in found["changed"][:5]:
+        was = "Now right" if change["right"] else "No longer right"
+        before, now = (short(change[key]) for key in ("before", "now"))
+        lines.append(f"{was}: {change['question']} {before!r} before, {now!r} now.")
+    return lines
+
+
+def short(text: str, length: int = 40) -> str:
+    """One line of a text, cut at so many characters."""
+    line = " ".join(text.split())
+    return line if len(line) <= length else f"{line[: length - 1]}…"

@@ -10,6 +10,8 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
+from corsa.evaluation.controls import short, told
+
 _SHOWN = 30
 
 
@@ -47,7 +49,7 @@ def table(rows: list[dict[str, Any]]) -> Table:
     for name, justify in (("fact", "left"), ("taught", "left"), ("took", "left"), ("other wordings", "right")):
         grid.add_column(name, justify=justify)  # type: ignore[arg-type]
     for row in shown[:_SHOWN]:
-        took = "yes" if row["took"] else f"no: {escape(_short(row['says']) or '(nothing)')}"
+        took = "yes" if row["took"] else f"no: {escape(short(row['says']) or '(nothing)')}"
         wordings = f"{row['right']}/{row['wordings']}" if row["wordings"] else "–"
         grid.add_row(escape(row["prompt"]), escape(row["answer"]), took, wordings)
     if len(shown) < len(rows) or len(shown) > _SHOWN:
@@ -74,16 +76,4 @@ def summary(metrics: dict[str, Any], predictions: pd.DataFrame) -> Iterator[str]
         agreed = "" if same is None else f", {100 * same:.0f} % answered as the base model does"
         entry = row["neighborhood"]
         yield f"neighbors: {100 * entry['value']:.0f} % right{agreed} ({entry['probes']} asked)"
-    if control := metrics.get("controls"):
-        yield (
-            f"everyday questions: {control['right_now']} of {control['questions']} right, before the edits "
-            f"{control['right_before']}; {control['same']} answered as before"
-        )
-        for change in control["changed"][:5]:
-            was = "now right" if change["right"] else "no longer right"
-            yield f"  {was}: {change['question']} {_short(change['before'])!r} -> {_short(change['now'])!r}"
-
-
-def _short(text: str, length: int = 40) -> str:
-    line = " ".join(text.split())
-    return line if len(line) <= length else f"{line[: length - 1]}…"
+    yield from told(metrics.get("controls"))
