@@ -87,6 +87,11 @@ class Line:
         return from_table(pq.read_table(path))
 
     @property
+    def answered(self) -> bool:
+        """Whether it carries what was answered after each of its updates."""
+        return (self.directory / "predictions.parquet").is_file()
+
+    @property
     def standing(self) -> list[Edit]:
         """Of each fact the latest edit."""
         return list({edit.chain: edit for edit in self.edits}.values())

@@ -130,10 +130,13 @@ def plan_evaluation(options: EvaluateOptions) -> tuple[Experiment, Step]:
         )
     schedule = dealt(taught, RoundsConfig(rounds=rounds, update_share=1.0))
     adapter = _line_step(line, options) if line else None
-    shown, answers = [], []
-    if adapter:
-        step = asked(experiment, "edited", taught, schedule, adapter, round_=rounds)
-        shown, answers = [Shown(answers=step.name, method="edited")], [step]
+    answers: list[Step] = []
+    if line and adapter:
+        # After the line's updates: what is wrong now of what was right when it was learnt is then forgetting.
+        own = name == "taught" and line.answered
+        step = asked(experiment, "edited", taught, schedule, adapter, round_=rounds + own)
+        answers = [*([adapter] if own else []), step]
+    shown = [Shown(answers=step.name, method="edited") for step in answers]
     title = f"{name} asked of {experiment.model.name}" + (
         f" with {Path(options.adapter or '').name}" if adapter else ""
     )
@@ -205,10 +208,9 @@ def _plan(options: Teaching, experiment: Experiment, line: Line | None, edits: S
     after = edits.inputs.get("line")
     (step,) = chain(experiment, options.method, options.seed, taught, schedule, rounds=(number,), after=after)
     title = f"Update {number}: {count} fact{'s' * (count > 1)} on {experiment.model.name}"
-    shown = [Shown(answers=s.name, method=options.method) for s in (after, step) if s and (s is step or line.edits)]  # type: ignore[union-attr]
-    report = reported(
-        experiment, taught, schedule, title, shown, [s for s in (after, step) if s], step, _command(options)
-    )
+    answers = [*([after] if after and line and line.answered else []), step]
+    shown = [Shown(answers=s.name, method=options.method) for s in answers]
+    report = reported(experiment, taught, schedule, title, shown, answers, step, _command(options))
     check_free(Path(options.out), step.fingerprint)
     return Plan(experiment, line, number, count, step, edits, report)
 

@@ -162,6 +162,12 @@ def test_the_next_update_goes_on_from_the_adapter_with_all_its_facts(tmp_path: P
     assert undo.number == 2
     _, report = plan_evaluation(EvaluateOptions(adapter=str(line)))
     assert "edited/asked/taught" in report.inputs
+    assert "line/update1" not in report.inputs  # it carries no answers
+    (line / "predictions.parquet").touch()
+    _, report = plan_evaluation(EvaluateOptions(adapter=str(line)))
+    shown = [(one["answers"], one["method"]) for one in report.config.canonical()["shown"]]
+    assert shown == [("taught/base", "base"), ("line/update1", "edited"), ("edited/asked/taught", "edited")]
+    assert report.inputs["edited/asked/taught"].config.canonical()["round"] == 2  # after the line's one update
 
 
 @pytest.mark.parametrize(
