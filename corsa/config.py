@@ -170,6 +170,15 @@ class EvaluationConfig(Frozen):
         return self.model_copy(update={"match": "contains"})
 
 
+class SamplingConfig(Frozen):
+    """How programs are drawn from a model: as CodeUpdateArena's published code does."""
+
+    samples: int = Field(default=5, ge=1, description="programs drawn for each problem")
+    temperature: float = Field(default=0.8, gt=0, description="the logits are divided by it")
+    top_p: float = Field(default=0.7, gt=0, le=1, description="tokens kept: the likeliest that hold this share")
+    new_tokens: int = Field(default=512, ge=1, description="tokens of a program at most")
+
+
 class ShardingConfig(Frozen):
     """What the workers of a group divide among them instead of holding all of it each (DeepSpeed ZeRO).
 

@@ -58,7 +58,9 @@ class Edit(Frozen):
     subject: str = ""
     relation: str = ""
     target_new: Text
-    target_old: Text
+    target_old: Annotated[str, StringConstraints(strip_whitespace=True)] = Field(
+        description="blank: there is no old answer, and L_DPO leaves the edit out (`build` refuses that)"
+    )
     aliases_new: tuple[Text, ...] = ()
     aliases_old: tuple[Text, ...] = ()
     probes: tuple[Probe, ...] = ()
@@ -67,7 +69,7 @@ class Edit(Frozen):
     @classmethod
     def _differs(cls, old: str, info: ValidationInfo) -> str:
         new = info.data.get("target_new")
-        if new is not None and normalise(new) == normalise(old):
+        if old and new is not None and normalise(new) == normalise(old):
             raise PydanticCustomError("same_target", "is the same as target_new ({old})", {"old": repr(old)})
         return old
 
@@ -98,6 +100,8 @@ class Edit(Frozen):
 
         Raises FieldError for the first field that is not valid.
         """
+        if isinstance(target_old, str) and not target_old.strip():
+            raise FieldError("target_old", "is blank")
         new = _distinct(aliases_new, target_new, target_old)
         old = _distinct(aliases_old, target_old, target_new)
         both = {normalise(alias) for alias in new} & {normalise(alias) for alias in old}

@@ -210,7 +210,8 @@ def with_reference(experiment: Experiment, name: str, edits: Step) -> Facts:
 
 
 def _on_bad_record(experiment: Experiment) -> Literal["skip", "stop"]:
-    return experiment.on_bad_record or BENCHMARKS[experiment.benchmark].on_bad_record
+    known = BENCHMARKS.get(experiment.benchmark)  # problems of the code domain are not among them
+    return experiment.on_bad_record or (known.on_bad_record if known else "stop")
 
 
 def _absolute(path: str | None) -> str | None:
@@ -393,7 +394,7 @@ class Page:
             title=f"{self.scenario.capitalize()}: {names} on {experiment.model.name}",
             scenario=self.scenario,
             command=command,
-            experiment=_identity(experiment),
+            experiment=identity(experiment),
             rule=experiment.evaluation.match,
             protocol=experiment.evaluation.protocol,
             headlines=tuple(self.headlines),
@@ -409,12 +410,12 @@ class Page:
 def joined(experiment: Experiment, command: str, reports: Sequence[Step]) -> Step:
     """One report of several scenarios."""
     config = JoinedConfig(
-        title=f"The paper's experiments on {experiment.model.name}", command=command, experiment=_identity(experiment)
+        title=f"The paper's experiments on {experiment.model.name}", command=command, experiment=identity(experiment)
     )
     return Step("report/paper", PAPER, config, {report.name: report for report in reports})
 
 
-def _identity(experiment: Experiment) -> dict[str, Any]:
+def identity(experiment: Experiment) -> dict[str, Any]:
     """The resolved configuration without how it is run."""
     how = {"config", "storage", "track", "dry_run", "placement"}
     return {k: v for k, v in experiment.canonical().items() if k not in how}

@@ -17,9 +17,11 @@ from corsa.config import (
     MemitConfig,
     ModelConfig,
     Placement,
+    SamplingConfig,
     StepConfig,
     TrainingConfig,
 )
+from corsa.evaluation.sandbox.slot import Limits
 
 
 class EditsConfig(Frozen):
@@ -290,3 +292,74 @@ class JoinedConfig(Frozen):
     title: str
     command: str
     experiment: dict[str, Any]
+
+
+class ProblemsConfig(Frozen):
+    """Which problems of a benchmark of programs are read."""
+
+    digest: str = Field(description="of the file's content")
+    offset: int = Field(default=0, ge=0, description="records passed over")
+    limit: int | None = Field(default=None, ge=1, description="records: updates, or HumanEval's tasks")
+    taught: bool = Field(default=False, description="the first problem of each update is taught, not asked")
+
+
+class ProblemsPlace(Frozen):
+    """Where the problems are read from; what they hold is in `ProblemsConfig.digest`."""
+
+    data: str
+
+
+class OldAnswersConfig(Frozen):
+    """What the base model's answers before the update depend on, beside the problems."""
+
+    model: ModelConfig
+    new_tokens: int = Field(ge=1)
+
+
+class ProgramEditsConfig(Frozen):
+    """How problems become edits; what they are is in the inputs."""
+
+    benchmark: str = "updates"
+    on_contradiction: Literal["report"] = "report"
+
+
+class SamplesConfig(Frozen):
+    """What a model's programs depend on, beside the problems and the adapter."""
+
+    model: ModelConfig
+    sampling: SamplingConfig
+    described: bool = Field(default=False, description="the update's description stands in the prompt")
+    seed: int = Field(default=0, ge=0, description="of the draws")
+
+
+class JudgingConfig(Frozen):
+    """What verdicts depend on, beside programs and tests."""
+
+    limits: Limits
+
+
+class JudgingPlace(Frozen):
+    """How programs are isolated. Never part of an identity."""
+
+    allow_code_execution: bool = False
+    sandbox: Literal["auto", "bubblewrap", "namespaces", "none"] = "auto"
+
+
+class CodeShown(Frozen):
+    """Verdicts of one method on one benchmark, by the names of the inputs."""
+
+    answers: str = Field(description="name of the input with the verdicts")
+    problems: str = Field(description="name of the input with the problems")
+    method: str
+    benchmark: Literal["updates", "humaneval"]
+
+
+class CodeReportConfig(Frozen):
+    """What a report of the code domain shows, beside what its inputs hold."""
+
+    title: str
+    command: str
+    experiment: dict[str, Any]
+    shown: tuple[CodeShown, ...]
+    subset: tuple[str, ...] = Field(default=(), description="HumanEval tasks that are counted once more by themselves")
+    published: tuple[str, ...] = ()

@@ -116,14 +116,24 @@ def make_report(task: Task) -> dict[str, Any]:
     curves.to_parquet(task.output / "curves.parquet", index=False)
     metrics = measured(task, config, predictions)
     (task.output / "metrics.json").write_text(json.dumps(metrics, indent=1, allow_nan=False))
+    run = described_run(task, config.title, config.command, config.experiment) | {
+        "notes": [*_notes(task), *controls.told(metrics.get("controls"))]
+    }
+    (task.output / "run.json").write_text(json.dumps(run, indent=1))
+    write_report(task.output, metrics=metrics, predictions=predictions, curves=curves, run=run)
+    return {"predictions": len(predictions)}
+
+
+def described_run(task: Task, title: str, command: str, experiment: dict[str, Any]) -> dict[str, Any]:
+    """What a page says of the run behind it."""
     steps = _steps(task)
-    first = next(task.inputs[name] for name, kind in kinds.items() if kind in ("edits", "part"))
-    run = {
-        "title": config.title,
+    first = next(task.inputs[name] for name, step in task.step.inputs.items() if step.kind.name in FIRST)
+    return {
+        "title": title,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "seconds": sum(step["seconds"] for step in steps),
-        "command": config.command,
-        "config": config.experiment,
+        "command": command,
+        "config": experiment,
         "steps": steps,
         "skipped": [
             entry
@@ -131,13 +141,13 @@ def make_report(task: Task) -> dict[str, Any]:
             if "skipped.json" in artifact.record.files
             for entry in json.loads(artifact.read("skipped.json"))
         ],
-        "notes": [*_notes(task), *controls.told(metrics.get("controls"))],
         "versions": first.record.versions,
         "hardware": _hardware(),
     }
-    (task.output / "run.json").write_text(json.dumps(run, indent=1))
-    write_report(task.output, metrics=metrics, predictions=predictions, curves=curves, run=run)
-    return {"predictions": len(predictions)}
+
+
+FIRST = ("edits", "part", "problems")
+"""Kinds of the steps that a run begins with."""
 
 
 def join_reports(task: Task) -> dict[str, Any]:

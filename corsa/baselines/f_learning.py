@@ -52,14 +52,17 @@ def f_learning(
             curves = train(config, examples, loaded, workshop, (store, f"{folder}/{name}"), post)
         return lora.adapter(), curves
 
-    post({"phase": "forgetting"})
-    old, forgetting = delta([_backwards(t) for t in triplets], "forgetting", *known)
-    weights = [1.0] * len(known) + [-alpha]
-    start = {name: stack([*(adapter[name] for adapter in known), old[name]], weights) for name in old}
+    metrics: dict[str, Any] = {}
+    start = known
+    if backwards := [_backwards(t) for t in triplets if t.old]:  # what was never said cannot be forgotten
+        post({"phase": "forgetting"})
+        old, forgetting = delta(backwards, "forgetting", *known)
+        weights = [1.0] * len(known) + [-alpha]
+        start = [{name: stack([*(adapter[name] for adapter in known), old[name]], weights) for name in old}]
+        metrics["forgetting_loss_sft"] = forgetting[-1]["loss_sft"]
     post({"phase": "training"})
-    new, curves = delta(triplets, "learning", start)
-    adapter = {name: stack([start[name], new[name]]) for name in new}
-    metrics: dict[str, Any] = {"forgetting_loss_sft": forgetting[-1]["loss_sft"]}
+    new, curves = delta(triplets, "learning", *start)
+    adapter = {name: stack([*(part[name] for part in start), new[name]]) for name in new}
     if config.f_learning.rank is not None:
         adapter, metrics["cut_error"] = compress(adapter, config.f_learning.rank)
     metrics["rank"] = max(factors.rank for factors in adapter.values())

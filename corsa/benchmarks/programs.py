@@ -11,6 +11,7 @@ import gzip
 import hashlib
 import json
 import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
@@ -51,7 +52,7 @@ class Problem(Frozen):
         """The solution with the body of the function that is asked for replaced by `pass`: it must not pass."""
         if self.lead:
             return "    pass\n"
-        tree = ast.parse(self.solution)
+        tree = _python(self.solution, "")
         for node in ast.walk(tree):
             if isinstance(node, ast.FunctionDef) and node.name == self.entry:
                 node.body = [ast.Pass()]
@@ -60,7 +61,7 @@ class Problem(Frozen):
     @property
     def modules(self) -> tuple[str, ...]:
         """The packages that its trusted parts import."""
-        found = [node for part in (self.before, self.tests) for node in ast.walk(ast.parse(part))]
+        found = [node for part in (self.before, self.tests) for node in ast.walk(_python(part, ""))]
         names = [a.name for node in found if isinstance(node, ast.Import) for a in node.names]
         names += [node.module for node in found if isinstance(node, ast.ImportFrom) and node.module]
         return tuple(sorted({name.partition(".")[0] for name in names}))
@@ -231,15 +232,17 @@ def _installing(code: str, path: str) -> str:
 def _imports(program: str) -> str:
     """The import statements of a program's top level."""
     try:
-        body = ast.parse(program).body
-    except SyntaxError:
+        body = _python(program, "ref_solution").body
+    except FieldError:
         return ""
     return "\n".join(ast.unparse(node) for node in body if isinstance(node, ast.Import | ast.ImportFrom))
 
 
 def _python(code: str, field: str) -> ast.Module:
     try:
-        return ast.parse(code)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of published code, such as a backslash in a plain string
+            return ast.parse(code)
     except SyntaxError as error:
         raise FieldError(field, f"is not Python: {error.msg} (line {error.lineno})") from error
 

@@ -23,6 +23,7 @@ def perf_sandbox(
     limit: Annotated[int | None, arg(metavar="N", help="records of the file; all by default")] = None,
     slots: Annotated[int | None, arg(metavar="N", help="programs at once; one a core by default")] = None,
     wall_s: Annotated[float, arg(metavar="S", help="seconds a program may take")] = 10.0,
+    memory_gib: Annotated[float, arg(metavar="GIB", help="memory a program may take")] = 2.0,
     as_json: Annotated[bool, arg(name="json", help="print one JSON object")] = False,
 ) -> None:
     """Run every reference solution of a benchmark of programs, and again with its body replaced by `pass`.
@@ -39,7 +40,9 @@ def perf_sandbox(
         if sys.stderr.isatty():
             print(f"\r{what}: {count} of {of} ", end="", file=sys.stderr, flush=True)
 
-    found = measure_sandbox(data, sandbox=sandbox, limit=limit, slots=slots, wall_s=wall_s, done=told)
+    found = measure_sandbox(
+        data, sandbox=sandbox, limit=limit, slots=slots, wall_s=wall_s, memory_gib=memory_gib, done=told
+    )
     if sys.stderr.isatty():
         print(file=sys.stderr)
     if as_json:

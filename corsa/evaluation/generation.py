@@ -1,11 +1,12 @@
-"""Greedy generation for short answers: batched by prompt length, each answer leaves the batch as soon as it ends."""
+"""Generation, greedy or drawn: batched by prompt length, each answer leaves the batch as soon as it ends."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import DynamicCache
@@ -17,6 +18,13 @@ def newline_tokens(tokenizer: Any) -> Tensor:
     size = len(tokenizer)
     texts = tokenizer.batch_decode([[i] for i in range(size)])
     return torch.tensor(["\n" in text for text in texts], dtype=torch.bool)
+
+
+def end_alone(tokenizer: Any) -> Tensor:
+    """Stops at the end token alone, (V,) bool: for answers of several lines."""
+    stops = torch.zeros(len(tokenizer), dtype=torch.bool)
+    stops[tokenizer.eos_token_id] = True
+    return stops
 
 
 @torch.no_grad()
@@ -39,11 +47,58 @@ def generate(
         batch: prompts generated together; neighbours in length share a batch, so little is padded.
         device: where the model is.
     """
+    return _generate(model, prompts, stops, new_tokens, batch, device, lambda logits, alive, step: logits.argmax(-1))
+
+
+Choose = Callable[[Tensor, Sequence[int], int], Tensor]
+"""The next tokens (R,) from logits (R, V), for which prompts they are, and how many tokens came before."""
+
+
+@torch.no_grad()
+def sample(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    seeds: Sequence[Sequence[int]],
+    temperature: float,
+    top_p: float,
+    stops: Tensor,
+    new_tokens: int,
+    batch: int,
+    device: torch.device | str,
+) -> list[list[int]]:
+    """As `generate`, each token drawn from the likeliest that hold `top_p` of softmax(logits / temperature).
+
+    `seeds`: of each prompt's draws (whole numbers). What is drawn for a prompt does not depend on the others.
+    """
+    draws = [np.random.default_rng(list(seed)).random(new_tokens) for seed in seeds]
+
+    def choose(logits: Tensor, alive: Sequence[int], step: int) -> Tensor:
+        p, tokens = (logits.float() / temperature).softmax(-1).sort(dim=-1, descending=True, stable=True)
+        before = p.cumsum(-1) - p
+        p = p.masked_fill(before >= top_p, 0.0)  # the first token always stays
+        drawn = torch.tensor([draws[i][step] for i in alive], device=logits.device, dtype=p.dtype)[:, None]
+        place = torch.searchsorted(p.cumsum(-1), drawn * p.sum(-1, keepdim=True), right=True)
+        last = (p > 0).sum(-1, keepdim=True) - 1
+        return tokens.gather(-1, torch.minimum(place, last))[:, 0]
+
+    return _generate(model, prompts, stops, new_tokens, batch, device, choose)
+
+
+def _generate(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    stops: Tensor,
+    new_tokens: int,
+    batch: int,
+    device: torch.device | str,
+    choose: Choose,
+) -> list[list[int]]:
     outputs: list[list[int]] = [[] for _ in prompts]
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     stops = stops.to(device)
     for start in range(0, len(order), batch):
-        _generate_batch(model, prompts, order[start : start + batch], outputs, stops, new_tokens, device)
+        _generate_batch(model, prompts, order[start : start + batch], outputs, stops, new_tokens, device, choose)
     return outputs
 
 
@@ -55,12 +110,13 @@ def _generate_batch(
     stops: Tensor,
     new_tokens: int,
     device: torch.device | str,
+    choose: Choose,
 ) -> None:
     width = max(len(prompts[i]) for i in alive)
     ids = torch.tensor([[0] * (width - len(prompts[i])) + list(prompts[i]) for i in alive], device=device)
     seen = torch.tensor([[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in alive], device=device)
     cache = DynamicCache(config=model.config)
-    for _ in range(new_tokens):
+    for step in range(new_tokens):
         positions = (seen.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         logits = model(
             input_ids=ids,
@@ -70,7 +126,7 @@ def _generate_batch(
             use_cache=True,
             logits_to_keep=1,
         ).logits[:, -1]
-        token = logits.argmax(-1)  # (R,)
+        token = choose(logits, alive, step)  # (R,)
         going = ~(stops[token.clamp(max=len(stops) - 1)] | (token >= len(stops)))
         for i, t, goes in zip(alive, token.tolist(), going.tolist(), strict=True):
             if goes:

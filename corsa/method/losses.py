@@ -21,13 +21,13 @@ def sft_loss(logp: Tensor, count: float | Tensor) -> Tensor:
     return -logp[0].sum(-1, keepdim=True) / count
 
 
-def dpo_loss(logp: Tensor, reference: Tensor, beta: float | Tensor, count: float) -> Tensor:
+def dpo_loss(logp: Tensor, reference: Tensor, beta: float | Tensor, count: float | Tensor) -> Tensor:
     """L_DPO = - sum_i log sigmoid(beta * [(logp - logp_ref)(y_new_i) - (logp - logp_ref)(y_old_i)]) / count.
 
     Args:
         logp, reference: (2, K, E), new answers first, nats; `reference` is the base model's.
         beta: inverse temperature, a number or a column (K, 1).
-        count: edits of the whole batch.
+        count: edits of the whole batch that have an old answer, a number or (K, 1).
     """
     gain = logp - reference
     return -F.logsigmoid(beta * (gain[0] - gain[1])).sum(-1, keepdim=True) / count

@@ -23,6 +23,11 @@ PADDING = 1.05
 """Packed rows are made longer, by more edits each, until tokens processed / tokens needed is at most this."""
 
 
+NO_OLD_ANSWER = float("inf")
+"""The reference of an old answer that is not there: as if the base model could not but give it. Then L_DPO's margin is
+infinite, its log sigmoid and the gradient exactly 0: the edit is taught by L_SFT alone."""
+
+
 @dataclass(frozen=True)
 class Triplet:
     """One edit as token ids (DESIGN: (x, y_old, y_new)) with its reference log-probabilities in nats.
@@ -115,7 +120,8 @@ def pack(
         else:
             for slot, answer in ((i, t.new), (old_slot, t.old)):
                 tokens = [*t.prompt, *answer]
-                plain[of].append(_Piece(tokens, list(range(len(tokens))), [], x, [(slot, x, answer)]))
+                if answer:  # no row for one that is not there
+                    plain[of].append(_Piece(tokens, list(range(len(tokens))), [], x, [(slot, x, answer)]))
     rows = []
     if any(whole):
         rows.append(_lay_out(_side_by_side(whole), dtype, tree=True))

@@ -17,7 +17,7 @@ from torch import Tensor
 from corsa.config import StepConfig
 from corsa.method.logprobs import Model, answer_logprobs
 from corsa.method.losses import dpo_loss, sft_loss
-from corsa.method.packing import Rows
+from corsa.method.packing import NO_OLD_ANSWER, Rows
 from corsa.method.pcgrad import dot, merge
 from corsa.method.sam import perturbation, perturbed
 from corsa.method.together import Together
@@ -52,6 +52,11 @@ class MicroBatch:
         """How many edits an adapter has, E."""
         return self.reference.shape[-1]
 
+    @property
+    def unpaired(self) -> Tensor:
+        """How many of them have no old answer, of each adapter: L_DPO is a mean over the others."""
+        return (self.reference[1] == NO_OLD_ANSWER).sum(-1, keepdim=True)
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -60,6 +65,12 @@ class Batch:
     parts: Sequence[MicroBatch]
     edits: int
     tokens: int | Tensor
+    unpaired: int | Tensor = 0
+
+    @property
+    def pairs(self) -> Tensor:
+        """Edits with an old answer, of each adapter (1 where there is none: then the sum over them is 0)."""
+        return torch.as_tensor(self.edits - self.unpaired).clamp(min=1)
 
 
 @dataclass
@@ -146,7 +157,7 @@ def gradients(model: Model, phi: Tensor, batch: Batch, config: Setting, reduce: 
         reference = part.reference.view_as(logp)
         if isinstance(config, Together):
             reference = config.known(reference, logp)
-        losses = torch.stack([sft_loss(logp, per_token), dpo_loss(logp, reference, config.beta, batch.edits)])
+        losses = torch.stack([sft_loss(logp, per_token), dpo_loss(logp, reference, config.beta, batch.pairs)])
         # One backward for both, exact (a batch of two vector-Jacobian products): half the walks of two calls
         # through the graph, and the only way that works where the base is sharded (a kept graph fails under ZeRO-3).
         chosen = losses[:objectives]
@@ -163,7 +174,8 @@ def _microbatch_sharp_gradient(
     """As `sharp_gradient`, with e made from each micro-batch alone; parts weigh as many edits as they hold."""
     g, sums = torch.zeros_like(phi), phi.new_zeros(2, 4, len(phi), 1)
     for part in batch.parts:
-        alone = Batch([part], max(1, part.edits), torch.as_tensor(part.tokens).clamp(min=1))  # it may be empty
+        tokens = torch.as_tensor(part.tokens).clamp(min=1)  # it may be empty
+        alone = Batch([part], max(1, part.edits), tokens, part.unpaired)
         share = part.edits / batch.edits
         low, high, own = sharp_gradient(
             phi, lambda alone=alone: gradients(model, phi, alone, config, lambda t: t), config
@@ -189,7 +201,9 @@ def _log(
     if at_peak is not None:
         columns.append(at_peak.loss(config.lambda_) - at_phi.loss(config.lambda_))
     logs = []
-    for own, good, values in zip(config.each(len(norm)), finite, torch.cat(columns, 1).tolist(), strict=True):
+    pairs_of = batch.pairs.reshape(-1, 1).expand(len(norm), 1)[:, 0].tolist()
+    rows = zip(config.each(len(norm)), finite, torch.cat(columns, 1).tolist(), pairs_of, strict=True)
+    for own, good, values, pairs in rows:
         sft, dpo, new, old, length, *more = values
         cosine = more[0] if own.dpo and len(at_phi.g) == 2 else None
         logs.append(
@@ -197,7 +211,7 @@ def _log(
                 "loss_sft": sft,
                 "loss_dpo": dpo if own.dpo else None,
                 "logp_new": new / batch.edits,
-                "logp_old": old / batch.edits,
+                "logp_old": old / pairs,
                 "cosine": cosine,
                 "conflict": None if cosine is None else cosine < 0,
                 "sharpness": more[-1] if own.sam and at_peak is not None else None,

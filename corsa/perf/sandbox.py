@@ -20,6 +20,7 @@ def measure_sandbox(
     limit: int | None = None,
     slots: int | None = None,
     wall_s: float = 10.0,
+    memory_gib: float = 2.0,
     done: Callable[[str, int, int], None] = lambda what, count, of: None,
 ) -> dict[str, Any]:
     """Run every reference solution of a file with its tests, and again with its body replaced by `pass`; of updates,
@@ -38,7 +39,7 @@ def measure_sandbox(
     if kind == "updates":
         sets["without the update"] = [p.program(p.solution, updated=False) for p in problems]
     modules = sorted({module for problem in problems for module in problem.modules})
-    limits = Limits(wall_s=wall_s, cpu_s=round(wall_s) + 1)
+    limits = Limits(wall_s=wall_s, cpu_s=round(wall_s) + 1, memory=int(memory_gib * 2**30))
     verdicts, began = {}, time.monotonic()
     for name, programs in sets.items():
         told = lambda n, name=name: done(name, n, len(problems))  # noqa: E731

@@ -14,6 +14,14 @@ _SHORT = {
     "activation": "activation of old",
     "edit_success": "edit success",
     "multihop": "multi-hop",
+    "upass_1": "UPass@1",
+    "upass_5": "UPass@5",
+    "upass_single": "UPass single",
+    "spass_1": "SPass@1",
+    "spass_5": "SPass@5",
+    "spass_single": "SPass single",
+    "spass_subset_1": "SPass@1 subset",
+    "spass_subset_5": "SPass@5 subset",
 }
 
 _FEW = 5
@@ -116,10 +124,11 @@ def _pair(metrics: dict[str, Any], a: str, b: str) -> list[str]:
         sentences.append(f"{label(theirs)} is better than {label(ours)} on {_listed(worse)}.")
     if alike:
         edits = max(entry["edits"] for entry in found)
-        few = "; with fewer than six facts no difference could show" * (edits < 6)
+        over = metrics.get("over", "facts")
+        few = f"; with fewer than six {over} no difference could show" * (edits < 6)
         sentences.append(
             f"{label(theirs)} and {label(ours)} cannot be told apart on {_listed(alike)} "
-            f"(paired permutation test over up to {edits} facts, 5 % level{few})."
+            f"(paired permutation test over up to {edits} {over}, 5 % level{few})."
         )
     return sentences
 

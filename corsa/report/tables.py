@@ -21,7 +21,11 @@ def summary_table(metrics: dict[str, Any]) -> Table:
         metrics: what `corsa.evaluation.metrics.compute` returned.
     """
     last, definitions, chosen = metrics["rounds"][-1], metrics["definitions"], headlines(metrics)
-    title = f"After round {last}: {metrics['chains']} facts, rule {metrics['rule']!r}, protocol {metrics['protocol']!r}"
+    over = metrics.get("over", "facts")
+    title = (
+        metrics.get("title")
+        or f"After round {last}: {metrics['chains']} facts, rule {metrics['rule']!r}, protocol {metrics['protocol']!r}"
+    )
     table = Table(title=title, title_justify="left", caption_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("method", no_wrap=True)
     for name, heading in chosen.items():
@@ -40,7 +44,7 @@ def summary_table(metrics: dict[str, Any]) -> Table:
     sentences = findings(metrics)
     if len(sentences) > _LINES:
         sentences = [f"{len(sentences)} sentences on what can and cannot be told apart are in the report."]
-    table.caption = "\n".join([f"{100 * metrics['level']:.0f} % intervals over facts. {key}.", *sentences])
+    table.caption = "\n".join([f"{100 * metrics['level']:.0f} % intervals over {over}. {key}.", *sentences])
     table.caption_style = ""
     return table
 

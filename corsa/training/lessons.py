@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,9 +25,11 @@ from corsa.edits import Edit, from_table
 from corsa.errors import CorsaError
 from corsa.evaluation.asking import PREDICTIONS, Asker, Taught
 from corsa.evaluation.controls import controls, judged
+from corsa.evaluation.generation import end_alone, sample
 from corsa.evaluation.metrics import measure
 from corsa.evaluation.mmlu import from_questions_table
 from corsa.evaluation.multiple_choice import ANSWERS, MultipleChoice
+from corsa.evaluation.programs import PROGRAMS
 from corsa.flow.task import Task
 from corsa.identities import (
     AskingConfig,
@@ -35,6 +38,7 @@ from corsa.identities import (
     MemitRoundConfig,
     RoundConfig,
     RoutingConfig,
+    SamplesConfig,
     SpecificityConfig,
     TrialPlace,
 )
@@ -261,6 +265,43 @@ def _route(task: Task, workshop: Workshop, post: Post) -> dict[str, Any]:
     return {"routing_accuracy": right} | _write_predictions(task, rows)
 
 
+def _write_programs(task: Task, workshop: Workshop, post: Post) -> dict[str, Any]:
+    """Programs drawn for the problems that are asked, divided over the workers."""
+    config: SamplesConfig = task.config
+    crew, how = workshop.crew, config.sampling
+    table = _shared_table(task, "problems", crew)
+    problems = [row for row in table.to_pylist() if row["part"] == "asked"]
+    loaded = workshop.open(config, ())
+    post({"phase": "evaluating"})
+    own = [(i, n) for i in range(len(problems)) for n in range(how.samples)][crew.rank :: crew.size]
+    tokenizer = loaded.encoder.tokenizer
+    described = [f"{p['described']}\n\n{p['prompt']}" if config.described else p["prompt"] for p in problems]
+    with _edited(task, loaded, crew), crew.in_step(loaded.model):
+        outputs = sample(
+            loaded.model,
+            [loaded.encoder.prompt(described[i]) for i, _ in own],
+            seeds=[(config.seed, zlib.crc32(problems[i]["id"].encode()), n) for i, n in own],
+            temperature=how.temperature,
+            top_p=how.top_p,
+            stops=end_alone(tokenizer),
+            new_tokens=how.new_tokens,
+            batch=max(1, workshop.placement.probe_batch // 8),  # programs are longer than answers
+            device=crew.device,
+        )
+    texts = (tokenizer.decode(ids, skip_special_tokens=True).strip("\n") for ids in outputs)
+    rows = crew.collect(
+        [
+            {"problem": problems[i]["id"], "sample": n, "output": text, "tokens": len(ids)}
+            for (i, n), text, ids in zip(own, texts, outputs, strict=True)
+        ]
+    )
+    if not crew.leads:
+        return {}
+    rows.sort(key=lambda row: (row["problem"], row["sample"]))
+    pq.write_table(pa.Table.from_pylist(rows, schema=PROGRAMS), task.output / "answers.parquet")
+    return {"programs": len(rows), "cut_off": sum(row["tokens"] == how.new_tokens for row in rows)}
+
+
 _LESSONS: dict[type, Callable[[Task, Workshop, Post], dict[str, Any]]] = {
     FLearningRoundConfig: _teach_f_learning,
     MemitRoundConfig: _teach_memit,
@@ -268,6 +309,7 @@ _LESSONS: dict[type, Callable[[Task, Workshop, Post], dict[str, Any]]] = {
     SpecificityConfig: _answer_questions,
     ControlsConfig: _ask_controls,
     RoutingConfig: _route,
+    SamplesConfig: _write_programs,
 }
 
 

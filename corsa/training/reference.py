@@ -23,7 +23,7 @@ from corsa.errors import CorsaError
 from corsa.flow.task import Task
 from corsa.identities import ReferenceConfig
 from corsa.method.logprobs import answer_logprobs, packing_is_exact
-from corsa.method.packing import Triplet, pack
+from corsa.method.packing import NO_OLD_ANSWER, Triplet, pack
 from corsa.models.encoding import Encoder
 from corsa.models.loading import load_model, load_tokenizer
 from corsa.training.crew import Crew
@@ -63,7 +63,7 @@ class Score:
         if good:
             logp = self.score([Triplet(row["prompt"], row["new"], row["old"]) for row in good])
             for row, new, old in zip(good, *logp.tolist(), strict=True):
-                row["reference_new"], row["reference_old"] = new, old
+                row["reference_new"], row["reference_old"] = new, old if row["old"] else NO_OLD_ANSWER
         return pa.Table.from_pylist(rows, schema=MARKED)
 
     @torch.no_grad()

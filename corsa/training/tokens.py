@@ -74,11 +74,13 @@ def token_rows(encoder: Encoder, edits: Sequence[Mapping[str, Any]]) -> list[dic
     prompts = encoder.prompts([edit["prompt"] for edit in edits])
     new, old = (encoder.answers([edit[f"target_{side}"] for edit in edits]) for side in ("new", "old"))
     return [
-        {"id": edit["id"], "prompt": x, "new": n, "old": o}
+        {"id": edit["id"], "prompt": x, "new": n, "old": o if edit["target_old"] else []}
         for edit, x, n, o in zip(edits, prompts, new, old, strict=True)
     ]
 
 
 def without_tokens(row: Mapping[str, Sequence[int]]) -> str | None:
     """The name of the answer that consists of the end token alone, if one does: nothing would be learnt from it."""
-    return next((f"target_{side}" for side in ("new", "old") if len(row[side]) < 2), None)
+    if len(row["new"]) < 2:
+        return "target_new"
+    return "target_old" if len(row["old"]) == 1 else None  # none at all: the edit has no old answer

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from corsa.config import LoraConfig, ModelConfig, Placement
-from corsa.identities import AskingConfig, ControlsConfig, RoundConfig, SpecificityConfig
+from corsa.identities import AskingConfig, ControlsConfig, RoundConfig, SamplesConfig, SpecificityConfig
 from corsa.method.logprobs import packing_is_exact
 from corsa.method.packing import Triplet, pack
 from corsa.method.step import Batch, MicroBatch
@@ -52,7 +52,10 @@ class Workshop:
         self._checked = False  # whether packed rows have been compared with plain ones
 
     def open(
-        self, config: AskingConfig | SpecificityConfig | ControlsConfig, sample: Sequence[Triplet], adapters: int = 1
+        self,
+        config: AskingConfig | SamplesConfig | SpecificityConfig | ControlsConfig,
+        sample: Sequence[Triplet],
+        adapters: int = 1,
     ) -> Loaded:
         """The model of a step with so many adapters of its shape; `sample` shows whether its rows can be packed."""
         shape = config.lora if isinstance(config, RoundConfig) else None  # None: asked with LoRA off, any shape will do
@@ -72,7 +75,10 @@ class Workshop:
         return self._loaded
 
     def _packs(
-        self, loaded: Loaded, config: AskingConfig | SpecificityConfig | ControlsConfig, sample: Sequence[Triplet]
+        self,
+        loaded: Loaded,
+        config: AskingConfig | SamplesConfig | SpecificityConfig | ControlsConfig,
+        sample: Sequence[Triplet],
     ) -> bool:
         with loaded.lora.off():
             packed = packing_is_exact(loaded.model, sample, loaded.model.dtype, self.crew.device)
@@ -95,7 +101,8 @@ class Workshop:
             cuts = range(0, len(ordered[0]), size)
             micro += [self._micro_batch(loaded, [part[i : i + size] for part in ordered]) for i in cuts]
         whole = [share.whole for share in shares]
-        return Batch(self.crew.level(micro), edits=len(whole[0]), tokens=self._tokens(whole))
+        unpaired = torch.tensor([[sum(not t.old for t in own)] for own in whole], device=self.crew.device)
+        return Batch(self.crew.level(micro), len(whole[0]), self._tokens(whole), unpaired)
 
     def _micro_batch(self, loaded: Loaded, adapters: Sequence[Sequence[Triplet]]) -> MicroBatch:
         device, flat = self.crew.device, [t for own in adapters for t in own]

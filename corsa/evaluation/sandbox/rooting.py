@@ -66,6 +66,19 @@ def private_directory(size: int | str) -> None:
         os.close(file)
 
 
+def hide_processes() -> None:
+    """A /proc that tells of the processor alone: numeric libraries ask it what it can do."""
+    file = os.open("/proc/cpuinfo", os.O_PATH)
+    self_ = os.open("/proc/self/fd", os.O_PATH)
+    mount("none", "/proc", "tmpfs", data="size=4k,nr_inodes=4,mode=0555")
+    Path("/proc/cpuinfo").touch()
+    os.fchdir(self_)
+    mount(str(file), "/proc/cpuinfo", flags=MS_BIND)
+    os.chdir("/")
+    os.close(file)
+    os.close(self_)
+
+
 def _show(place: str, stage: str, places: list[str]) -> None:
     target = Path(stage + place)
     if target.exists() or target.is_symlink():

@@ -65,7 +65,7 @@ class Limits(Frozen):
 
     wall_s: float = 10.0
     cpu_s: int = 10
-    memory: int = 1 << 30
+    memory: int = 2 << 30
     processes: int = 32
     disk: int = 64 << 20
     file: int = 32 << 20

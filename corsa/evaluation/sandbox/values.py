@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import re
 import sys
+import types
 from typing import Any
 
 
@@ -22,6 +23,8 @@ def reduced(obj: Any) -> Any:
         return match, (obj.re.pattern, obj.re.flags, obj.string, *obj.span())
     if isinstance(obj, re.Pattern):
         return pattern, (obj.pattern, obj.flags)
+    if isinstance(obj, types.MappingProxyType):
+        return mapping, (dict(obj),)
     package = type(obj).__module__.partition(".")[0]
     if package == "torch" and isinstance(obj, sys.modules["torch"].Tensor):
         torch: Any = sys.modules["torch"]
@@ -39,6 +42,7 @@ def tensor(raw: bytes, dtype: Any, shape: tuple[int, ...], requires_grad: bool) 
     import torch
 
     flat = torch.frombuffer(bytearray(raw), dtype=dtype) if raw else torch.empty(0, dtype=dtype)
+    flat = flat.clone()  # of a storage that can be resized, as a tensor's own is
     return flat.reshape(shape).requires_grad_(bool(requires_grad))
 
 
@@ -134,4 +138,9 @@ def match(text: Any, flags: int, string: Any, start: int, end: int) -> Any:
     raise CannotCrossError("a match that the examiner does not find")
 
 
-MAKERS = (tensor, frame, expression, match, pattern)
+def mapping(values: dict[Any, Any]) -> Any:
+    """A mapping that cannot be changed."""
+    return types.MappingProxyType(values)
+
+
+MAKERS = (tensor, frame, expression, mapping, match, pattern)

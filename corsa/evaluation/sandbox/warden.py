@@ -236,7 +236,7 @@ class _Warden:
             return
         kernel.unshare(kernel.CLONE_NEWNS | kernel.CLONE_NEWIPC)
         rooting.private_directory(limits["disk"])
-        kernel.mount("none", "/proc", "tmpfs", kernel.MS_RDONLY, "size=4k,nr_inodes=2,mode=0555")
+        rooting.hide_processes()
         os.chdir("/tmp")
         kernel.drop_privileges()
 

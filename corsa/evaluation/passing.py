@@ -1,0 +1,105 @@
+"""Pass rates of programs: UPass@k of CodeUpdateArena, SPass@k on HumanEval, from one table of verdicts.
+
+A sample of a problem about an update counts as right if it passes with the update installed and does not pass without
+it: a program that never uses the update would pass both. Of n samples with c right ones, pass@k is estimated without
+bias by 1 - C(n - c, k) / C(n, k) (Chen et al. 2021); `single` is the share of right first samples. A sample whose
+sandbox broke is not counted at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from math import comb
+from typing import Any
+
+import numpy as np
+
+from corsa.evaluation.uncertainty import Sums, difference, interval
+
+
+def pass_at(n: int, c: int, k: int) -> float:
+    """The chance that one of k samples drawn from n, of which c are right, is right.
+
+    >>> pass_at(5, 1, 1), pass_at(5, 1, 5), pass_at(5, 0, 5)
+    (0.2, 1.0, 0.0)
+    """
+    if not 0 <= c <= n or not 1 <= k <= n:
+        raise ValueError(f"pass@{k} of {c} right among {n} samples")
+    return 1.0 - comb(n - c, k) / comb(n, k)
+
+
+@dataclass(frozen=True)
+class Tried:
+    """One problem: which of its samples are right, in their order. `group`: what an interval resamples."""
+
+    problem: str
+    group: str
+    right: tuple[bool, ...]
+
+
+def tried(verdicts: Iterable[Mapping[str, Any]], groups: Mapping[str, str], *, updates: bool) -> list[Tried]:
+    """The problems of a table of verdicts {problem, sample, updated, outcome}, in the order of `groups`, which gives
+    each problem its update (or itself). `updates`: right means with the update and not without.
+    """
+    known: dict[tuple[str, int], dict[bool, str]] = {}
+    for row in verdicts:
+        known.setdefault((row["problem"], row["sample"]), {})[row["updated"]] = row["outcome"]
+    right: dict[str, list[bool]] = {problem: [] for problem in groups}
+    for (problem, _), outcomes in sorted(known.items()):
+        if problem in right and "sandbox" not in outcomes.values():
+            passes = outcomes[True] == "passed"
+            right[problem].append(passes and outcomes[False] != "passed" if updates else passes)
+    return [Tried(problem, groups[problem], tuple(found)) for problem, found in right.items() if found]
+
+
+def measure(name: str, found: Sequence[Tried], k: int | None) -> tuple[dict[str, Any], Sums]:
+    """A rate over problems with its 95 % interval over groups, and the sums that it is the ratio of.
+
+    `k`: pass@k; None: the share of right first samples. Problems with fewer than k samples are left out.
+    """
+    usable = [t for t in found if k is None or len(t.right) >= k]
+    groups = list(dict.fromkeys(t.group for t in found))
+    place = {group: i for i, group in enumerate(groups)}
+    above, below = np.zeros(len(groups)), np.zeros(len(groups))
+    for t in usable:
+        above[place[t.group]] += t.right[0] if k is None else pass_at(len(t.right), sum(t.right), k)
+        below[place[t.group]] += 1
+    sums = Sums(above, below)
+    if not usable:
+        reason = f"no problem has {k} samples" if k else "no problem has a sample"
+        return _entry(None, None, None, 0, 0, reason), sums
+    low, high, source = interval(sums, share=True)
+    reason = None if source else "no interval: all groups alike, or one only"
+    return _entry(sums.ratio, low, high, len(groups), len(usable), reason) | {"interval": source}, sums
+
+
+def _entry(
+    value: float | None, low: float | None, high: float | None, groups: int, problems: int, reason: str | None
+) -> dict[str, Any]:
+    counts = {"edits": groups, "probes": problems}
+    return {"value": value, "low": low, "high": high, "interval": None, **counts, "rule": None, "seeds": None} | {
+        "reason": reason
+    }
+
+
+def compared(name: str, a: str, b: str, ours: Sums, theirs: Sums, problems: int) -> dict[str, Any] | None:
+    """Method a minus method b on the same groups, as `corsa.evaluation.metrics` compares methods."""
+    if len(ours.denominator) != len(theirs.denominator) or not ours.denominator.sum() or not theirs.denominator.sum():
+        return None
+    found = difference(ours, theirs)
+    sure = bool(found.p < 0.05)
+    return {
+        "metric": name,
+        "round": 1,
+        "a": a,
+        "b": b,
+        "difference": found.value,
+        "low": found.low,
+        "high": found.high,
+        "p": found.p,
+        "distinguishable": sure,
+        "better": (a if found.value > 0 else b) if sure else None,
+        "edits": int((ours.denominator > 0).sum()),
+        "probes": problems,
+    }

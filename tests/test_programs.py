@@ -1,0 +1,232 @@
+"""Benchmarks of programs: what is read of them, which program an answer makes, and what is counted."""
+
+from __future__ import annotations
+
+import math
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from code_files import task, update, write_lines
+from tiny import tiny_model
+
+from corsa.benchmarks.programs import program_in, read_problems
+from corsa.errors import CorsaError
+from corsa.evaluation.generation import generate, sample
+from corsa.evaluation.passing import Tried, measure, pass_at, tried
+from corsa.evaluation.sandbox.batch import judge
+from corsa.evaluation.sandbox.slot import Limits, available
+
+PUBLISHED = Path(__file__).parents[2] / "shared" / "data"
+isolated = pytest.mark.skipif(available()[0] is None, reason=f"programs cannot be isolated here: {available()[1]}")
+
+
+@pytest.fixture
+def arena(tmp_path: Path) -> str:
+    return str(write_lines(tmp_path / "arena.jsonl", [update("sin"), update("cos", 2)]))
+
+
+@pytest.fixture
+def humaneval(tmp_path: Path) -> str:
+    return str(write_lines(tmp_path / "HumanEval.jsonl", [task(0), task(1)]))
+
+
+def verdicts(programs: list) -> list[str]:
+    engine = available()[0]
+    assert engine
+    return [v.outcome for v in judge(programs, engine=engine, limits=Limits(wall_s=5))]
+
+
+@isolated
+def test_reference_solutions_pass_only_with_the_update(arena: str) -> None:
+    problems = read_problems(arena)
+    assert [len([p for p in problems if f".{name}]" in p.id]) for name in ("sin", "cos")] == [3, 2]
+    assert set(verdicts([p.program(p.solution, updated=True) for p in problems])) == {"passed"}
+    assert "passed" not in verdicts([p.program(p.solution, updated=False) for p in problems])
+    assert "passed" not in verdicts([p.program(p.blanked, updated=True) for p in problems])
+
+
+@isolated
+def test_canonical_solutions_pass_and_blanked_ones_do_not(humaneval: str) -> None:
+    problems = read_problems(humaneval)
+    assert set(verdicts([p.program(p.solution, updated=True) for p in problems])) == {"passed"}
+    assert "passed" not in verdicts([p.program(p.blanked, updated=True) for p in problems])
+
+
+@isolated
+def test_a_program_that_redefines_the_prompts_helper_deceives_itself(humaneval: str) -> None:
+    problem = read_problems(humaneval)[1]
+    cheating = program_in("def helper(x):\n    return 0\n\ndef shifted_1(x):\n    return 0\n", problem.lead)
+    assert verdicts([problem.program(cheating, updated=True)]) == ["failed"]
+
+
+@isolated
+def test_equal_programs_are_run_once_and_remembered(arena: str, tmp_path: Path) -> None:
+    problem = read_problems(arena)[0]
+    engine = available()[0]
+    assert engine
+    counts: list[int] = []
+    program = problem.program(problem.solution, updated=True)
+    cache = tmp_path / "verdicts"
+    first = judge([program, program], engine=engine, cache=cache, done=counts.append)
+    assert [v.outcome for v in first] == ["passed", "passed"]
+    assert counts == [1]
+    assert judge([program], engine=engine, cache=cache, done=counts.append)[0] == first[0]
+    assert counts == [1]
+
+
+def test_limit_and_offset_count_records(arena: str) -> None:
+    assert {p.update for p in read_problems(arena, offset=1)} == {"[math.cos]:[add-argument]:[update-0]"}
+    assert len(read_problems(arena, limit=1)) == 3
+    with pytest.raises(CorsaError, match="no record is left"):
+        read_problems(arena, offset=2)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda r: r["update"].pop("function_path"), "line 1: update.function_path: is missing"),
+        (
+            lambda r: r["prog_syn_examples"][1].update(ref_solution=" "),
+            r"prog_syn_examples\[1\].ref_solution: is blank",
+        ),
+        (
+            lambda r: r["prog_syn_examples"][0].update(unit_tests="def ("),
+            r"prog_syn_examples\[0\].unit_tests: .* Python",
+        ),
+        (lambda r: r.update(prog_syn_examples=[]), "prog_syn_examples: is not a list with at least one problem"),
+        (lambda r: r["prog_syn_examples"].append(r["prog_syn_examples"][0]), "was used before"),
+    ],
+)
+def test_what_is_wrong_with_a_users_file_is_said(tmp_path: Path, change, said: str) -> None:
+    record = update("sin")
+    change(record)
+    with pytest.raises(CorsaError, match=said):
+        read_problems(str(write_lines(tmp_path / "mine.jsonl", [record])))
+
+
+def test_another_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CorsaError, match="neither HumanEval"):
+        read_problems(str(write_lines(tmp_path / "x.jsonl", [{"prompt": "x"}])))
+    (tmp_path / "x.jsonl").write_text("{")
+    with pytest.raises(CorsaError, match="not JSON lines"):
+        read_problems(str(tmp_path / "x.jsonl"))
+
+
+def test_the_program_in_an_answer() -> None:
+    fenced = "Here it is:\n```python\ndef f():\n    return 1\n```\nand ```python\nx\n```"
+    assert program_in(fenced) == "def f():\n    return 1\n"
+    assert program_in("def f():\n    pass") == "def f():\n    pass\n"
+    assert program_in("```\ncut off") == "cut off\n"
+    lead = "def f():\n    '''One.'''\n"
+    for answer in ("return 1", "    return 1\n", "```python\ndef f():\n    return 1\n```"):
+        namespace: dict = {}
+        exec(lead + program_in(answer, lead), namespace)
+        assert namespace["f"]() == 1
+
+
+def test_published_files_are_read() -> None:
+    if not PUBLISHED.is_dir():
+        pytest.skip(f"the published files are not at {PUBLISHED}")
+    problems = read_problems(str(PUBLISHED / "codeupdatearena/arena.jsonl"))
+    assert (len(problems), len({p.update for p in problems})) == (577, 141)
+    assert len(read_problems(str(PUBLISHED / "humaneval/HumanEval.jsonl.gz"))) == 164
+
+
+# Counting
+
+
+@pytest.mark.parametrize(("n", "c", "k"), [(5, 0, 1), (5, 2, 1), (5, 2, 5), (5, 1, 3), (6, 3, 2)])
+def test_pass_at_k_is_the_share_of_all_draws_with_a_right_one(n: int, c: int, k: int) -> None:
+    draws = list(combinations([True] * c + [False] * (n - c), k))
+    assert pass_at(n, c, k) == pytest.approx(sum(map(any, draws)) / len(draws))
+
+
+def rows(problem: str, outcomes: list[tuple[str, str | None]]) -> list[dict]:
+    found = []
+    for sample_, (with_, without) in enumerate(outcomes):
+        found.append({"problem": problem, "sample": sample_, "updated": True, "outcome": with_})
+        if without:
+            found.append({"problem": problem, "sample": sample_, "updated": False, "outcome": without})
+    return found
+
+
+def test_a_program_counts_if_it_needs_the_update() -> None:
+    table = rows("a", [("passed", "failed"), ("passed", "passed"), ("failed", "error"), ("passed", "timeout")])
+    table += rows("b", [("sandbox", "failed"), ("passed", "exited")])
+    found = tried(table, {"a": "u", "b": "u", "c": "v"}, updates=True)
+    assert found == [Tried("a", "u", (True, False, False, True)), Tried("b", "u", (True,))]
+    assert tried(rows("h", [("passed", None), ("failed", None)]), {"h": "h"}, updates=False)[0].right == (True, False)
+
+
+def test_rates_and_intervals_are_over_problems_and_updates() -> None:
+    found = [
+        Tried("a", "u", (True, False)),
+        Tried("b", "u", (False, False)),
+        Tried("c", "v", (False, True)),
+        Tried("d", "w", (False, False)),
+    ]
+    one, sums = measure("upass_1", found, 1)
+    assert one["value"] == pytest.approx((0.5 + 0 + 0.5 + 0) / 4)
+    assert (one["edits"], one["probes"]) == (3, 4)
+    assert one["low"] <= one["value"] <= one["high"]
+    assert sums.denominator.tolist() == [2, 1, 1]
+    assert measure("upass_single", found, None)[0]["value"] == pytest.approx(1 / 4)
+    assert measure("upass_2", found, 2)[0]["value"] == pytest.approx(2 / 4)
+    none = measure("upass_5", found, 5)[0]
+    assert none["value"] is None
+    assert "no problem has 5 samples" in none["reason"]
+
+
+# Drawing
+
+
+def drawn(prompts: list[list[int]], seeds: list[tuple[int, ...]], batch: int = 8, **how: float) -> list[list[int]]:
+    stops = torch.zeros(1024, dtype=torch.bool)
+    options = {"temperature": 0.8, "top_p": 0.7} | how
+    return sample(tiny_model(), prompts, seeds=seeds, stops=stops, new_tokens=6, batch=batch, device="cpu", **options)
+
+
+def test_what_is_drawn_depends_on_the_seed_alone() -> None:
+    prompts = [[5, 6, 7], [5, 6, 7], [9, 8, 7, 6, 5]]
+    seeds = [(0, 1, 0), (0, 1, 1), (0, 2, 0)]
+    together = drawn(prompts, seeds, top_p=1.0, temperature=2.0)
+    assert together[0] != together[1]
+    alone = [drawn([p], [s], top_p=1.0, temperature=2.0)[0] for p, s in zip(prompts, seeds, strict=True)]
+    assert together == alone == drawn(prompts, seeds, batch=1, top_p=1.0, temperature=2.0)
+
+
+def test_a_narrow_draw_is_greedy() -> None:
+    prompts = [[5, 6, 7], [9, 8, 7, 6, 5]]
+    stops = torch.zeros(1024, dtype=torch.bool)
+    greedy = generate(tiny_model(), prompts, stops=stops, new_tokens=6, batch=8, device="cpu")
+    assert drawn(prompts, [(0,), (1,)], top_p=1e-9) == greedy
+    assert drawn(prompts, [(0,), (1,)], temperature=1e-4, top_p=1.0) == greedy
+
+
+def test_draws_follow_the_distribution_that_top_p_leaves() -> None:
+    class Fixed:
+        config = tiny_model().config
+
+        def __call__(self, input_ids: torch.Tensor, **_: object) -> object:
+            logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log().expand(len(input_ids), 1, 4)
+            return type("Output", (), {"logits": logits})
+
+    stops = torch.zeros(4, dtype=torch.bool)
+    count = 3000
+    found = sample(
+        Fixed(),
+        [[0]] * count,
+        seeds=[(i,) for i in range(count)],
+        temperature=1.0,
+        top_p=0.7,
+        stops=stops,
+        new_tokens=1,
+        batch=count,
+        device="cpu",
+    )
+    shares = np.bincount([tokens[0] for tokens in found], minlength=4) / count
+    assert shares[2] == shares[3] == 0
+    assert math.isclose(shares[0], 0.625, abs_tol=0.03)
