@@ -29,6 +29,8 @@ SHELL = [block for block in blocks() if not block.elsewhere and list(block.comma
 OPTIONS_OF_ALL = "--training.batch"
 """docs/results.md has a block of options that follow each of its commands."""
 
+FILES = ("--data", "--then-data", "--other-data", "--temporal-data", "--memit.corpus", "--humaneval")
+
 
 def example(start: str) -> str:
     """The Python block of extending.md that begins with this comment."""
@@ -72,7 +74,7 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def laid_out(words: list[str]) -> None:
     """Make the files that a command names, for its plan to take their digests."""
     for option, value in pairwise(words):
-        if option in ("--data", "--then-data", "--other-data", "--temporal-data", "--memit.corpus"):
+        if option in FILES:
             Path(value).write_text("{}\n")
         if option == "--config":
             Path(value).write_text("limit: 3\n")
