@@ -16,8 +16,10 @@ from corsa.commands import doctor as doctor
 from corsa.commands import edit as edit
 from corsa.commands import evaluate as evaluate
 from corsa.commands import merge as merge
+from corsa.commands import perf_gpu as perf_gpu
 from corsa.commands import perf_sandbox as perf_sandbox
 from corsa.commands import perf_speed as perf_speed
+from corsa.commands import plan as plan
 from corsa.commands import push as push
 from corsa.commands import runs as runs
 from corsa.commands import undo as undo

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
-from tyro.conf import arg
+from tyro.conf import Suppress, arg
 
 
 class Frozen(BaseModel):
@@ -227,6 +227,13 @@ class Placement(Frozen):
     )
     micro_batch: int = Field(
         default=16, ge=1, description="edits per forward pass on one worker, of each adapter trained together"
+    )
+    gpu_memory: str | None = Field(
+        default=None, description="of each GPU, such as 48GiB: a run that it cannot hold is refused; default: as found"
+    )
+    force: bool = Field(default=False, description="start also what the plan says cannot fit in memory")
+    branch: Annotated[str, Suppress] = Field(
+        default="", description="steps of different branches share no worker group: what befalls one spares the others"
     )
     probe_batch: int = Field(default=128, ge=1, description="probes generated together on one worker")
     pack: Annotated[int, plain()] = Field(

@@ -68,6 +68,7 @@ ROUND = Kind("round", "corsa.training.rounds:run", version=1, on_cluster=True, t
 MERGE = Kind("merge", "corsa.steps:merge_adapters", version=1)
 REPORT = Kind("report", "corsa.steps:make_report", version=2)
 PAPER = Kind("report", "corsa.steps:join_reports", version=2)
+SCALING = Kind("report", "corsa.scaling:join_sizes", version=1)
 
 
 Methods = Annotated[
@@ -386,8 +387,8 @@ class Page:
             self.specific.append(Shown(answers=step.name, method=method))
             self.inputs[step.name] = step
 
-    def step(self, experiment: Experiment, command: str) -> Step:
-        """The step that makes the report."""
+    def step(self, experiment: Experiment, command: str, name: str | None = None) -> Step:
+        """The step that makes the report, called `report/<name or scenario>`."""
         sources = [step.config for step in self.inputs.values() if step.kind is EDITS]
         names = " and ".join(dict.fromkeys(source.benchmark for source in sources))  # type: ignore[attr-defined]
         config = ReportConfig(
@@ -404,7 +405,7 @@ class Page:
             compare_with=self.compare_with,
             published=tuple(self.published),
         )
-        return Step(f"report/{self.scenario}", REPORT, config, self.inputs)
+        return Step(f"report/{name or self.scenario}", REPORT, config, self.inputs)
 
 
 def joined(experiment: Experiment, command: str, reports: Sequence[Step]) -> Step:

@@ -363,3 +363,11 @@ class CodeReportConfig(Frozen):
     shown: tuple[CodeShown, ...]
     subset: tuple[str, ...] = Field(default=(), description="HumanEval tasks that are counted once more by themselves")
     published: tuple[str, ...] = ()
+
+
+class ScalingConfig(JoinedConfig):
+    """What a report of several sizes of model shows, beside the reports of each."""
+
+    models: dict[str, str] = Field(description="report (name of the input) -> model")
+    benchmarks: dict[str, str] = Field(description="report -> benchmark")
+    missing: dict[str, str] = Field(default={}, description="report that did not come about -> why")

@@ -8,10 +8,11 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import yaml
 from rich.console import Console
@@ -23,14 +24,29 @@ from corsa.flow import Outcome, Step, Store, draw, run
 from corsa.flow.cluster import connect, disconnect, submitted
 from corsa.flow.step import topological
 from corsa.flow.store import Artifact
+from corsa.planning.refusal import refuse_what_memory_cannot_hold
 from corsa.training.placing import groups_side_by_side, refuse_what_cannot_fit
 
 E = TypeVar("E", bound=Experiment)
 
 
-def start(plan: Callable[[E, str], Step], default: E, *, program: str, description: str, demo: E | None = None) -> int:
-    """Run a scenario from the command line: `plan` makes the step that reports it, from a configuration and the command
-    that repeats the run. `demo` is the default where neither model nor benchmark nor file is named.
+@dataclass(frozen=True)
+class Branches:
+    """Reports of their own, and the step that joins those that came about: {name: report}, {name: why it is missing}.
+
+    A branch that fails leaves the others running, and the joined report appears without it.
+    """
+
+    reports: Mapping[str, Step]
+    join: Callable[[Mapping[str, Step], Mapping[str, str]], Step]
+
+
+def start(
+    plan: Callable[[E, str], Step | Branches], default: E, *, program: str, description: str, demo: E | None = None
+) -> int:
+    """Run a scenario from the command line: `plan` makes the step that reports it (or several, to be joined), from a
+    configuration and the command that repeats the run. `demo` is the default where neither model nor benchmark nor
+    file is named.
     """
     arguments = sys.argv[1:]
     named = {a.split("=")[0] for a in arguments} & {"--model", "--benchmark", "--config"}
@@ -42,14 +58,16 @@ def start(plan: Callable[[E, str], Step], default: E, *, program: str, descripti
     return launch(experiment, plan(experiment, repeat_command(program, experiment, known)), Console())
 
 
-def launch(experiment: Experiment, report: Step, console: Console) -> int:
+def launch(experiment: Experiment, planned: Step | Branches, console: Console) -> int:
     """Bring a scenario's report about and show it. Returns the exit status: 0, or 1 if a step failed."""
     from corsa.report.tables import summary_tables
     from corsa.report.trackers import track_run
 
     store = Store(lasting(experiment.storage))
+    branches = planned if isinstance(planned, Branches) else None
+    targets = list(branches.reports.values()) if branches else [cast(Step, planned)]
     if experiment.dry_run:
-        console.print(draw([report], store))
+        console.print(draw([branches.join(branches.reports, {})] if branches else targets, store))
         return 0
     shown = _shown(experiment) | {"storage": store.url}
     console.print(
@@ -58,42 +76,87 @@ def launch(experiment: Experiment, report: Step, console: Console) -> int:
         highlight=False,
         style="dim",
     )
-    page = bring_about(report, store, experiment.placement, console)
+    outcome = _attempt(targets, store, console)
+    if branches:
+        made = {name: step for name, step in branches.reports.items() if step.fingerprint in outcome.artifacts}
+        missing = {name: _why(step, outcome) for name, step in branches.reports.items() if name not in made}
+        targets = [branches.join(made, missing)] if made else targets
+        outcome = _and(outcome, _attempt(targets, store, console)) if made else outcome
+    page = outcome.artifacts.get(targets[-1].fingerprint)
     if page is None:
+        _say_what_failed(outcome, console)
         return 1
     for table in summary_tables(json.loads(page.read("metrics.json"))):
         console.print(table)
+    if "scaling.json" in page.record.files:
+        from corsa.report.sizes import sizes_table
+
+        console.print(sizes_table(json.loads(page.read("scaling.json"))))
     for place in track_run(experiment.track, page):
         console.print(f"tracked in {place}", markup=False, highlight=False, soft_wrap=True)
+    if outcome.failed:
+        _say_what_failed(outcome, console)
     for name in ("report.html", "metrics.json", "predictions.parquet"):
         if name in page.record.files:
             console.print(page.path(name), markup=False, highlight=False, soft_wrap=True)
-    return 0
+    return 1 if outcome.failed else 0
 
 
-def bring_about(report: Step, store: Store, placement: Placement, console: Console) -> Artifact | None:
+def bring_about(report: Step, store: Store, console: Console) -> Artifact | None:
     """Run what is not done yet of a step and all that it needs. None if a step failed: what failed, and why, is said.
 
     Raises:
-        CorsaError: the cluster cannot hold what is asked of it, or the store cannot be written to.
+        CorsaError: the cluster or its memory cannot hold what is asked of it, or the store cannot be written to.
         KeyboardInterrupt: after Ctrl-C; finished steps are kept.
     """
-    if any(step.kind.on_cluster and not store.find(step) for step in topological([report])):
-        refuse_what_cannot_fit(placement)  # at once where no cluster is to be joined, else as soon as it is
-
-    def join() -> None:
-        connect(console)
-        refuse_what_cannot_fit(placement)
-
-    # What Ray has to say of its cluster it prints to stdout, at any moment: there it would stand among the results.
-    console.file = console.file
-    with redirect_stdout(sys.stderr):
-        outcome = run([report], store, join, lambda steps: groups_side_by_side(placement), console)
-        disconnect()  # a submitted job's log joins both streams: nothing may follow the last lines
+    outcome = _attempt([report], store, console)
     if outcome.failed:
         _say_what_failed(outcome, console)
         return None
     return outcome.artifacts[report.fingerprint]
+
+
+def _attempt(targets: Sequence[Step], store: Store, console: Console) -> Outcome:
+    """Run what is not done yet of some steps and all that they need, each with the resources of its own placement."""
+    pending = [step for step in topological(targets) if step.kind.on_cluster and not store.find(step)]
+    placements = [step.placement for step in pending if isinstance(step.placement, Placement)]
+
+    def refuse() -> None:
+        for placement in placements:
+            refuse_what_cannot_fit(placement)
+
+    refuse()  # at once where no cluster is to be joined, else as soon as it is
+    refuse_what_memory_cannot_hold(pending, console)
+
+    def join() -> None:
+        connect(console)
+        refuse()
+
+    # What Ray has to say of its cluster it prints to stdout, at any moment: there it would stand among the results.
+    console.file = console.file
+    with redirect_stdout(sys.stderr):
+        outcome = run(targets, store, join, _groups, console)
+        disconnect()  # a submitted job's log joins both streams: nothing may follow the last lines
+    return outcome
+
+
+def _groups(steps: Sequence[Step]) -> int:
+    """How many worker groups like that of these steps the cluster runs side by side."""
+    placement = steps[0].placement
+    return groups_side_by_side(placement if isinstance(placement, Placement) else Placement())
+
+
+def _why(step: Step, outcome: Outcome) -> str:
+    """The first cause among what a step needs; of a worker's traceback the line that says what was wrong."""
+    failed = [needed.name for needed in topological([step]) if needed.name in outcome.failed]
+    if not failed:
+        return "it was not run"
+    reason = outcome.failed[failed[0]].strip().splitlines()[-1]
+    return f"{failed[0]}: {reason.removeprefix('corsa.errors.CorsaError: ')}"
+
+
+def _and(first: Outcome, second: Outcome) -> Outcome:
+    return Outcome(first.artifacts | second.artifacts, first.failed | second.failed, [*first.not_run, *second.not_run])
 
 
 def lasting(storage: str) -> str:

@@ -159,22 +159,26 @@ def join_reports(task: Task) -> dict[str, Any]:
         metrics[step.removeprefix("report/")] = found = json.loads(artifact.read("metrics.json"))
         answers, curves = (pd.read_parquet(artifact.local(f"{name}.parquet")) for name in ("predictions", "curves"))
         scenarios[run["title"]] = Scenario(found, answers, curves, run)
+    run = about(task, config)
+    (task.output / "metrics.json").write_text(json.dumps(metrics, indent=1, allow_nan=False))
+    (task.output / "run.json").write_text(json.dumps(run, indent=1))
+    write_paper(task.output, scenarios, run)
+    return {"scenarios": len(scenarios)}
+
+
+def about(task: Task, config: JoinedConfig) -> dict[str, Any]:
+    """What is known of a run that joins several reports (run.json)."""
     steps = _steps(task)
-    first = next(iter(task.inputs.values()))
-    run = {
+    return {
         "title": config.title,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "seconds": sum(step["seconds"] for step in steps),
         "command": config.command,
         "config": config.experiment,
         "steps": steps,
-        "versions": first.record.versions,
+        "versions": next(iter(task.inputs.values())).record.versions,
         "hardware": _hardware(),
     }
-    (task.output / "metrics.json").write_text(json.dumps(metrics, indent=1, allow_nan=False))
-    (task.output / "run.json").write_text(json.dumps(run, indent=1))
-    write_paper(task.output, scenarios, run)
-    return {"scenarios": len(scenarios)}
 
 
 def measured(task: Task, config: ReportConfig, predictions: pd.DataFrame) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from queue import Empty, SimpleQueue
 
 from rich.console import Console
 
+from corsa.config import Frozen
 from corsa.errors import CorsaError
 from corsa.flow.lease import Leases
 from corsa.flow.progress import Silent, watch
@@ -107,15 +108,15 @@ class _Run:
     def ready(self) -> list[list[Step]]:
         """Lists of steps whose inputs are there and for which there is room now."""
         done = self.outcome.artifacts
-        by_kind: dict[Kind, dict[str, Step]] = {}
+        by_kind: dict[tuple[Kind, Frozen | None], dict[str, Step]] = {}  # one list is run in one way
         for fingerprint, step in self.waiting.items():
-            found = by_kind.setdefault(step.kind, {})
+            found = by_kind.setdefault((step.kind, step.placement if step.kind.together else None), {})
             within = found if step.kind.together else {}
             if all(needed.fingerprint in done or needed.fingerprint in within for needed in step.inputs.values()):
                 found[fingerprint] = step
         lists = []
         # What lists of steps rest on goes first: one long list then starts once, instead of several short ones.
-        for kind, found in sorted(by_kind.items(), key=lambda item: item[0].together):
+        for (kind, _), found in sorted(by_kind.items(), key=lambda item: item[0][0].together):
             if found and (room := self.room(kind, list(found.values()), lists)) > 0:
                 lists += divide(list(found.values()), room) if kind.together else [[s] for s in found.values()][:room]
         return lists

@@ -87,9 +87,24 @@ ARCHITECTURES = {
         "tie_word_embeddings": False,
         "max_position_embeddings": 131072,
     },
+    EMBEDDED: {
+        "model_type": "llama",
+        "vocab_size": 49152,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "head_dim": 64,
+        "tie_word_embeddings": True,
+        "max_position_embeddings": 8192,
+    },
     "tiny-llama": _tiny("llama"),
     "tiny-qwen3": _tiny("qwen3"),
     "tiny-gemma": _tiny("gemma3_text"),
+    "tiny-llama-64": _tiny("llama") | {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16},
+    "tiny-llama-96": _tiny("llama")
+    | {"hidden_size": 96, "intermediate_size": 192, "head_dim": 24, "num_hidden_layers": 4},
 }
 """Shapes for `random:<name>`, from the models' published config.json; `tiny-*` are for tests."""
 

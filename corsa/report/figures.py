@@ -4,6 +4,7 @@ page.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -300,3 +301,55 @@ def _colour(method: str) -> str:
 
 def _without(figure: Figure, note: str) -> Figure:
     return Figure(figure.id, figure.title, "", note=note)
+
+
+_SIZE_UNITS = {"generality": "%", "forgetting": "%", "training_s": "s", "worker_hours": "hours", "peak_memory": "GiB"}
+
+
+def against_size(scaling: dict[str, Any]) -> list[Figure]:
+    """Figure 4 of the paper, and what each size took: a figure per benchmark, a line per method, the trends dashed."""
+    found = []
+    for number, benchmark in enumerate(dict.fromkeys(point["benchmark"] for point in scaling["points"])):
+        points = [point for point in scaling["points"] if point["benchmark"] == benchmark and point["parameters"]]
+        figure = Figure(
+            f"size-{number}",
+            f"Against size: {benchmark}",
+            f"Each point is a model. Dashed: the trend, where there are three sizes or more. {_BARS}",
+        )
+        for measure, unit in _SIZE_UNITS.items():
+            if plot := _size_plot([p for p in points if p[measure] is not None], scaling["fits"], measure, unit):
+                figure.plots.append((measure.removesuffix("_s").replace("_", " "), plot))
+        found.append(figure if figure.plots else _without(figure, "None of these runs has a value."))
+    return found
+
+
+def _size_plot(points: list[dict[str, Any]], trends: list[dict[str, Any]], measure: str, unit: str) -> go.Figure | None:
+    scale = {"GiB": 2.0**-30, "%": 100.0}.get(unit, 1.0)
+    plot = _plot("parameters", unit)
+    plot.update_xaxes(type="log")
+    plot.update_yaxes({"range": [-4, 104]} if unit == "%" else {"type": "log"})
+    for method in dict.fromkeys(point["method"] for point in points):
+        own = sorted((p for p in points if p["method"] == method), key=lambda p: p["parameters"])
+        entries = [p[measure] if unit == "%" else {"value": p[measure], "low": None, "high": None} for p in own]
+        known = [(p, entry) for p, entry in zip(own, entries, strict=True) if entry["value"] is not None]
+        if not known:
+            continue
+        sizes = [p["parameters"] for p, _ in known]
+        plot.add_scatter(
+            x=sizes,
+            y=[scale * entry["value"] for _, entry in known],
+            error_y=_bars([entry for _, entry in known]) if unit == "%" else None,
+            text=[p["model"] for p, _ in known],
+            hovertemplate="%{text}: %{y:.3g}",
+            **_line(method),
+        )
+        ours = (known[0][0]["benchmark"], method, measure)
+        for fit in trends:
+            if (fit["benchmark"], fit["method"], fit["measure"]) == ours and fit["slope"] is not None:
+                ends = [fit["intercept"] + fit["slope"] * math.log10(size) for size in (sizes[0], sizes[-1])]
+                drawn = [scale * (end if unit == "%" else 10**end) for end in ends]
+                line = {"color": _colour(method), "width": 1, "dash": "dash"}
+                plot.add_scatter(
+                    x=[sizes[0], sizes[-1]], y=drawn, mode="lines", line=line, name=f"{label(method)}, trend"
+                )
+    return plot if plot.data else None

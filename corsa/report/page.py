@@ -62,15 +62,22 @@ def write_report(
     )
 
 
-def write_paper(directory: Path, scenarios: Mapping[str, Scenario], run: Mapping[str, Any]) -> Path:
-    """Write `report.html` of several scenarios, by title, and return its path."""
+def write_paper(
+    directory: Path,
+    scenarios: Mapping[str, Scenario],
+    run: Mapping[str, Any],
+    sizes: dict[str, Any] | None = None,
+) -> Path:
+    """Write `report.html` of several scenarios, by title, and return its path; with `sizes`
+    (`corsa.report.sizes.page_of_sizes`), of several sizes of model.
+    """
     sections = [
         _section(f"s{number}", title, scenario) for number, (title, scenario) in enumerate(scenarios.items(), start=1)
     ]
     plots = {id_: plot for section in sections for id_, plot in section.pop("plots").items()}
-    return write_page(
-        directory, "paper.html", title=run["title"], sections=sections, plots=plots, **_about(run, scenarios)
-    )
+    plots |= sizes["plots"] if sizes else {}
+    about = _about(run, scenarios)
+    return write_page(directory, "paper.html", title=run["title"], sections=sections, sizes=sizes, plots=plots, **about)
 
 
 def _section(id_: str, title: str, scenario: Scenario) -> dict[str, Any]:

@@ -47,6 +47,7 @@ from corsa.models.attached import Change, attached
 from corsa.rounds import taught_in, valid_after
 from corsa.training.crew import Crew
 from corsa.training.loop import CURVES, AtEpoch, Lesson, train_together
+from corsa.training.peak import peak_since, start_peak
 from corsa.training.routing import route
 from corsa.training.workshop import Loaded, Workshop
 
@@ -61,6 +62,7 @@ def take(tasks: Sequence[Task], workshop: Workshop, post: Post) -> dict[str, str
     started = time.monotonic()
     post({"phase": "loading"})
     workshop.notes = []
+    start_peak(workshop.crew.device)
     if type(tasks[0].config) is RoundConfig:
         return _teach_lora(tasks, workshop, post)
     (task,) = tasks
@@ -71,7 +73,10 @@ def take(tasks: Sequence[Task], workshop: Workshop, post: Post) -> dict[str, str
 
 
 def _notes(workshop: Workshop) -> dict[str, Any]:
-    return {"notes": workshop.notes} if workshop.notes else {}
+    """What a step's record says of how it was run; the peak is the leading worker's, bytes."""
+    crew = workshop.crew
+    how = {"peak_memory": peak_since(crew.device), "workers": crew.size, "gpu": crew.device.type == "cuda"}
+    return how | {"parameters": workshop.parameters} | ({"notes": workshop.notes} if workshop.notes else {})
 
 
 def trains_with(first: Task, other: Task) -> bool:

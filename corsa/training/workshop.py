@@ -51,6 +51,13 @@ class Workshop:
         self._loaded: Loaded | None = None
         self._checked = False  # whether packed rows have been compared with plain ones
 
+    @property
+    def parameters(self) -> int | None:
+        """How many the base model that is loaded has, whole, also where it lies in shards."""
+        if self._loaded is None:
+            return None
+        return sum(getattr(p, "ds_numel", p.numel()) for p in self._loaded.model.parameters())
+
     def open(
         self,
         config: AskingConfig | SamplesConfig | SpecificityConfig | ControlsConfig,

@@ -1,0 +1,157 @@
+"""Step time and peak memory of LoRA and CoRSA on an accelerator, beside what the plan says: at most ten minutes.
+
+Each case is a process of its own, so that one that runs out of memory harms no other and each peak is its own. Run as
+`python -m corsa.perf.accelerator JSON`, this module measures one case and prints one line of JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+PROMPT, ANSWER = 12, 4
+"""Tokens of an edit: about 20 with both answers."""
+
+MODELS = ("random:qwen3-4b", "random:qwen3-8b", "random:qwen3-14b")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One measurement: a model under a method and a ZeRO stage, one worker."""
+
+    model: str
+    method: str
+    stage: int
+    dtype: str
+    edits: int
+    steps: int
+    gpu: bool
+    rank: int = 32
+
+
+def cases(
+    models: Sequence[str], methods: Sequence[str], stages: Sequence[int], *, edits: int, steps: int, gpu: bool
+) -> Iterator[Case]:
+    """Every combination, small models first: what time allows is then measured for all methods and stages."""
+    dtype = "bfloat16" if gpu else "float32"
+    for model in models:
+        for stage in stages:
+            for method in methods:
+                yield Case(model, method, stage, dtype, edits, steps, gpu)
+
+
+def measure_all(chosen: Sequence[Case], minutes: float, say: Callable[[str], None]) -> dict[str, Any]:
+    """All cases within so many minutes; those that time does not allow are listed with the reason."""
+    ends = time.monotonic() + 60 * minutes
+    rows = []
+    for number, case in enumerate(chosen, start=1):
+        left = ends - time.monotonic()
+        name = f"{number}/{len(chosen)}  {case.model}, {case.method}, stage {case.stage}"
+        row = asdict(case) | (_in_a_process(case, left) if left > 0 else {"error": f"not within {minutes:g} minutes"})
+        said = row.get("error") or f"{row['step_s']:.3g} s a step, {row['peak'] / 2**30:.2f} GiB"
+        say(f"{name}: {said}")
+        rows.append(row)
+    return {"created": datetime.now(UTC).isoformat(timespec="seconds"), "device": _device(chosen), "rows": rows}
+
+
+def markdown(found: dict[str, Any]) -> str:
+    """The rows as a table for docs/performance.md."""
+    head = ["model", "method", "stage", "s/step", "TFLOP/s", "peak, GiB", "planned, GiB", "planned / peak"]
+    lines = [head, ["---"] * len(head)]
+    for row in found["rows"]:
+        start = [row["model"], row["method"], str(row["stage"])]
+        if "error" in row:
+            lines.append([*start, row["error"], *[""] * 4])
+            continue
+        size = [f"{row[name] / 2**30:.2f}" for name in ("peak", "planned")]
+        ratio = f"{row['planned'] / row['peak']:.2f}"
+        lines.append([*start, f"{row['step_s']:.3g}", f"{row['tflops']:.3g}", *size, ratio])
+    return "\n".join([f"{found['device']}, {found['created']}", "", *(f"| {' | '.join(line)} |" for line in lines)])
+
+
+def _in_a_process(case: Case, seconds: float) -> dict[str, Any]:
+    command = [sys.executable, "-m", "corsa.perf.accelerator", json.dumps(asdict(case))]
+    try:
+        ran = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
+    except subprocess.TimeoutExpired:
+        return {"error": "stopped: the time was over"}
+    last = (ran.stdout.strip().splitlines() or [""])[-1]
+    if ran.returncode == 0 and last.startswith("{"):
+        return json.loads(last)
+    return {"error": (ran.stderr.strip().splitlines() or [f"exit status {ran.returncode}"])[-1][:200]}
+
+
+def _device(chosen: Sequence[Case]) -> str:
+    import torch
+
+    if any(case.gpu for case in chosen):
+        return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
+    return f"CPU, {torch.get_num_threads()} threads, torch {torch.__version__}"
+
+
+def measure(case: Case) -> dict[str, Any]:
+    """One case, in this process: seconds of a step (median), bytes at the peak of a step, and what was planned.
+
+    On a GPU the peak is `torch.cuda.max_memory_allocated`, beside the plan without CUDA's context and what the
+    allocator holds on top; on the CPU what became resident since before loading, beside all of the plan.
+    """
+    import torch
+
+    from corsa.config import STEPS, LoraConfig, ModelConfig, ShardingConfig, StepConfig
+    from corsa.method.packing import Triplet, pack
+    from corsa.method.step import Batch, MicroBatch, corsa_step
+    from corsa.models.lora import Lora
+    from corsa.models.shapes import architecture
+    from corsa.planning.memory import hold
+    from corsa.planning.rehearsal import rehearse
+    from corsa.training.crew import Crew
+    from corsa.training.peak import peak_since, resident, start_peak
+
+    device = torch.device("cuda", 0) if case.gpu else torch.device("cpu")
+    config, sharding = ModelConfig(name=case.model, dtype=case.dtype), ShardingConfig(zero_stage=case.stage)  # type: ignore[arg-type]
+    step, lora_config = STEPS[case.method](StepConfig()), LoraConfig(rank=case.rank)
+    edits = [Triplet(range(10, 10 + PROMPT), range(10, 10 + ANSWER), range(20, 20 + ANSWER))] * case.edits
+    before = 0 if case.gpu else resident("VmRSS") or 0
+    crew = Crew(0, 1, device, sharding)
+    with device:  # random weights are made where they are used: 14B on the CPU would take the time of everything else
+        model = crew.place(config)
+    lora = Lora(model, lora_config)
+    optimizer: Any = crew.optimizer(lora.phi)
+    rows = [r.to(device) for r in pack(edits, dtype=model.dtype)]
+    reference = torch.zeros(2, case.edits, device=device)
+    tokens = case.edits * ANSWER
+    batch = Batch([MicroBatch(rows, reference, tokens)], case.edits, tokens)
+
+    def take() -> float:
+        began = time.perf_counter()
+        corsa_step(model, lora.phi, batch, step, optimizer, 1.0, crew.sum)
+        if case.gpu:
+            torch.cuda.synchronize()
+        return time.perf_counter() - began
+
+    take()  # AdamW's state is made, and kernels are chosen
+    start_peak(device)
+    seconds = statistics.median(take() for _ in range(case.steps))
+    peak = peak_since(device) or 0
+    footprint = rehearse(architecture(config), model.dtype, lora_config, step, edits)
+    passes = 4 if step.rho > 0 else 2
+    held = hold(footprint, sharding, workers=1, gpu=case.gpu, element=model.dtype.itemsize, passes=passes)
+    return {
+        "step_s": seconds,
+        "tflops": footprint.flops / seconds / 1e12,
+        "peak": peak - before,
+        "planned": held.total - (held.items["allocator"] if case.gpu else 0),
+        "items": held.items,
+        "parameters": footprint.parameters,
+    }
+
+
+if __name__ == "__main__":
+    print(json.dumps(measure(Case(**json.loads(sys.argv[1])))))

@@ -1,0 +1,131 @@
+"""Every byte that a training step holds, operation by operation, by what it is for.
+
+A dispatch mode sees each tensor that torch makes, real or fake, and hears when its storage is freed. Under
+`FakeTensorMode` the tensors have shapes and no memory, so the step of a 14B model is counted on a laptop.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+ITEMS = ("base", "lora", "optimizer", "sam", "gradients", "activations", "logits", "working")
+"""What memory is for. sam: the copy that phi is restored from; gradients: everything else of phi's size (g_SFT and
+g_DPO of both phases, e, the merged one); activations: saved for the backward pass; working: what lives for a few
+operations."""
+
+_aten = torch.ops.aten
+
+
+class Ledger(TorchDispatchMode):
+    """Counts live bytes by item while it is entered.
+
+    Args:
+        phi: the LoRA parameters; what is known of a tensor's purpose follows from their shape.
+        factors: shapes of its factors.
+        vocabulary: size of the output head: what ends in this dimension is logits.
+        kept: for each fake mask of kept positions, how many positions it keeps (a fake mask has no values).
+    """
+
+    def __init__(
+        self, phi: Tensor, factors: Iterable[Sequence[int]], vocabulary: int, kept: Sequence[tuple[Tensor, int]] = ()
+    ) -> None:
+        super().__init__()
+        self.live: dict[str, int] = dict.fromkeys(ITEMS, 0)
+        self.flops = 0
+        self.saved = 0
+        self.series: list[tuple[int, ...]] = []
+        """Live bytes by item (in the order of `ITEMS`) after every operation."""
+        self.backward: list[bool] = []
+        """Whether that operation was part of a backward pass."""
+        self._phi, self._vocabulary, self._kept = phi, vocabulary, kept
+        self._factors = {tuple(shape) for shape in factors} | {tuple(reversed(shape)) for shape in factors}
+        self._entries: dict[int, _Entry] = {}
+
+    def hold(self, item: str, tensors: Iterable[Tensor]) -> None:
+        """Count tensors that are there already."""
+        for tensor in tensors:
+            self._count(tensor, item)
+
+    def saving(self) -> saved_tensors_hooks:
+        """While it is entered, what autograd saves is counted as activations (and its bytes in `saved`)."""
+        return saved_tensors_hooks(self._save, lambda tensor: tensor)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self._kept:  # fake tensors have no values: what is asked of them is answered as in a step without conflict
+            if func is _aten._local_scalar_dense.default:
+                return 1.0
+            if func is _aten.index.Tensor:
+                args = (args[0], [i for index in args[1] for i in self._positions(index)])
+        out = func(*args, **kwargs)
+        if (count := flop_registry.get(func._overloadpacket)) is not None:
+            self.flops += count(*args, **kwargs, out_val=out)
+        backward = torch._C._current_graph_task_id() != -1
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor):
+                self._count(leaf, self._purpose(func, leaf, args, backward))
+        self.series.append(tuple(self.live.values()))
+        self.backward.append(backward)
+        return out
+
+    def _positions(self, index: Tensor | None) -> list[Tensor | None]:
+        """A fake mask as fake positions, as many as the real mask keeps."""
+        if index is None or index.dtype != torch.bool:
+            return [index]
+        count = next(count for mask, count in self._kept if mask is index)
+        return [index.new_empty(count, dtype=torch.long) for _ in range(index.dim())]
+
+    def _purpose(self, func: Any, tensor: Tensor, args: Sequence[Any], backward: bool) -> str:
+        shape, phi = tuple(tensor.shape), self._phi
+        if shape[-1:] == phi.shape[-1:]:
+            copied = func is _aten.clone.default and args[0].untyped_storage() is phi.untyped_storage()
+            return "sam" if copied else "gradients"
+        if backward and (shape[-2:] in self._factors or shape[-1:] == (phi.shape[-1],)):
+            return "gradients"
+        return "logits" if shape[-1:] == (self._vocabulary,) else "working"
+
+    def _count(self, tensor: Tensor, item: str) -> None:
+        storage = tensor.untyped_storage()
+        key = id(storage)
+        if key in self._entries:
+            return
+        entry = self._entries[key] = _Entry(item, storage.nbytes())
+        self.live[item] += entry.bytes
+        entry.ends = weakref.ref(storage, lambda _: self._free(key))
+
+    def _free(self, key: int) -> None:
+        entry = self._entries.pop(key)
+        self.live[entry.item] -= entry.bytes
+
+    def _save(self, tensor: Tensor) -> Tensor:
+        entry = self._entries.get(id(tensor.untyped_storage()))
+        if entry is not None and not entry.saved and entry.item not in ("base", "lora"):
+            entry.saved = True
+            self.saved += entry.bytes * (True not in self.backward)  # of the first forward pass
+            if entry.item == "working":
+                self.live["working"] -= entry.bytes
+                self.live["activations"] += entry.bytes
+                entry.item = "activations"
+        return tensor
+
+
+class _Entry:
+    """One storage: its purpose, its bytes, whether autograd saved it, and the reference that hears of its end."""
+
+    def __init__(self, item: str, bytes_: int) -> None:
+        self.item, self.bytes, self.saved = item, bytes_, False
+        self.ends: Any = None
+
+
+def as_items(row: Sequence[int]) -> Mapping[str, int]:
+    """One entry of a ledger's series by name."""
+    return dict(zip(ITEMS, row, strict=True))

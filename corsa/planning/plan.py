@@ -1,0 +1,159 @@
+"""The plan of a run: what each worker holds per setting, which settings fit, which to take, and how long it takes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from corsa.config import LoraConfig, ModelConfig, ShardingConfig, StepConfig
+from corsa.method.packing import Triplet
+from corsa.models.shapes import architecture
+from corsa.planning.memory import Holding, hold, settings
+from corsa.planning.rates import Rate
+from corsa.planning.rehearsal import rehearse
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is planned. tokens: (prompt, new, old) of the edits; how many `edits` a round teaches may be more."""
+
+    model: ModelConfig
+    step: StepConfig
+    lora: LoraConfig
+    tokens: Sequence[tuple[int, int, int]]
+    edits: int
+    epochs: int
+    batch: int
+    micro_batch: int
+    workers: int
+    gpu: bool
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A setting: what a worker holds, whether that fits (None: the memory is not known), and the time of a step."""
+
+    holding: Holding
+    fits: bool | None
+    step_s: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All settings of a job.
+
+    parameters, trained: of the base and of LoRA. activations, logits: bytes of each at its largest, without
+    checkpointing. memory, host: bytes of each GPU (or of a worker's share of the machine), and of CPU memory beside it,
+    if known.
+    """
+
+    job: Job
+    parameters: int
+    trained: int
+    activations: int
+    logits: int
+    choices: list[Choice]
+    memory: int | None
+    host: int | None
+    rate: Rate
+
+    @property
+    def recommended(self) -> Choice | None:
+        """The fastest setting that fits, the simplest of equals; None if none does."""
+        fitting = [c for c in self.choices if c.fits is not False]
+        fastest = min((c.step_s for c in fitting), default=0.0)
+        near = [c for c in fitting if c.step_s <= 1.02 * fastest]
+        return near[0] if near else None
+
+    @property
+    def why(self) -> str:
+        """In a few words, what speaks for the recommended setting."""
+        chosen = self.recommended
+        if chosen is None:
+            least = min(self.choices, key=lambda c: c.holding.total)
+            return (
+                f"no setting fits: even {least.holding.name} needs {gib(least.holding.total)} GiB where "
+                f"{gib(self.memory or 0)} GiB are. Use more or larger GPUs, or a smaller --micro-batch"
+            )
+        if self.memory is None:
+            return f"{chosen.holding.name}: the fastest; the memory was not given, so nothing is known to fit"
+        free = gib(self.memory - chosen.holding.total)
+        simpler = self.choices[: self.choices.index(chosen)]
+        reason = (
+            "whole on every worker, nothing to gather"
+            if chosen.holding.sharding.zero_stage < 3
+            else (
+                "the base in shards, since whole it does not fit"
+                if any(c.fits is False for c in simpler)
+                else "it fits"
+            )
+        )
+        return f"{chosen.holding.name}: the fastest that fits ({reason}), {free} GiB left"
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of a round."""
+        return -(-self.job.edits // self.job.batch) * self.job.epochs
+
+    def choice(self, sharding: ShardingConfig) -> Choice:
+        """The entry of a setting, or of that nearest to it (where sharing out among one changes nothing)."""
+
+        def distance(choice: Choice) -> tuple[bool, bool, int, bool]:
+            own = choice.holding.sharding
+            return (
+                own.activation_checkpointing != sharding.activation_checkpointing,
+                own.offload_parameters != sharding.offload_parameters,
+                abs(own.zero_stage - sharding.zero_stage),
+                own.offload_optimizer != sharding.offload_optimizer,
+            )
+
+        return min(self.choices, key=distance)
+
+
+def plan(job: Job, rate: Rate, memory: int | None, host: int | None) -> Plan:
+    """Rehearse the job's step and lay out every setting.
+
+    Args:
+        job: what is to be run.
+        rate: how fast a worker computes.
+        memory: bytes of each GPU, or of a worker's share of the machine; None if not known.
+        host: bytes of CPU memory for each worker beside its GPU; None if not known.
+    """
+    shape = architecture(job.model)
+    dtype = getattr(torch, job.model.dtype)
+    own = -(-job.batch // job.workers)
+    together = min(own, job.micro_batch)
+    longest = sorted(job.tokens, key=sum)[-together:]
+    triplets = [Triplet([1] * x, [1] * new, [1] * old) for x, new, old in longest]
+    triplets = (triplets * together)[:together]  # fewer lengths given than edits: the given ones again
+    mean = sum(map(sum, job.tokens)) / len(job.tokens)
+    share = own * mean / sum(len(t) for t in triplets)  # the step's work in units of the rehearsed one
+    phases = 2 if job.step.rho > 0 else 1
+    choices = []
+    plain, checkpointed = (
+        rehearse(shape, dtype, job.lora, job.step, triplets, checkpointing=checkpointing)
+        for checkpointing in (False, True)
+    )
+    for checkpointing, footprint in ((False, plain), (True, checkpointed)):
+        passes = phases * (3 if checkpointing else 2) * -(-own // together)
+        for sharding in settings(job.workers, job.gpu):
+            chosen = sharding.model_copy(update={"activation_checkpointing": checkpointing})
+            holding = hold(footprint, chosen, workers=job.workers, gpu=job.gpu, element=dtype.itemsize, passes=passes)
+            seconds = share * holding.flops / (rate.tflops * 1e12) + holding.gathers / (rate.link * 1e9)
+            choices.append(Choice(holding, _fits(holding, memory, host), seconds))
+    about = (plain.parameters, plain.trained, plain.activations, plain.logits)
+    return Plan(job, *about, choices, memory, host, rate)
+
+
+def _fits(holding: Holding, memory: int | None, host: int | None) -> bool | None:
+    if memory is None:
+        return None
+    return holding.total <= memory and (host is None or holding.host <= host)
+
+
+def gib(bytes_: int) -> str:
+    """Bytes in GiB as text, two digits where it is small."""
+    value = bytes_ / 2**30
+    return f"{value:.2f}" if value < 10 else f"{value:.1f}"

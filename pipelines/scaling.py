@@ -1,0 +1,120 @@
+"""Scaling (Fig. 4): the same edits in models of several sizes, and what that took, as one run across the cluster.
+
+    python pipelines/scaling.py --models qwen3-4b,qwen3-8b,qwen3-14b --workers 8 --placement.gpu --dtype bfloat16
+    python pipelines/scaling.py --models random:tiny-llama,random:tiny-llama-64,random:tiny-llama-96 --limit 5
+
+Generality, forgetting, time, GPU hours and peak memory against the number of parameters, with a trend where there are
+three sizes or more; `--benchmarks counterfact,zsre --files A,B` takes several. On GPUs each model gets what its plan
+asks for: the smallest group of at most `--workers` in which some sharding fits, and of those the fastest. Models share
+nothing but the cluster: one that fails leaves the others running, and the report says which is missing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Annotated
+
+from pydantic import Field
+
+from corsa.commandline import exit_with, listed
+from corsa.config import ModelConfig, Placement
+from corsa.errors import CorsaError
+from corsa.experiment import SCALING, Experiment, Page, base, chain, dealt, facts, identity
+from corsa.flow import Step, Store
+from corsa.flow.step import topological
+from corsa.identities import RoundsConfig, ScalingConfig
+from corsa.launch import Branches, lasting, start
+
+Words = Annotated[tuple[str, ...], listed(str, "A,B")]
+
+
+class Scaling(Experiment):
+    """Rounds of every method, for every model and benchmark."""
+
+    models: Words = Field(default=("qwen3-4b", "qwen3-8b", "qwen3-14b"), description="their names")
+    benchmarks: Words = Field(default=(), description="their names; default: --benchmark alone")
+    files: Words = Field(default=(), description="their files, in the same order; default: --data for all")
+    rounds: int = Field(default=2, ge=1, description="rounds of updates, the later ones show forgetting")
+
+
+def scaling(experiment: Scaling, command: str) -> Branches:
+    """The report of each model and benchmark, and how they are joined."""
+    if not experiment.models:
+        raise CorsaError("nothing would be compared: name --models")
+    planned = _planned(experiment, branches(experiment, command, {}))
+    return branches(experiment, command, planned)
+
+
+def branches(experiment: Scaling, command: str, placements: Mapping[str, Placement]) -> Branches:
+    """The same, with the resources that each model gets; the experiment's own where none are named."""
+    names = experiment.benchmarks or (experiment.benchmark,)
+    files = experiment.files or (experiment.data,) * len(names)
+    if len(files) != len(names):
+        raise CorsaError(f"--files names {len(files)} files for {len(names)} benchmarks: give one for each")
+    reports, models, benchmarks = {}, {}, {}
+    for model in experiment.models:
+        placement = placements.get(model, experiment.placement).model_copy(update={"branch": model})
+        for benchmark, data in zip(names, files, strict=True):
+            chosen = {"model": _named(experiment, model), "benchmark": benchmark, "data": data, "placement": placement}
+            name = f"{model} on {benchmark}"
+            common = {field: getattr(experiment, field) for field in Experiment.model_fields} | chosen
+            reports[name] = _branch(Experiment.model_validate(common).checked(), experiment.rounds, name, command)
+            models[name], benchmarks[name] = model, benchmark
+
+    def join(made: Mapping[str, Step], missing: Mapping[str, str]) -> Step:
+        config = ScalingConfig(
+            title="Editing against the size of the model",
+            command=command,
+            experiment=identity(experiment),
+            models={name: models[name] for name in made},
+            benchmarks={name: benchmarks[name] for name in made},
+            missing=dict(missing),
+        )
+        return Step("report/scaling", SCALING, config, made)
+
+    return Branches(reports, join)
+
+
+def _branch(experiment: Experiment, rounds: int, name: str, command: str) -> Step:
+    """Rounds of revision of one model by every method, and their report."""
+    shared = facts(experiment, rounds)
+    model = experiment.model.name
+    taught = replace(
+        shared,
+        name=f"{model}/{shared.name}",  # names tell the models' steps apart
+        reference=replace(shared.reference, name=f"{model}/{shared.reference.name}"),
+    )
+    schedule = dealt(shared, RoundsConfig(rounds=rounds))
+    page = Page(f"scaling, {model}", published=())
+    page.add(base(experiment, taught), "base")
+    for method, seed in experiment.runs:
+        for step in chain(experiment, method, seed, taught, schedule, rounds=range(1, rounds + 1)):
+            page.add(step, method)
+    return page.step(experiment, command, name)
+
+
+def _named(experiment: Scaling, model: str) -> ModelConfig:
+    return experiment.model.model_copy(update={"name": model, "revision": None})
+
+
+def _planned(experiment: Scaling, drawn: Branches) -> dict[str, Placement]:
+    """The resources that each model's plan asks for; nothing where all is done, or without GPUs of a known memory."""
+    placement = experiment.placement
+    if not placement.gpu:
+        return {}
+    store = Store(lasting(experiment.storage))
+    if all(store.find(s) for s in topological(drawn.reports.values()) if s.kind.on_cluster):
+        return {}
+    from corsa.planning.groups import placement_of
+
+    return {model: placement_of(_named(experiment, model), experiment) for model in experiment.models}
+
+
+def main() -> int:
+    """Run the scenario from the command line."""
+    return start(scaling, Scaling(), program="pipelines/scaling.py", description=__doc__ or "")
+
+
+if __name__ == "__main__":
+    exit_with(main)
