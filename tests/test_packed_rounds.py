@@ -1,0 +1,73 @@
+"""Rounds through one worker without a cluster: packed or one by one, each becomes the same result of its own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from ray_cluster import adapter
+from rich.console import Console
+
+from corsa.config import LoraConfig, ModelConfig, Placement, TrainingConfig
+from corsa.edits import from_table
+from corsa.experiment import Experiment, chain, dealt, facts
+from corsa.flow import Step, Store, run
+from corsa.flow.progress import Silent
+from corsa.flow.task import Task
+from corsa.identities import RoundsConfig
+from corsa.models.encoding import Encoder
+from corsa.models.loading import load_tokenizer
+from corsa.training.crew import Crew
+from corsa.training.rounds import take_rounds
+from corsa.training.tokens import REFERENCE, TokenTable, token_row
+from corsa.training.workshop import Workshop
+
+MODEL = ModelConfig(name="random:tiny-llama")
+
+
+def four(storage: Path, pack: int) -> tuple[Store, list[Step], dict[str, str]]:
+    """Two rounds of two settings and one of a setting that diverges, from an empty store."""
+    experiment = Experiment(
+        model=MODEL,
+        limit=4,
+        lora=LoraConfig(rank=4, alpha=8),
+        training=TrainingConfig(epochs=3, batch=3),
+        placement=Placement(threads=1, pack=pack),
+    )
+    store, taught = Store(storage), facts(experiment, 2)
+    schedule = dealt(taught, RoundsConfig(rounds=2))
+    run([schedule], store, lambda: None, lambda steps: 1, Console(quiet=True))
+    edits = from_table(pq.read_table(store.artifact(taught.edits.fingerprint).local("edits.parquet")))
+    encoder = Encoder(load_tokenizer(MODEL), "qa")
+    rows = [token_row(encoder, e.model_dump()) | {"reference_new": -20.0, "reference_old": -20.0} for e in edits]
+    table = pd.DataFrame(rows)
+    output = store.workspace(taught.reference)
+    pq.write_table(pa.Table.from_pandas(table, schema=REFERENCE, preserve_index=False), output / "reference.parquet")
+    store.commit(taught.reference, output, {}, 0.0)
+    steps: list[Step] = []
+    for name, change in (("a", {"rho": 0.05}), ("b", {"rho": 0.0, "lambda_": 0.5}), ("bad", {"rho": 1e30})):
+        changed = experiment.model_copy(update={"corsa": experiment.corsa.model_copy(update=change)})
+        steps += chain(changed, "corsa", len(name), taught, schedule, rounds=(1, 2), name=name)
+    tokens = {taught.reference.fingerprint: TokenTable([pa.Table.from_pylist(rows, schema=REFERENCE)])}
+    workshop = Workshop(Crew(0, 1, torch.device("cpu")), experiment.placement, tokens)
+    return store, steps, take_rounds([Task(step, store) for step in steps], workshop, Silent())
+
+
+def test_a_packed_round_is_the_same_result_as_one_alone(tmp_path: Path) -> None:
+    alone, steps, failed_alone = four(tmp_path / "alone", 1)
+    packed, _, failed = four(tmp_path / "packed", 3)
+    good, bad = steps[:4], steps[4:]
+    assert failed.keys() == failed_alone.keys() == {step.fingerprint for step in bad}
+    assert "non-finite gradient" in failed[bad[0].fingerprint]
+    for step in good:
+        theirs, mine = (store.artifact(step.fingerprint) for store in (alone, packed))
+        together = 3 if step.name.endswith("round1") else 2  # the third has failed by then
+        assert (theirs.metrics["packed"], mine.metrics["packed"]) == (1, together)
+        one, other = adapter(tmp_path / "alone", step.name), adapter(tmp_path / "packed", step.name)
+        assert all(float((one[name] - other[name]).abs().max()) <= 1e-4 for name in one)
+        asked = [pd.read_parquet(found.local("predictions.parquet")) for found in (theirs, mine)]
+        assert asked[0].prompt.tolist() == asked[1].prompt.tolist()
+        assert asked[0].output.tolist() == asked[1].output.tolist()
