@@ -244,6 +244,14 @@ class Placement(Frozen):
     )
     checkpoint_every: int = Field(default=20, ge=1, description="steps between checkpoints inside a round")
     max_failures: int = Field(default=3, ge=0, description="worker-group restarts before a run gives up")
+    autoscale: bool = Field(
+        default=False, description="the cluster starts nodes on demand: wait for what it cannot hold yet"
+    )
+    start_timeout: float = Field(
+        default=1800.0,
+        gt=0,
+        description="seconds in all to wait for room for the workers, at the start and after losses",
+    )
     heartbeat_timeout: float = Field(default=30.0, gt=0, description="seconds after which a silent worker is replaced")
     sharding: Annotated[ShardingConfig, plain("sharding")] = ShardingConfig()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import uuid
 from collections.abc import Callable, Mapping
@@ -9,6 +10,7 @@ from typing import Any
 
 from corsa.config import Placement
 from corsa.errors import CorsaError
+from corsa.flow.cluster import cluster_resources, nodes
 from corsa.identities import TrialPlace
 from corsa.training.placing import cpus_per_worker
 
@@ -30,15 +32,19 @@ def in_group(
         tables: Parquet files that every worker streams whole, by the name of their shard.
 
     Raises:
-        CorsaError: the group failed more often than `placement.max_failures`, with the worker's own error.
+        CorsaError: the group failed more often than `placement.max_failures`, with the worker's own error, or the
+            cluster had no room for it for `placement.start_timeout`.
     """
     import ray.data
     from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchTrainer
+    from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
     from ray.tune.integration.ray_train import TuneReportCallback
 
     watched = isinstance(placement, TrialPlace)  # by Ray Tune
     os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(placement.heartbeat_timeout)
+    patience = min(60.0, placement.start_timeout)  # of one attempt to get room for the workers
+    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(patience)
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # a group's end is noticed this much later
     trainer = TorchTrainer(
         work,
@@ -51,7 +57,10 @@ def in_group(
         run_config=RunConfig(
             name=f"{placement.title if watched else 'rounds'}-{uuid.uuid4().hex[:8]}",
             storage_path=f"{storage}/ray",
-            failure_config=FailureConfig(max_failures=placement.max_failures),
+            failure_config=FailureConfig(
+                max_failures=placement.max_failures,
+                controller_failure_limit=math.ceil(placement.start_timeout / patience) - 1,
+            ),
             callbacks=[TuneReportCallback()] if watched and placement.metric else [],
         ),
         datasets={name: ray.data.read_parquet(path) for name, path in tables.items()},
@@ -60,7 +69,21 @@ def in_group(
     try:
         return trainer.fit().return_value
     except TrainingFailedError as e:
+        if isinstance(getattr(e, "controller_failure", None), WorkerGroupStartupTimeoutError):
+            raise CorsaError(_no_room(placement)) from e
         raise CorsaError(f"the training workers failed: {_root_cause(e)}") from e
+
+
+def _no_room(placement: Placement) -> str:
+    each = {"CPU": cpus_per_worker(placement), "GPU": 1.0 if placement.gpu else 0.0}
+    asked = " and ".join(f"{amount:g} {name}" for name, amount in each.items() if amount)
+    has = cluster_resources()
+    return (
+        f"the cluster had no room for {placement.workers} worker{'s' * (placement.workers > 1)} of {asked} for "
+        f"{placement.start_timeout:g} s; it has {has['CPU']:g} CPU and {has['GPU']:g} GPU on {len(nodes())} nodes now. "
+        "Bring back what it has lost, ask for less, or raise --placement.start-timeout; finished rounds are kept, and "
+        "the same command goes on from the last checkpoint"
+    )
 
 
 def _root_cause(error: Exception) -> str:

@@ -24,6 +24,7 @@ from corsa.method.together import Together
 from corsa.training.adamw import AdamW, Moments, PackedAdamW
 from corsa.training.checkpoint import Position, load_checkpoint, save_checkpoint
 from corsa.training.crew import Crew
+from corsa.training.notice import Notice
 from corsa.training.tokens import batch_order
 from corsa.training.workshop import Loaded, Share, Workshop
 
@@ -140,6 +141,7 @@ def _learn(
     per_epoch = -(-len(triplets) // training.batch)
     steps = per_epoch * training.epochs
     unit = config.step.microbatch if config.step.scope == "microbatch" else 1
+    notice = Notice()
     setting = Together.of([config.step for config in configs], phi.device)
     began, resumed_at = time.monotonic(), min(pupil.position.step for pupil in pupils)
     for epoch in range(resumed_at // per_epoch, training.epochs):
@@ -170,9 +172,12 @@ def _learn(
                     pupil.learnt({"step": number} | log | more)
             if all(pupil.failed for pupil in pupils):
                 return
-            if number % workshop.placement.checkpoint_every == 0 or number == steps:
+            warned = notice.news()
+            if warned or number % workshop.placement.checkpoint_every == 0 or number == steps:
                 for pupil in pupils:
                     if pupil.position.step == number and not pupil.failed:
+                        if warned:
+                            pupil.position.notes.append(f"{warned}: checkpoint taken after step {number}")
                         save_checkpoint(*pupil.lesson.checkpoint, pupil.row, pupil.state, pupil.position, crew)
             if crew.leads:
                 pace = (time.monotonic() - began) / (number - resumed_at)

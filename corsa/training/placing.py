@@ -25,8 +25,10 @@ def cpus_per_worker(placement: Placement, on: list[Resources] | None = None) -> 
 
 def refuse_what_cannot_fit(placement: Placement, on: list[Resources] | None = None) -> None:
     """Raises `CorsaError`, with the arithmetic, if the cluster can never hold the group: a worker needs a core (or a
-    GPU).
+    GPU). One that grows on demand may yet: there it is `placement.start_timeout` that ends the wait.
     """
+    if placement.autoscale:
+        return
     check_fits(placement.workers, placement.cpus or 1.0, 1.0 if placement.gpu else 0.0, on)
 
 

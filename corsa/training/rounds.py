@@ -25,7 +25,8 @@ def run(tasks: list[Task], progress: Progress) -> dict[str, str]:
     """Step function (together): `tasks` through one Ray Train worker group. Returns {fingerprint: cause} of failures.
 
     Raises:
-        CorsaError: the group failed more often than `placement.max_failures`, with the worker's own error.
+        CorsaError: the group failed more often than `placement.max_failures`, with the worker's own error, or the
+            cluster had no room for it for `placement.start_timeout`.
     """
     inputs = [t.inputs["reference"] for t in tasks if "reference" in t.step.inputs]
     tables = {artifact.fingerprint: artifact.path("reference.parquet") for artifact in inputs}
