@@ -22,6 +22,11 @@ def connect(console: Console) -> None:
     Does nothing if this process is connected already. CORSA_VERBOSE=1 shows Ray's own log.
     Raises `CorsaError` if the cluster cannot be reached.
     """
+    address = os.environ.get("RAY_ADDRESS")
+    if not address:
+        # Ray's own word for "no machine but this one", on any system: it then listens on 127.0.0.1 alone, not on all of
+        # this machine's addresses. Read when ray is imported.
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     import ray
 
     if ray.is_initialized():
@@ -29,14 +34,16 @@ def connect(console: Console) -> None:
     verbose = bool(os.environ.get("CORSA_VERBOSE"))
     if not verbose:
         os.environ.setdefault("RAY_DATA_LOG_LEVEL", "ERROR")
-    address = os.environ.get("RAY_ADDRESS")
     # A thread that waits for the others of its process spins for milliseconds by default: where cores are shared, as
     # they are with Ray's own processes, it takes them from those it waits for. A tenth of that costs nothing alone.
+    by_the_job = submitted() and "GOMP_SPINCOUNT" in os.environ  # from its runtime environment: Ray refuses it twice
     waiting = {"GOMP_SPINCOUNT": os.environ.setdefault("GOMP_SPINCOUNT", "30000")}
     try:
         context = ray.init(
             address=address or "local",
-            runtime_env={"env_vars": waiting} if address else None,  # a cluster started here inherits it
+            runtime_env={"env_vars": waiting}
+            if address and not by_the_job
+            else None,  # a cluster started here inherits it
             include_dashboard=None if address else True,
             dashboard_host="127.0.0.1",
             log_to_driver=verbose,

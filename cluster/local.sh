@@ -1,0 +1,110 @@
+#!/usr/bin/env bash
+# A Ray cluster of two nodes on this machine, to rehearse on: what is submitted to it runs as on a real one.
+#
+#     cluster/local.sh up           start it, and print how it is used
+#     cluster/local.sh join NAME    start one more node
+#     cluster/local.sh down         end it, and nothing else
+#
+# Everything listens on 127.0.0.1 and asks for a token: that of RAY_AUTH_TOKEN, else that of ~/.ray/auth_token, which is
+# made where there is none. Settings, by environment:
+#     CPUS        of each node (default: half of the machine's)
+#     PORT        of the cluster (6399)
+#     DASHBOARD   port of the dashboard and the jobs API (8265)
+#     DIRECTORY   of its logs and process ids (/tmp/corsa-cluster-<user>)
+set -euo pipefail
+
+cores=$(getconf _NPROCESSORS_ONLN)
+CPUS=${CPUS:-$((cores > 1 ? cores / 2 : 1))}
+PORT=${PORT:-6399}
+DASHBOARD=${DASHBOARD:-8265}
+DIRECTORY=${DIRECTORY:-/tmp/corsa-cluster-$(id -un)}
+export RAY_AUTH_MODE=token
+
+# Ray takes 127.0.0.1 for a name of the machine and listens on all of its addresses, unless it is told that there is no
+# other machine; then it refuses a second node. So all processes are told, and the two that start a node do not heed it.
+export RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0
+loopback='
+import sys
+from ray._private import ray_constants, services
+from ray.scripts import scripts
+ray_constants.ENABLE_RAY_CLUSTER = True
+services.resolve_ip_for_localhost = lambda host: host
+sys.exit(scripts.main())
+'
+
+running() { # NAME: whether its process is alive
+    [ -f "$DIRECTORY/$1.pid" ] && kill -0 "$(cat "$DIRECTORY/$1.pid")" 2>/dev/null
+}
+
+start() { # NAME ARGUMENT...: a node, once it has said that it is up
+    local name=$1
+    shift
+    : >"$DIRECTORY/$name.log"
+    setsid python -c "$loopback" start --block --node-ip-address=127.0.0.1 --num-cpus="$CPUS" --disable-usage-stats "$@" \
+        >"$DIRECTORY/$name.log" 2>&1 </dev/null &
+    echo $! >"$DIRECTORY/$name.pid"
+    for _ in $(seq 600); do
+        grep -q 'Ray runtime started' "$DIRECTORY/$name.log" && return
+        running "$name" || break
+        sleep 0.2
+    done
+    echo "error: the $name did not start:" >&2
+    cat "$DIRECTORY/$name.log" >&2
+    down
+    exit 1
+}
+
+end() { # NAME: its process and all that it has started
+    running "$1" || return 0
+    local pid
+    pid=$(cat "$DIRECTORY/$1.pid")
+    kill "$pid"
+    for _ in $(seq 100); do
+        running "$1" || break
+        sleep 0.2
+    done
+    kill -KILL -- "-$pid" 2>/dev/null || true # setsid made it the leader of a group
+}
+
+up() {
+    if running head; then
+        echo "error: it is up already (process $(cat "$DIRECTORY/head.pid")): cluster/local.sh down ends it" >&2
+        exit 1
+    fi
+    mkdir -p "$DIRECTORY"
+    [ -n "${RAY_AUTH_TOKEN:-}" ] || ray get-auth-token --generate >/dev/null 2>&1
+    start head --head --port="$PORT" --dashboard-host=127.0.0.1 --dashboard-port="$DASHBOARD" \
+        --dashboard-agent-listen-port=0 --ray-client-server-port="$((PORT + 1))" --temp-dir="$DIRECTORY/ray"
+    join node
+    cat <<END
+two nodes of $CPUS CPUs, logs in $DIRECTORY
+dashboard   http://127.0.0.1:$DASHBOARD   (its token: ray get-auth-token)
+join it     RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0 RAY_AUTH_MODE=token RAY_ADDRESS=127.0.0.1:$PORT python pipelines/continual.py
+submit      RAY_AUTH_MODE=token ray job submit --address http://127.0.0.1:$DASHBOARD --runtime-env cluster/runtime_env.yaml -- python pipelines/continual.py
+end it      cluster/local.sh down
+END
+}
+
+join() { # NAME
+    # A directory of its own: nodes that share one remove the working directories of each other's jobs.
+    start "$1" --address="127.0.0.1:$PORT" --dashboard-agent-listen-port=0 --temp-dir="$DIRECTORY/$1"
+}
+
+down() {
+    local file
+    for file in "$DIRECTORY"/*.pid; do
+        [ "$(basename "$file" .pid)" = head ] || end "$(basename "$file" .pid)"
+    done
+    end head
+    rm -f "$DIRECTORY"/*.pid
+}
+
+case ${1:-} in
+up) up ;;
+join) join "${2:?a name for the node}" ;;
+down) down ;;
+*)
+    sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "$0"
+    exit 2
+    ;;
+esac
