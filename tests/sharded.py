@@ -5,6 +5,7 @@ What it finds it leaves in FOLDER/RANK.pt, for tests/test_sharding.py to compare
 
 from __future__ import annotations
 
+import gc
 import re
 import sys
 import threading
@@ -157,10 +158,14 @@ def work(rank: int, workers: int, folder: Path) -> None:
         found[f"cosines {stage}"] = seen
         found[f"dtypes {stage}"] = (made.loaded.model.dtype, made.loaded.lora.phi.dtype)
     for name in (f"random:{folder / 'large'}", str(folder / "large")):
+        gc.collect()  # what was loaded before goes first, or its end would be counted in
+        loader = crew(3)
         with peak_memory() as peak:
-            model: Any = crew(3).place(ModelConfig(name=name))
+            model: Any = loader.place(ModelConfig(name=name))
         parts = [p.ds_tensor.double().sum() for p in model.parameters()]
         found["random" if name.startswith("random:") else "saved"] = (peak[0], resident(model), float(sum(parts)))
+        loader.let_go(model)
+        del model
     torch.save(found, folder / f"{rank}.pt")
     dist.destroy_process_group()
 

@@ -22,7 +22,7 @@ from corsa.models.encoding import Encoder
 from corsa.models.loading import load_tokenizer
 from corsa.training.crew import Crew
 from corsa.training.rounds import take_rounds
-from corsa.training.tokens import REFERENCE, TokenTable, token_row
+from corsa.training.tokens import REFERENCE, TokenTable, token_rows
 from corsa.training.workshop import Workshop
 
 MODEL = ModelConfig(name="random:tiny-llama")
@@ -42,7 +42,8 @@ def four(storage: Path, pack: int) -> tuple[Store, list[Step], dict[str, str]]:
     run([schedule], store, lambda: None, lambda steps: 1, Console(quiet=True))
     edits = from_table(pq.read_table(store.artifact(taught.edits.fingerprint).local("edits.parquet")))
     encoder = Encoder(load_tokenizer(MODEL), "qa")
-    rows = [token_row(encoder, e.model_dump()) | {"reference_new": -20.0, "reference_old": -20.0} for e in edits]
+    found = token_rows(encoder, [e.model_dump() for e in edits])
+    rows = [row | {"reference_new": -20.0, "reference_old": -20.0} for row in found]
     table = pd.DataFrame(rows)
     output = store.workspace(taught.reference)
     pq.write_table(pa.Table.from_pandas(table, schema=REFERENCE, preserve_index=False), output / "reference.parquet")

@@ -23,8 +23,8 @@ class Moments(Protocol):
         ...
 
 
-class AdamW(Moments, Protocol):
-    """What training needs of an optimizer over phi. Every worker of the group makes the same calls."""
+class Stepping(Protocol):
+    """What a step needs of an optimizer over phi. Every worker of the group makes the same calls."""
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -38,6 +38,10 @@ class AdamW(Moments, Protocol):
     def close(self) -> None:
         """Leave phi to another optimizer."""
         ...
+
+
+class AdamW(Moments, Stepping, Protocol):
+    """What training needs of an optimizer over all of phi."""
 
 
 class PlainAdamW(torch.optim.AdamW):

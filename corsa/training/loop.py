@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from corsa.config import StepConfig
 from corsa.errors import CorsaError
@@ -21,7 +21,7 @@ from corsa.method.packing import Triplet
 from corsa.method.schedule import learning_rate
 from corsa.method.step import corsa_step
 from corsa.method.together import Together
-from corsa.training.adamw import AdamW, Moments, PackedAdamW
+from corsa.training.adamw import Moments, PackedAdamW, Stepping
 from corsa.training.checkpoint import Position, load_checkpoint, save_checkpoint
 from corsa.training.crew import Crew
 from corsa.training.notice import Notice
@@ -113,10 +113,8 @@ def train_together(
             f"round {lessons[0].config.round} has no edits to teach: lower --rounds, "
             "or give chains with as many updates"
         )
-    with closing(PackedAdamW(phi) if len(lessons) > 1 else crew.optimizer(phi)) as optimizer:  # fresh each round
-        packed = isinstance(optimizer, PackedAdamW)
-        rows = optimizer.rows if packed else [phi]
-        kept = [optimizer.of(row) for row in range(len(rows))] if packed else [optimizer]
+    optimizer, rows, kept = _optimizer(phi, crew, len(lessons))
+    with closing(optimizer):
         pupils = [
             _Pupil(lesson, row, state, load_checkpoint(*lesson.checkpoint, row, state, crew))
             for lesson, row, state in zip(lessons, rows, kept, strict=True)
@@ -126,12 +124,21 @@ def train_together(
     return [pupil.outcome for pupil in pupils]
 
 
+def _optimizer(phi: nn.Parameter, crew: Crew, rows: int) -> tuple[Stepping, list[Tensor], list[Moments]]:
+    """A fresh optimizer over phi, its rows, and what a checkpoint keeps of each."""
+    if rows == 1:
+        whole = crew.optimizer(phi)
+        return whole, [phi], [whole]
+    packed = PackedAdamW(phi)
+    return packed, packed.rows, [packed.of(row) for row in range(rows)]
+
+
 def _learn(
     pupils: Sequence[_Pupil],
     triplets: Sequence[Triplet],
     loaded: Loaded,
     workshop: Workshop,
-    optimizer: AdamW,
+    optimizer: Stepping,
     post: Callable[[dict[str, Any]], None],
     at_epoch: AtEpoch,
 ) -> None:
