@@ -54,6 +54,8 @@ from corsa.identities import (
     SpecificityConfig,
     StatisticsConfig,
     StatisticsPlace,
+    SweepConfig,
+    SweepPlace,
 )
 from corsa.models.registry import pin
 from corsa.report.findings import HEADLINES
@@ -67,6 +69,7 @@ QUESTIONS = Kind("questions", "corsa.steps:read_questions", version=1)
 ROUND = Kind("round", "corsa.training.rounds:run", version=1, on_cluster=True, together=True)
 MERGE = Kind("merge", "corsa.steps:merge_adapters", version=1)
 REPORT = Kind("report", "corsa.steps:make_report", version=2)
+SWEEP = Kind("sweep", "corsa.tuning.sweep:run", version=1, on_cluster=True)
 PAPER = Kind("report", "corsa.steps:join_reports", version=2)
 SCALING = Kind("report", "corsa.scaling:join_sizes", version=1)
 
@@ -355,6 +358,23 @@ def specificity(experiment: Experiment, edited: Mapping[str, Step]) -> list[tupl
 def merged(name: str, adapters: Sequence[Step], config: MergeConfig) -> Step:
     """Adapters that were trained apart as one."""
     return Step(name, MERGE, config, {f"adapter{i}": step for i, step in enumerate(adapters, start=1)})
+
+
+def swept(
+    experiment: Experiment,
+    taught: Facts,
+    schedule: Step,
+    rounds: RoundsConfig,
+    *,
+    command: str,
+    study: str,
+    **plan: Any,
+) -> Step:
+    """The sweep of a space (`SweepConfig` names what else it needs) over facts that are taught on a schedule."""
+    common = Experiment.model_validate({name: getattr(experiment, name) for name in Experiment.model_fields})
+    config = SweepConfig(experiment=identity(common), command=command, rounds=rounds, **plan)
+    place = SweepPlace(**dict(experiment.placement), study=study)
+    return Step(f"sweep/{taught.name}", SWEEP, config, {**taught.tables, "schedule": schedule}, place)
 
 
 ROUTERS = ("prompt", "embedding", "oracle")

@@ -154,8 +154,7 @@ class SweepConfig(Frozen):
 class SweepPlace(Placement):
     """How a sweep is run."""
 
-    study: str
-    storage: str
+    study: str = Field(description="its name in the store")
 
 
 class QuestionsConfig(Frozen):

@@ -69,13 +69,7 @@ def launch(experiment: Experiment, planned: Step | Branches, console: Console) -
     if experiment.dry_run:
         console.print(draw([branches.join(branches.reports, {})] if branches else targets, store))
         return 0
-    shown = _shown(experiment) | {"storage": store.url}
-    console.print(
-        yaml.safe_dump(shown, sort_keys=False, default_flow_style=None, width=110).rstrip(),
-        markup=False,
-        highlight=False,
-        style="dim",
-    )
+    announce(experiment, store, console)
     outcome = _attempt(targets, store, console)
     if branches:
         made = {name: step for name, step in branches.reports.items() if step.fingerprint in outcome.artifacts}
@@ -100,6 +94,17 @@ def launch(experiment: Experiment, planned: Step | Branches, console: Console) -
         if name in page.record.files:
             console.print(page.path(name), markup=False, highlight=False, soft_wrap=True)
     return 1 if outcome.failed else 0
+
+
+def announce(experiment: Experiment, store: Store, console: Console) -> None:
+    """Print the resolved configuration."""
+    shown = _shown(experiment) | {"storage": store.url}
+    console.print(
+        yaml.safe_dump(shown, sort_keys=False, default_flow_style=None, width=110).rstrip(),
+        markup=False,
+        highlight=False,
+        style="dim",
+    )
 
 
 def bring_about(report: Step, store: Store, console: Console) -> Artifact | None:

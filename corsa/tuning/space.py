@@ -1,0 +1,182 @@
+"""What a sweep searches: a range or a list of values for each setting. Imports neither torch, ray nor optuna."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Annotated
+
+from pydantic import Field
+from tyro.conf import arg
+
+from corsa.config import Frozen
+from corsa.errors import CorsaError
+from corsa.experiment import Experiment
+
+Setting = Mapping[str, float]
+"""A value for every name of the space."""
+
+_WHOLE = ("rank", "epochs")
+_TEXT = "LOW:HIGH on a log scale, LOW:HIGH:linear, 0|LOW:HIGH with 0 as well, or values V,V"
+
+
+class Space(Frozen):
+    """The settings that are searched; what is not named stays as the experiment has it."""
+
+    lambda_: Annotated[str | None, arg(name="lambda")] = Field(default=None, alias="lambda", description=_TEXT)
+    rho: str | None = Field(default=None, description=f"likewise; by default {'0|0.005:0.5'}")
+    beta: str | None = Field(default=None, description="likewise")
+    learning_rate: str | None = Field(default=None, description="likewise; only searched where it is named")
+    rank: str | None = Field(default=None, description="of LoRA, alpha in proportion; only searched where it is named")
+    epochs: str | None = Field(default=None, description="only searched where it is named")
+
+    def domains(self, *, grid: bool) -> dict[str, Domain]:
+        """What is searched, by name; where none is named lambda, rho and beta, for a grid at sensitivity.py's values.
+
+        Raises:
+            CorsaError: a range or value that cannot be read, is empty or not allowed.
+        """
+        named = {
+            (field.alias or name): value
+            for name, field in Space.model_fields.items()
+            if (value := getattr(self, name)) is not None
+        }
+        found = {name: Domain.read(name, text) for name, text in (named or (GRID if grid else RANGES)).items()}
+        if grid and (ranges := [name for name, domain in found.items() if not domain.values]):
+            raise CorsaError(
+                f"--space.{ranges[0]} is a range, and a grid takes values: give them, such as 0.02,0.05,0.1"
+            )
+        return found
+
+
+RANGES = {"lambda": "0.1:10", "rho": "0|0.005:0.5", "beta": "0.01:1"}
+GRID = {"lambda": "0.2,0.5,1,2,5", "rho": "0,0.02,0.05,0.1,0.2", "beta": "0.02,0.05,0.1,0.2,0.5"}
+
+
+@dataclass(frozen=True)
+class Domain:
+    """The values a setting may take: `values`, or low to high and, with `zero`, 0 as well.
+
+    Where 0 is a control beside a log scale, the study's own parameter goes down to half of `low`, and all below `low`
+    stands for 0: so it remains one number, in which samplers, importances and dashboards need no special case.
+    """
+
+    name: str
+    text: str
+    values: tuple[float, ...] = ()
+    low: float = 0.0
+    high: float = 0.0
+    log: bool = True
+    zero: bool = False
+
+    @property
+    def whole(self) -> bool:
+        return self.name in _WHOLE
+
+    @property
+    def floor(self) -> float:
+        """The least value of the study's parameter."""
+        return self.low / 2 if self.zero else self.low
+
+    def value(self, drawn: float) -> float:
+        """The setting that a value of the study's parameter stands for, to four significant digits."""
+        if self.zero and drawn < self.low:
+            return 0.0
+        return int(drawn) if self.whole else float(f"{drawn:.4g}")
+
+    def drawn(self, value: float) -> float:
+        """The value of the study's parameter that stands for a setting."""
+        return self.floor if self.zero and value == 0 else value
+
+    @classmethod
+    def read(cls, name: str, text: str) -> Domain:
+        """The domain that a text such as `0|0.005:0.5` names.
+
+        Raises:
+            CorsaError: it names none, an empty one, or values that the setting cannot have.
+        """
+        where = f"--space.{name.replace('_', '-')} {text}"
+        zero, _, rest = text.rpartition("|")
+        try:
+            if zero.strip() not in ("", "0"):
+                raise ValueError
+            if ":" in rest:
+                low, high, *scale = (part.strip() for part in rest.split(":"))
+                if scale not in ([], ["linear"], ["log"]):
+                    raise ValueError
+                domain = cls(name, text, (), float(low), float(high), scale != ["linear"], bool(zero.strip()))
+            else:
+                values = tuple(dict.fromkeys(float(v) for v in rest.split(",") if v.strip()))
+                domain = cls(name, text, (0.0, *values) if zero.strip() else values)
+        except ValueError:
+            raise CorsaError(f"{where}: cannot be read; give {_TEXT}") from None
+        ends = domain.values or (domain.low, domain.high)
+        if not domain.values and ":" not in rest:
+            raise CorsaError(f"{where}: holds no value")
+        if not all(math.isfinite(end) for end in ends):
+            raise CorsaError(f"{where}: a value is not finite")
+        if not domain.values and domain.low >= domain.high:
+            raise CorsaError(f"{where}: an empty range, {domain.low:g} is not below {domain.high:g}")
+        least = 1.0 if domain.whole else 0.0
+        bad = [end for end in ends if end < least or (end == 0 and name not in ("lambda", "rho"))]
+        if bad:
+            raise CorsaError(f"{where}: {name} cannot be {bad[0]:g}")
+        if domain.whole and any(end != int(end) for end in ends):
+            raise CorsaError(f"{where}: {name} is a whole number")
+        if not domain.values and domain.log and domain.low <= 0:
+            raise CorsaError(f"{where}: a log scale starts above 0; 0|LOW:HIGH has 0 as well")
+        return domain
+
+
+def with_default(domains: Mapping[str, Domain], default: Setting) -> dict[str, Domain]:
+    """The domains, each list of values with the default's among them: it is the first trial in any case."""
+    return {
+        name: replace(d, values=tuple(sorted({*d.values, default[name]}))) if d.values else d
+        for name, d in domains.items()
+    }
+
+
+def default_setting(experiment: Experiment, domains: Mapping[str, Domain]) -> dict[str, float]:
+    """What the experiment has for each name of the space: the paper's setting, unless it was configured otherwise."""
+    step, training = experiment.corsa, experiment.training
+    known = {"lambda": step.lambda_, "rho": step.rho, "beta": step.beta, "learning_rate": training.learning_rate}
+    known |= {"rank": experiment.lora.rank, "epochs": training.epochs}
+    return {name: known[name] for name in domains}
+
+
+def applied(experiment: Experiment, setting: Setting) -> Experiment:
+    """The experiment with a setting in place of its own."""
+    step = {
+        ("lambda_" if name == "lambda" else name): setting[name] for name in ("lambda", "rho", "beta") & setting.keys()
+    }
+    training = {name: setting[name] for name in ("learning_rate", "epochs") & setting.keys()}
+    lora = experiment.lora
+    if "rank" in setting:
+        rank = int(setting["rank"])
+        lora = lora.model_copy(update={"rank": rank, "alpha": lora.alpha * rank / lora.rank})
+    return experiment.model_copy(
+        update={
+            "corsa": experiment.corsa.model_copy(update=step),
+            "training": experiment.training.model_copy(update=training),
+            "lora": lora,
+        }
+    )
+
+
+def label(experiment: Experiment, setting: Setting) -> str:
+    """A trial's name: `lambda=1.0,rho=0.05,beta=0.1`, and what else is searched."""
+    step = experiment.corsa
+    shown = {"lambda": step.lambda_, "rho": step.rho, "beta": step.beta} | dict(setting)
+    return ",".join(f"{name}={value}" for name, value in shown.items())
+
+
+def grid(domains: Mapping[str, Domain], default: Setting) -> Iterator[dict[str, float]]:
+    """Every combination of the values, those nearest to the default first: itself, then one value changed, and so on.
+
+    So its first trials are those of `pipelines/sensitivity.py` where the values are the same.
+    """
+    names = list(domains)
+    points = [dict(zip(names, values, strict=True)) for values in product(*(domains[n].values for n in names))]
+    yield from sorted(points, key=lambda point: sum(point[name] != default[name] for name in names))

@@ -1,0 +1,212 @@
+"""A sweep as a step: the trials that are still to be run, then the best setting, the table of trials and the page."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow.parquet as pq
+import yaml
+from optuna.trial import FrozenTrial, TrialState
+from rich.console import Console
+
+from corsa.config import Placement
+from corsa.edits import from_table
+from corsa.errors import CorsaError
+from corsa.evaluation.metrics import METRICS
+from corsa.experiment import Experiment, Facts
+from corsa.flow.task import Task
+from corsa.identities import SweepConfig, SweepPlace
+from corsa.training.placing import trials_at_once
+from corsa.tuning.page import write_sweep
+from corsa.tuning.search import scheduler, search
+from corsa.tuning.space import Domain, applied, default_setting, label, with_default
+from corsa.tuning.study import ENDED, SweepStudy
+from corsa.tuning.trials import Trials
+
+_STATES = {TrialState.COMPLETE: "done", TrialState.PRUNED: "stopped", TrialState.FAIL: "failed"}
+
+
+def run(task: Task) -> dict[str, Any]:
+    """Step function: edits, reference, schedule -> best.yaml, pareto/, trials.parquet, report.html."""
+    config: SweepConfig = task.config
+    place: SweepPlace = task.placement
+    console = Console()
+    placement = Placement(**{name: getattr(place, name) for name in Placement.model_fields})
+    experiment = Experiment.model_validate({**config.experiment, "placement": placement})
+    inputs = task.step.inputs
+    taught = Facts(inputs["edits"].name.removeprefix("edits/"), inputs["edits"], inputs["reference"])
+    _refuse_what_is_not_asked(config, pq.read_table(task.inputs["edits"].local("edits.parquet")))
+    default = default_setting(experiment, {name: Domain.read(name, text) for name, text in config.space.items()})
+    domains = with_default({name: Domain.read(name, text) for name, text in config.space.items()}, default)
+    study = SweepStudy(
+        task.store,
+        place.study,
+        domains=domains,
+        default=default,
+        directions=["maximize" if METRICS[name].better == "high" else "minimize" for name in config.objectives],
+        sampler=config.sampler,
+        seed=config.seed,
+        made_with=made_with(task),
+    )
+    began = time.monotonic()
+    console.print("searched: " + ", ".join(f"{name} {d.text}" for name, d in domains.items()), highlight=False)
+    if study.path:
+        watch = f"watch it: optuna-dashboard {study.path}\n          tensorboard --logdir {study.path.parent}"
+        console.print(watch, markup=False, highlight=False, soft_wrap=True)
+
+    def go_on(most: int, rung: int | None) -> None:
+        trials = Trials(config, experiment, taught, inputs["schedule"], task.store, rung)
+        epochs = experiment.training.epochs * config.rounds.rounds * len(experiment.seeds)
+        count, arithmetic = trials_at_once(placement)
+        console.print(f"trials side by side: {arithmetic}", highlight=False)
+        search(
+            study,
+            trials,
+            most=most,
+            at_once=count,
+            pack=placement.pack,
+            stops=scheduler(config.stop if rung else "no", config.objectives[0], rung or 1, epochs),
+            folder=f"{task.store.url}/studies/{place.study}",
+            name=datetime.now(UTC).strftime("tune-%Y%m%d-%H%M%S-%f"),
+            console=console,
+        )
+        study.keep()
+
+    def left(most: int) -> bool:
+        return bool(study.unfinished()) or sum(t.state in ENDED for t in study.trials) < most
+
+    rung = None
+    if config.stop != "no":
+        if left(1):  # the yardstick, run whole: what a start takes, and an epoch
+            go_on(1, None)
+        rung, said = _rung(config, experiment, study.trials)
+        console.print(said, highlight=False)
+    if left(config.trials):
+        before = -1
+        while left(config.trials) and len(study.trials) > before:  # a grid may have fewer
+            before = len(study.trials)
+            go_on(config.trials, rung)
+    rows = [_row(trial, config, study) for trial in study.trials if trial.state in ENDED]
+    table = pd.DataFrame(rows)
+    done = table[table.state == "done"] if len(table) else table
+    table.to_parquet(task.output / "trials.parquet", index=False)
+    if done.empty:
+        causes = "; ".join(dict.fromkeys(str(row["cause"]) for row in rows if row["cause"]))
+        raise CorsaError(f"none of the {len(rows)} trials gave a result: {causes}")
+    front = [trial.number for trial in study.study.best_trials]
+    sign = 1 if METRICS[config.objectives[0]].better == "high" else -1
+    best = max(front, key=lambda number: sign * rows_by(rows, number)[config.objectives[0]])
+    settings = {trial.number: study.setting(trial) for trial in study.trials}
+    named = {"best.yaml": best} | ({f"pareto/trial{n}.yaml": n for n in front} if len(front) > 1 else {})
+    for name, number in named.items():
+        path = task.output / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(_configuration(experiment, config, settings[number], rows_by(rows, number)))
+    seconds = time.monotonic() - began
+    write_sweep(
+        task.output,
+        table=table,
+        config=config,
+        domains=domains,
+        best=best,
+        front=front,
+        scores={t.number: dict(t.intermediate_values) for t in study.trials},
+        study=study.study,
+        this_run=seconds,
+    )
+    summary = {"best": best, "label": label(experiment, settings[best]), "setting": settings[best], "front": front}
+    summary |= {"trials": len(rows), **{state: int((table.state == state).sum()) for state in _STATES.values()}}
+    summary |= {"objectives": {name: rows_by(rows, best)[name] for name in config.objectives}}
+    (task.output / "sweep.json").write_text(json.dumps(summary, indent=1))
+    return summary
+
+
+def made_with(task: Task) -> dict[str, Any]:
+    """What a study's trials have in common: another study is needed where any of it differs."""
+    config: SweepConfig = task.config
+    inputs = {name: step.fingerprint[:16] for name, step in task.step.inputs.items()}
+    kept = {"model", "lora", "corsa", "training", "evaluation", "seeds"}
+    same = {name: value for name, value in config.experiment.items() if name in kept}
+    plan = {
+        "space": config.space,
+        "objectives": list(config.objectives),
+        "sampler": config.sampler,
+        "seed": config.seed,
+    }
+    plan |= {"rounds": config.rounds.canonical(), "stop": config.stop}
+    return json.loads(json.dumps({**plan, "experiment": same, "inputs": inputs}))
+
+
+def rows_by(rows: list[dict[str, Any]], number: int) -> dict[str, Any]:
+    """The row of a trial."""
+    return next(row for row in rows if row["trial"] == number)
+
+
+def _refuse_what_is_not_asked(config: SweepConfig, edits: Any) -> None:
+    """Raises `CorsaError` before any trial where the data has nothing that an objective counts."""
+    kinds = {probe.kind for edit in from_table(edits) for probe in edit.probes}
+    for name in config.objectives:
+        of = METRICS[name].of
+        if of in ("paraphrase", "multihop", "neighbor") and of not in kinds:
+            raise CorsaError(
+                f"no trial would report {name}: these edits have no {of} probes, only {', '.join(sorted(kinds))}. "
+                "Name another --objectives"
+            )
+
+
+def _rung(config: SweepConfig, experiment: Experiment, trials: list[FrozenTrial]) -> tuple[int, str]:
+    """Epochs before which nothing is stopped: what a worker group's start is worth, or more if asked for."""
+    epochs = experiment.training.epochs * config.rounds.rounds * len(experiment.seeds)
+    asked = config.rung or 1
+    measured = [t.user_attrs for t in trials if t.user_attrs.get("training_s") and "failed" not in t.user_attrs]
+    if not measured:
+        return asked, f"a rung of {asked} epochs"
+    start = max(0.0, measured[0]["seconds"] - measured[0]["training_s"] - measured[0]["evaluation_s"])
+    epoch = measured[0]["training_s"] / epochs
+    worth = min(math.ceil(start / epoch), epochs)
+    return max(asked, worth, 1), (
+        f"a start takes {start:.1f} s, an epoch {epoch:.2f} s: nothing is stopped before {max(asked, worth, 1)} epochs"
+    )
+
+
+def _row(trial: FrozenTrial, config: SweepConfig, study: SweepStudy) -> dict[str, Any]:
+    """A trial as a row of trials.parquet."""
+    attrs = trial.user_attrs
+    found = attrs.get("metrics") or {}
+    values = {}
+    for name in dict.fromkeys([*config.objectives, *METRICS]):
+        entry = found.get(name) or {}
+        values |= {name: entry.get("value"), f"{name}_low": entry.get("low"), f"{name}_high": entry.get("high")}
+        values[f"{name}_seeds"] = json.dumps((entry.get("seeds") or {}).get("values") or {})
+    return {
+        "trial": trial.number,
+        "state": _STATES[trial.state],
+        "label": attrs.get("label", ""),
+        **study.setting(trial),
+        "seconds": attrs.get("seconds"),
+        "training_s": attrs.get("training_s"),
+        "worked_s": attrs.get("worked_s"),
+        "stopped_at": attrs.get("stopped_at"),
+        "cause": attrs.get("failed"),
+        **values,
+    }
+
+
+def _configuration(experiment: Experiment, config: SweepConfig, setting: dict[str, float], row: dict[str, Any]) -> str:
+    """A configuration file for `--config`: what was chosen, on facts that a run with it does not ask."""
+    chosen = applied(experiment, setting).canonical()
+    kept = {name: chosen[name] for name in ("model", "benchmark", "data", "lora", "corsa", "training", "evaluation")}
+    if kept["data"]:
+        kept["data"] = str(Path(kept["data"]).expanduser().absolute())
+    kept["offset"] = experiment.offset + config.development
+    measured = ", ".join(f"{name} {row[name]:.3f}" for name in config.objectives)
+    return (
+        f"# Trial {row['trial']} of a sweep: {measured} on {config.development} development facts, which are passed"
+        f" over below (offset).\n# {config.command}\n" + yaml.safe_dump(kept, sort_keys=False)
+    )

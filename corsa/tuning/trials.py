@@ -1,0 +1,107 @@
+"""A trial: the rounds of one setting, the same steps as the pipelines', and what the evaluation says of them.
+
+A trial's rounds are results of the store like any other: a grid shares them with `pipelines/sensitivity.py`, and a
+trial that was interrupted goes on from its checkpoints.
+"""
+
+from __future__ import annotations
+
+import io
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+from rich.console import Console
+
+from corsa.config import Placement
+from corsa.evaluation.metrics import METRICS, compute
+from corsa.experiment import Experiment, Facts, chain
+from corsa.flow import Step, Store, run
+from corsa.identities import SweepConfig, TrialPlace
+from corsa.tuning.space import Setting, applied, label
+
+
+@dataclass(frozen=True)
+class Trials:
+    """All that a trial's setting is applied to. Picklable."""
+
+    config: SweepConfig
+    experiment: Experiment
+    taught: Facts
+    schedule: Step
+    store: Store
+    rung: int | None  # epochs between scores; None: nothing is stopped early
+
+    def label(self, setting: Setting) -> str:
+        return label(self.experiment, setting)
+
+    def chains(self, number: int, setting: Setting, title: str) -> list[list[Step]]:
+        """The rounds of a setting, a chain for each seed."""
+        changed = applied(self.experiment, setting)
+        metric = self.config.objectives[0]
+        found: list[list[Step]] = []
+        before = 0
+        for seed in self.experiment.seeds:
+            steps: list[Step] = []
+            for round_ in range(1, self.config.rounds.rounds + 1):
+                place = TrialPlace(
+                    **{name: getattr(self.experiment.placement, name) for name in Placement.model_fields},
+                    trial=number,
+                    title=title,
+                    metric=metric if self.rung else None,
+                    rung=self.rung or 1,
+                    before=before,
+                    rule=self.experiment.evaluation.match,
+                    better=METRICS[metric].better,
+                )
+                steps += chain(
+                    changed.model_copy(update={"placement": place}),
+                    "corsa",
+                    seed,
+                    self.taught,
+                    self.schedule,
+                    rounds=(round_,),
+                    after=steps[-1] if steps else None,
+                    name=f"trial{number}-{self.label(setting)}",
+                )
+                before += changed.training.epochs
+            found.append(steps)
+        return found
+
+    def perform(self, trials: Sequence[tuple[int, dict[str, float]]], title: str) -> dict[int, dict[str, Any]]:
+        """Bring the trials' rounds about, in one worker group. By number {failed} or {metrics, seconds, training_s}.
+
+        Raises nothing that a trial did: what failed is said of that trial alone.
+        """
+        began = time.monotonic()
+        chains = {number: self.chains(number, setting, title) for number, setting in trials}
+        said = io.StringIO()
+        last = [steps[-1] for found in chains.values() for steps in found]
+        outcome = run(last, self.store, lambda: None, lambda steps: 1, Console(file=said))
+        seconds = (time.monotonic() - began) / len(chains)
+        results: dict[int, dict[str, Any]] = {}
+        for number, found in chains.items():
+            steps = [step for own in found for step in own]
+            causes = [outcome.failed[step.name] for step in steps if step.name in outcome.failed]
+            if not all(step.fingerprint in outcome.artifacts for step in steps):
+                cause = causes[0] if causes else next(iter(outcome.failed.values()), "its rounds were not finished")
+                results[number] = {"failed": cause, "seconds": seconds}
+                continue
+            tables = [pd.read_parquet(outcome.artifacts[s.fingerprint].local("predictions.parquet")) for s in steps]
+            predictions = pd.concat(tables, ignore_index=True).assign(method="corsa")
+            how = {"rule": self.experiment.evaluation.match, "protocol": self.experiment.evaluation.protocol}
+            row = compute(predictions, **how)["rows"][0]["metrics"]
+            records = [outcome.artifacts[step.fingerprint].record for step in steps]
+            results[number] = {
+                "metrics": row,
+                "seconds": seconds,
+                "training_s": sum(record.metrics["training_s"] for record in records),
+                "evaluation_s": sum(record.metrics["evaluation_s"] for record in records),
+                "worked_s": sum(record.seconds for record in records),
+            }
+            nothing = [name for name in self.config.objectives if row[name]["value"] is None]
+            if nothing:
+                results[number]["failed"] = f"{nothing[0]} has no value: {row[nothing[0]]['reason']}"
+        return results

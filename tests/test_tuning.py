@@ -1,0 +1,150 @@
+"""The space of a sweep and its study, without a cluster: what is suggested, what is kept, what is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import optuna
+import pytest
+import yaml
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import TrialState
+
+from corsa.commandline import configure
+from corsa.errors import CorsaError
+from corsa.experiment import Experiment
+from corsa.flow import Store
+from corsa.tuning.space import Domain, Space, applied, default_setting, grid, label, with_default
+from corsa.tuning.study import SweepStudy
+
+
+def domains(*, grid: bool = False, **space: str) -> dict[str, Domain]:
+    found = Space.model_validate(space).domains(grid=grid)
+    return with_default(found, default_setting(Experiment(), found))
+
+
+def study(folder: Path, name: str = "s", *, sampler: Any = "tpe", seed: int = 0, **space: str) -> SweepStudy:
+    found = domains(grid=sampler == "grid", **space)
+    directions: Sequence[Literal["maximize", "minimize"]] = ["maximize"]
+    return SweepStudy(
+        Store(folder),
+        name,
+        domains=found,
+        default=default_setting(Experiment(), found),
+        directions=directions,
+        sampler=sampler,
+        seed=seed,
+        made_with={"space": {n: d.text for n, d in found.items()}, "seed": seed},
+    )
+
+
+def ask(made: SweepStudy) -> tuple[int, dict[str, float]]:
+    trial = made.ask()
+    assert trial is not None
+    return trial.number, made.setting(trial)
+
+
+@pytest.mark.parametrize(
+    ("space", "message"),
+    [
+        ({"rho": "0.5:0.1"}, "--space.rho 0.5:0.1: an empty range, 0.5 is not below 0.1"),
+        ({"rho": "0:0.1"}, "a log scale starts above 0; 0|LOW:HIGH has 0 as well"),
+        ({"beta": "0,0.1"}, "beta cannot be 0"),
+        ({"rank": "2.5,4"}, "rank is a whole number"),
+        ({"lambda": "much"}, "cannot be read"),
+        ({"learning_rate": ","}, "holds no value"),
+        ({"rho": "nan,1"}, "not finite"),
+    ],
+)
+def test_a_space_that_cannot_be_searched_is_refused_with_its_reason(space: dict[str, Any], message: str) -> None:
+    with pytest.raises(CorsaError) as refused:
+        domains(**space)
+    assert message in str(refused.value)
+
+
+def test_an_unknown_field_of_a_space_file_is_refused_with_the_nearest(tmp_path: Path) -> None:
+    (tmp_path / "space.yaml").write_text(yaml.safe_dump({"roh": "0.1:1"}))
+    with pytest.raises(CorsaError, match="did you mean 'rho'"):
+        configure(Space(), ["--config", str(tmp_path / "space.yaml")], program="x", description="")
+
+
+def test_zero_stands_below_the_log_scale() -> None:
+    rho = domains(rho="0|0.01:0.1")["rho"]
+    assert [rho.value(v) for v in (rho.floor, 0.0099, 0.01, 0.05)] == [0.0, 0.0, 0.01, 0.05]
+    assert rho.value(rho.drawn(0.0)) == 0.0
+
+
+def test_a_setting_changes_what_it_names_and_nothing_else() -> None:
+    changed = applied(Experiment(), {"lambda": 2.0, "rho": 0.0, "rank": 8, "epochs": 3})
+    assert (changed.corsa.lambda_, changed.corsa.rho, changed.corsa.beta) == (2.0, 0.0, 0.1)
+    assert (changed.lora.rank, changed.lora.alpha) == (8, 16.0)  # alpha in proportion: the same scale
+    assert (changed.training.epochs, changed.training.learning_rate) == (3, 2e-4)
+    assert label(Experiment(), {"rho": 0.05}) == "lambda=1.0,rho=0.05,beta=0.1"
+
+
+def test_a_grid_begins_with_the_default_and_the_points_of_the_sensitivity_figure() -> None:
+    found = domains(grid=True)
+    default = default_setting(Experiment(), found)
+    points = list(grid(found, default))
+    assert points[0] == default
+    changed = [sum(point[name] != default[name] for name in point) for point in points]
+    assert changed[1:13] == [1] * 12
+    assert changed == sorted(changed)
+    assert len(points) == 125
+
+
+def test_the_first_trials_are_the_default_and_its_control(tmp_path: Path) -> None:
+    made = study(tmp_path)
+    assert ask(made) == (0, {"lambda": 1.0, "rho": 0.05, "beta": 0.1})
+    assert ask(made) == (1, {"lambda": 1.0, "rho": 0.0, "beta": 0.1})
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "random"])
+def test_a_study_that_goes_on_keeps_its_trials_and_repeats_nothing(tmp_path: Path, sampler: str) -> None:
+    made = study(tmp_path, sampler=sampler)
+    settings = []
+    for score in range(4):
+        number, setting = ask(made)
+        settings.append(setting)
+        if number != 2:  # one is running when the sweep is killed
+            made.tell(number, TrialState.COMPLETE, [float(score)], seconds=1.0)
+    again = study(tmp_path, sampler=sampler)
+    assert [again.setting(trial) for trial in again.trials] == settings
+    assert [trial.number for trial in again.unfinished()] == [2]
+    for _ in range(4):
+        _, setting = ask(again)
+        assert setting not in settings
+        settings.append(setting)
+
+
+def test_a_grid_ends_when_all_is_tried(tmp_path: Path) -> None:
+    made = study(tmp_path, sampler="grid", rho="0,0.05")
+    assert [ask(made)[1]["rho"] for _ in range(2)] == [0.05, 0.0]
+    assert made.ask() is None
+
+
+def test_a_study_of_another_space_is_refused_with_the_difference(tmp_path: Path) -> None:
+    study(tmp_path, rho="0.01:0.1")
+    with pytest.raises(CorsaError) as refused:
+        study(tmp_path, rho="0.01:0.2")
+    assert "space.rho: 0.01:0.1 then, 0.01:0.2 now" in str(refused.value)
+    study(tmp_path, "other", rho="0.01:0.2")  # under a name of its own it is welcome
+
+
+def test_plain_optuna_reads_the_study(tmp_path: Path) -> None:
+    made = study(tmp_path)
+    number, setting = ask(made)
+    made.report(number, 2, 0.25)
+    made.note(number, label="a", setting=setting)
+    made.tell(number, TrialState.COMPLETE, [0.5], seconds=2.0)
+    number, _ = ask(made)
+    made.tell(number, TrialState.FAIL, failed="a cause")
+    backend = JournalFileBackend(str(tmp_path / "studies/s/journal.log"))
+    read = optuna.load_study(study_name="s", storage=optuna.storages.JournalStorage(backend))
+    first, second = read.trials
+    assert (first.value, first.intermediate_values, first.user_attrs["label"]) == (0.5, {2: 0.25}, "a")
+    assert first.params["rho"] == 0.05
+    assert (second.state, second.user_attrs["failed"]) == (TrialState.FAIL, "a cause")
+    assert read.best_trial.number == 0

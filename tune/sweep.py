@@ -1,0 +1,161 @@
+"""A sweep over lambda, rho and beta: Ray Tune runs the trials that an Optuna study in the store suggests.
+
+    python tune/sweep.py --model M --benchmark counterfact --data counterfact.json --trials 32
+    python tune/sweep.py --space.rho "0|0.01:0.3" --space.lambda 0.5,1,2 --objectives generality,forgetting --rounds 3
+    python tune/sweep.py --sampler grid --trials 13       # shares the results of pipelines/sensitivity.py
+    python tune/sweep.py ... --confirm 3                  # best against default, on facts that no trial has seen
+
+Trials are judged on a development split: the first `--development` facts from `--offset`. What is reported begins after
+them, and best.yaml, for `--config`, says so.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated, Literal
+
+from pydantic import Field
+from rich.console import Console
+
+from corsa.commandline import configure, exit_with, listed
+from corsa.config import plain
+from corsa.errors import CorsaError, unknown_name
+from corsa.experiment import Experiment, Page, base, chain, dealt, facts, swept
+from corsa.flow import Artifact, Step, Store, draw
+from corsa.identities import RoundsConfig
+from corsa.launch import announce, bring_about, lasting, launch, repeat_command
+from corsa.tuning.space import Space, applied
+
+HEADLINES = ("edit_success", "generality", "forgetting", "retention", "neighborhood")
+
+
+class Sweep(Experiment):
+    """What is searched, how, and by what it is judged."""
+
+    space: Space = Space()
+    trials: int = Field(default=32, ge=1, description="trials in all, those of an earlier run of the study included")
+    development: int = Field(default=64, ge=1, description="facts that trials are taught and asked; never reported")
+    objectives: Annotated[tuple[str, ...], listed(str, "M,M")] = Field(
+        default=("generality",), description="metrics of the evaluation; with two or more the result is a Pareto front"
+    )
+    rounds: int = Field(
+        default=1, ge=1, description="rounds of the temporal scenario; the objective is that after the last"
+    )
+    update_share: Annotated[float, plain()] = Field(default=0.5, gt=0, lt=1, description="share of the chains revised")
+    sampler: Literal["tpe", "random", "grid"] = "tpe"
+    sampler_seed: int = Field(default=0, ge=0, description="of the suggestions")
+    stop: Literal["no", "asha", "median"] = Field(default="no", description="what stops a poor trial at an epoch's end")
+    rung: int | None = Field(
+        default=None,
+        ge=1,
+        description="epochs before anything is stopped; at least what a worker group's start is worth",
+    )
+    study: str = Field(default="sweep", description="name of the study in the store")
+    confirm: int = Field(default=0, ge=0, description="compare best and default over so many seeds on reported facts")
+
+    def checked(self) -> Sweep:
+        """Itself, if what it asks for can be had; see `Experiment.checked`."""
+        from corsa.evaluation.metrics import METRICS
+
+        super().checked()
+        for name in self.objectives:
+            if name not in METRICS:
+                raise unknown_name("metric", name, METRICS)
+            if METRICS[name].of == "standing" and self.rounds == 1:
+                raise CorsaError(f"no trial would report {name}: it needs a later round; add --rounds 2 or more")
+            if name == "agreement":
+                raise CorsaError("no trial would report agreement: trials do not ask the unedited model again")
+        standing = any(METRICS[name].of == "standing" for name in self.objectives)
+        if not self.objectives:
+            raise CorsaError("nothing to judge a trial by: name one of --objectives")
+        if self.stop != "no" and (len(self.objectives) > 1 or standing):
+            raise CorsaError("--stop needs one objective that a round's own answers give: leave it out")
+        self.space.domains(grid=self.sampler == "grid")
+        return self
+
+
+def sweep(experiment: Sweep, command: str) -> Step:
+    """The sweep as one step: its trials are steps of their own, planned as results come in."""
+    taught = facts(experiment.model_copy(update={"limit": experiment.development}), experiment.rounds)
+    rounds = RoundsConfig(rounds=experiment.rounds, update_share=experiment.update_share)
+    if experiment.rounds == 1:
+        rounds = RoundsConfig(rounds=1)  # as the pipelines deal a single round
+    return swept(
+        experiment,
+        taught,
+        dealt(taught, rounds),
+        rounds,
+        command=command,
+        study=experiment.study,
+        space={n: d.text for n, d in experiment.space.domains(grid=experiment.sampler == "grid").items()},
+        objectives=experiment.objectives,
+        sampler=experiment.sampler,
+        seed=experiment.sampler_seed,
+        trials=experiment.trials,
+        stop=experiment.stop,
+        rung=experiment.rung,
+        development=experiment.development,
+    )
+
+
+def confirmation(experiment: Sweep, best: dict[str, float], command: str) -> Step:
+    """The report that compares the best setting with the default, on facts after the development split."""
+    reported = experiment.model_copy(update={"offset": experiment.offset + experiment.development})
+    taught = facts(reported, experiment.rounds)
+    rounds = RoundsConfig(rounds=experiment.rounds, update_share=experiment.update_share)
+    schedule = dealt(taught, rounds if experiment.rounds > 1 else RoundsConfig(rounds=1))
+    page = Page("confirmation", headlines=HEADLINES, compare_with="corsa best")
+    page.add(base(reported, taught), "base")
+    for seed in range(experiment.confirm):
+        for shown, run in (("corsa", reported), ("corsa best", applied(reported, best))):
+            steps = chain(
+                run,
+                "corsa",
+                seed,
+                taught,
+                schedule,
+                rounds=range(1, experiment.rounds + 1),
+                name=shown.replace(" ", "-"),
+            )
+            for step in steps:
+                page.add(step, shown)
+    return page.step(reported, command)
+
+
+def show(found: Artifact, console: Console) -> None:
+    """The best setting, and where the results are."""
+    result = found.metrics
+    values = ", ".join(f"{name} {value:.3f}" for name, value in result["objectives"].items())
+    counts = f"{result['done']} finished, {result['stopped']} stopped early, {result['failed']} failed"
+    console.print(f"{result['trials']} trials: {counts}", highlight=False)
+    console.print(f"best: trial {result['best']}, {result['label']}: {values}", highlight=False, soft_wrap=True)
+    for name in ("report.html", "trials.parquet", "best.yaml"):
+        console.print(found.path(name), markup=False, highlight=False, soft_wrap=True)
+
+
+def main() -> int:
+    """Run the sweep from the command line, and its confirmation if asked for."""
+    program, console = "tune/sweep.py", Console()
+    experiment = configure(Sweep(), sys.argv[1:], program=program, description=__doc__ or "")
+    experiment.checked()
+    command = repeat_command(program, experiment.model_copy(update={"confirm": 0}), Sweep())
+    step, store = sweep(experiment, command), Store(lasting(experiment.storage))
+    if experiment.dry_run:
+        console.print(draw([step], store))
+        return 0
+    announce(experiment, store, console)
+    found = bring_about(step, store, console)
+    if found is None:
+        return 1
+    show(found, console)
+    if not experiment.confirm:
+        return 0
+    best: dict[str, float] = found.metrics["setting"]
+    if found.metrics["best"] == 0:
+        console.print("the best setting is the default: there is nothing to confirm")
+        return 0
+    return launch(experiment, confirmation(experiment, best, f"{command} --confirm {experiment.confirm}"), console)
+
+
+if __name__ == "__main__":
+    exit_with(main)
