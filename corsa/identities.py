@@ -124,15 +124,25 @@ class StatisticsPlace(Placement):
 
 
 class TrialPlace(Placement):
-    """How a round is run that belongs to a trial of a sweep, and what it tells of itself on the way."""
+    """How the rounds of a trial of a sweep, or of several in one group, are run, and what they tell on the way."""
 
-    trial: int = Field(ge=0, description="number in the study")
     title: str = Field(description="of the worker group, on the Ray dashboard")
     metric: str | None = Field(default=None, description="scored at the end of epochs; None: never")
     rung: int = Field(default=1, ge=1, description="epochs between scores")
-    before: int = Field(default=0, ge=0, description="epochs of the trial before this round")
+    rounds: int = Field(default=1, ge=1, description="of a trial, for each seed")
+    seeds: tuple[int, ...] = (0,)
     rule: Literal["contains", "exact"] = "contains"
     better: Literal["high", "low"] = "high"
+
+    @staticmethod
+    def named(number: int, label: str) -> str:
+        """What stands for the method in the names of a trial's steps."""
+        return f"trial{number}-{label}"
+
+    @staticmethod
+    def number(name: str) -> str:
+        """The trial, by its number in the study, that a step of this name belongs to."""
+        return name.partition("/trial")[2].partition("-")[0]
 
 
 class SweepConfig(Frozen):

@@ -48,7 +48,7 @@ class Sweep(Experiment):
     rung: int | None = Field(
         default=None,
         ge=1,
-        description="epochs before anything is stopped; at least what a worker group's start is worth",
+        description="epochs between scores; by default what a worker group's start is worth, from the first trial",
     )
     study: str = Field(default="sweep", description="name of the study in the store")
     confirm: int = Field(default=0, ge=0, description="compare best and default over so many seeds on reported facts")

@@ -133,15 +133,16 @@ def _scores(tasks: Sequence[Task], lesson: _Subject, loaded: Loaded, workshop: W
     place = tasks[0].placement
     if not isinstance(place, TrialPlace) or place.metric is None:
         return lambda epochs: None
-    metric, crew = place.metric, workshop.crew
-    protocol = tasks[0].config.evaluation.protocol
+    metric, crew, first = place.metric, workshop.crew, tasks[0].config
+    protocol = first.evaluation.protocol
+    before = (place.seeds.index(first.seed) * place.rounds + first.round - 1) * first.training.epochs
 
     def at_epoch(epochs: int) -> None:
         from ray import train
 
-        if epochs % place.rung or epochs == tasks[0].config.training.epochs:  # at the end all is asked anyway
+        if epochs % place.rung or epochs == first.training.epochs:  # at the end all is asked anyway
             return
-        scores: dict[str, float] = {}
+        scores: dict[str, list[float]] = {}
         for row, task in enumerate(tasks):
             with loaded.lora.only(row), crew.in_step(loaded.model):
                 rows = _asker(task.config, loaded, workshop).ask(_own_chains(lesson.asked, crew))
@@ -150,9 +151,10 @@ def _scores(tasks: Sequence[Task], lesson: _Subject, loaded: Loaded, workshop: W
                 labels = {"method": "corsa", "seed": task.config.seed, "trained": task.config.round}
                 table = pd.DataFrame([{**labels, **answer} for answer in rows])
                 value = measure(metric, table, rule=place.rule, protocol=protocol)
-                scores[str(task.placement.trial)] = math.nan if value is None else value
-        best = (max if place.better == "high" else min)(scores.values(), default=math.nan)
-        train.report({metric: best, "epoch": place.before + epochs, "scores": scores})
+                scores.setdefault(place.number(task.name), []).append(math.nan if value is None else value)
+        means = {trial: sum(values) / len(values) for trial, values in scores.items()}  # over seeds
+        best = (max if place.better == "high" else min)(means.values(), default=math.nan)
+        train.report({metric: best, "epoch": before + epochs, "scores": means})
 
     return at_epoch
 

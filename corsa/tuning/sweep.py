@@ -83,7 +83,7 @@ def run(task: Task) -> dict[str, Any]:
 
     rung = None
     if config.stop != "no":
-        if left(1):  # the yardstick, run whole: what a start takes, and an epoch
+        if config.rung is None and left(1):  # the yardstick, run whole: what a start takes, and an epoch
             go_on(1, None)
         rung, said = _rung(config, experiment, study.trials)
         console.print(said, highlight=False)
@@ -161,18 +161,17 @@ def _refuse_what_is_not_asked(config: SweepConfig, edits: Any) -> None:
 
 
 def _rung(config: SweepConfig, experiment: Experiment, trials: list[FrozenTrial]) -> tuple[int, str]:
-    """Epochs before which nothing is stopped: what a worker group's start is worth, or more if asked for."""
+    """Epochs between scores, before which nothing is stopped: what was asked for, or what a group's start is worth."""
+    if config.rung:
+        return config.rung, f"nothing is stopped before {config.rung} epochs, as asked"
     epochs = experiment.training.epochs * config.rounds.rounds * len(experiment.seeds)
-    asked = config.rung or 1
     measured = [t.user_attrs for t in trials if t.user_attrs.get("training_s") and "failed" not in t.user_attrs]
     if not measured:
-        return asked, f"a rung of {asked} epochs"
+        return 1, "nothing is stopped before the first epoch: no trial has shown what a start is worth"
     start = max(0.0, measured[0]["seconds"] - measured[0]["training_s"] - measured[0]["evaluation_s"])
     epoch = measured[0]["training_s"] / epochs
-    worth = min(math.ceil(start / epoch), epochs)
-    return max(asked, worth, 1), (
-        f"a start takes {start:.1f} s, an epoch {epoch:.2f} s: nothing is stopped before {max(asked, worth, 1)} epochs"
-    )
+    rung = max(1, min(math.ceil(start / epoch), epochs))
+    return rung, f"a start takes {start:.1f} s, an epoch {epoch:.2f} s: nothing is stopped before {rung} epochs"
 
 
 def _row(trial: FrozenTrial, config: SweepConfig, study: SweepStudy) -> dict[str, Any]:

@@ -39,36 +39,29 @@ class Trials:
 
     def chains(self, number: int, setting: Setting, title: str) -> list[list[Step]]:
         """The rounds of a setting, a chain for each seed."""
-        changed = applied(self.experiment, setting)
         metric = self.config.objectives[0]
-        found: list[list[Step]] = []
-        before = 0
-        for seed in self.experiment.seeds:
-            steps: list[Step] = []
-            for round_ in range(1, self.config.rounds.rounds + 1):
-                place = TrialPlace(
-                    **{name: getattr(self.experiment.placement, name) for name in Placement.model_fields},
-                    trial=number,
-                    title=title,
-                    metric=metric if self.rung else None,
-                    rung=self.rung or 1,
-                    before=before,
-                    rule=self.experiment.evaluation.match,
-                    better=METRICS[metric].better,
-                )
-                steps += chain(
-                    changed.model_copy(update={"placement": place}),
-                    "corsa",
-                    seed,
-                    self.taught,
-                    self.schedule,
-                    rounds=(round_,),
-                    after=steps[-1] if steps else None,
-                    name=f"trial{number}-{self.label(setting)}",
-                )
-                before += changed.training.epochs
-            found.append(steps)
-        return found
+        place = TrialPlace(  # the same for all that may be trained together: they are told apart by their names
+            **{name: getattr(self.experiment.placement, name) for name in Placement.model_fields},
+            title=title,
+            metric=metric if self.rung else None,
+            rung=self.rung or 1,
+            rounds=self.config.rounds.rounds,
+            seeds=self.experiment.seeds,
+            rule=self.experiment.evaluation.match,
+            better=METRICS[metric].better,
+        )
+        return [
+            chain(
+                applied(self.experiment, setting).model_copy(update={"placement": place}),
+                "corsa",
+                seed,
+                self.taught,
+                self.schedule,
+                rounds=range(1, self.config.rounds.rounds + 1),
+                name=TrialPlace.named(number, self.label(setting)),
+            )
+            for seed in self.experiment.seeds
+        ]
 
     def perform(self, trials: Sequence[tuple[int, dict[str, float]]], title: str) -> dict[int, dict[str, Any]]:
         """Bring the trials' rounds about, in one worker group. By number {failed} or {metrics, seconds, training_s}.
