@@ -80,7 +80,7 @@ def test_a_directory_is_a_model_and_a_shape(tmp_path: Path, monkeypatch: pytest.
 def test_pinning_fills_in_a_revision_once() -> None:
     assert pin(ModelConfig(name="qwen3-8b")).revision == "main"
     assert pin(ModelConfig(name="qwen3-8b", revision="abc")).revision == "abc"
-    assert pin(ModelConfig(name="random:tiny-llama")).revision == "seed-0"
+    assert pin(ModelConfig(name="random:tiny-llama")).revision == "normal-seed-0"
     pinned = pin(ModelConfig(name="random:tiny-llama", dtype="bfloat16", template="chat"))
     assert pin(pinned) == pinned
     assert (pinned.dtype, pinned.template) == ("bfloat16", "chat")
@@ -208,8 +208,8 @@ def test_a_tokenizer_that_ends_every_text_does_not_end_the_prompt() -> None:
     class Ending:
         eos_token_id = 9
 
-        def __call__(self, text: str, **options: Any) -> dict[str, list[int]]:
-            return {"input_ids": [1, 5, 6, 9]}
+        def __call__(self, texts: list[str], **options: Any) -> dict[str, list[list[int]]]:
+            return {"input_ids": [[1, 5, 6, 9] for _ in texts]}
 
     assert Encoder(Ending(), "qa").prompt("Who?") == [1, 5, 6]
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 import torch
 from ray_cluster import adapter
 from rich.console import Console
@@ -57,6 +58,7 @@ def four(storage: Path, pack: int) -> tuple[Store, list[Step], dict[str, str]]:
     return store, steps, take_rounds([Task(step, store) for step in steps], workshop, Silent())
 
 
+@pytest.mark.long
 def test_a_packed_round_is_the_same_result_as_one_alone(tmp_path: Path) -> None:
     alone, steps, failed_alone = four(tmp_path / "alone", 1)
     packed, _, failed = four(tmp_path / "packed", 3)

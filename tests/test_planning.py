@@ -78,7 +78,8 @@ def test_saved_tensors_are_counted_exactly(family: str) -> None:
 
     with saved_tensors_hooks(keep, lambda tensor: tensor):
         logp = answer_logprobs(model, pack(EDITS), len(EDITS))
-        torch.stack([sft_loss(logp, 1.0), dpo_loss(logp, torch.zeros_like(logp), 0.1, 1.0)])
+        pairs = torch.as_tensor(1)  # as the step counts them
+        torch.stack([sft_loss(logp, 1.0), dpo_loss(logp, torch.zeros_like(logp), 0.1, pairs)])
     assert rehearsed(family, "lora").saved == sum(t.untyped_storage().nbytes() for t in saved.values())
 
 
@@ -115,6 +116,7 @@ def test_a_bfloat16_base_is_half_and_lora_remains_float32() -> None:
     assert whole.items["activations"] / 2 < half.items["activations"] < whole.items["activations"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("family", "checkpointing"), [("qwen3", False), ("gemma", True)])
 def test_a_deep_model_is_continued_from_two_shallow_ones_exactly(family: str, checkpointing: bool) -> None:
     """Gemma's layers differ by turns."""
@@ -153,6 +155,7 @@ print(json.dumps(resident("VmHWM") - before))
 """
 
 
+@pytest.mark.long
 def test_resident_memory_of_the_embedded_model_is_within_15_percent(encoder: object) -> None:
     """A real training step in a process of its own: its peak minus what was resident before loading."""
     ran = subprocess.run([sys.executable, "-c", RESIDENT], capture_output=True, text=True, check=True, env=os.environ)

@@ -35,8 +35,8 @@ class Letters:
 
     eos_token_id = 0
 
-    def __call__(self, text: str, **options: Any) -> dict[str, list[int]]:
-        return {"input_ids": [ord(letter) for letter in text if letter.isalpha()]}
+    def __call__(self, texts: list[str], **options: Any) -> dict[str, list[list[int]]]:
+        return {"input_ids": [[ord(letter) for letter in text if letter.isalpha()] for text in texts]}
 
 
 def test_an_answer_without_tokens_is_marked_and_not_scored() -> None:
