@@ -35,11 +35,12 @@ def in_group(
         CorsaError: the group failed more often than `placement.max_failures`, with the worker's own error, or the
             cluster had no room for it for `placement.start_timeout`.
     """
-    import ray.data
     from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchTrainer
     from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
     from ray.tune.integration.ray_train import TuneReportCallback
+
+    from corsa.training.stages import read_table
 
     watched = isinstance(placement, TrialPlace)  # by Ray Tune
     os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(placement.heartbeat_timeout)
@@ -52,7 +53,7 @@ def in_group(
         scaling_config=ScalingConfig(
             num_workers=placement.workers,
             use_gpu=placement.gpu,
-            # Tune holds 0.01 CPU for a trial itself; a whole one must stay for the data stream, or all would wait.
+            # Tune holds 0.01 CPU for a trial itself, which is not to come out of the data stream's room.
             resources_per_worker={"CPU": round(cpus_per_worker(placement) - 0.02 * watched, 2)},
         ),
         run_config=RunConfig(
@@ -64,7 +65,7 @@ def in_group(
             ),
             callbacks=[TuneReportCallback()] if watched and placement.metric else [],
         ),
-        datasets={name: ray.data.read_parquet(path) for name, path in tables.items()},
+        datasets={name: read_table(path) for name, path in tables.items()},
         dataset_config=DataConfig(datasets_to_split=[]),  # every worker sees every row: no edit is dropped
     )
     try:

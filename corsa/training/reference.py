@@ -28,7 +28,7 @@ from corsa.models.encoding import Encoder
 from corsa.models.loading import load_model, load_tokenizer
 from corsa.training.crew import Crew
 from corsa.training.group import in_group
-from corsa.training.stages import map_with_model, retried
+from corsa.training.stages import map_with_model, read_table, retried
 from corsa.training.tokens import REFERENCE, token_rows, without_tokens
 
 EDITS_PER_BATCH = 32
@@ -107,7 +107,7 @@ def _scored(task: Task, config: ReferenceConfig, placement: Placement) -> Iterat
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True  # in the order of the edits
     context.enable_progress_bars = False
-    edits = ray.data.read_parquet(task.inputs["edits"].path("edits.parquet"), columns=COLUMNS)
+    edits = read_table(task.inputs["edits"].path("edits.parquet"), COLUMNS)
     scored = map_with_model(
         edits, Score, (config.model, placement), placement, batch_size=EDITS_PER_BATCH, batch_format="pyarrow"
     )

@@ -1,4 +1,6 @@
-"""A stage of Ray Data whose actors each hold a model: how they are asked for, and what happens when they are lost."""
+"""Stages of Ray Data: how tables are read, how actors that each hold a model are asked for, and what happens when they
+are lost.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +17,16 @@ from corsa.errors import CorsaError
 from corsa.flow.cluster import cluster_resources
 
 T = TypeVar("T")
+
+READING = 0.25
+"""CPUs of a task that reads. It mostly waits for storage. Ray's default, a whole one, would never be free where
+every node is partly taken by actors or workers."""
+
+
+def read_table(path: str, columns: list[str] | None = None) -> ray.data.Dataset:
+    """The Parquet file, on any node that has a little room."""
+    ray.data.DataContext.get_current().use_datasource_v2 = False  # its task that lists files takes a whole CPU
+    return ray.data.read_parquet(path, columns=columns, num_cpus=READING)
 
 
 def map_with_model(
