@@ -51,10 +51,8 @@ class StudySearch(Searcher):
         return {"name": name, "trials": [[number, setting] for number, setting in chosen]}
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        for key, score in result.items():  # Tune hands nested results on flat, as scores/3
-            kind, _, number = key.partition("/")
-            if kind == "scores" and math.isfinite(score):
-                self._study.report(int(number), result["epoch"], score)
+        for number, _ in self._given.get(trial_id, ()):
+            self._score(number, result)
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         results = json.loads((result or {}).get("results", "{}"))
@@ -65,6 +63,7 @@ class StudySearch(Searcher):
                 self._study.tell(number, TrialState.FAIL, failed=cause)
                 self._say("failed", number, f"{name}: {cause}")
             elif found is None:
+                self._score(number, result or {})  # Tune tells of the result that stopped it here alone
                 epoch = (result or {}).get("epoch")
                 seconds = (result or {}).get("time_total_s")
                 self._study.tell(number, TrialState.PRUNED, stopped_at=epoch, seconds=seconds)
@@ -77,6 +76,11 @@ class StudySearch(Searcher):
                 self._study.tell(number, TrialState.COMPLETE, values, **found)
                 shown = ", ".join(f"{m} {v:.3f}" for m, v in zip(self._objectives, values, strict=True))
                 self._say("done", number, f"{name}: {shown}  {found['seconds']:.1f} s")
+
+    def _score(self, number: int, result: Mapping[str, Any]) -> None:
+        score = result.get(f"scores/{number}", math.nan)  # Tune hands nested results on flat
+        if math.isfinite(score):
+            self._study.report(number, result["epoch"], score)
 
     def __getstate__(self) -> dict[str, Any]:
         """Nothing of it: Tune would keep it for a restore, and the study in the store is what a sweep goes on from."""
@@ -138,7 +142,7 @@ def search(
             search_alg=ConcurrencyLimiter(searcher, max_concurrent=at_once),
             scheduler=stops,
             num_samples=-1,
-            reuse_actors=isinstance(stops, FIFOScheduler),  # its imports are paid once; one that is stopped must end
+            reuse_actors=type(stops) is FIFOScheduler,  # its imports are paid once; one that is stopped must end
             trial_name_creator=lambda t: t.config["name"],
             trial_dirname_creator=lambda t: f"{t.config['name'][:120]}-{t.trial_id[-5:]}",
         ),
