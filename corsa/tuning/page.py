@@ -15,6 +15,7 @@ import pandas as pd
 import plotly.graph_objects as go
 import yaml
 from scipy.interpolate import griddata
+from scipy.spatial import QhullError
 from scipy.stats import t as student
 
 from corsa.evaluation.metrics import METRICS
@@ -252,7 +253,7 @@ def _contours(done: pd.DataFrame, config: SweepConfig, domains: Mapping[str, Dom
             across, up = np.linspace(x.min(), x.max(), 40), np.linspace(y.min(), y.max(), 40)
             try:
                 surface = griddata((x, y), z, tuple(np.meshgrid(across, up)), method="linear", rescale=True)
-            except Exception:
+            except QhullError:  # the trials lie on one line
                 surface = None
             if surface is not None:
                 plot.add_trace(go.Contour(x=across, y=up, z=surface, colorscale="Viridis", name="", showscale=True))
