@@ -108,6 +108,8 @@ class _Domain:
             if experiment.humaneval
             else None
         )
+        self.benchmarks: tuple[tuple[Literal["updates", "humaneval"], Step | None], ...]
+        self.benchmarks = (("updates", self.updates), ("humaneval", self.humaneval))
 
     def judged(self, name: str, problems: Step, answers: Step) -> Step:
         """The verdicts on answers."""
@@ -144,23 +146,21 @@ def code_report(experiment: CodeExperiment, command: str, published: Sequence[st
     domain = _Domain(experiment)
     facts = domain.taught()
     schedule = dealt(facts, RoundsConfig(rounds=1))
-    edited: dict[str, Step | None] = {"base": None}
-    seed = experiment.seeds[0]
-    for method in experiment.methods:
-        edited[method] = None if method == "prepend" else chain(experiment, method, seed, facts, schedule)[0]
     inputs: dict[str, Step] = {}
     shown = []
-    for method, adapter in edited.items():
-        benchmarks = {"updates": domain.updates, "humaneval": domain.humaneval}
-        for benchmark, problems in benchmarks.items():
-            if problems is None or (method == "prepend" and benchmark == "humaneval"):
-                continue  # there is nothing to describe: it would be the base model again
-            name = f"{benchmark}/{method}/seed{seed}"
-            verdicts = domain.programs(name, problems, adapter, described=method == "prepend", seed=seed)
-            inputs |= {verdicts.name: verdicts, problems.name: problems}
-            shown.append(
-                CodeShown(answers=verdicts.name, problems=problems.name, method=method, benchmark=benchmark)  # type: ignore[arg-type]
-            )
+    for seed in experiment.seeds:
+        edited: dict[str, Step | None] = {"base": None}
+        for method in experiment.methods:
+            edited[method] = None if method == "prepend" else chain(experiment, method, seed, facts, schedule)[0]
+        for method, adapter in edited.items():
+            for benchmark, problems in domain.benchmarks:
+                if problems is None or (method == "prepend" and benchmark == "humaneval"):
+                    continue  # there is nothing to describe: it would be the base model again
+                name = f"{benchmark}/{method}/seed{seed}"
+                verdicts = domain.programs(name, problems, adapter, described=method == "prepend", seed=seed)
+                inputs |= {verdicts.name: verdicts, problems.name: problems}
+                names = {"answers": verdicts.name, "problems": problems.name}
+                shown.append(CodeShown(**names, method=method, benchmark=benchmark, seed=seed))
     config = CodeReportConfig(
         title=f"Code updates: {Path(experiment.data or '').name} on {experiment.model.name}",
         command=command,

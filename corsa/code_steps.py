@@ -95,6 +95,7 @@ def make_report(task: Task) -> dict[str, Any]:
         pq.read_table(task.inputs[shown.answers].local("verdicts.parquet"))
         .append_column("method", pa.array([shown.method] * task.inputs[shown.answers].metrics["programs"]))
         .append_column("benchmark", pa.array([shown.benchmark] * task.inputs[shown.answers].metrics["programs"]))
+        .append_column("seed", pa.array([shown.seed] * task.inputs[shown.answers].metrics["programs"]))
         for shown in config.shown
     ]
     pq.write_table(pa.concat_tables(tables), task.output / "verdicts.parquet")
@@ -115,10 +116,10 @@ def _measured(task: Task, config: CodeReportConfig) -> dict[str, Any]:
         problems = [row for row in _rows_of(task, shown.problems) if row["part"] == "asked"]
         groups = {row["id"]: row["update"] or row["id"] for row in problems}
         sets = found.setdefault(shown.method, {})
-        sets[shown.benchmark] = tried(rows, groups, updates=updates)
+        sets.setdefault(shown.benchmark, []).extend(tried(rows, groups, updates=updates, seed=shown.seed))
         if shown.benchmark == "humaneval" and config.subset:
             chosen = {id_: id_ for id_ in config.subset if id_ in groups}
-            sets["subset"] = tried(rows, chosen, updates=False)
+            sets.setdefault("subset", []).extend(tried(rows, chosen, updates=False, seed=shown.seed))
     rates = {n: r for n, r in RATES.items() if any(sets.get(r[1]) for sets in found.values())}
     cells, sums = {}, {}
     for method, sets in found.items():
@@ -129,7 +130,7 @@ def _measured(task: Task, config: CodeReportConfig) -> dict[str, Any]:
         for a in found
         for b in list(found)[list(found).index(a) + 1 :]
         for name, (_, of, _) in rates.items()
-        if (entry := compared(name, a, b, sums[a, name], sums[b, name], len(found[a].get(of, []))))
+        if (entry := compared(name, a, b, sums[a, name], sums[b, name], cells[a, name]["probes"]))
     ]
     kinds = [step.kind.name for step in task.step.inputs.values()]
     notes = _notes(task, lost)
@@ -143,7 +144,7 @@ def _measured(task: Task, config: CodeReportConfig) -> dict[str, Any]:
         "standing": "earlier",
         "rounds": [1],
         "methods": list(found),
-        "seeds": [0],
+        "seeds": sorted({shown.seed for shown in config.shown}),
         "chains": len({t.group for sets in found.values() for t in sets.get("updates", [])}),
         "definitions": {
             name: {"label": label, "text": _TEXTS[of], "better": "high", "unit": "share"}
@@ -154,10 +155,7 @@ def _measured(task: Task, config: CodeReportConfig) -> dict[str, Any]:
         "comparisons": comparisons,
         "difference_to_base": _against_base(comparisons),
         "by_update": _by_group(found),
-        "by_problem": {
-            m: {t.problem: {"right": sum(t.right), "samples": len(t.right)} for t in sets.get("updates", [])}
-            for m, sets in found.items()
-        },
+        "by_problem": {m: _by_problem(sets.get("updates", [])) for m, sets in found.items()},
         "notes": notes,
         "published": list(config.published),
         "steps": len(kinds),
@@ -193,7 +191,17 @@ def _by_group(found: dict[str, dict[str, list[Tried]]]) -> dict[str, dict[str, d
         for group in dict.fromkeys(t.group for t in sets.get("updates", [])):
             own = [t for t in sets["updates"] if t.group == group]
             values = {name: measure(name, own, k)[0]["value"] for name, (_, of, k) in RATES.items() if of == "updates"}
-            table.setdefault(group, {})[method] = values | {"problems": len(own)}
+            table.setdefault(group, {})[method] = values | {"problems": len({t.problem for t in own})}
+    return table
+
+
+def _by_problem(found: list[Tried]) -> dict[str, dict[str, int]]:
+    """How many programs of each problem are right, of all seeds."""
+    table: dict[str, dict[str, int]] = {}
+    for t in found:
+        entry = table.setdefault(t.problem, {"right": 0, "samples": 0})
+        entry["right"] += sum(t.right)
+        entry["samples"] += len(t.right)
     return table
 
 

@@ -361,6 +361,7 @@ class CodeShown(Frozen):
     problems: str = Field(description="name of the input with the problems")
     method: str
     benchmark: Literal["updates", "humaneval"]
+    seed: int = 0
 
 
 class CodeReportConfig(Frozen):

@@ -180,6 +180,20 @@ def test_rates_and_intervals_are_over_problems_and_updates() -> None:
     assert "no problem has 5 samples" in none["reason"]
 
 
+def test_several_seeds_are_averaged_and_their_spread_is_given() -> None:
+    found = [
+        Tried("a", "u", (True,)),
+        Tried("b", "v", (False,)),
+        Tried("a", "u", (True,), 1),
+        Tried("b", "v", (True,), 1),
+    ]
+    one = measure("upass_1", found, 1)[0]
+    assert one["value"] == pytest.approx(3 / 4)
+    assert (one["edits"], one["probes"]) == (2, 2)
+    assert one["seeds"] == {"values": {"0": 0.5, "1": 1.0}, "spread": pytest.approx(0.5**0.5 / 2)}
+    assert measure("upass_1", found[:2], 1)[0]["seeds"] is None
+
+
 # Drawing
 
 

@@ -22,6 +22,7 @@ pytest_plugins = ["ray_fixtures"]
 PIPELINE = "pipelines/code_update.py"
 SHAPE = ["--model", "random:tiny-llama", "--placement.threads", "1", "--lora.rank", "4", "--training.epochs", "1"]
 SHAPE += ["--sampling.samples", "2", "--sampling.new-tokens", "8", "--allow-code-execution"]
+SHAPE += ["--seeds", "0,1"]
 
 
 @pytest.fixture(scope="session")
@@ -53,7 +54,10 @@ def test_every_method_is_measured_on_updates_and_on_humaneval(first: Run) -> Non
     assert "could be checked against its source" in text
     assert "2 of 2 edits have no old answer" in text  # eight random tokens do not run
     verdicts = pq.read_table(page.with_name("verdicts.parquet")).to_pylist()
-    assert len(verdicts) == 5 * 2 * 2 * 2 + 4 * 2 * 2  # methods, problems, samples; of updates with and without
+    assert len(verdicts) == 2 * (
+        5 * 2 * 2 * 2 + 4 * 2 * 2
+    )  # seeds, methods, problems, samples; of updates with and without
+    assert {row["seed"] for row in verdicts} == set(metrics["seeds"]) == {0, 1}
     assert "sandbox" not in {row["outcome"] for row in verdicts}
 
 

@@ -31,16 +31,20 @@ def pass_at(n: int, c: int, k: int) -> float:
 
 @dataclass(frozen=True)
 class Tried:
-    """One problem: which of its samples are right, in their order. `group`: what an interval resamples."""
+    """One problem under one seed: which of its samples are right, in order. `group`: what an interval resamples."""
 
     problem: str
     group: str
     right: tuple[bool, ...]
+    seed: int = 0
 
 
-def tried(verdicts: Iterable[Mapping[str, Any]], groups: Mapping[str, str], *, updates: bool) -> list[Tried]:
+def tried(
+    verdicts: Iterable[Mapping[str, Any]], groups: Mapping[str, str], *, updates: bool, seed: int = 0
+) -> list[Tried]:
     """The problems of a table of verdicts {problem, sample, updated, outcome}, in the order of `groups`, which gives
-    each problem its update (or itself). `updates`: right means with the update and not without.
+    each problem its update (or itself). `updates`: right means with the update and not without. `seed`: of the edited
+    model and of the samples.
     """
     known: dict[tuple[str, int], dict[bool, str]] = {}
     for row in verdicts:
@@ -50,20 +54,21 @@ def tried(verdicts: Iterable[Mapping[str, Any]], groups: Mapping[str, str], *, u
         if problem in right and "sandbox" not in outcomes.values():
             passes = outcomes[True] == "passed"
             right[problem].append(passes and outcomes[False] != "passed" if updates else passes)
-    return [Tried(problem, groups[problem], tuple(found)) for problem, found in right.items() if found]
+    return [Tried(problem, groups[problem], tuple(found), seed) for problem, found in right.items() if found]
 
 
 def measure(name: str, found: Sequence[Tried], k: int | None) -> tuple[dict[str, Any], Sums]:
     """A rate over problems with its 95 % interval over groups, and the sums that it is the ratio of.
 
-    `k`: pass@k; None: the share of right first samples. Problems with fewer than k samples are left out.
+    `k`: pass@k; None: the share of right first samples. Problems with fewer than k samples are left out. Of several
+    seeds it is the mean; the group stays the unit of the interval, and `seeds` holds each seed's value and the spread.
     """
     usable = [t for t in found if k is None or len(t.right) >= k]
     groups = list(dict.fromkeys(t.group for t in found))
     place = {group: i for i, group in enumerate(groups)}
     above, below = np.zeros(len(groups)), np.zeros(len(groups))
     for t in usable:
-        above[place[t.group]] += t.right[0] if k is None else pass_at(len(t.right), sum(t.right), k)
+        above[place[t.group]] += _rate(t, k)
         below[place[t.group]] += 1
     sums = Sums(above, below)
     if not usable:
@@ -71,7 +76,23 @@ def measure(name: str, found: Sequence[Tried], k: int | None) -> tuple[dict[str,
         return _entry(None, None, None, 0, 0, reason), sums
     low, high, source = interval(sums, share=True)
     reason = None if source else "no interval: all groups alike, or one only"
-    return _entry(sums.ratio, low, high, len(groups), len(usable), reason) | {"interval": source}, sums
+    entry = _entry(sums.ratio, low, high, len(groups), len({t.problem for t in usable}), reason)
+    return entry | {"interval": source, "seeds": _seeds(usable, k)}, sums
+
+
+def _rate(t: Tried, k: int | None) -> float:
+    return float(t.right[0]) if k is None else pass_at(len(t.right), sum(t.right), k)
+
+
+def _seeds(usable: Sequence[Tried], k: int | None) -> dict[str, Any] | None:
+    """The value of each seed and their standard deviation; None of one seed."""
+    rates: dict[int, list[float]] = {}
+    for t in usable:
+        rates.setdefault(t.seed, []).append(_rate(t, k))
+    if len(rates) < 2:
+        return None
+    values = {str(seed): float(np.mean(own)) for seed, own in sorted(rates.items())}
+    return {"values": values, "spread": float(np.std(list(values.values()), ddof=1))}
 
 
 def _entry(
