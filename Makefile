@@ -20,7 +20,7 @@ check: $(VENV)/.test
 	$(BIN)/pyright
 
 test-fast: $(VENV)/.test   ## without Ray, about a minute
-	$(BIN)/python -m pytest -m "not ray and not long"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile -m "not ray and not long"
 
 test-ray: $(VENV)/.test    ## on a local Ray cluster, with real processes
 	$(BIN)/python -m pytest -m ray

@@ -67,7 +67,8 @@ def test_links_to_files_lead_somewhere() -> None:
 def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The directory that commands are planned in."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(ROOT / "pipelines")
+    for folder in ("pipelines", "tune"):
+        monkeypatch.syspath_prepend(ROOT / folder)
     return tmp_path
 
 
