@@ -158,3 +158,23 @@ def test_a_run_is_taken_twice_and_only_into_an_empty_folder(tmp_path: Path, caps
     assert found["wall_s"] > found["again_s"]
     assert main(["perf", "overhead", *command]) == 2
     assert "is not empty" in capsys.readouterr().err
+
+
+@pytest.mark.long
+def test_the_command_for_a_machine_with_a_gpu_measures_beside_the_plan(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On the CPU, a sharded step: what it takes, what was planned, and a case that fails without harm to the others."""
+    file = tmp_path / "gpu.json"
+    cases = ("--models", "random:none-such,random:tiny-llama", "--methods", "corsa", "--stages", "3", "--steps", "1")
+    assert main(["perf", "gpu", "--cpu", *cases, "--edits", "4", "--output", str(file)]) == 0
+    table = capsys.readouterr().out
+    broken, row = json.loads(file.read_text())["rows"]
+    assert "none-such" in broken["error"]
+    assert row["step_s"] > 0
+    assert row["tflops"] > 0
+    assert row["peak"] > row["items"]["base"] > 4 * row["parameters"] - 1
+    assert row["planned"] == sum(row["items"].values())
+    assert f"| random:tiny-llama | corsa | 3 | {row['step_s']:.3g} |" in table
+    assert main(["plan", "--model", "random:tiny-llama", "--measured", str(file), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["rate"]["tflops"] == row["tflops"]
