@@ -33,13 +33,15 @@ def in_group(
 
     Raises:
         CorsaError: the group failed more often than `placement.max_failures`, with the worker's own error, or the
-            cluster had no room for it for `placement.start_timeout`.
+            cluster had no room for it for `placement.start_timeout`, or was lost.
     """
+    from ray.exceptions import RayActorError
     from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchTrainer
     from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
     from ray.tune.integration.ray_train import TuneReportCallback
 
+    from corsa.training.meeting import Meeting
     from corsa.training.stages import read_table
 
     watched = isinstance(placement, TrialPlace)  # by Ray Tune
@@ -50,6 +52,7 @@ def in_group(
     trainer = TorchTrainer(
         work,
         train_loop_config=dict(config),
+        torch_config=Meeting(),
         scaling_config=ScalingConfig(
             num_workers=placement.workers,
             use_gpu=placement.gpu,
@@ -74,6 +77,11 @@ def in_group(
         if isinstance(getattr(e, "controller_failure", None), WorkerGroupStartupTimeoutError):
             raise CorsaError(_no_room(placement)) from e
         raise CorsaError(f"the training workers failed: {_root_cause(e)}") from e
+    except RayActorError as e:  # of the controller, which Ray Train keeps on the driver's node
+        raise CorsaError(
+            f"the head of the cluster, or the node of this driver, is gone ({type(e).__name__}). Finished rounds are "
+            "kept: on a cluster that is whole the same command goes on from the last checkpoint"
+        ) from e
 
 
 def _no_room(placement: Placement) -> str:
