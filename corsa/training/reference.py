@@ -106,7 +106,6 @@ def _scored(task: Task, config: ReferenceConfig, placement: Placement) -> Iterat
     """The rows of `MARKED` in the order of the edits, from actors that each hold the base."""
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True  # in the order of the edits
-    context.enable_progress_bars = False
     edits = read_table(task.inputs["edits"].path("edits.parquet"), COLUMNS)
     scored = map_with_model(
         edits, Score, (config.model, placement), placement, batch_size=EDITS_PER_BATCH, batch_format="pyarrow"

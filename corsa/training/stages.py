@@ -25,7 +25,9 @@ every node is partly taken by actors or workers."""
 
 def read_table(path: str, columns: list[str] | None = None) -> ray.data.Dataset:
     """The Parquet file, on any node that has a little room."""
-    ray.data.DataContext.get_current().use_datasource_v2 = False  # its task that lists files takes a whole CPU
+    context = ray.data.DataContext.get_current()
+    context.use_datasource_v2 = False  # its task that lists files takes a whole CPU
+    context.enable_progress_bars = False
     return ray.data.read_parquet(path, columns=columns, num_cpus=READING)
 
 
