@@ -19,6 +19,8 @@ PORT=${PORT:-6399}
 DASHBOARD=${DASHBOARD:-8265}
 DIRECTORY=${DIRECTORY:-/tmp/corsa-cluster-$(id -un)}
 export RAY_AUTH_MODE=token
+# Whose state Ray's own actors ask for: where two clusters share a machine, they would find either.
+export RAY_API_SERVER_ADDRESS=http://127.0.0.1:$DASHBOARD
 
 # Ray takes 127.0.0.1 for a name of the machine and listens on all of its addresses, unless it is told that there is no
 # other machine; then it refuses a second node. So all processes are told, and the two that start a node do not heed it.
@@ -32,21 +34,22 @@ services.resolve_ip_for_localhost = lambda host: host
 sys.exit(scripts.main())
 '
 
-running() { # NAME: whether its process is alive
-    [ -f "$DIRECTORY/$1.pid" ] && kill -0 "$(cat "$DIRECTORY/$1.pid")" 2>/dev/null
+running() { # NAME: whether anything of its session, which setsid has made, is alive
+    [ -f "$DIRECTORY/$1.pid" ] && ps -o stat= -s "$(cat "$DIRECTORY/$1.pid")" | grep -qv '^Z'
 }
 
 start() { # NAME ARGUMENT...: a node, once it has said that it is up
     local name=$1
     shift
     : >"$DIRECTORY/$name.log"
-    setsid python -c "$loopback" start --block --node-ip-address=127.0.0.1 --num-cpus="$CPUS" --disable-usage-stats "$@" \
-        >"$DIRECTORY/$name.log" 2>&1 </dev/null &
+    # Without --block, which ends a node with the first of its processes that dies, and be it the dashboard.
+    setsid bash -c 'python -c "$@" && exec sleep infinity' "$name" "$loopback" start --node-ip-address=127.0.0.1 \
+        --num-cpus="$CPUS" --disable-usage-stats "$@" >"$DIRECTORY/$name.log" 2>&1 </dev/null &
     echo $! >"$DIRECTORY/$name.pid"
     for _ in $(seq 600); do
+        sleep 0.2
         grep -q 'Ray runtime started' "$DIRECTORY/$name.log" && return
         running "$name" || break
-        sleep 0.2
     done
     echo "error: the $name did not start:" >&2
     cat "$DIRECTORY/$name.log" >&2
@@ -56,14 +59,14 @@ start() { # NAME ARGUMENT...: a node, once it has said that it is up
 
 end() { # NAME: its process and all that it has started
     running "$1" || return 0
-    local pid
-    pid=$(cat "$DIRECTORY/$1.pid")
-    kill "$pid"
-    for _ in $(seq 100); do
-        running "$1" || break
+    local session
+    session=$(cat "$DIRECTORY/$1.pid")
+    pkill -TERM -s "$session" || true
+    for _ in $(seq 15); do # a raylet that cannot take its leave of the others waits on and on
+        running "$1" || return 0
         sleep 0.2
     done
-    kill -KILL -- "-$pid" 2>/dev/null || true # setsid made it the leader of a group
+    pkill -KILL -s "$session" || true
 }
 
 up() {
