@@ -46,12 +46,17 @@ class Cluster:
 
     def workers(self) -> list[int]:
         """The processes that are training."""
-        found = []
-        for process in psutil.Process(self.head).children(recursive=True):
-            with suppress(psutil.Error):
-                if process.cmdline()[:1] and process.cmdline()[0].startswith("ray::RayTrainWorker"):
-                    found.append(process.pid)
-        return found
+        return training(psutil.Process(self.head).children(recursive=True))
+
+
+def training(processes: Iterable[psutil.Process]) -> list[int]:
+    """Those that are workers of Ray Train."""
+    found = []
+    for process in processes:
+        with suppress(psutil.Error):
+            if process.cmdline()[:1] and process.cmdline()[0].startswith("ray::RayTrainWorker"):
+                found.append(process.pid)
+    return found
 
 
 @contextmanager
@@ -60,15 +65,16 @@ def running_cluster() -> Iterator[Cluster]:
     temporary = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))  # sockets lie below it: their paths must be short
     home = temporary / "home"
     home.mkdir()
-    port, dashboard = _free_port(), _free_port()
+    port, dashboard = free_port(), free_port()
     secret = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16)}
     environment = plain_environment() | secret
     own = environment | {"HOME": str(home), "CORSA_CACHE": str(cache_directory())}
     own["PATH"] = f"{Path(sys.executable).parent}:{own['PATH']}"  # as in an activated environment
+    own["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{dashboard}"  # Ray's own actors would find any cluster's
     command = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", f"--port={port}"]
     command += ["--num-cpus=2", f"--object-store-memory={256 << 20}", f"--temp-dir={temporary}"]
     command += ["--include-dashboard=true", f"--dashboard-port={dashboard}"]
-    command += [f"--dashboard-agent-listen-port={_free_port()}", "--disable-usage-stats"]
+    command += [f"--dashboard-agent-listen-port={free_port()}", "--disable-usage-stats"]
     log = temporary / "start.log"
     with log.open("w") as output:
         head = subprocess.Popen(command, env=own, stdout=output, stderr=output, cwd=temporary)
@@ -98,7 +104,8 @@ def plain_environment() -> dict[str, str]:
     return own | {"PYTHONUNBUFFERED": "1", "COLUMNS": "120"}
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of the loopback that nothing listens on."""
     with closing(socket.socket()) as found:
         found.bind(("127.0.0.1", 0))
         return found.getsockname()[1]
@@ -134,6 +141,11 @@ class Finished:
     def paths(self) -> list[Path]:
         """The last three lines: the page, the metrics and the predictions."""
         return [Path(line) for line in self.out.splitlines()[-3:]]
+
+    @property
+    def page(self) -> Path:
+        """The page, of a run that may leave no predictions beside it."""
+        return next(Path(line) for line in self.out.splitlines() if line.endswith("/report.html"))
 
 
 def start(
@@ -189,9 +201,14 @@ class Run:
         return records(self.storage)
 
 
-def records(storage: Path) -> dict[str, Record]:
+def store_of(storage: Path | Store) -> Store:
+    """The store of a local storage; one elsewhere is given as such."""
+    return Store(storage) if isinstance(storage, Path) else storage
+
+
+def records(storage: Path | Store) -> dict[str, Record]:
     """The finished steps of a storage by name."""
-    return {record.name: record for record in Store(storage).records()}
+    return {record.name: record for record in store_of(storage).records()}
 
 
 def copy_without(run: Run, storage: Path, *left_out: str) -> Path:
@@ -203,15 +220,15 @@ def copy_without(run: Run, storage: Path, *left_out: str) -> Path:
     return storage
 
 
-def adapter(storage: Path, step: str) -> dict[str, Tensor]:
+def adapter(storage: Path | Store, step: str) -> dict[str, Tensor]:
     """The factors of the adapter that a round has left."""
-    from safetensors.torch import load_file
+    from safetensors.torch import load
 
-    record = records(storage)[step]
-    return load_file(Path(Store(storage).artifact(record.fingerprint).path("adapter/adapter_model.safetensors")))
+    artifact = store_of(storage).artifact(records(storage)[step].fingerprint)
+    return load(artifact.read("adapter/adapter_model.safetensors"))
 
 
-def assert_same_adapters(one: Path, other: Path, steps: Iterable[str], tolerance: float = 0.0) -> None:
+def assert_same_adapters(one: Path, other: Path | Store, steps: Iterable[str], tolerance: float = 0.0) -> None:
     """The adapters of the steps are bit for bit the same, or differ by no more than `tolerance` anywhere."""
     for step in steps:
         mine, theirs = adapter(one, step), adapter(other, step)

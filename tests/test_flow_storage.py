@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import errno
-import logging
 import os
-import socket
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from uuid import uuid4
 
-import boto3
 import pytest
+from bucket import Bucket
 from flow_steps import ADD, chain, execute, step
-from moto.server import ThreadedMotoServer
-from pyarrow import fs
 
 from corsa.errors import CorsaError
 from corsa.flow import Store
@@ -24,45 +19,8 @@ from corsa.flow.files import Files
 from corsa.flow.lease import Leases
 
 
-class Bucket:
-    """A bucket on a server of this process that can be taken away; what is in it then stays."""
-
-    def __init__(self) -> None:
-        with socket.socket() as found:
-            found.bind(("127.0.0.1", 0))
-            self.port = found.getsockname()[1]
-        self.name = f"bucket-{uuid4().hex}"
-        self.start()
-        self.key = {"aws_access_key_id": "key", "aws_secret_access_key": "not a secret", "region_name": "us-east-1"}
-        boto3.client("s3", endpoint_url=f"http://127.0.0.1:{self.port}", **self.key).create_bucket(Bucket=self.name)
-
-    def start(self) -> None:
-        self._server = ThreadedMotoServer("127.0.0.1", self.port, verbose=False)
-        self._server.start()
-
-    def stop(self) -> None:
-        self._server.stop()
-
-    def gone_for(self, seconds: float) -> None:
-        """Stop now, and start again after so many seconds."""
-        self.stop()
-        threading.Timer(seconds, self.start).start()
-
-    def filesystem(self) -> fs.S3FileSystem:
-        """The bucket as Arrow sees it, without Arrow's own patience of some seconds."""
-        return fs.S3FileSystem(
-            access_key="key",
-            secret_key="not a secret",
-            region="us-east-1",
-            scheme="http",
-            endpoint_override=f"127.0.0.1:{self.port}",
-            retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=1),
-        )
-
-
 @pytest.fixture(scope="module")
 def server() -> Iterator[Bucket]:
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)
     bucket = Bucket()
     yield bucket
     bucket.stop()

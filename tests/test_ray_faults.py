@@ -7,8 +7,8 @@ import signal
 import time
 from pathlib import Path
 
-import pandas as pd
 import pytest
+from interruptions import assert_went_on_from, checkpoint, in_the_middle
 from ray_cluster import (
     TINY,
     Cluster,
@@ -23,7 +23,6 @@ from ray_cluster import (
 )
 
 from corsa.flow import Store
-from corsa.training.checkpoint import Position, read_checkpoint
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]  # the first test waits for the cluster and the shared run
 pytest_plugins = ["ray_fixtures"]
@@ -31,33 +30,6 @@ pytest_plugins = ["ray_fixtures"]
 CORSA = [f"world_facts-x3/corsa/seed0/round{number}" for number in (1, 2, 3)]
 ARGUMENTS = [*TINY, "--placement.checkpoint-every", "5"]
 STARTED = 120  # seconds until a round is under way
-
-
-def checkpoint(undisturbed: Run, storage: Path, step: str) -> Position | None:
-    """Where a round stands, None if it has no checkpoint."""
-    fingerprint = undisturbed.records[step].fingerprint
-    found = read_checkpoint(Store(storage), f"partial/{fingerprint[:16]}/checkpoint")
-    return found[1] if found else None
-
-
-def in_the_middle(undisturbed: Run, storage: Path, step: str) -> Position:
-    """Where a round stood when it was stopped; fails if it was not in its middle."""
-    position = checkpoint(undisturbed, storage, step)
-    assert step not in records(storage)
-    assert position is not None
-    assert 0 < position.step < undisturbed.records[step].metrics["steps"]
-    return position
-
-
-def assert_went_on_from(position: Position, undisturbed: Run, storage: Path, step: str) -> None:
-    """The steps before the interruption were not taken again (their durations are those of then); none is lost."""
-    artifact = Store(storage).artifact(undisturbed.records[step].fingerprint)
-    curves = pd.read_parquet(artifact.path("curves.parquet"))
-    assert curves.step.tolist() == list(range(1, undisturbed.records[step].metrics["steps"] + 1))
-    before = [row["seconds"] for row in position.curves]
-    assert curves.seconds.tolist()[: position.step] == before
-    learnt = Store(undisturbed.storage).artifact(undisturbed.records[step].fingerprint).path("curves.parquet")
-    assert curves.drop(columns="seconds").equals(pd.read_parquet(learnt).drop(columns="seconds"))
 
 
 def test_a_killed_worker_is_replaced_and_its_round_goes_on(undisturbed: Run, cluster: Cluster, tmp_path: Path) -> None:
