@@ -32,8 +32,8 @@ class _Backend(_TorchBackend):
 
 
 def _listen_where_it_is_called() -> None:
-    """Of this process: torch's store listens on the address that it is known by, and gloo does where that is this
-    machine's own.
+    """In this process torch's store listens on the address that its node is known by, and where that is this machine's
+    own, gloo and NCCL do too.
     """
     from ray.util import get_node_ip_address
 
@@ -54,6 +54,7 @@ def _listen_where_it_is_called() -> None:
         )
 
     rendezvous._create_c10d_store = store
-    if get_node_ip_address().startswith("127."):  # gloo would take that of the machine's name
+    if get_node_ip_address().startswith("127."):  # they would take an interface that others reach
         (loopback,) = [name for _, name in socket.if_nameindex() if name in ("lo", "lo0")]
-        os.environ["GLOO_SOCKET_IFNAME"] = loopback
+        for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+            os.environ.setdefault(variable, loopback)
