@@ -102,7 +102,7 @@ def test_parameters_gradients_and_state_are_counted_exactly(family: str) -> None
 def test_two_gradients_in_one_backward_pass_take_more_than_one() -> None:
     """`is_grads_batched`: what goes back through the layers is there twice, at phi and at phi + e."""
     one, two = rehearsed("llama", "lora"), rehearsed("llama", "corsa")
-    assert two.items["gradients"] >= 6 * two.items["lora"]
+    assert two.items["gradients"] == 4 * two.items["lora"]
     assert two.items["logits"] > 1.5 * one.items["logits"]  # the gradient of the logits, for each objective
     assert two.items["sam"] == two.items["lora"]
     assert one.items["sam"] == 0

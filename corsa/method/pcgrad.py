@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 
 def dot(a: Tensor, b: Tensor) -> Tensor:
     """Inner products of the rows of two (K, P) tensors: (K, 1)."""
-    return (a * b).sum(-1, keepdim=True)
+    # without a * b in memory: the pages of a fresh tensor of phi's size cost ten times the sum
+    return torch.stack([torch.dot(x, y) for x, y in zip(a, b, strict=True)])[:, None]
 
 
 def project(g: Tensor, other: Tensor, eps: float) -> Tensor:
     """P(g; other) = g - (g . other) / (|other|^2 + eps) other if g . other < 0, else g. Shapes (K, P), row by row."""
-    return g - dot(g, other).clamp(max=0) / (dot(other, other) + eps) * other
+    return torch.addcmul(g, -dot(g, other).clamp(max=0) / (dot(other, other) + eps), other)
 
 
 def merge(
@@ -27,8 +29,13 @@ def merge(
     halved. off (Table 9, without PCGrad): g_SFT + lambda * g_DPO.
     """
     if how == "off":
-        return sft + lam * dpo
+        return _plus(sft.clone(), lam, dpo)
     first = project(sft, dpo, eps)
     if how == "sequential":
-        return (first + lam * project(dpo, first, eps)) / 2
-    return first + lam * project(dpo, sft, eps)
+        return _plus(first, lam, project(dpo, first, eps)).div_(2)
+    return _plus(first, lam, project(dpo, sft, eps))
+
+
+def _plus(a: Tensor, lam: float | Tensor, b: Tensor) -> Tensor:
+    """The sum a + lam b, in the memory of a."""
+    return a.addcmul_(lam, b) if isinstance(lam, Tensor) else a.add_(b, alpha=lam)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 def perturbation(g: Tensor, rho: float | Tensor, eps: float) -> Tensor:
     """E = rho * g / (|g| + eps), the norm over all of phi, float32. Shapes (K, P), row by row; rho may be (K, 1)."""
-    return rho * g / (torch.linalg.vector_norm(g, dim=-1, keepdim=True) + eps)
+    return g * (rho / (torch.linalg.vector_norm(g, dim=-1, keepdim=True) + eps))
 
 
 @contextmanager

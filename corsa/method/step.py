@@ -116,7 +116,7 @@ def corsa_step(
     # The gradients were summed over workers: one bad worker makes all of them skip.
     finite: list[bool] = norm.isfinite()[:, 0].tolist()
     if any(finite):
-        phi.grad = torch.where(norm.isfinite(), g * (clip / norm.clamp(min=clip)), torch.nan)
+        phi.grad = g.mul_(torch.where(norm.isfinite(), clip / norm.clamp(min=clip), torch.nan))
         optimizer.step()  # from phi, with the gradient at phi + e
         phi.grad = None
     return _log(at_phi, at_peak, norm, finite, batch, config)
@@ -148,7 +148,8 @@ def reconcile(g: Tensor, config: Setting) -> Tensor:
 def gradients(model: Model, phi: Tensor, batch: Batch, config: Setting, reduce: Reduce) -> Gradients:
     """g_SFT and g_DPO of the global batch at the present phi: both from one forward pass of each micro-batch."""
     objectives, adapters = 2 if config.dpo else 1, len(phi)
-    total = Gradients(phi.new_zeros(objectives, *phi.shape), phi.new_zeros(4, adapters, 1))
+    g: Tensor | None = None
+    sums = phi.new_zeros(4, adapters, 1)
     # Row k of phi is in the losses of adapter k alone, so the gradient of their sum holds each one's own.
     directions = torch.eye(objectives, device=phi.device)[:, :, None, None].expand(-1, -1, adapters, 1)
     per_token = batch.tokens if config.reduction == "token" else batch.edits
@@ -161,11 +162,15 @@ def gradients(model: Model, phi: Tensor, batch: Batch, config: Setting, reduce: 
         # One backward for both, exact (a batch of two vector-Jacobian products): half the walks of two calls
         # through the graph, and the only way that works where the base is sharded (a kept graph fails under ZeRO-3).
         chosen = losses[:objectives]
-        total.g += torch.autograd.grad([chosen], [phi], grad_outputs=[directions], is_grads_batched=True)[0]
-        total.sums += torch.cat([losses, logp.sum(-1, keepdim=True)]).detach()
-    reduce(total.g)
-    reduce(total.sums)
-    return total
+        (found,) = torch.autograd.grad([chosen], [phi], grad_outputs=[directions], is_grads_batched=True)
+        g = found.contiguous() if g is None else g.add_(found)
+        del found  # or it would be held through the next forward pass
+        sums += torch.cat([losses, logp.sum(-1, keepdim=True)]).detach()
+    if g is None:  # a worker without edits in this batch
+        g = phi.new_zeros(objectives, *phi.shape)
+    reduce(g)
+    reduce(sums)
+    return Gradients(g, sums)
 
 
 def _microbatch_sharp_gradient(
