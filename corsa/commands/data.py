@@ -166,7 +166,7 @@ def _print(found: dict[str, Any], shown: list[dict[str, Any]]) -> None:
             pieces = Text("·", style="dim").join(Text(_visible(p["text"])) for p in row[name])
             console.print(Text(f"  {name:<10}  ").append_text(pieces), soft_wrap=True, highlight=False)
         first, end = row["answer_span"]
-        say(f"  answer      tokens {first} to {end - 1} of {end}: what is learnt, its end token included")
+        say(f"  answer      tokens {first + 1} to {end} of {end}: what is learnt, its end token included")
 
 
 def _visible(text: str) -> str:
