@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import tyro
 from tyro.conf import FlagCreatePairsOff
 
+from corsa.commandline import answered
 from corsa.commands import STATUSES, app
 from corsa.commands import ask as ask
 from corsa.commands import data as data
@@ -23,26 +24,20 @@ from corsa.commands import plan as plan
 from corsa.commands import push as push
 from corsa.commands import runs as runs
 from corsa.commands import undo as undo
-from corsa.errors import CorsaError
 
 
 def main(args: Sequence[str] | None = None) -> int:
     """Entry point. Returns the exit status, see `corsa.commands.STATUSES`; an error is one line on stderr."""
     if os.environ.get("NO_COLOR"):
         tyro._experimental_options["ansi_codes"] = False
-    try:
-        status = app.cli(
+    return answered(
+        lambda: app.cli(
             prog="corsa",
             description=f"Edit what language models know, again and again.\n\n{STATUSES}",
             args=args,
             config=[FlagCreatePairsOff],
         )
-    except CorsaError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.status
-    except KeyboardInterrupt:
-        return 130
-    return status or 0
+    )
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -74,14 +75,21 @@ def _explained(error: ValidationError, kind: type[BaseModel], path: Path) -> Cor
 
 
 def exit_with(main: Callable[[], int]) -> None:
-    """Run a command and exit with its status; an error the user can mend is one line on stderr and status 2."""
+    """Run a command and exit with its status, see `answered`."""
+    sys.exit(answered(main))
+
+
+def answered(command: Callable[[], int | None]) -> int:
+    """Run a command; its exit status. An error that the user can mend is one line on stderr."""
     try:
-        sys.exit(main())
-    except CorsaError as e:
-        print(f"error: {e}", file=sys.stderr)
-        sys.exit(2)
+        status = command()
+        sys.stdout.flush()  # here, and not at exit, it shows that the reader has gone: `corsa ... | head`
+    except CorsaError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.status
     except KeyboardInterrupt:
-        sys.exit(130)
+        return 130
     except BrokenPipeError:
-        sys.stderr.close()
-        sys.exit(1)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left would fail again at exit
+        return 1
+    return status or 0

@@ -172,3 +172,14 @@ def test_every_command_shows_an_example(capsys: pytest.CaptureFixture[str]) -> N
         shown = capsys.readouterr().out
         assert f"Example: corsa {name}" in shown, name
         assert "\x1b" not in shown
+
+
+def test_a_reader_that_goes_away_ends_a_command_without_a_traceback(storage: Path) -> None:
+    command = [sys.executable, "-m", "corsa.cli", "runs", "--storage", str(storage), "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        said = process.stderr.read()
+    assert process.returncode == 1
+    assert said == ""
