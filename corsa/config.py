@@ -80,6 +80,28 @@ class StepConfig(Frozen):
         description="L_SFT as a mean over answer tokens (authors' trainer), or over answers of the sum (paper)",
     )
     eps: float = Field(default=1e-12, gt=0, description="guard of the two divisions by a norm")
+    perturb_every: int = Field(
+        default=1,
+        ge=1,
+        exclude_if=lambda every: every == 1,  # an exact step has the identity it would have without these two fields
+        description="1: exact. More is LookSAM (Liu et al. 2022), an approximation: the gradient is taken at phi + e "
+        "in the first of so many steps, and what that changed is used again in the others",
+    )
+    reuse: float = Field(
+        default=0.7,
+        ge=0,
+        exclude_if=lambda alpha: alpha == 0.7,
+        description="LookSAM's alpha: length of what is used again, in norms of the gradient (exact steps: no effect)",
+    )
+
+    @model_validator(mode="after")
+    def _meant(self) -> StepConfig:
+        if self.perturb_every > 1 and self.scope == "microbatch":
+            raise ValueError(
+                f"perturb_every {self.perturb_every} uses one perturbation again for whole steps, and scope microbatch "
+                "has one for each micro-batch: set scope step, or perturb_every 1"
+            )
+        return self
 
     @property
     def dpo(self) -> bool:
@@ -99,6 +121,8 @@ class StepConfig(Frozen):
         """The same step with every field that has no effect at its default: equal steps then have equal identities."""
         idle = {"beta", "pcgrad"} if self.lambda_ == 0 else set()
         idle |= {"microbatch"} if self.scope == "step" else set()
+        idle |= {"perturb_every"} if self.rho == 0 else set()
+        idle |= {"reuse"} if self.rho == 0 or self.perturb_every == 1 else set()
         default = StepConfig()
         return self.model_copy(update={name: getattr(default, name) for name in idle})
 
@@ -262,7 +286,8 @@ def _lora(step: StepConfig) -> StepConfig:
 
 def published_trainer(step: StepConfig) -> StepConfig:
     """The step as the authors' trainer takes it; with `--template chat` that is all that differs from the paper."""
-    return step.model_copy(update={"pcgrad": "sequential", "scope": "microbatch", "reduction": "token"})
+    theirs = {"pcgrad": "sequential", "scope": "microbatch", "reduction": "token", "perturb_every": 1}
+    return step.model_copy(update=theirs)
 
 
 STEPS = {

@@ -13,7 +13,7 @@ from conftest import ROOT
 from pydantic import ValidationError
 
 from corsa.commandline import configure, exit_with
-from corsa.config import StepConfig
+from corsa.config import STEPS, StepConfig
 from corsa.errors import CorsaError
 from corsa.flow.step import Step, topological
 from corsa.flow.store import Store
@@ -422,3 +422,14 @@ def test_fingerprints_are_the_same_in_another_process(tmp_path: Path) -> None:
     command = [sys.executable, "-c", code, str(ROOT), str(ROOT / "tests")]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.strip() == steps()["report/continual"].fingerprint
+
+
+def test_an_exact_step_has_the_identity_it_would_have_without_the_approximation() -> None:
+    assert not {"perturb_every", "reuse"} & StepConfig(reuse=0.5).effective().canonical().keys()
+    approximate = StepConfig(perturb_every=2)
+    assert approximate.effective().canonical()["perturb_every"] == 2
+    assert STEPS["lora"](approximate).effective() == STEPS["lora"](StepConfig()).effective()
+    assert STEPS["corsa-no-sam"](approximate).effective() == STEPS["corsa-no-sam"](StepConfig()).effective()
+    assert STEPS["corsa-published"](approximate) == STEPS["corsa-published"](StepConfig())
+    with pytest.raises(ValidationError, match="set scope step, or perturb_every 1"):
+        StepConfig(perturb_every=2, scope="microbatch")

@@ -19,7 +19,7 @@ from corsa.method.logprobs import answer_logprobs
 from corsa.method.losses import dpo_loss, sft_loss
 from corsa.method.packing import Triplet, pack
 from corsa.method.pcgrad import dot, merge, project
-from corsa.method.sam import perturbation, perturbed
+from corsa.method.sam import LookSam, perturbation, perturbed
 from corsa.method.schedule import learning_rate
 from corsa.method.step import Batch, MicroBatch, corsa_step, gradients, reconcile
 from corsa.models.lora import Lora
@@ -371,6 +371,56 @@ def test_phi_is_restored_bit_for_bit_even_after_a_failure() -> None:
     with pytest.raises(ValueError, match="lost"), perturbed(phi, torch.full_like(before, math.nan)):
         raise ValueError("lost")
     assert torch.equal(phi.detach(), before)
+
+
+def looked(setting: Setting, c: StepConfig, steps: int) -> tuple[list[Tensor], list[bool]]:
+    """The gradient of each step at the same phi, and whether it was perturbed."""
+    look, optimizer = LookSam(setting.lora.phi, c.perturb_every, c.reuse), torch.optim.SGD([setting.lora.phi], lr=1.0)
+    found, perturbed_in = [], []
+    for number in range(1, steps + 1):
+        with torch.no_grad():
+            setting.lora.phi.copy_(setting.start)
+        look.begin(number)
+        batch = cut(setting.edits, 6)
+        (log,) = corsa_step(setting.model, setting.lora.phi, batch, c, optimizer, 1e9, alone, look)
+        found.append(setting.start - setting.phi)
+        perturbed_in.append(log["sharpness"] is not None)
+    return found, perturbed_in
+
+
+def test_a_perturbation_in_every_step_is_the_exact_step_bit_for_bit(setting: Setting) -> None:
+    found, perturbed_in = looked(setting, config(rho=0.3), steps=2)
+    setting.phi.copy_(setting.start)
+    exact = setting.gradient(config(rho=0.3))
+    assert perturbed_in == [True, True]
+    for g in found:
+        assert torch.equal(g, exact)
+
+
+def test_between_perturbed_steps_what_was_orthogonal_to_the_gradient_is_added(setting: Setting) -> None:
+    """LookSAM, Algorithm 1, in float64: g_v = |g_s| sin(theta) along its direction, added at alpha |g|."""
+    c = config(rho=0.3, perturb_every=3, reuse=0.6)
+    found, perturbed_in = looked(setting, c, steps=4)
+    assert perturbed_in == [True, False, False, True]
+    g = literal_gradient(setting, setting.start, setting.edits, c).double()
+    sharp = literal_sharp_gradient(setting, setting.start, setting.edits, c).double()
+    g_v = sharp - (sharp @ g.T) / (g @ g.T) * g
+    expected = g + 0.6 * g.norm() / g_v.norm() * g_v
+    atol = 1e-4 * float(g.norm())
+    torch.testing.assert_close(found[0].double(), sharp, rtol=1e-3, atol=atol)
+    torch.testing.assert_close(found[1].double(), expected, rtol=1e-3, atol=atol)
+    torch.testing.assert_close(found[2], found[1], rtol=0, atol=0)
+    assert float((sharp - g).norm()) > 0.05 * float(g.norm()), "the perturbation changes nothing here"
+
+
+def test_a_perturbed_step_that_is_not_finite_leaves_what_is_used_again() -> None:
+    look = LookSam(torch.zeros(1, 2), 2, 0.5)
+    g = torch.tensor([[2.0, 0.0]])
+    look.keep(g, torch.tensor([[1.0, 3.0]]))
+    look.keep(g, torch.tensor([[math.nan, 1.0]]))
+    assert look.part.tolist() == [[0.0, 3.0]]
+    assert look.sharpened(g).tolist() == [[2.0, 1.0]]
+    assert look.sharpened(torch.zeros(1, 2)).tolist() == [[0.0, 0.0]]
 
 
 def test_the_second_gradient_is_taken_at_distance_rho_and_phi_comes_back(setting: Setting) -> None:

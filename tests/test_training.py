@@ -239,6 +239,26 @@ def test_an_interrupted_round_ends_as_an_undisturbed_one(
     assert without_seconds(resumed.curves) == without_seconds(undisturbed.curves)
 
 
+@pytest.mark.parametrize("at", [2, 5])
+def test_what_is_used_again_of_a_perturbed_step_is_in_the_checkpoint(
+    bench: Bench, alone: dict[str, Trained], tmp_path: Path, at: int
+) -> None:
+    """Steps 1, 4 and 7 are perturbed."""
+    config = ROUNDS["perturbed in every third step"]
+
+    def post(line: dict[str, Any]) -> None:
+        if line["step"] == at:
+            raise LostError
+
+    with pytest.raises(LostError):
+        bench.train(config, tmp_path, post=post, checkpoint_every=1)
+    resumed = bench.train(config, tmp_path)
+    undisturbed = alone["perturbed in every third step"]
+    assert torch.equal(resumed.phi, undisturbed.phi)
+    assert without_seconds(resumed.curves) == without_seconds(undisturbed.curves)
+    assert [row["step"] for row in resumed.curves if row["sharpness"] is not None] == [1, 4, 7]
+
+
 def test_a_finished_round_is_not_trained_again(bench: Bench, alone: dict[str, Trained], tmp_path: Path) -> None:
     first = bench.train(ROUNDS["corsa"], tmp_path)
     steps: list[Any] = []
@@ -316,10 +336,10 @@ def test_each_round_has_a_fresh_optimizer_with_the_stated_settings(
     seen: list[tuple[torch.optim.Optimizer, bool, float]] = []
 
     def spy(
-        model: Any, phi: Any, batch: Any, step: Any, optimizer: Any, clip: float, reduce: Any
+        model: Any, phi: Any, batch: Any, step: Any, optimizer: Any, clip: float, reduce: Any, look: Any
     ) -> list[dict[str, Any]]:
         seen.append((optimizer, bool(optimizer.state), clip))
-        return corsa_step(model, phi, batch, step, optimizer, clip, reduce)
+        return corsa_step(model, phi, batch, step, optimizer, clip, reduce, look)
 
     monkeypatch.setattr("corsa.training.loop.corsa_step", spy)
     for name in ("first", "second"):

@@ -161,6 +161,7 @@ ROUNDS = {
     "one perturbation per two edits": round_config(step={"scope": "microbatch", "microbatch": 2}),
     "sequential, summed over tokens": round_config(step={"pcgrad": "sequential", "reduction": "sequence"}),
     "lora": round_config(step={"lambda": 0.0, "rho": 0.0, "pcgrad": "off"}),
+    "perturbed in every third step": round_config(batch=3, step={"perturb_every": 3}),
 }
 
 

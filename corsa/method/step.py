@@ -19,7 +19,7 @@ from corsa.method.logprobs import Model, answer_logprobs
 from corsa.method.losses import dpo_loss, sft_loss
 from corsa.method.packing import NO_OLD_ANSWER, Rows
 from corsa.method.pcgrad import dot, merge
-from corsa.method.sam import perturbation, perturbed
+from corsa.method.sam import LookSam, perturbation, perturbed
 from corsa.method.together import Together
 
 Reduce = Callable[[Tensor], Tensor]
@@ -96,6 +96,7 @@ def corsa_step(
     optimizer: Optimizer,
     clip: float,
     reduce: Reduce,
+    look: LookSam | None = None,
 ) -> list[dict[str, Any]]:
     """Algorithm 1: one update of phi from one batch. Returns what the learning curves show, for each row of phi.
 
@@ -107,9 +108,10 @@ def corsa_step(
         optimizer: over phi alone; its learning rate, or that of each row, is already set.
         clip: the merged gradient is clipped to this norm.
         reduce: sums over workers.
+        look: perturb in some of the steps alone (`config.perturb_every`), with scope `step` and one adapter.
     """
     if config.scope == "step":  # e is made from the whole effective batch, over all workers and micro-batches
-        at_phi, at_peak, g = sharp_gradient(phi, lambda: gradients(model, phi, batch, config, reduce), config)
+        at_phi, at_peak, g = sharp_gradient(phi, lambda: gradients(model, phi, batch, config, reduce), config, look)
     else:  # e is made from each micro-batch, as the authors' trainer does; only the result is summed
         at_phi, at_peak, g = _microbatch_sharp_gradient(model, phi, batch, config, reduce)
     norm = torch.linalg.vector_norm(g, dim=-1, keepdim=True)  # (K, 1)
@@ -123,16 +125,21 @@ def corsa_step(
 
 
 def sharp_gradient(
-    phi: Tensor, gradients: Callable[[], Gradients], config: Setting
+    phi: Tensor, gradients: Callable[[], Gradients], config: Setting, look: LookSam | None = None
 ) -> tuple[Gradients, Gradients | None, Tensor]:
     """g_PC at phi + e (lines 3 to 9 of Algorithm 1); with rho = 0, g_PC at phi. Returns (at phi, at phi + e, g_PC)."""
     at_phi = gradients()
     g = reconcile(at_phi.g, config)
     if not config.sam:
         return at_phi, None, g
+    if look is not None and not look.due:
+        return at_phi, None, look.sharpened(g)
     with perturbed(phi, perturbation(g, config.rho, config.eps)):
         at_peak = gradients()
-    return at_phi, at_peak, reconcile(at_peak.g, config)
+    sharp = reconcile(at_peak.g, config)
+    if look is not None:
+        look.keep(g, sharp)
+    return at_phi, at_peak, sharp
 
 
 def reconcile(g: Tensor, config: Setting) -> Tensor:

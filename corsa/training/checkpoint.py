@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -17,6 +18,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from corsa.flow.store import DamagedError, Store
+from corsa.method.sam import LookSam
 from corsa.training.adamw import Moments
 from corsa.training.crew import Crew
 
@@ -74,8 +76,24 @@ def load_checkpoint(store: Store, path: str, phi: Tensor, optimizer: Moments, cr
     return position
 
 
+class WithLook:
+    """The state of an optimizer and of LookSAM, in one checkpoint."""
+
+    def __init__(self, optimizer: Moments, look: LookSam) -> None:
+        self._optimizer, self._look = optimizer, look
+
+    def moments(self) -> dict[str, Tensor]:
+        """The optimizer's, and what is used again of the last perturbed step."""
+        return self._optimizer.moments() | {"look": self._look.part}
+
+    def restore(self, moments: Mapping[str, Tensor]) -> None:
+        """Go on from there."""
+        self._look.part = moments["look"]
+        self._optimizer.restore({name: moment for name, moment in moments.items() if name != "look"})
+
+
 def _like(name: str, phi: Tensor) -> Tensor:
-    """AdamW keeps its moments in phi's shape and its step count as a scalar."""
+    """All but AdamW's step count is in phi's shape."""
     return torch.zeros((), dtype=torch.float32, device=phi.device) if name == "step" else torch.zeros_like(phi)
 
 

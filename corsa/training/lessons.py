@@ -81,7 +81,7 @@ def _notes(workshop: Workshop) -> dict[str, Any]:
 
 def trains_with(first: Task, other: Task) -> bool:
     """Whether two rounds can be trained together: they differ in lambda, beta, rho, learning rate and seed alone."""
-    if not all(type(task.config) is RoundConfig for task in (first, other)):
+    if not all(type(task.config) is RoundConfig and task.config.step.perturb_every == 1 for task in (first, other)):
         return False
     both = first.config.step.dpo and other.config.step.dpo  # without DPO there is nothing for PCGrad to do
 

@@ -18,11 +18,12 @@ from corsa.errors import CorsaError
 from corsa.flow.store import Store
 from corsa.identities import RoundConfig
 from corsa.method.packing import Triplet
+from corsa.method.sam import LookSam
 from corsa.method.schedule import learning_rate
 from corsa.method.step import corsa_step
 from corsa.method.together import Together
 from corsa.training.adamw import Moments, PackedAdamW, Stepping
-from corsa.training.checkpoint import Position, load_checkpoint, save_checkpoint
+from corsa.training.checkpoint import Position, WithLook, load_checkpoint, save_checkpoint
 from corsa.training.crew import Crew
 from corsa.training.notice import Notice
 from corsa.training.tokens import batch_order
@@ -41,7 +42,7 @@ CURVES = pa.schema(
         ("logp_old", pa.float64()),
         ("cosine", pa.float64()),  # of the two gradients; null without DPO
         ("conflict", pa.bool_()),
-        ("sharpness", pa.float64()),  # L(phi + e) - L(phi); null without SAM
+        ("sharpness", pa.float64()),  # L(phi + e) - L(phi); null where the step was not perturbed
         ("grad_norm", pa.float64()),
         ("learning_rate", pa.float64()),
         ("seconds", pa.float64()),
@@ -114,12 +115,16 @@ def train_together(
             "or give chains with as many updates"
         )
     optimizer, rows, kept = _optimizer(phi, crew, len(lessons))
+    look, step = None, lessons[0].config.step
+    if step.sam and step.perturb_every > 1:
+        look = LookSam(phi, step.perturb_every, step.reuse)
+        kept = [WithLook(state, look) for state in kept]  # of one round: such are not trained together
     with closing(optimizer):
         pupils = [
             _Pupil(lesson, row, state, load_checkpoint(*lesson.checkpoint, row, state, crew))
             for lesson, row, state in zip(lessons, rows, kept, strict=True)
         ]
-        _learn(pupils, triplets, loaded, workshop, optimizer, post, at_epoch)
+        _learn(pupils, triplets, loaded, workshop, optimizer, look, post, at_epoch)
     workshop.notes += [note for pupil in pupils for note in pupil.position.notes]
     return [pupil.outcome for pupil in pupils]
 
@@ -139,6 +144,7 @@ def _learn(
     loaded: Loaded,
     workshop: Workshop,
     optimizer: Stepping,
+    look: LookSam | None,
     post: Callable[[dict[str, Any]], None],
     at_epoch: AtEpoch,
 ) -> None:
@@ -171,7 +177,9 @@ def _learn(
                 for whole, parts in zip(chosen, own, strict=True)
             ]
             batch = workshop.batch(loaded, shares, unit)
-            logs = corsa_step(loaded.model, phi, batch, setting, optimizer, training.clip, crew.sum)
+            if look:
+                look.begin(number)
+            logs = corsa_step(loaded.model, phi, batch, setting, optimizer, training.clip, crew.sum, look)
             seconds = (time.monotonic() - start) / len(pupils)
             for pupil, log, group in zip(pupils, logs, optimizer.param_groups, strict=True):
                 if not group["waits"]:
