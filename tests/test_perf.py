@@ -95,6 +95,26 @@ def test_answers_are_those_of_transformers_own_loop(capsys: pytest.CaptureFixtur
     assert found["speedup"] == pytest.approx(found["probes_per_s"] / found["transformers_probes_per_s"])
 
 
+def test_mmlu_is_answered_alike_with_the_worked_examples_computed_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for part, questions in (("test", 6), ("dev", 5)):
+        for subject in ("anatomy", "virology", "sociology"):
+            file = tmp_path / part / f"{subject}_{part}.csv"
+            file.parent.mkdir(exist_ok=True)
+            rows = [
+                f"Which one of {subject} is number {i} of {part}?,one,two,three,four,{i % 4}" for i in range(questions)
+            ]
+            file.write_text("question,choice0,choice1,choice2,choice3,answer\n" + "\n".join(rows))
+    sizes = ("--limit", "4", "--subjects", "2", "--threads", "1", "--cpu-time")
+    found = measured(capsys, "mmlu", "--data", str(tmp_path), "--model", "random:tiny-llama", *sizes)
+    assert (found["questions"], found["subjects"]) == (8, 2)
+    assert found["different_answers"] == 0
+    assert found["largest_difference"] < 1e-4
+    assert found["tokens"] < 0.5 * found["recomputed_tokens"]  # four questions share their examples
+    assert found["speedup"] == pytest.approx(found["questions_per_s"] / found["recomputed_questions_per_s"])
+
+
 def test_a_file_becomes_an_epoch_of_batches(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rewrite = {
         "prompt": "{} is led by",

@@ -1,4 +1,4 @@
-"""`corsa perf step`, `evaluate`, `data` and `overhead`: what the parts of a run cost."""
+"""`corsa perf step`, `evaluate`, `mmlu`, `data` and `overhead`: what the parts of a run cost."""
 
 from __future__ import annotations
 
@@ -114,6 +114,49 @@ def evaluate(
     shown.print(table)
     shown.print(f"{found.speedup:.2f} times as fast, {found.different_answers} answers differ")
     shown.print(f"with log-probabilities and matching: {found.asked_rows_per_s:.1f} rows/s")
+
+
+@perf.command(name="mmlu")
+def mmlu(
+    data: Annotated[str, arg(metavar="FOLDER", help="MMLU's files, test/ and dev/")],
+    model: Model = "smollm2-135m",
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    limit: Annotated[int | None, arg(help="questions of each subject; default: all")] = None,
+    subjects: Annotated[int | None, arg(help="subjects, in alphabetical order; default: all")] = None,
+    repeats: Annotated[int, arg(help="times both ways are measured, in turn")] = 1,
+    threads: Threads = None,
+    cpu_time: CpuTime = False,
+    gpu: Annotated[bool, arg(help="run on the GPU")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Answer MMLU with the worked examples of a subject computed once, and computed anew for every question.
+
+    Example: corsa perf mmlu --data mmlu --subjects 3
+    """
+    from corsa.config import ModelConfig, Placement
+    from corsa.evaluation.mmlu import MmluQuestions, from_questions_table, read_mmlu
+    from corsa.perf.mmlu import measure_mmlu
+
+    found = measure_mmlu(
+        ModelConfig(name=model, dtype=dtype),
+        MmluQuestions(from_questions_table(read_mmlu(data, limit=limit)).subjects[:subjects]),
+        repeats=repeats,
+        placement=Placement(threads=threads, gpu=gpu),
+        cpu_time=cpu_time,
+        say=_say,
+    )
+    if as_json:
+        _print_json(found)
+        return
+    title = f"{found.questions} questions of {found.subjects} subjects on {found.model}, {found.dtype}, {found.device}"
+    table = _table(title, "questions/s")
+    table.add_row("worked examples computed once a subject", f"{found.questions_per_s:.2f}")
+    table.add_row("anew for every question", f"{found.recomputed_questions_per_s:.2f}")
+    shown = Console()
+    shown.print(table)
+    differ = f"{found.different_answers} answers differ, letters by {found.largest_difference:.1e} nats at most"
+    shown.print(f"{found.speedup:.2f} times as fast, {differ}")
+    shown.print(f"{found.tokens} tokens processed, anew {found.recomputed_tokens}")
 
 
 @perf.command(name="data")
