@@ -125,8 +125,9 @@ def test_a_file_becomes_an_epoch_of_batches(tmp_path: Path, capsys: pytest.Captu
     record = {"case_id": 7, "requested_rewrite": rewrite, "paraphrase_prompts": [], "neighborhood_prompts": []}
     file = tmp_path / "counterfact.json"
     file.write_text(json.dumps([record]))
-    found = measured(capsys, "data", "--data", str(file), "--edits", "50", "--batch", "8")
-    assert found["edits"] == 50
+    found = measured(capsys, "data", "--data", str(file), "--edits", "5000", "--batch", "64")
+    assert found["edits"] == 5000
+    assert 50 < found["memory_bytes_per_edit_tenfold"] < 1024
     assert found["padding_ratio"] >= 1.0
     assert found["table_bytes_per_edit"] > 4 * 10  # at least its token ids
     file.write_text("[]")

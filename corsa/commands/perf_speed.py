@@ -185,6 +185,8 @@ def data_stream(
     shown.print(table)
     shown.print(f"together {found.triplets_per_s:.0f} triplets/s; padding {found.padding_ratio:.3f}")
     shown.print(f"token table {found.table_bytes_per_edit:.0f} bytes an edit and worker")
+    tenfold = f"of ten times as many by {found.memory_bytes_per_edit_tenfold:.0f}"
+    shown.print(f"a process that takes it grows by {found.memory_bytes_per_edit:.0f} bytes an edit, {tenfold}")
 
 
 @perf.command(name="overhead")

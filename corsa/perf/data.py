@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +37,8 @@ class DataFigures:
     pack_s: float  # one epoch of batches, from the token table to padded rows with their masks
     triplets_per_s: float  # reading, tokenizing and packing together
     table_bytes_per_edit: float  # of the token table that each worker holds
+    memory_bytes_per_edit: float  # that a process grows by as it takes the table from shared memory, as a worker does
+    memory_bytes_per_edit_tenfold: float  # with ten times as many edits
     padding_ratio: float
     batch: int
     model: str
@@ -63,6 +69,7 @@ def measure_data(model: ModelConfig, file: Path, *, edits: int, batch: int) -> D
             processed += sum(rows.input_ids.numel() for rows in pack(whole))
             needed += sum(map(len, whole))
         times.append(time.perf_counter())
+        grown = [_growth(blocks, n, Path(folder)) for n in (1, 10)]
     read_s, tokenize_s, pack_s = np.diff(times).tolist()
     return DataFigures(
         edits=len(ids),
@@ -70,6 +77,8 @@ def measure_data(model: ModelConfig, file: Path, *, edits: int, batch: int) -> D
         tokenize_s=tokenize_s,
         pack_s=pack_s,
         triplets_per_s=len(ids) / (read_s + tokenize_s + pack_s),
+        memory_bytes_per_edit=grown[0],
+        memory_bytes_per_edit_tenfold=grown[1],
         table_bytes_per_edit=held / len(ids),
         padding_ratio=processed / needed,
         batch=batch,
@@ -94,3 +103,34 @@ def _tokenized(encoder: Encoder, table: pa.Table) -> pa.Table:
     """Rows of the reference table; its two columns are not computed here."""
     rows = token_rows(encoder, table.select(["id", "prompt", "target_new", "target_old"]).to_pylist())
     return pa.Table.from_pylist([row | {"reference_new": 0.0, "reference_old": 0.0} for row in rows], schema=REFERENCE)
+
+
+_WORKER = """
+import sys
+import pyarrow as pa
+from corsa.training.tokens import TokenTable
+
+def own():  # KiB: without what is mapped, as blocks of Ray's object store are
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("RssAnon"))
+
+file = pa.ipc.open_file(pa.memory_map(sys.argv[1]))
+blocks = [file.get_batch(i) for i in range(file.num_record_batches)]
+TokenTable([blocks[0].slice(0, 64)])  # what the first use loads
+before = own()
+table = TokenTable(blocks)
+print(1024 * (own() - before) / len(table))
+"""
+
+
+def _growth(blocks: Sequence[pa.Table], times: int, folder: Path) -> float:
+    """Bytes an edit that a process of its own grows by as it takes the table, `times` over, from shared memory."""
+    whole, path = pa.concat_tables(blocks), folder / "reference.arrow"
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, whole.schema) as writer:
+        for n in range(times):
+            ids = pa.array([f"{id_}/{n}" for id_ in whole["id"].to_pylist()])
+            writer.write_table(whole.set_column(0, whole.schema.field("id"), ids), max_chunksize=4096)
+    done = subprocess.run(
+        [sys.executable, "-c", _WORKER, str(path)], env=os.environ, capture_output=True, text=True, check=True
+    )
+    return float(done.stdout)
