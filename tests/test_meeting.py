@@ -1,0 +1,52 @@
+"""Where a group of workers listens, in a process of its own: what it changes of torch stays there."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+ALONE = """
+import json, os, sys
+import psutil, ray.util, torch
+import torch.distributed as dist
+from corsa.training.meeting import _listen_where_it_is_called
+
+ray.util.get_node_ip_address = lambda: sys.argv[1]
+
+def listening():
+    return sorted({c.laddr.ip for c in psutil.Process().net_connections() if c.status == psutil.CONN_LISTEN})
+
+_listen_where_it_is_called()
+dist.init_process_group("gloo", init_method="env://", rank=0, world_size=1)
+total = torch.ones(2)
+dist.all_reduce(total)
+during = listening()
+dist.destroy_process_group()
+print(json.dumps([during, listening(), total.tolist(), os.environ.get("NCCL_SOCKET_IFNAME")]))
+"""
+
+
+def listening(*, at: str, node: str) -> list[object]:
+    """What a group of one worker that meets at an address, on a node of that address, listens on."""
+    environment = os.environ | {"MASTER_ADDR": at, "MASTER_PORT": "0", "GLOO_SOCKET_IFNAME": "lo"}
+    if node.startswith("127."):
+        del environment["GLOO_SOCKET_IFNAME"]
+    ran = subprocess.run([sys.executable, "-c", ALONE, node], env=environment, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    return json.loads(ran.stdout.splitlines()[-1])
+
+
+def test_on_one_machine_nothing_listens_beyond_it() -> None:
+    during, after, total, interface = listening(at="127.0.0.1", node="127.0.0.1")
+    assert during == ["127.0.0.1"]
+    assert after == []
+    assert total == [1.0, 1.0]
+    assert interface == "lo"
+
+
+def test_on_several_the_store_listens_on_its_nodes_address_alone() -> None:
+    during, _, _, interface = listening(at="127.0.0.2", node="192.0.2.1")
+    assert during == ["127.0.0.1", "127.0.0.2"]  # gloo by the interface that it was told here, and the store
+    assert interface is None
