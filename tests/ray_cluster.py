@@ -153,7 +153,7 @@ def start(
 ) -> subprocess.Popen[str]:
     """`python PIPELINE ARGUMENTS` as a process, in the repository's root."""
     command = [sys.executable, pipeline, *map(str, arguments)]
-    return subprocess.Popen(
+    process = subprocess.Popen(
         command,
         cwd=ROOT,
         env=dict(environment),
@@ -162,6 +162,22 @@ def start(
         stderr=subprocess.PIPE,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # not ignored, as under nohup
     )
+    _STARTED.append(process)
+    return process
+
+
+_STARTED: list[subprocess.Popen[str]] = []
+
+
+def end_what_is_left() -> None:
+    """Kill the pipelines that a test has started and left running, as one that fails does: they take the next one's
+    cores.
+    """
+    for process in _STARTED:
+        if process.poll() is None:
+            process.kill()
+            process.communicate()
+    _STARTED.clear()
 
 
 def run(

@@ -42,7 +42,8 @@ from ray_nodes import Nodes, running_nodes
 
 from corsa.flow import Store
 
-pytestmark = [pytest.mark.long, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]  # the first test waits for the cluster and the shared run
+pytest_plugins = ["ray_fixtures"]
 
 ROUND = "world_facts/corsa/seed0/round1"
 TEACH = [
@@ -51,7 +52,7 @@ TEACH = [
     *("--workers", "2", "--placement.cpus", "0.7"),  # of which a node holds one
 ]
 OFTEN = ["--placement.checkpoint-every", "5"]
-STARTED = 90  # seconds until a round is under way
+STARTED = 180  # seconds until a round is under way
 SECRET = f"hf_{secrets.token_hex(16)}"
 
 
@@ -101,6 +102,14 @@ def test_the_dashboard_wants_the_token(nodes: Nodes) -> None:
         assert refused.value.code in (401, 403)
         let_in = {"Authorization": f"Bearer {nodes.environment['RAY_AUTH_TOKEN']}"}
         assert urllib.request.urlopen(urllib.request.Request(nodes.dashboard + path, headers=let_in)).status == 200
+
+
+def test_a_run_that_finds_no_room_stops_and_says_so(undisturbed: Run, nodes: Nodes, tmp_path: Path) -> None:
+    storage = copy_without(undisturbed, tmp_path, ROUND)
+    more = ["--workers", "9", "--placement.autoscale", "--placement.start-timeout", "5"]
+    stopped = run([*TEACH, *more, "--storage", storage], nodes.environment, status=1)
+    assert f"error: {ROUND}: the cluster had no room for 9 workers of 0.7 CPU for 5 s; it has " in stopped.out
+    assert "Traceback" not in stopped.out + stopped.err
 
 
 def test_a_run_outlives_the_loss_of_nodes(undisturbed: Run, nodes: Nodes, tmp_path: Path) -> None:
