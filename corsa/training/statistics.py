@@ -65,7 +65,7 @@ def _gathered(texts: list[str], config: StatisticsConfig, placement: Placement) 
     data = ray.data.from_items([{"text": text} for text in texts])
     arguments = (config.model, config.layers, placement)
     for row in map_with_model(data, Gather, arguments, placement, batch_size=TEXTS_PER_BATCH).iter_rows():
-        sums = {int(layer): torch.from_numpy(one) for layer, one in zip(row["layers"], row["sums"], strict=True)}
+        sums = {int(layer): torch.tensor(one) for layer, one in zip(row["layers"], row["sums"], strict=True)}
         part = KeyStatistics(sums, int(row["tokens"]))
         total = part if total is None else total + part
     return total
