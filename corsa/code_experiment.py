@@ -108,8 +108,10 @@ class _Domain:
             if experiment.humaneval
             else None
         )
-        self.benchmarks: tuple[tuple[Literal["updates", "humaneval"], Step | None], ...]
-        self.benchmarks = (("updates", self.updates), ("humaneval", self.humaneval))
+        self.benchmarks: dict[Literal["updates", "humaneval"], Step | None] = {
+            "updates": self.updates,
+            "humaneval": self.humaneval,
+        }
 
     def judged(self, name: str, problems: Step, answers: Step) -> Step:
         """The verdicts on answers."""
@@ -153,7 +155,7 @@ def code_report(experiment: CodeExperiment, command: str, published: Sequence[st
         for method in experiment.methods:
             edited[method] = None if method == "prepend" else chain(experiment, method, seed, facts, schedule)[0]
         for method, adapter in edited.items():
-            for benchmark, problems in domain.benchmarks:
+            for benchmark, problems in domain.benchmarks.items():
                 if problems is None or (method == "prepend" and benchmark == "humaneval"):
                     continue  # there is nothing to describe: it would be the base model again
                 name = f"{benchmark}/{method}/seed{seed}"

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 Model = Annotated[str, arg(help="alias, hub id, directory, or random:<architecture>")]
 Benchmark = Annotated[str, arg(help="where the edits are from")]
 Data = Annotated[str | None, arg(metavar="FILE", help="the benchmark's file; world_facts ships with the project")]
+Dtype = Literal["float32", "bfloat16"]
+Repeats = Annotated[int, arg(help="times both ways are measured, in turn")]
+Gpu = Annotated[bool, arg(help="run on the GPU")]
 Threads = Annotated[int | None, arg(help="CPU threads; default: the cores")]
 CpuTime = Annotated[bool, arg(help="count this process's CPU time: for a machine shared with other work")]
 AsJson = Annotated[bool, arg(name="json", help="print one JSON object, for a program to read")]
@@ -31,13 +34,13 @@ def step(
     model: Model = "smollm2-135m",
     benchmark: Benchmark = "world_facts",
     data: Data = None,
-    dtype: Literal["float32", "bfloat16"] = "float32",
+    dtype: Dtype = "float32",
     batch: Annotated[int, arg(help="edits of a step")] = 16,
     micro_batch: Annotated[int, arg(help="edits of a forward pass")] = 16,
     steps: Annotated[int, arg(help="measured steps of each kind, after one to warm up")] = 7,
     threads: Threads = None,
     cpu_time: CpuTime = False,
-    gpu: Annotated[bool, arg(help="run on the GPU")] = False,
+    gpu: Gpu = False,
     as_json: AsJson = False,
 ) -> None:
     """Time plain LoRA, CoRSA and the literal Algorithm 1 on the same batches, in turn.
@@ -81,12 +84,12 @@ def evaluate(
     model: Model = "smollm2-135m",
     benchmark: Benchmark = "world_facts",
     data: Data = None,
-    dtype: Literal["float32", "bfloat16"] = "float32",
+    dtype: Dtype = "float32",
     limit: Annotated[int, arg(help="facts whose probes are asked")] = 32,
-    repeats: Annotated[int, arg(help="times both ways are measured, in turn")] = 3,
+    repeats: Repeats = 3,
     threads: Threads = None,
     cpu_time: CpuTime = False,
-    gpu: Annotated[bool, arg(help="run on the GPU")] = False,
+    gpu: Gpu = False,
     as_json: AsJson = False,
 ) -> None:
     """Answer probes as a round does, and by transformers.generate in padded batches of 32.
@@ -120,13 +123,13 @@ def evaluate(
 def mmlu(
     data: Annotated[str, arg(metavar="FOLDER", help="MMLU's files, test/ and dev/")],
     model: Model = "smollm2-135m",
-    dtype: Literal["float32", "bfloat16"] = "float32",
+    dtype: Dtype = "float32",
     limit: Annotated[int | None, arg(help="questions of each subject; default: all")] = None,
     subjects: Annotated[int | None, arg(help="subjects, in alphabetical order; default: all")] = None,
-    repeats: Annotated[int, arg(help="times both ways are measured, in turn")] = 1,
+    repeats: Repeats = 1,
     threads: Threads = None,
     cpu_time: CpuTime = False,
-    gpu: Annotated[bool, arg(help="run on the GPU")] = False,
+    gpu: Gpu = False,
     as_json: AsJson = False,
 ) -> None:
     """Answer MMLU with the worked examples of a subject computed once, and computed anew for every question.
