@@ -19,7 +19,7 @@ check: $(VENV)/.test
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
-test-fast: $(VENV)/.test   ## without Ray, about a minute
+test-fast: $(VENV)/.test   ## without Ray, about two minutes on 2 cores
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile -m "not ray and not long"
 
 test-ray: $(VENV)/.test    ## on a local Ray cluster, with real processes
