@@ -116,7 +116,7 @@ def wait_until(condition: Callable[[], object], seconds: float, what: str) -> No
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, f"{what} did not come about within {seconds:g} s"
-        time.sleep(0.02)
+        time.sleep(0.1)  # a look through all processes takes a core's time from what is waited for
 
 
 # Pipelines as processes

@@ -115,7 +115,8 @@ def test_mmlu_is_answered_alike_with_the_worked_examples_computed_once(
     assert found["speedup"] == pytest.approx(found["questions_per_s"] / found["recomputed_questions_per_s"])
 
 
-def test_a_file_becomes_an_epoch_of_batches(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def one_counterfact_record(folder: Path) -> Path:
+    """A counterfact.json of one record."""
     rewrite = {
         "prompt": "{} is led by",
         "subject": "Acme",
@@ -123,10 +124,16 @@ def test_a_file_becomes_an_epoch_of_batches(tmp_path: Path, capsys: pytest.Captu
         "target_true": {"str": "Grace Murray"},
     }
     record = {"case_id": 7, "requested_rewrite": rewrite, "paraphrase_prompts": [], "neighborhood_prompts": []}
-    file = tmp_path / "counterfact.json"
+    file = folder / "counterfact.json"
     file.write_text(json.dumps([record]))
+    return file
+
+
+def test_a_file_becomes_an_epoch_of_batches(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = one_counterfact_record(tmp_path)
     found = measured(capsys, "data", "--data", str(file), "--edits", "5000", "--batch", "64")
     assert found["edits"] == 5000
+    assert found["first_batch_s"] is None  # no cluster was asked for
     assert 50 < found["memory_bytes_per_edit_tenfold"] < 1024
     assert found["padding_ratio"] >= 1.0
     assert found["table_bytes_per_edit"] > 4 * 10  # at least its token ids

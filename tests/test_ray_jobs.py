@@ -12,6 +12,8 @@ from typing import Any
 import pandas as pd
 import pytest
 from ray_cluster import LIMIT, PIPELINE, ROOT, Cluster, plain_environment, records, run
+from test_perf import one_counterfact_record
+from test_ray_edit import corsa
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]  # the first test waits for the cluster and the shared run
 pytest_plugins = ["ray_fixtures"]
@@ -98,3 +100,12 @@ def test_a_bad_record_in_a_persons_file_stops_the_run_before_a_cluster_is_asked_
     assert "target_new" in refused.out
     assert "Traceback" not in refused.out + refused.err
     assert "dashboard" not in refused.out
+
+
+def test_a_worker_takes_the_first_batch_of_a_file(cluster: Cluster, tmp_path: Path) -> None:
+    words = ["perf", "data", "--data", one_counterfact_record(tmp_path), "--model", "random:tiny-llama"]
+    done = corsa(tmp_path, cluster, *words, "--edits", "300", "--cluster", "--json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(done.stdout)
+    assert found["edits"] == 300
+    assert 0 < found["first_batch_s"] < LIMIT

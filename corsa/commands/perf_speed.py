@@ -168,16 +168,19 @@ def data_stream(
     model: Model = "smollm2-135m",
     edits: Annotated[int, arg(help="records of the file that is made")] = 21919,
     batch: Annotated[int, arg(help="edits of a batch")] = 16,
+    cluster: Annotated[
+        bool, arg(help="also take the first batch in a worker, on RAY_ADDRESS or a local cluster")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Time the way from a file of edits to batches: reading, tokenizing, packing; and weigh the token table.
 
-    Example: corsa perf data --data counterfact.json
+    Example: corsa perf data --data counterfact.json --cluster
     """
     from corsa.config import ModelConfig
     from corsa.perf.data import measure_data
 
-    found = measure_data(ModelConfig(name=model), Path(data), edits=edits, batch=batch)
+    found = measure_data(ModelConfig(name=model), Path(data), edits=edits, batch=batch, cluster=cluster)
     if as_json:
         _print_json(found)
         return
@@ -190,6 +193,8 @@ def data_stream(
     shown.print(f"token table {found.table_bytes_per_edit:.0f} bytes an edit and worker")
     tenfold = f"of ten times as many by {found.memory_bytes_per_edit_tenfold:.0f}"
     shown.print(f"a process that takes it grows by {found.memory_bytes_per_edit:.0f} bytes an edit, {tenfold}")
+    if found.first_batch_s is not None:
+        shown.print(f"first batch in a worker {found.first_batch_s:.1f} s after a cluster that is up was asked for it")
 
 
 @perf.command(name="overhead")

@@ -1,4 +1,6 @@
-"""How fast a file of edits becomes batches, and what the token table of a worker holds in memory."""
+"""How fast a file of edits becomes batches, what the token table of a worker holds in memory, and how soon the first
+batch is in a worker of a cluster that is up.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +13,18 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
+from rich.console import Console
 
 from corsa.benchmarks import read
-from corsa.config import ModelConfig
+from corsa.config import ModelConfig, Placement
 from corsa.edits import to_table
 from corsa.errors import CorsaError
+from corsa.flow.cluster import connect, disconnect
 from corsa.method.packing import pack
 from corsa.models.encoding import Encoder
 from corsa.models.loading import load_tokenizer
@@ -42,13 +48,21 @@ class DataFigures:
     padding_ratio: float
     batch: int
     model: str
+    first_batch_s: float | None  # from a cluster that is up and the table on disk to the first batch in a worker
 
 
-def measure_data(model: ModelConfig, file: Path, *, edits: int, batch: int) -> DataFigures:
+def measure_data(model: ModelConfig, file: Path, *, edits: int, batch: int, cluster: bool = False) -> DataFigures:
     """Make `edits` records of a CounterFact file, new ids where they repeat, and turn them into an epoch of batches.
 
+    Args:
+        model: whose tokenizer and template.
+        file: a published counterfact.json.
+        edits: how many records are made of it.
+        batch: edits of a batch.
+        cluster: also take the first batch in a Ray Train worker, on the cluster of RAY_ADDRESS or one started here.
+
     Raises:
-        CorsaError: the file is not a list of CounterFact records.
+        CorsaError: the file is not a list of CounterFact records, or the cluster cannot be reached.
     """
     encoder = Encoder(load_tokenizer(model), model.template)
     encoder.prompts(["the first call loads what the tokenizer needs"])
@@ -70,6 +84,7 @@ def measure_data(model: ModelConfig, file: Path, *, edits: int, batch: int) -> D
             needed += sum(map(len, whole))
         times.append(time.perf_counter())
         grown = [_growth(blocks, n, Path(folder)) for n in (1, 10)]
+        first_batch_s = _first_batch(blocks, ids, batch, Path(folder)) if cluster else None
     read_s, tokenize_s, pack_s = np.diff(times).tolist()
     return DataFigures(
         edits=len(ids),
@@ -83,7 +98,32 @@ def measure_data(model: ModelConfig, file: Path, *, edits: int, batch: int) -> D
         padding_ratio=processed / needed,
         batch=batch,
         model=model.name,
+        first_batch_s=first_batch_s,
     )
+
+
+def _first_batch(blocks: Sequence[pa.Table], ids: Sequence[str], batch: int, folder: Path) -> float:
+    """Seconds until a group of one worker is up, has the reference table through Ray Data, and has packed a batch."""
+    pq.write_table(pa.concat_tables(blocks), folder / "reference.parquet")
+    connect(Console(stderr=True))
+    try:
+        began = time.time()
+        from corsa.training.group import in_group
+
+        first = [ids[i] for i in batch_order(len(ids), batch, seed=0, round_=1, epoch=0)[0]]
+        tables = {"reference": str(folder / "reference.parquet")}
+        return in_group(_take_batch, {"ids": first}, Placement(), str(folder), tables) - began
+    finally:
+        disconnect()
+
+
+def _take_batch(config: dict[str, Any]) -> float:
+    """On the worker: the moment (seconds since 1970) at which the batch is packed."""
+    from corsa.training.rounds import streamed_table
+
+    table = streamed_table("reference")
+    pack([table.triplet(id_) for id_ in config["ids"]])
+    return time.time()
 
 
 def _repeated(file: Path, edits: int, folder: Path) -> Path:

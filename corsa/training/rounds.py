@@ -36,16 +36,19 @@ def run(tasks: list[Task], progress: Progress) -> dict[str, str]:
 
 def work(config: dict[str, Any]) -> dict[str, str]:
     """What each Ray Train worker runs: the stream into token tables, then the rounds."""
-    from ray.train import get_dataset_shard
-
     tasks: list[Task] = config["tasks"]
     placement: Placement = tasks[0].placement
     crew = Crew.join(placement)
-    tables = {}
-    for name in config["tables"]:
-        shard: Any = get_dataset_shard(name)
-        tables[name] = TokenTable(shard.iter_batches(batch_size=4096, batch_format="pyarrow"))
+    tables = {name: streamed_table(name) for name in config["tables"]}
     return take_rounds(tasks, Workshop(crew, placement, tables), config["progress"])
+
+
+def streamed_table(name: str) -> TokenTable:
+    """The reference table that the group streams under this name, on one of its workers."""
+    from ray.train import get_dataset_shard
+
+    shard: Any = get_dataset_shard(name)
+    return TokenTable(shard.iter_batches(batch_size=4096, batch_format="pyarrow"))
 
 
 def take_rounds(tasks: Sequence[Task], workshop: Workshop, progress: Progress) -> dict[str, str]:
