@@ -7,20 +7,25 @@ PYTHON ?= python3
 BIN = $(VENV)/bin
 PIP = $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
 
-.PHONY: demo test check test-fast test-ray test-long links clean
+.PHONY: demo test check test-fast test-process test-ray test-long links clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python pipelines/continual.py
 
-test: check test-fast test-ray
+test: check test-fast test-process test-ray
 
 check: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
-test-fast: $(VENV)/.test   ## without Ray, about two minutes on 2 cores
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile -m "not ray and not long"
+SPREAD = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
+
+test-fast: $(VENV)/.test   ## in one process each, without Ray: about a minute on 2 cores
+	$(SPREAD) -m "not process and not ray and not long"
+
+test-process: $(VENV)/.test   ## with servers, drivers, browsers and sandboxes, without Ray: about a minute
+	$(SPREAD) -m "process and not ray and not long"
 
 test-ray: $(VENV)/.test    ## on a local Ray cluster, with real processes
 	$(BIN)/python -m pytest -m ray

@@ -15,6 +15,8 @@ import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.runtime_env import RuntimeEnv
 
+pytestmark = pytest.mark.process
+
 ROOT = Path(__file__).parents[1]
 CLUSTER = ROOT / "cluster"
 PINNED = dict(

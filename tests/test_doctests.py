@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.process
+
 MODULES = (
     "corsa.errors",
     "corsa.edits",

@@ -19,6 +19,8 @@ from flow_steps import ADD, diamond, execute, step
 from corsa.flow import Store
 from corsa.flow.lease import STALE, Holder, Leases
 
+pytestmark = pytest.mark.process
+
 NAMES = ["base", "left", "right", "round/1", "round/2", "round/3"]
 
 

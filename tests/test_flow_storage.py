@@ -18,6 +18,8 @@ from corsa.flow import Store
 from corsa.flow.files import Files
 from corsa.flow.lease import Leases
 
+pytestmark = pytest.mark.process
+
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Bucket]:

@@ -7,6 +7,10 @@ import os
 import subprocess
 import sys
 
+import pytest
+
+pytestmark = pytest.mark.process
+
 ALONE = """
 import json, os, sys
 import psutil, ray.util, torch

@@ -129,6 +129,7 @@ def one_counterfact_record(folder: Path) -> Path:
     return file
 
 
+@pytest.mark.process
 def test_a_file_becomes_an_epoch_of_batches(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = one_counterfact_record(tmp_path)
     found = measured(capsys, "data", "--data", str(file), "--edits", "5000", "--batch", "64")

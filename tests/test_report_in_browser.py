@@ -16,6 +16,8 @@ from synthetic_run import RUN, curves, predictions
 from corsa.evaluation.metrics import compute
 from corsa.report.page import write_report
 
+pytestmark = pytest.mark.process
+
 READY = "const data = document.documentElement.dataset; return data.drawn === 'yes' && data.listed === 'yes'"
 
 

@@ -13,6 +13,8 @@ import pytest
 
 from corsa.evaluation.sandbox.slot import Engine, Limits, Program, Sandbox, SandboxError, available, engine
 
+pytestmark = pytest.mark.process
+
 TESTS = "def test_twice():\n    assert twice(21) == 42\n"
 RIGHT = "def twice(x):\n    return 2 * x\n"
 LIMITS = Limits(wall_s=3.0, cpu_s=2, memory=256 << 20, processes=24)

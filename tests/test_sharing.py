@@ -27,6 +27,8 @@ from corsa.evaluation.metrics import compute
 from corsa.line import Update
 from corsa.report.trackers import track
 
+pytestmark = pytest.mark.process
+
 
 def tracked(where: str) -> str:
     table = predictions(chains=4)

@@ -127,6 +127,7 @@ def test_workers_share_a_batch_out_and_nothing_twice(scope: str) -> None:
 # One process and two
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("name", ROUNDS)
 def test_one_and_two_workers_end_with_the_same_adapter(
     name: str, alone: dict[str, Trained], found: list[dict[str, Any]], bench: Bench
