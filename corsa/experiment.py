@@ -280,7 +280,9 @@ def _statistics(experiment: Experiment, taught: Facts) -> Step:
         model=pin(experiment.model), layers=experiment.memit.layers, corpus=_corpus_digest(corpus) if corpus else None
     )
     place = StatisticsPlace(**dict(experiment.placement), corpus=corpus)
-    return Step(f"statistics/{taught.name}", STATISTICS, config, {"edits": taught.edits}, place)
+    # A named corpus stands for itself: whichever benchmark is taught, its statistics are gathered once.
+    name, inputs = (Path(corpus).stem, {}) if corpus else (taught.name, {"edits": taught.edits})
+    return Step(f"statistics/{name}", STATISTICS, config, inputs, place)
 
 
 def _corpus_digest(path: str) -> str:
