@@ -433,3 +433,13 @@ def test_an_exact_step_has_the_identity_it_would_have_without_the_approximation(
     assert STEPS["corsa-published"](approximate) == STEPS["corsa-published"](StepConfig())
     with pytest.raises(ValidationError, match="set scope step, or perturb_every 1"):
         StepConfig(perturb_every=2, scope="microbatch")
+
+
+def test_the_key_statistics_of_a_named_corpus_rest_on_no_benchmark(tmp_path: Path) -> None:
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text("one text\n")
+    memit = ["--methods", "memit", "--limit"]
+    name, own = "statistics/corpus", "statistics/world_facts-x3"
+    eight, nine = (steps(*memit, limit, "--memit.corpus", str(corpus))[name] for limit in ("8", "9"))
+    assert eight.fingerprint == nine.fingerprint
+    assert steps(*memit, "8")[own].fingerprint != steps(*memit, "9")[own].fingerprint
