@@ -30,7 +30,7 @@ test-process: $(VENV)/.test   ## with servers, drivers, browsers and sandboxes, 
 test-ray: $(VENV)/.test    ## on a local Ray cluster, with real processes
 	$(BIN)/python -m pytest -m ray
 
-test-long: $(VENV)/.test   ## every experiment of the paper on a tiny model, MMLU beside its harness: a target of its own
+test-long: $(VENV)/.test   ## experiments, faults, ZeRO stages on tiny models, MMLU beside its harness: not in `test`
 	$(PIP) -e '.[harness]'
 	$(BIN)/python -m pytest -m long
 

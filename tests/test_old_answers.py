@@ -11,7 +11,7 @@ from test_line import drafts
 
 from corsa.config import ModelConfig
 from corsa.errors import CorsaError
-from corsa.evaluation.controls import changes, controls, judged
+from corsa.evaluation.controls import changes, controls, judged, told
 from corsa.evaluation.old_answers import old_answers
 from corsa.models.encoding import Encoder
 from corsa.models.loading import load_model
@@ -75,3 +75,9 @@ def test_controls_count_what_changed() -> None:
     assert (found["questions"], found["right_before"], found["right_now"], found["same"]) == (40, 40, 39, 39)
     (change,) = found["changed"]
     assert change == {"question": questions[0].question, "before": right[0], "now": "Ada Byron", "right": False}
+    assert told(found)[0].startswith("Everyday questions: 39 of 40 right, before the edits 40;")
+    assert len(told(found)) == 2
+
+    lost = told(changes(base, judged(["Ada Byron"] * 21 + right[21:])))
+    assert "lower --training.learning-rate" in lost[1]
+    assert len(lost) == 2 + 5

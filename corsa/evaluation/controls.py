@@ -69,13 +69,20 @@ def changes(base: list[dict[str, Any]], edited: list[dict[str, Any]]) -> dict[st
 
 
 def told(found: dict[str, Any] | None) -> list[str]:
-    """The changes in a sentence, and up to five questions that lost or gained the right answer."""
+    """The changes in a sentence, what to do where more than half is lost, and up to five questions that lost or gained
+    the right answer.
+    """
     if found is None:
         return []
     lines = [
         f"Everyday questions: {found['right_now']} of {found['questions']} right, before the edits "
         f"{found['right_before']}; {found['same']} answered as before."
     ]
+    if 2 * found["right_now"] < found["right_before"]:
+        lines.append(
+            "More than half of that is lost: fewer --training.epochs or a lower --training.learning-rate change less, "
+            "and teach less; a larger model bears more."
+        )
     for change in found["changed"][:5]:
         was = "Now right" if change["right"] else "No longer right"
         before, now = (short(change[key]) for key in ("before", "now"))
