@@ -24,7 +24,7 @@ from corsa.flow.task import Task
 from corsa.identities import JoinedConfig
 from corsa.report.answers import folded_answers
 from corsa.report.dag import Dag
-from corsa.report.findings import findings, summary
+from corsa.report.findings import findings, shown, summary
 from corsa.report.layout import write_page
 from corsa.report.page import Scenario, write_paper, write_report
 from corsa.report.tables import summary_table
@@ -291,3 +291,8 @@ def test_a_real_gain_is_reported_with_its_numbers() -> None:
     assert summary(metrics).startswith(
         "60 facts were taught over 3 rounds of edits, and paraphrases of them were asked"
     )
+
+
+def test_an_interval_never_begins_at_minus_zero() -> None:
+    assert shown({"value": 0.1, "low": -1e-17, "high": 0.2}, "points") == ("10.0 pt", "0.0–20.0")
+    assert shown({"value": -1e-17, "low": -0.2, "high": 0.1}, "points") == ("0.0 pt", "-20.0 to 10.0")

@@ -54,10 +54,13 @@ def shown(entry: dict[str, Any], unit: str) -> tuple[str, str]:
     if entry["value"] is None:
         return "–", ""
     scale, suffix = (1, " nats") if unit == "nats" else (100, " pt" if unit == "points" else " %")
-    value = f"{round(scale * entry['value'], 1) + 0.0:.1f}{suffix}"  # + 0.0: never "-0.0"
-    if entry["low"] is None:
+    numbers = {
+        key: round(scale * entry[key], 1) + 0.0 for key in ("value", "low", "high") if entry[key] is not None
+    }  # + 0.0: never "-0.0"
+    value = f"{numbers['value']:.1f}{suffix}"
+    if "low" not in numbers:
         return value, ""
-    return value, f"{scale * entry['low']:.1f}{' to ' if entry['low'] < 0 else '–'}{scale * entry['high']:.1f}"
+    return value, f"{numbers['low']:.1f}{' to ' if numbers['low'] < 0 else '–'}{numbers['high']:.1f}"
 
 
 def findings(metrics: dict[str, Any]) -> list[str]:
