@@ -80,8 +80,8 @@ def told(found: dict[str, Any] | None) -> list[str]:
     ]
     if 2 * found["right_now"] < found["right_before"]:
         lines.append(
-            "More than half of that is lost: fewer --training.epochs or a lower --training.learning-rate change less, "
-            "and teach less; a larger model bears more."
+            "More than half of that is lost: try fewer --training.epochs, or a lower --training.learning-rate, and see "
+            "that the facts still take."
         )
     for change in found["changed"][:5]:
         was = "Now right" if change["right"] else "No longer right"
