@@ -1,4 +1,6 @@
-"""Generation, greedy or drawn: batched by prompt length, each answer leaves the batch as soon as it ends."""
+"""Generation, greedy or drawn: batched by prompt length, common beginnings computed once; each answer leaves the batch
+as soon as it ends.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers import DynamicCache
+
+from corsa.evaluation.prefixes import batches, begin
 
 
 @lru_cache(maxsize=1)  # every round of a worker asks with the same tokenizer
@@ -44,7 +48,8 @@ def generate(
         prompts: token ids, each at least one.
         stops: (V,) bool, tokens that end an answer.
         new_tokens: bound on an answer's length, tokens.
-        batch: prompts generated together; neighbours in length share a batch, so little is padded.
+        batch: prompts generated together; neighbours in length share a batch, so little is padded, and
+            prompts that begin alike, so that their beginning is computed once.
         device: where the model is.
     """
     return _generate(model, prompts, stops, new_tokens, batch, device, lambda logits, alive, step: logits.argmax(-1))
@@ -95,27 +100,26 @@ def _generate(
     choose: Choose,
 ) -> list[list[int]]:
     outputs: list[list[int]] = [[] for _ in prompts]
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     stops = stops.to(device)
-    for start in range(0, len(order), batch):
-        _generate_batch(model, prompts, order[start : start + batch], outputs, stops, new_tokens, device, choose)
+    for together in batches(prompts, batch):
+        _generate_batch(model, prompts, together, outputs, stops, new_tokens, device, choose)
     return outputs
 
 
 def _generate_batch(
     model: Any,
     prompts: Sequence[Sequence[int]],
-    alive: list[int],
+    together: Sequence[Sequence[int]],
     outputs: list[list[int]],
     stops: Tensor,
     new_tokens: int,
     device: torch.device | str,
     choose: Choose,
 ) -> None:
-    width = max(len(prompts[i]) for i in alive)
-    ids = torch.tensor([[0] * (width - len(prompts[i])) + list(prompts[i]) for i in alive], device=device)
-    seen = torch.tensor([[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in alive], device=device)
     cache = DynamicCache(config=model.config)
+    asked = [[prompts[i] for i in family] for family in together]
+    ids, seen = begin(model, cache, asked, new_tokens=new_tokens, device=device)
+    alive = [i for family in together for i in family]
     for step in range(new_tokens):
         positions = (seen.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         logits = model(

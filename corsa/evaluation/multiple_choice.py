@@ -7,7 +7,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
 from typing import Any
 
 import pyarrow as pa
@@ -17,6 +16,7 @@ from transformers import DynamicCache
 
 from corsa.errors import CorsaError
 from corsa.evaluation.mmlu import LETTERS, MmluQuestions, Subject
+from corsa.evaluation.prefixes import common
 
 ANSWERS = pa.schema(
     [
@@ -124,7 +124,7 @@ class MultipleChoice:
     def _scores(self, prompts: Sequence[list[int]], letters: Tensor) -> Tensor:
         """Log p of each letter after each prompt, in nats: (prompts, 4), float32."""
         # Split between tokens of the whole prompts: examples and question tokenized apart may differ at the seam.
-        shared = _common(prompts) if self.share else 0
+        shared = common(prompts) if self.share else 0
         prefix = DynamicCache(config=self.model.config)
         if shared:
             ids = torch.tensor([prompts[0][:shared]], device=self.device)
@@ -155,9 +155,3 @@ class MultipleChoice:
                 rows = []
             rows.append(i)
         yield rows
-
-
-def _common(prompts: Sequence[list[int]]) -> int:
-    """Tokens at the beginning that all prompts have in common; each keeps at least one of its own."""
-    alike = takewhile(lambda tokens: len(set(tokens)) == 1, zip(*prompts, strict=False))
-    return min(sum(1 for _ in alike), min(map(len, prompts)) - 1)

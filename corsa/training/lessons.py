@@ -280,7 +280,9 @@ def _write_programs(task: Task, workshop: Workshop, post: Post) -> dict[str, Any
     problems = [row for row in table.to_pylist() if row["part"] == "asked"]
     loaded = workshop.open(config, ())
     post({"phase": "evaluating"})
-    own = [(i, n) for i in range(len(problems)) for n in range(how.samples)][crew.rank :: crew.size]
+    every = [(i, n) for i in range(len(problems)) for n in range(how.samples)]
+    share = -(-len(every) // crew.size)  # in a row: the samples of one problem have their prompt in common
+    own = every[crew.rank * share :][:share]
     tokenizer = loaded.encoder.tokenizer
     described = [f"{p['described']}\n\n{p['prompt']}" if config.described else p["prompt"] for p in problems]
     with _edited(task, loaded, crew), crew.in_step(loaded.model):
