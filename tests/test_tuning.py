@@ -13,11 +13,14 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
 from corsa.commandline import configure
+from corsa.edits import Edit, Probe, to_table
 from corsa.errors import CorsaError
 from corsa.experiment import Experiment
 from corsa.flow import Store
 from corsa.tuning.space import Domain, Space, applied, default_setting, grid, label, with_default
 from corsa.tuning.study import SweepStudy
+from corsa.tuning.sweep import refuse_what_is_not_asked
+from tune.sweep import Sweep
 
 
 def domains(*, grid: bool = False, **space: str) -> dict[str, Domain]:
@@ -68,6 +71,31 @@ def test_an_unknown_field_of_a_space_file_is_refused_with_the_nearest(tmp_path: 
     (tmp_path / "space.yaml").write_text(yaml.safe_dump({"roh": "0.1:1"}))
     with pytest.raises(CorsaError, match="did you mean 'rho'"):
         configure(Space(), ["--config", str(tmp_path / "space.yaml")], program="x", description="")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"objectives": ["generalty"]}, "unknown metric 'generalty'"),
+        ({"objectives": ["forgetting"]}, "no trial would report forgetting: it needs a later round; add --rounds 2"),
+        ({"objectives": ["agreement"]}, "no trial would report agreement"),
+        ({"objectives": []}, "name one of --objectives"),
+        ({"objectives": ["generality", "margin"], "stop": "asha"}, "--stop needs one objective"),
+    ],
+)
+def test_a_metric_that_no_trial_reports_is_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(CorsaError) as refused:
+        Sweep.model_validate(change).checked()
+    assert message in str(refused.value)
+
+
+def test_a_metric_of_probes_that_the_edits_lack_is_refused() -> None:
+    probes = (Probe(kind="edit", prompts=("Where?",), answer="here", aliases=()),)
+    edit = Edit(id="a", chain="a", round=1, prompt="Where?", target_new="here", target_old="there", probes=probes)
+    edits = to_table([edit])
+    refuse_what_is_not_asked(["efficacy", "margin"], edits)
+    with pytest.raises(CorsaError, match="no trial would report multihop: these edits have no multihop probes"):
+        refuse_what_is_not_asked(["efficacy", "multihop"], edits)
 
 
 def test_zero_stands_below_the_log_scale() -> None:

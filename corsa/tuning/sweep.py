@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ def run(task: Task) -> dict[str, Any]:
     experiment = Experiment.model_validate({**config.experiment, "placement": placement})
     inputs = task.step.inputs
     taught = Facts(inputs["edits"].name.removeprefix("edits/"), inputs["edits"], inputs["reference"])
-    _refuse_what_is_not_asked(config, pq.read_table(task.inputs["edits"].local("edits.parquet")))
+    refuse_what_is_not_asked(config.objectives, pq.read_table(task.inputs["edits"].local("edits.parquet")))
     default = default_setting(experiment, {name: Domain.read(name, text) for name, text in config.space.items()})
     domains = with_default({name: Domain.read(name, text) for name, text in config.space.items()}, default)
     study = SweepStudy(
@@ -148,10 +149,10 @@ def rows_by(rows: list[dict[str, Any]], number: int) -> dict[str, Any]:
     return next(row for row in rows if row["trial"] == number)
 
 
-def _refuse_what_is_not_asked(config: SweepConfig, edits: Any) -> None:
+def refuse_what_is_not_asked(objectives: Sequence[str], edits: Any) -> None:
     """Raises `CorsaError` before any trial where the data has nothing that an objective counts."""
     kinds = {probe.kind for edit in from_table(edits) for probe in edit.probes}
-    for name in config.objectives:
+    for name in objectives:
         of = METRICS[name].of
         if of in ("paraphrase", "multihop", "neighbor") and of not in kinds:
             raise CorsaError(
