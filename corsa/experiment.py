@@ -7,9 +7,8 @@ here imports torch or ray: a scenario is planned before either is needed.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from dataclasses import field as dataclass_field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -35,22 +34,18 @@ from corsa.evaluation import mmlu
 from corsa.flow import Kind, Step
 from corsa.identities import (
     AskingConfig,
-    Axis,
     EditsConfig,
     EditsPlace,
     FLearningRoundConfig,
-    JoinedConfig,
     MemitRoundConfig,
     MergeConfig,
     PartConfig,
     QuestionsConfig,
     QuestionsPlace,
     ReferenceConfig,
-    ReportConfig,
     RoundConfig,
     RoundsConfig,
     RoutingConfig,
-    Shown,
     SpecificityConfig,
     StatisticsConfig,
     StatisticsPlace,
@@ -58,7 +53,6 @@ from corsa.identities import (
     SweepPlace,
 )
 from corsa.models.registry import pin
-from corsa.report.findings import HEADLINES
 
 EDITS = Kind("edits", "corsa.steps:read_edits", version=2)
 PART = Kind("part", "corsa.steps:take_part", version=1)
@@ -70,7 +64,6 @@ ROUND = Kind("round", "corsa.training.rounds:run", version=1, on_cluster=True, t
 MERGE = Kind("merge", "corsa.steps:merge_adapters", version=1)
 REPORT = Kind("report", "corsa.steps:make_report", version=2)
 SWEEP = Kind("sweep", "corsa.tuning.sweep:run", version=1, on_cluster=True)
-PAPER = Kind("report", "corsa.steps:join_reports", version=2)
 SCALING = Kind("report", "corsa.scaling:join_sizes", version=1)
 
 
@@ -380,62 +373,6 @@ def swept(
 
 
 ROUTERS = ("prompt", "embedding", "oracle")
-
-
-@dataclass
-class Page:
-    """What one report shows; `add` collects the answers."""
-
-    scenario: str
-    headlines: Sequence[str] = HEADLINES
-    published: Sequence[str] = ()
-    compare_with: str | None = None
-    axes: list[Axis] = dataclass_field(default_factory=list)
-    inputs: dict[str, Step] = dataclass_field(default_factory=dict)
-    shown: list[Shown] = dataclass_field(default_factory=list)
-    specific: list[Shown] = dataclass_field(default_factory=list)
-
-    def add(self, answers: Step, method: str, trained: int | None = None) -> None:
-        """Show a step's answers under a method's name, and after a round other than its own if one is given."""
-        self.shown.append(Shown(answers=answers.name, method=method, trained=trained))
-        # A step that shares its result with another of a different name is one step.
-        self.inputs[answers.name] = answers
-        self.inputs |= {step.name: step for step in answers.inputs.values() if step.kind in (EDITS, PART, SCHEDULE)}
-        self.inputs |= {step.name: step for step in answers.inputs.values() if step.kind is REFERENCE}
-
-    def add_specificity(self, found: Iterable[tuple[Step, str]]) -> None:
-        """Show the answers to MMLU."""
-        for step, method in found:
-            self.specific.append(Shown(answers=step.name, method=method))
-            self.inputs[step.name] = step
-
-    def step(self, experiment: Experiment, command: str, name: str | None = None) -> Step:
-        """The step that makes the report, called `report/<name or scenario>`."""
-        sources = [step.config for step in self.inputs.values() if step.kind is EDITS]
-        names = " and ".join(dict.fromkeys(source.benchmark for source in sources))  # type: ignore[attr-defined]
-        config = ReportConfig(
-            title=f"{self.scenario.capitalize()}: {names} on {experiment.model.name}",
-            scenario=self.scenario,
-            command=command,
-            experiment=identity(experiment),
-            rule=experiment.evaluation.match,
-            protocol=experiment.evaluation.protocol,
-            headlines=tuple(self.headlines),
-            shown=tuple(self.shown),
-            specificity=tuple(self.specific),
-            axes=tuple(self.axes),
-            compare_with=self.compare_with,
-            published=tuple(self.published),
-        )
-        return Step(f"report/{name or self.scenario}", REPORT, config, self.inputs)
-
-
-def joined(experiment: Experiment, command: str, reports: Sequence[Step]) -> Step:
-    """One report of several scenarios."""
-    config = JoinedConfig(
-        title=f"The paper's experiments on {experiment.model.name}", command=command, experiment=identity(experiment)
-    )
-    return Step("report/paper", PAPER, config, {report.name: report for report in reports})
 
 
 def identity(experiment: Experiment) -> dict[str, Any]:

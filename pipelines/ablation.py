@@ -6,10 +6,11 @@ python pipelines/ablation.py --benchmark counterfact --data counterfact.json
 from __future__ import annotations
 
 from corsa.commandline import exit_with
-from corsa.experiment import Experiment, Methods, Page, base, chain, dealt, facts
+from corsa.experiment import Experiment, Methods, base, chain, dealt, facts
 from corsa.flow import Step
 from corsa.identities import RoundsConfig
 from corsa.launch import start
+from corsa.page import Page
 
 
 class Ablation(Experiment):

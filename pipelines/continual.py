@@ -20,10 +20,11 @@ from pydantic import Field
 
 from corsa.commandline import exit_with, listed
 from corsa.config import TrainingConfig, plain
-from corsa.experiment import Experiment, Page, asked, base, chain, dealt, facts, specificity
+from corsa.experiment import Experiment, asked, base, chain, dealt, facts, specificity
 from corsa.flow import Step
 from corsa.identities import Axis, RoundsConfig
 from corsa.launch import start
+from corsa.page import Page
 
 
 class Continual(Experiment):

@@ -13,10 +13,11 @@ from pydantic import Field
 
 from corsa.commandline import exit_with, listed
 from corsa.errors import CorsaError, unknown_name
-from corsa.experiment import Experiment, Page, asked, base, chain, dealt, facts, merged
+from corsa.experiment import Experiment, asked, base, chain, dealt, facts, merged
 from corsa.flow import Step
 from corsa.identities import MergeConfig, MergeMethod, RoundsConfig
 from corsa.launch import start
+from corsa.page import Page
 
 MERGES = get_args(MergeMethod)
 

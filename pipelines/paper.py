@@ -20,9 +20,10 @@ from single_update import SingleUpdate, single_update
 
 from corsa.commandline import exit_with, listed
 from corsa.errors import unknown_name
-from corsa.experiment import Experiment, Methods, joined
+from corsa.experiment import Experiment, Methods
 from corsa.flow import Step
 from corsa.launch import start
+from corsa.page import joined
 
 E = TypeVar("E", bound=Experiment)
 

@@ -14,10 +14,11 @@ from typing import Annotated
 from pydantic import Field
 
 from corsa.commandline import exit_with, listed
-from corsa.experiment import Experiment, Methods, Page, base, chain, dealt, facts, part_of, routed
+from corsa.experiment import Experiment, Methods, base, chain, dealt, facts, part_of, routed
 from corsa.flow import Step
 from corsa.identities import RoundsConfig
 from corsa.launch import start
+from corsa.page import Page
 
 
 class Routing(Experiment):

@@ -20,11 +20,12 @@ from pydantic import Field
 from corsa.commandline import exit_with, listed
 from corsa.config import ModelConfig, Placement
 from corsa.errors import CorsaError
-from corsa.experiment import SCALING, Experiment, Page, base, chain, dealt, facts, identity
+from corsa.experiment import SCALING, Experiment, base, chain, dealt, facts, identity
 from corsa.flow import Step, Store
 from corsa.flow.step import topological
 from corsa.identities import RoundsConfig, ScalingConfig
 from corsa.launch import Branches, lasting, start
+from corsa.page import Page
 
 Words = Annotated[tuple[str, ...], listed(str, "A,B")]
 

@@ -10,10 +10,11 @@ from typing import Annotated
 from pydantic import Field
 
 from corsa.commandline import exit_with, listed
-from corsa.experiment import Experiment, Page, base, chain, dealt, facts
+from corsa.experiment import Experiment, base, chain, dealt, facts
 from corsa.flow import Step
 from corsa.identities import Axis, RoundsConfig
 from corsa.launch import start
+from corsa.page import Page
 
 Values = Annotated[tuple[float, ...], listed(float, "V,V")]
 

@@ -9,10 +9,11 @@ log-probabilities of both answers through training, and examples of answers (Tab
 from __future__ import annotations
 
 from corsa.commandline import exit_with
-from corsa.experiment import Experiment, Methods, Page, base, chain, dealt, facts, specificity
+from corsa.experiment import Experiment, Methods, base, chain, dealt, facts, specificity
 from corsa.flow import Step
 from corsa.identities import RoundsConfig
 from corsa.launch import start
+from corsa.page import Page
 
 HEADLINES = ("edit_success", "generality", "retention", "neighborhood", "multihop")
 

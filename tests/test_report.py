@@ -18,10 +18,11 @@ from rich.console import Console
 from synthetic_run import RUN, curves, predictions
 
 from corsa.evaluation.metrics import compute
-from corsa.experiment import PAPER, REPORT
+from corsa.experiment import REPORT
 from corsa.flow import Step, Store
 from corsa.flow.task import Task
 from corsa.identities import JoinedConfig
+from corsa.page import PAPER
 from corsa.report.answers import folded_answers
 from corsa.report.dag import Dag
 from corsa.report.findings import findings, shown, summary

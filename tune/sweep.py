@@ -20,10 +20,11 @@ from rich.console import Console
 from corsa.commandline import configure, exit_with, listed
 from corsa.config import plain
 from corsa.errors import CorsaError, unknown_name
-from corsa.experiment import Experiment, Page, base, chain, dealt, facts, swept
+from corsa.experiment import Experiment, base, chain, dealt, facts, swept
 from corsa.flow import Artifact, Step, Store, draw
 from corsa.identities import RoundsConfig
 from corsa.launch import announce, bring_about, lasting, launch, repeat_command
+from corsa.page import Page
 from corsa.tuning.space import Space, applied
 
 HEADLINES = ("edit_success", "generality", "forgetting", "retention", "neighborhood")
