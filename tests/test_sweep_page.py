@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -61,7 +63,7 @@ def test_the_page_shows_every_figure(tmp_path: Path, objectives: tuple[str, ...]
         config=config,
         domains=domains,
         best=2,
-        front=[2] if len(objectives) == 1 else [2, 4],
+        front=[2, 4],
         scores={6: {2: 0.1}},
         study=study,
         this_run=60.0,
@@ -69,6 +71,13 @@ def test_the_page_shows_every_figure(tmp_path: Path, objectives: tuple[str, ...]
     for title in ("History", "Which setting matters", "Sensitivity to each setting", "Two settings at once"):
         assert title in page
     assert ("Pareto front" in page) == (len(objectives) > 1)
+    assert ("2 settings are equally good" in page) == (len(objectives) == 1)
+    packed = page.split('id="plots">')[1].split("<")[0]
+    drawn = json.loads(gzip.decompress(base64.b64decode(packed)))
+    assert {trace["type"] for plot in drawn.values() for trace in plot["data"]} == {"scatter", "bar", "contour"}
+    lines = next(plot for name, plot in drawn.items() if name.startswith("parallel"))["data"]
+    assert len(lines) == 6
+    assert lines[-1]["text"][0] == "lambda=2.0,rho=0.1: lambda 2", "the best on top"
     assert "7 trials (6 done, 1 stopped)" in page
     assert "Best: lambda=2.0,rho=0.1, generality 0.700 (0.650 to 0.750)" in page
     assert "t-intervals over seeds" in page if seeds else "intervals over facts (one seed a trial)" in page

@@ -14,6 +14,7 @@ import optuna
 import pandas as pd
 import plotly.graph_objects as go
 import yaml
+from plotly.colors import sample_colorscale
 from scipy.interpolate import griddata
 from scipy.spatial import QhullError
 from scipy.stats import t as student
@@ -51,7 +52,8 @@ def write_sweep(
         _cost(table),
     ]
     plots = {f"{f.id}-{i}": plot for f in figures for i, (_, plot) in enumerate(f.plots)}
-    columns = ["trial", "state", *domains, *config.objectives, "seconds", "stopped_at", "cause"]
+    told = [name for name in ("stopped_at", "cause") if table[name].notna().any()]
+    columns = ["trial", "state", *domains, *config.objectives, "seconds", *told]
     return write_page(
         directory,
         "sweep.html",
@@ -60,7 +62,7 @@ def write_sweep(
         figures=figures,
         prefix="",
         sentences=_sentences(table, done, config, best, front, this_run),
-        columns=columns,
+        columns=[name.replace("_", " ") for name in columns],
         rows=[[_cell(value) for value in row] for row in table[columns].itertuples(index=False)],
         run={"command": config.command, "versions": None, "hardware": None},
         config=yaml.safe_dump(config.canonical(), sort_keys=False),
@@ -94,7 +96,11 @@ def _sentences(
             "best of many is flattered by chance: --confirm N compares the two on other facts, over N seeds."
         )
     if len(front) > 1:
-        found.append(f"{len(front)} settings are on the Pareto front: none is better than another on every objective.")
+        found.append(
+            f"{len(front)} settings are on the Pareto front: none is better than another on every objective."
+            if len(config.objectives) > 1
+            else f"{len(front)} settings are equally good."
+        )
     total, training = table.seconds.sum(), table.training_s.sum()
     found.append(
         f"The trials took {total / 60:.1f} minutes of a worker group, {training / 60:.1f} of them steps; this run took "
@@ -233,21 +239,24 @@ def _placed(value: float, domain: Domain, values: pd.Series) -> float:
     return domain.floor or float(values[values > 0].min()) / 2
 
 
+def _scaled(done: pd.DataFrame, name: str, domains: Mapping[str, Domain]) -> np.ndarray:
+    """A column's values as an axis with its setting's scale has them."""
+    domain = domains.get(name)
+    if domain is None or not domain.log:
+        return done[name].to_numpy(dtype=float)
+    return np.log10([_placed(value, domain, done[name]) for value in done[name]])
+
+
 def _contours(done: pd.DataFrame, config: SweepConfig, domains: Mapping[str, Domain], best: int) -> Figure:
     name = config.objectives[0]
     figure = Figure(
         "contours",
         "Two settings at once",
-        f"{METRICS[name].label}, interpolated linearly between trials (points); nothing is said outside of them.",
+        f"{METRICS[name].label}, interpolated linearly between trials (points); nothing is said outside of them. "
+        "A value of 0 stands at the lower end.",
     )
     for one, other in combinations(domains, 2):
-        x = np.log10([_placed(v, domains[one], done[one]) for v in done[one]]) if domains[one].log else done[one]
-        y = (
-            np.log10([_placed(v, domains[other], done[other]) for v in done[other]])
-            if domains[other].log
-            else done[other]
-        )
-        x, y, z = (np.asarray(v, dtype=float) for v in (x, y, done[name]))
+        x, y, z = _scaled(done, one, domains), _scaled(done, other, domains), done[name].to_numpy(dtype=float)
         plot = _plot(f"log10 {one}" if domains[one].log else one, f"log10 {other}" if domains[other].log else other)
         if len(done) >= 4 and np.ptp(x) > 0 and np.ptp(y) > 0:
             across, up = np.linspace(x.min(), x.max(), 40), np.linspace(y.min(), y.max(), 40)
@@ -274,28 +283,35 @@ def _contours(done: pd.DataFrame, config: SweepConfig, domains: Mapping[str, Dom
 
 
 def _parallel(done: pd.DataFrame, config: SweepConfig, domains: Mapping[str, Domain]) -> Figure:
+    """Drawn of plain lines: plotly's own parallel coordinates are empty in a browser without WebGL."""
+    objective = METRICS[config.objectives[0]]
     figure = Figure(
         "parallel",
         "All settings of a trial",
-        "A line a trial, coloured by its objective; settings on a log "
-        "scale are shown as their log10, 0 at the lower end.",
+        f"A line a trial, from blue to orange with its {objective.label.lower()}, orange is good. Each axis goes from "
+        "the least to the greatest value that was tried, on its setting's scale; a value of 0 stands at the lower end.",
     )
-    dimensions = [
-        {
-            "label": f"log10 {n}" if d.log else n,
-            "values": np.log10([_placed(v, d, done[n]) for v in done[n]]) if d.log else done[n],
-        }
-        for n, d in domains.items()
-    ]
-    dimensions += [{"label": METRICS[n].label, "values": done[n].astype(float)} for n in config.objectives]
+    names = {name: METRICS[name].label if name in METRICS else name for name in (*domains, *config.objectives)}
+    heights = {}
+    for name in names:
+        scaled = _scaled(done, name, domains)
+        heights[name] = (scaled - scaled.min()) / (np.ptp(scaled) or 1.0)
+    good = heights[config.objectives[0]] if objective.better == "high" else 1 - heights[config.objectives[0]]
     plot = _plot("", "")
-    plot.add_trace(
-        go.Parcoords(
-            dimensions=dimensions,
-            line={"color": done[config.objectives[0]].astype(float), "colorscale": "Viridis", "showscale": True},
+    for i in np.argsort(good, kind="stable"):  # the best on top
+        plot.add_scatter(
+            x=list(names.values()),
+            y=[heights[name][i] for name in names],
+            mode="lines+markers",
+            text=[f"{done.label.iloc[i]}: {label} {done[name].iloc[i]:.4g}" for name, label in names.items()],
+            hoverinfo="text",
+            line={"color": sample_colorscale([_POINT, _BEST], float(good[i]))[0]},
+            showlegend=False,
         )
-    )
-    plot.update_layout(margin={"l": 60, "r": 40, "t": 50, "b": 20})
+    for name, label in names.items():
+        for value, y, anchor in ((done[name].min(), 0, "top"), (done[name].max(), 1, "bottom")):
+            plot.add_annotation(x=label, y=y, text=f"{value:.3g}", yanchor=anchor, yshift=20 * y - 10, showarrow=False)
+    plot.update_yaxes(visible=False, range=[-0.15, 1.15])
     figure.plots.append(("", plot))
     return figure
 
