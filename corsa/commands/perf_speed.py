@@ -85,6 +85,7 @@ def evaluate(
     benchmark: Benchmark = "world_facts",
     data: Data = None,
     dtype: Dtype = "float32",
+    template: Annotated[Literal["qa", "chat"], arg(help="the paper's prompt, or the tokenizer's chat template")] = "qa",
     limit: Annotated[int, arg(help="facts whose probes are asked")] = 32,
     repeats: Repeats = 3,
     threads: Threads = None,
@@ -100,7 +101,7 @@ def evaluate(
     from corsa.perf.evaluate import PADDED_BATCH, measure_evaluation
 
     found = measure_evaluation(
-        ModelConfig(name=model, dtype=dtype),
+        ModelConfig(name=model, dtype=dtype, template=template),
         _edits(benchmark, data, limit),
         repeats=repeats,
         placement=Placement(threads=threads, gpu=gpu),
