@@ -49,6 +49,12 @@ class Cluster:
         return training(psutil.Process(self.head).children(recursive=True))
 
 
+def corsa(folder: Path, cluster: Cluster, *words: str | Path) -> subprocess.CompletedProcess[str]:
+    """Run the `corsa` command on a cluster, in a folder, to its end."""
+    command = [sys.executable, "-m", "corsa.cli", *map(str, words)]
+    return subprocess.run(command, cwd=folder, env=cluster.environment, capture_output=True, text=True, check=False)
+
+
 def training(processes: Iterable[psutil.Process]) -> list[int]:
     """Those that are workers of Ray Train."""
     found = []

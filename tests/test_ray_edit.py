@@ -10,7 +10,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
-from ray_cluster import Cluster
+from ray_cluster import Cluster, corsa
 from test_line import facts_file
 
 from corsa.line import open_line
@@ -28,11 +28,6 @@ FEBRUARY = [
 ]
 QUICK = ["--evaluation.new-tokens", "4", "--placement.threads", "1", "--training.epochs", "30"]
 QUICK += ["--training.learning-rate", "0.02"]
-
-
-def corsa(folder: Path, cluster: Cluster, *words: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "corsa.cli", *map(str, words)]
-    return subprocess.run(command, cwd=folder, env=cluster.environment, capture_output=True, text=True, check=False)
 
 
 @pytest.fixture(scope="module")
