@@ -44,6 +44,24 @@ def below(sandbox: Sandbox) -> set[int]:
     return found
 
 
+FUNCTION = b"X\x08\0\0\0functionK\0\x86Q"  # in a pickle: a stand-in for a function of the program
+COUNTER = b"ccollections\nCounter\n"
+
+
+def by_hand(value: bytes, answer: bytes) -> str:
+    """A program that writes its messages itself: a value (opcodes of pickle), then one answer to whatever is asked."""
+    return f"""
+import os, struct
+def say(value):
+    raw = b'\\x80\\x04(X\\x08\\0\\0\\0returned' + value + b'Nt.'
+    os.write(3, struct.pack('!I', len(raw)) + raw)
+def twice(x):
+    say({value!r})
+    while os.read(3, 1 << 16):
+        say({answer!r})
+"""
+
+
 FORGERIES = {
     "exits 0": "import os\nos._exit(0)\n",
     "exits 0 when called": "import os\ndef twice(x):\n    os._exit(0)\n",
@@ -114,6 +132,9 @@ def twice(x):
     os.write(3, struct.pack('!I', len(raw)) + raw)
     return 0
 """,
+    "gives a class its own idea of equality": by_hand(
+        COUNTER + b"N}X\x06\0\0\0__eq__" + FUNCTION + b"s\x86b" + b")R", answer=b"\x88"
+    ),
     "says that it is ready and was right": """
 import os, pickle, struct
 ready = ('ready', ['twice', 'test_twice'], {'test_twice': 1})
@@ -132,6 +153,16 @@ def test_no_forgery_passes(sandbox: Sandbox, text: str) -> None:
     assert not verdict.passed
     assert verdict.outcome in ("failed", "error", "exited")
     assert sandbox.run(Program(RIGHT, TESTS)).passed
+
+
+@isolated
+def test_a_value_has_no_methods_of_the_programs_own(sandbox: Sandbox) -> None:
+    forged = by_hand(COUNTER + b")R" + b"}X\x0b\0\0\0most_common" + FUNCTION + b"sb", answer=b"]K\x01a")
+    verdict = sandbox.run(Program(forged, "def test_most_common():\n    assert twice(21).most_common() == [1]\n"))
+    assert verdict.outcome == "error"
+    assert "attributes would be set" in verdict.detail
+    plain = "import collections\ndef twice(x):\n    return collections.Counter({x: 2})\n"
+    assert sandbox.run(Program(plain, "def test_it():\n    assert twice(21).most_common() == [(21, 2)]\n")).passed
 
 
 EATERS = {

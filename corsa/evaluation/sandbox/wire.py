@@ -1,8 +1,9 @@
 """What passes between a program and its examiner: calls, results, exceptions, and values as data.
 
 Values are pickled. The examiner reads them with a loader that makes plain data alone (numbers, text, containers,
-arrays, tensors, symbolic expressions): no class of the program's own, so no `__eq__` that says yes to everything, and
-no callable that would run on reading. Functions and iterators stay where they are; the other side gets a stand-in.
+arrays, tensors, symbolic expressions): no class of the program's own, so no `__eq__` that says yes to everything; no
+callable that would run on reading; and nothing is given an attribute. Functions and iterators stay where they are; the
+other side gets a stand-in.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ _ALLOWED = {
     "torch": frozenset({"Size", "device"}),
     "corsa.evaluation.sandbox.values": frozenset({"tensor", "frame", "expression", "mapping", "match", "pattern"}),
 }
-"""What the examiner's loader makes: none of it takes attributes or methods from what is read."""
+"""What the examiner's loader makes."""
 
 
 _BY_NAME = ("copyreg", "numpy", "torch")
@@ -48,16 +49,40 @@ class ProgramGone(BaseException):
     """The program ended where it should have answered: no test may catch this, so it is no Exception."""
 
 
+def _kept_or_stand_in(peer: Peer, pid: Any) -> Any:
+    """What a persistent id stands for: an own object that the other side had a stand-in for, or a stand-in."""
+    kind, number = pid
+    if kind == "own":
+        return peer.kept[number]
+    if kind == "iterator":
+        return RemoteIterator(peer, number)
+    return partial(peer.call, number)
+
+
 class _Loader(pickle.Unpickler):
-    """`strict`: makes data alone."""
+    """Makes whatever it is told to: the program reads what the examiner says with it."""
 
     def __init__(self, raw: bytes, peer: Peer) -> None:
         super().__init__(io.BytesIO(raw))
         self._peer = peer
 
+    def persistent_load(self, pid: Any) -> Any:
+        return _kept_or_stand_in(self._peer, pid)
+
+
+class _DataLoader(pickle._Unpickler):
+    """Makes data alone. It is Python's own loader in Python, because that in C sets attributes on whatever it is told
+    to: of `Counter` itself, of a tensor, of the examiner's own functions.
+    """
+
+    def __init__(self, raw: bytes, peer: Peer) -> None:
+        super().__init__(io.BytesIO(raw))
+        self._peer = peer
+
+    def persistent_load(self, pid: Any) -> Any:
+        return _kept_or_stand_in(self._peer, pid)
+
     def find_class(self, module: str, name: str) -> Any:
-        if not self._peer.strict:
-            return super().find_class(module, name)
         if name in _ALLOWED.get(module, ()):
             return super().find_class(module, name)
         if module == "builtins" and name.endswith(("Error", "Exception", "Iteration")):
@@ -68,13 +93,14 @@ class _Loader(pickle.Unpickler):
                 return found
         raise CannotCrossError(f"a value of {module}.{name}, which is not plain data")
 
-    def persistent_load(self, pid: Any) -> Any:
-        kind, number = pid
-        if kind == "own":
-            return self._peer.kept[number]
-        if kind == "iterator":
-            return RemoteIterator(self._peer, number)
-        return partial(self._peer.call, number)
+    def load_build(self) -> None:
+        """Give an object its state: an array its numbers and nothing else."""
+        numpy: Any = sys.modules.get("numpy")
+        if numpy is None or not isinstance(self.stack[-2], numpy.ndarray | numpy.dtype):  # type: ignore[attr-defined]
+            raise CannotCrossError("a value whose attributes would be set")
+        super().load_build()  # type: ignore[misc]
+
+    dispatch = {**pickle._Unpickler.dispatch, pickle.BUILD[0]: load_build}  # type: ignore[attr-defined]  # noqa: RUF012
 
 
 def _numbers() -> tuple[type, ...]:
@@ -156,7 +182,7 @@ class Peer:
             raise CannotCrossError(f"a message of {size} bytes, more than {LARGEST}")
         raw = self._exactly(size)
         try:
-            message = _Loader(raw, self).load()
+            message = (_DataLoader if self.strict else _Loader)(raw, self).load()
         except CannotCrossError:
             raise
         except Exception as error:
