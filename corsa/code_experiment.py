@@ -115,7 +115,7 @@ class _Domain:
 
     def judged(self, name: str, problems: Step, answers: Step) -> Step:
         """The verdicts on answers."""
-        config = JudgingConfig(limits=self.experiment.limits)
+        config = JudgingConfig(limits=self.experiment.limits, isolated=self.experiment.sandbox != "none")
         return Step(f"{name}/verdicts", JUDGING, config, {"problems": problems, "answers": answers}, self.judging_place)
 
     def taught(self) -> Facts:
@@ -177,11 +177,11 @@ def code_report(experiment: CodeExperiment, command: str, published: Sequence[st
 def _subset(experiment: CodeExperiment) -> tuple[str, ...]:
     """The tasks of HumanEval that the benchmark's authors chose."""
     named = experiment.humaneval_subset
-    path = Path(named) if named else Path(experiment.data or "").with_name(SUBSET)
+    path = Path(named).expanduser() if named else Path(experiment.data or "").expanduser().with_name(SUBSET)
     if experiment.humaneval is None or (named is None and not path.is_file()):
         return ()
     try:
-        ids = json.loads(path.expanduser().read_text())
+        ids = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise CorsaError(f"{path} is not a JSON list of HumanEval task ids: {error}") from error
     if not isinstance(ids, list) or not all(isinstance(id_, str) for id_ in ids):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Collection
 from typing import Any
 
 import pyarrow as pa
@@ -11,7 +12,7 @@ import pyarrow.parquet as pq
 
 from corsa.benchmarks.programs import program_in, read_problems
 from corsa.edits import Edit, normalise, to_table
-from corsa.evaluation.passing import Tried, compared, measure, tried
+from corsa.evaluation.passing import Tried, compared, measure, tried, unjudged
 from corsa.evaluation.uncertainty import LEVEL
 from corsa.flow.task import Task
 from corsa.identities import CodeReportConfig, ProblemsConfig
@@ -68,7 +69,12 @@ def as_edits(task: Task) -> dict[str, Any]:
     for id_, row in rows.items():
         verdict, new = verdicts[id_], row["solution"].strip()
         same = normalise(program_in(answers[id_])) == normalise(new)
-        why = "passes" if verdict["outcome"] == "passed" or same else "runs" if verdict["loaded"] else "does_not_run"
+        if verdict["outcome"] == "sandbox":
+            why = "not_judged"
+        else:
+            why = (
+                "passes" if verdict["outcome"] == "passed" or same else "runs" if verdict["loaded"] else "does_not_run"
+            )
         counts[f"old_answer_{why}"] += 1
         old = answers[id_] if why == "runs" else ""
         edits.append(Edit(id=id_, chain=id_, round=1, prompt=row["prompt"], target_new=new, target_old=old))
@@ -89,7 +95,7 @@ def make_report(task: Task) -> dict[str, Any]:
     from corsa.report.code import write_code_report
 
     config: CodeReportConfig = task.config
-    metrics = _measured(task, config)
+    metrics = measured(task, config)
     (task.output / "metrics.json").write_text(json.dumps(metrics, indent=1, allow_nan=False))
     tables = [
         pq.read_table(task.inputs[shown.answers].local("verdicts.parquet"))
@@ -105,16 +111,19 @@ def make_report(task: Task) -> dict[str, Any]:
     return {"verdicts": sum(len(table) for table in tables)}
 
 
-def _measured(task: Task, config: CodeReportConfig) -> dict[str, Any]:
+def measured(task: Task, config: CodeReportConfig) -> dict[str, Any]:
     """The rates of every method, compared with each other, with the base model, by update and by problem."""
     found: dict[str, dict[str, list[Tried]]] = {}
-    lost = 0
+    verdicts = {
+        shown.answers: pq.read_table(task.inputs[shown.answers].local("verdicts.parquet")).to_pylist()
+        for shown in config.shown
+    }
+    lost = {(s.benchmark, problem) for s in config.shown for problem in unjudged(verdicts[s.answers])}
     for shown in config.shown:
-        rows = pq.read_table(task.inputs[shown.answers].local("verdicts.parquet")).to_pylist()
-        lost += sum(row["outcome"] == "sandbox" for row in rows)
-        updates = shown.benchmark == "updates"
+        rows, updates = verdicts[shown.answers], shown.benchmark == "updates"
         problems = [row for row in _rows_of(task, shown.problems) if row["part"] == "asked"]
-        groups = {row["id"]: row["update"] or row["id"] for row in problems}
+        judged = [row for row in problems if (shown.benchmark, row["id"]) not in lost]
+        groups = {row["id"]: row["update"] or row["id"] for row in judged}
         sets = found.setdefault(shown.method, {})
         sets.setdefault(shown.benchmark, []).extend(tried(rows, groups, updates=updates, seed=shown.seed))
         if shown.benchmark == "humaneval" and config.subset:
@@ -205,18 +214,23 @@ def _by_problem(found: list[Tried]) -> dict[str, dict[str, int]]:
     return table
 
 
-def _notes(task: Task, lost: int) -> list[str]:
+def _notes(task: Task, lost: Collection[Any]) -> list[str]:
     from corsa.flow.step import topological
 
     notes = ["MEMIT is not among the methods: it needs a subject and an object of one fact, and an update has neither."]
     for step in topological([task.step])[:-1]:
         metrics = task.store.artifact(step.fingerprint).metrics
         if step.kind.name == "program-edits":
+            reasons = {"did not run": "does_not_run", "passed already": "passes", "could not be judged": "not_judged"}
+            why = "; ".join(f"{said}: {metrics.get(f'old_answer_{name}', 0)}" for said, name in reasons.items())
             notes.append(
-                f"{metrics['without_old_answer']} of {metrics['edits']} edits have no old answer (the base model's did "
-                f"not run: {metrics.get('old_answer_does_not_run', 0)}; passed already: "
-                f"{metrics.get('old_answer_passes', 0)}): they are taught by L_SFT alone."
+                f"{metrics['without_old_answer']} of {metrics['edits']} edits have no old answer (the base model's {why}), "
+                "so they are taught by L_SFT alone."
             )
     if lost:
-        notes.append(f"{lost} programs could not be judged because their sandbox broke: they are not counted.")
+        names = ", ".join(sorted(problem for _, problem in lost))
+        notes.append(
+            f"{len(lost)} problems are counted for no method, because a program of theirs could not be judged (their "
+            f"tests cannot be run, or the sandbox broke): {names}."
+        )
     return notes

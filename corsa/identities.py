@@ -345,6 +345,7 @@ class JudgingConfig(Frozen):
     """What verdicts depend on, beside programs and tests."""
 
     limits: Limits
+    isolated: bool = Field(default=True, description="nothing that is judged unprotected stands for what is not")
 
 
 class JudgingPlace(Frozen):

@@ -5,19 +5,25 @@ from __future__ import annotations
 import math
 from itertools import combinations
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from code_files import task, update, write_lines
 from tiny import tiny_model
 
 from corsa.benchmarks.programs import program_in, read_problems
+from corsa.code_steps import measured
 from corsa.errors import CorsaError
 from corsa.evaluation.generation import generate, sample
 from corsa.evaluation.passing import Tried, measure, pass_at, tried
 from corsa.evaluation.sandbox.batch import judge
 from corsa.evaluation.sandbox.slot import Limits, available
+from corsa.identities import CodeReportConfig, CodeShown
 
 PUBLISHED = Path(__file__).parents[2] / "shared" / "data"
 isolated = pytest.mark.skipif(available()[0] is None, reason=f"programs cannot be isolated here: {available()[1]}")
@@ -155,10 +161,36 @@ def rows(problem: str, outcomes: list[tuple[str, str | None]]) -> list[dict]:
 
 def test_a_program_counts_if_it_needs_the_update() -> None:
     table = rows("a", [("passed", "failed"), ("passed", "passed"), ("failed", "error"), ("passed", "timeout")])
-    table += rows("b", [("sandbox", "failed"), ("passed", "exited")])
+    table += rows("b", [("failed", "failed"), ("passed", "exited")])
     found = tried(table, {"a": "u", "b": "u", "c": "v"}, updates=True)
-    assert found == [Tried("a", "u", (True, False, False, True)), Tried("b", "u", (True,))]
+    assert found == [Tried("a", "u", (True, False, False, True)), Tried("b", "u", (False, True))]
     assert tried(rows("h", [("passed", None), ("failed", None)]), {"h": "h"}, updates=False)[0].right == (True, False)
+
+
+def test_a_problem_that_one_method_lost_to_the_sandbox_counts_for_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that methods stay paired, problem by problem."""
+    lost = rows("a", [("sandbox", "sandbox"), ("passed", "failed")]) + rows("b", [("passed", "failed")] * 2)
+    whole = rows("a", [("passed", "failed")] * 2) + rows("b", [("failed", "failed"), ("passed", "failed")])
+    problems = [{"id": name, "update": f"of {name}", "part": "asked"} for name in ("a", "b")]
+    inputs = {}
+    for name, table in {"p": problems, "one": lost, "other": whole}.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        pq.write_table(
+            pa.Table.from_pylist(table), folder / ("problems.parquet" if name == "p" else "verdicts.parquet")
+        )
+        inputs[name] = SimpleNamespace(local=folder.joinpath)
+    monkeypatch.setattr("corsa.code_steps._notes", lambda task, lost: sorted(lost))
+    shown = tuple(CodeShown(answers=n, problems="p", method=n, benchmark="updates", seed=0) for n in ("one", "other"))
+    config = CodeReportConfig(title="", command="", experiment={}, shown=shown)
+    task: Any = SimpleNamespace(inputs=inputs, step=SimpleNamespace(inputs={}))
+    found = measured(task, config)
+    rates = {row["method"]: row["metrics"]["upass_1"] for row in found["rows"]}
+    assert {name: (rate["value"], rate["probes"]) for name, rate in rates.items()} == {"one": (1, 1), "other": (0.5, 1)}
+    assert [c["difference"] for c in found["comparisons"] if c["metric"] == "upass_1"] == [0.5]
+    assert found["notes"] == [("updates", "a")]
 
 
 def test_rates_and_intervals_are_over_problems_and_updates() -> None:

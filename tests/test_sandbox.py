@@ -205,6 +205,7 @@ repr(A())
 """,
         {"crashed", "memory"},
     ),
+    "kills itself": ("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)\n", {"crashed"}),
     "all signals": (
         """
 import os, signal

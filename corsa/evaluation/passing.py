@@ -2,8 +2,9 @@
 
 A sample of a problem about an update counts as right if it passes with the update installed and does not pass without
 it: a program that never uses the update would pass both. Of n samples with c right ones, pass@k is estimated without
-bias by 1 - C(n - c, k) / C(n, k) (Chen et al. 2021); `single` is the share of right first samples. A sample whose
-sandbox broke is not counted at all.
+bias by 1 - C(n - c, k) / C(n, k) (Chen et al. 2021); `single` is the share of right first samples. A problem with a
+sample whose sandbox broke, or whose tests nobody can run, is counted for no method: so methods stay paired, and none
+gains by what could not be judged.
 """
 
 from __future__ import annotations
@@ -39,6 +40,11 @@ class Tried:
     seed: int = 0
 
 
+def unjudged(verdicts: Iterable[Mapping[str, Any]]) -> set[str]:
+    """The problems of a table of verdicts of which something could not be judged."""
+    return {row["problem"] for row in verdicts if row["outcome"] == "sandbox"}
+
+
 def tried(
     verdicts: Iterable[Mapping[str, Any]], groups: Mapping[str, str], *, updates: bool, seed: int = 0
 ) -> list[Tried]:
@@ -51,7 +57,7 @@ def tried(
         known.setdefault((row["problem"], row["sample"]), {})[row["updated"]] = row["outcome"]
     right: dict[str, list[bool]] = {problem: [] for problem in groups}
     for (problem, _), outcomes in sorted(known.items()):
-        if problem in right and "sandbox" not in outcomes.values():
+        if problem in right:
             passes = outcomes[True] == "passed"
             right[problem].append(passes and outcomes[False] != "passed" if updates else passes)
     return [Tried(problem, groups[problem], tuple(found), seed) for problem, found in right.items() if found]

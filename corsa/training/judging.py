@@ -98,5 +98,7 @@ def _judge(programs: list[Program], limits: Limits, modules: tuple[str, ...], sa
     from corsa.evaluation.sandbox.slot import engine
     from corsa.models.embedded import cache_directory
 
-    cache = Path(cache_directory()) / "verdicts"
-    return judge(programs, engine=engine(sandbox), limits=limits, modules=modules, cache=cache)
+    chosen = engine(sandbox)
+    # What an unprotected program did may have been to the verdicts themselves.
+    cache = None if chosen == "none" else Path(cache_directory()) / "verdicts"
+    return judge(programs, engine=chosen, limits=limits, modules=modules, cache=cache)

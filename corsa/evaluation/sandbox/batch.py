@@ -39,7 +39,8 @@ def judge(
         limits: of each program.
         modules: loaded once in every sandbox.
         slots: sandboxes at once.
-        cache: a directory with the verdicts of other runs, by program, tests, limits, Python and packages.
+        cache: a directory with the verdicts of other runs, by program, tests, limits, Python, packages and the
+            sandbox's own code.
         done: told how many programs are judged.
 
     A program whose sandbox breaks down has the outcome `sandbox`.
@@ -87,9 +88,10 @@ def judge(
 
 @lru_cache(maxsize=1)
 def _versions() -> str:
-    """What verdicts depend on beside the programs: Python, and every package they can import."""
+    """What verdicts depend on beside the programs: Python, every package they can import, and the sandbox itself."""
     packages = sorted(f"{d.metadata['Name']}=={d.version}" for d in distributions())
-    return sha256("\n".join([platform.python_version(), *packages]).encode()).hexdigest()[:16]
+    own = [sha256(file.read_bytes()).hexdigest() for file in sorted(Path(__file__).parent.glob("*.py"))]
+    return sha256("\n".join([platform.python_version(), *packages, *own]).encode()).hexdigest()[:16]
 
 
 def _place(cache: Path, key: str) -> Path:

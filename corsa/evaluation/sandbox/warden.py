@@ -349,7 +349,7 @@ class _Warden:
         except ValueError:
             return found | {"outcome": "broken", "detail": "the examiner ended without a verdict"}
         if found["outcome"] == "gone":
-            found |= _ended(how)
+            found |= _ended(how, in_time=seconds < limits["cpu_s"])
         elif found["outcome"] == "error":
             found["outcome"] = _limit_of(found["detail"]) or "error"
         if found["outcome"] == "error" and watch.most_processes >= limits["processes"]:
@@ -364,10 +364,13 @@ _STOPPED = {
 }
 
 
-def _ended(how: str) -> dict[str, str]:
-    """What it means that the program ended before its tests did; `how`: its exit code, negative for a signal."""
+def _ended(how: str, *, in_time: bool) -> dict[str, str]:
+    """What it means that the program ended before its tests did; `how`: its exit code, negative for a signal.
+
+    `in_time`: before it can have used all its CPU time, for which the kernel kills it with either of two signals.
+    """
     code = int(how or 0)
-    if code in (-signal.SIGXCPU, -signal.SIGKILL):
+    if code in (-signal.SIGXCPU, -signal.SIGKILL) and not in_time:
         return {"outcome": "cpu", "detail": "used more CPU time than it may"}
     if code < 0:
         return {"outcome": "crashed", "detail": f"killed by {signal.Signals(-code).name}"}
