@@ -14,7 +14,7 @@ from transformers.masking_utils import find_packed_sequence_indices
 
 from corsa.config import Placement
 from corsa.method.logprobs import answer_logprobs, packing_is_exact
-from corsa.method.packing import PADDING, SAVING, Rows, Triplet, pack
+from corsa.method.packing import PADDING, SAVING, WIDEST, Rows, Triplet, pack
 from corsa.models.lora import Lora
 from corsa.training.crew import Crew
 from corsa.training.workshop import Share, Workshop
@@ -110,6 +110,14 @@ def test_next_to_nothing_is_padded_whatever_the_lengths() -> None:
     several = pack([*edits, *triplets(8)], adapters=2)[0].input_ids  # each adapter has as many rows of its own
     assert len(several) % 2 == 0
     assert {*several[: len(several) // 2].flatten().tolist()} <= {0, 1, 2, END}
+
+
+def test_rows_of_long_edits_are_no_wider_than_their_mask_may_be() -> None:
+    edits = [Triplet([1] * length, [1, END], [2, END]) for length in (1600, 900, 800, 700, 300)]
+    (rows,) = pack(edits)
+    assert rows.input_ids.shape[1] <= WIDEST
+    (alone,) = pack([Triplet([1] * (2 * WIDEST), [1, END], [2, END])])
+    assert alone.input_ids.shape[1] > WIDEST, "a single edit is as long as it is"
 
 
 def test_an_answer_without_tokens_takes_none(model: Any) -> None:

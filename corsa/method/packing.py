@@ -22,6 +22,9 @@ answers (code) the dense mask costs more than the prompt it saves."""
 PADDING = 1.05
 """Packed rows are made longer, by more edits each, until tokens processed / tokens needed is at most this."""
 
+WIDEST = 2048
+"""Tokens in a row of several edits at most: its mask takes the square of them."""
+
 
 NO_OLD_ANSWER = float("inf")
 """The reference of an old answer that is not there: as if the base model could not but give it. Then L_DPO's margin is
@@ -142,7 +145,8 @@ def _side_by_side(pieces: Sequence[Sequence[_Piece]]) -> list[list[_Piece]]:
     count = max(map(len, pieces))
     while True:
         rows = [row for own in pieces for row in _even(own, count)]
-        if count == 1 or len(rows) * max(sum(map(len, row)) for row in rows) <= PADDING * needed:
+        widest = max(sum(map(len, row)) for row in rows)
+        if count == 1 or 2 * widest > WIDEST or len(rows) * widest <= PADDING * needed:
             return rows
         count = (count + 1) // 2
 
