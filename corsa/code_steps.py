@@ -224,8 +224,8 @@ def _notes(task: Task, lost: Collection[Any]) -> list[str]:
             reasons = {"did not run": "does_not_run", "passed already": "passes", "could not be judged": "not_judged"}
             why = "; ".join(f"{said}: {metrics.get(f'old_answer_{name}', 0)}" for said, name in reasons.items())
             notes.append(
-                f"{metrics['without_old_answer']} of {metrics['edits']} edits have no old answer (the base model's {why}), "
-                "so they are taught by L_SFT alone."
+                f"{metrics['without_old_answer']} of {metrics['edits']} edits have no old answer (the base model's "
+                f"{why}), so they are taught by L_SFT alone."
             )
     if lost:
         names = ", ".join(sorted(problem for _, problem in lost))

@@ -6,12 +6,15 @@ import subprocess
 import sys
 from dataclasses import replace
 from io import StringIO
+from pathlib import Path
 from typing import Any
 
 import pytest
+from code_files import update, write_lines
 from rich.console import Console
 
-from corsa.config import ModelConfig, Placement
+from corsa.code_experiment import CodeExperiment, code_report
+from corsa.config import LoraConfig, ModelConfig, Placement
 from corsa.errors import CorsaError
 from corsa.experiment import Experiment, chain, dealt, facts
 from corsa.flow.step import topological
@@ -136,6 +139,32 @@ def test_a_run_that_cannot_fit_is_refused_with_the_table(rehearsed: Footprint) -
     with pytest.raises(CorsaError, match=r"needs .* GiB on a GPU that has 22\.4 GiB.*--placement\.force"):
         refuse_what_memory_cannot_hold(rounds_of(asked), console)
     assert "stage 3, offload base" in console.export_text()
+
+
+def test_adapters_that_are_trained_together_are_counted(rehearsed: Footprint, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def rehearse(shape: Any, dtype: Any, lora: LoraConfig, step: Any, triplets: Any, **_: Any) -> Footprint:
+        seen.append((lora.rank, len(triplets)))
+        return rehearsed
+
+    monkeypatch.setattr(planning, "rehearse", rehearse)
+    for pack in (3, 1):
+        asked = experiment(gpu=True, gpu_memory="80GB", pack=pack)
+        refuse_what_memory_cannot_hold(rounds_of(asked), Console(file=StringIO()))
+    assert seen[0] == (3 * seen[-1][0], 3 * seen[-1][1])
+
+
+def test_a_small_model_that_learns_long_programs_is_planned(tmp_path: Path) -> None:
+    arena = write_lines(tmp_path / "arena.jsonl", [update("sin", 2), update("cos", 2)])
+    asked = CodeExperiment.model_validate({"data": str(arena), "methods": ("corsa",), "allow_code_execution": True})
+    steps = [s for s in topological([code_report(asked, "")]) if isinstance(s.config, RoundConfig)]
+    placement = Placement(gpu=True, gpu_memory="1GiB")
+    steps = [replace(step, placement=placement) for step in steps]
+    console = Console(width=140, record=True, file=StringIO())
+    with pytest.raises(CorsaError, match=r"smollm2-135m under .* GiB on a GPU that has 1\.00 GiB"):
+        refuse_what_memory_cannot_hold(steps, console)
+    assert "2 updates, counted with the tokenizer of smollm2-135m" in console.export_text()
 
 
 @pytest.mark.parametrize("placement", [{"gpu_memory": "80GB"}, {"gpu_memory": "24GB", "force": True}, {}])

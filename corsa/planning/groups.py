@@ -47,4 +47,5 @@ def _job(model: ModelConfig, experiment: Experiment, workers: int) -> Job:
         micro_batch=placement.micro_batch,
         workers=workers,
         gpu=placement.gpu,
+        pack=placement.pack,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from corsa.benchmarks import BENCHMARKS, read
+from corsa.benchmarks.programs import read_problems
 from corsa.config import ModelConfig
 from corsa.errors import CorsaError, unknown_name
 from corsa.models.encoding import Encoder
@@ -29,13 +30,27 @@ def lengths(model: ModelConfig, benchmark: str, data: str | None, limit: int | N
     if benchmark not in BENCHMARKS:
         raise unknown_name("benchmark", benchmark, BENCHMARKS)
     edits = read(benchmark, data, limit=limit, on_bad_record="skip").edits
+    found, whose = _counted(model, [(e.prompt, e.target_new, e.target_old) for e in edits])
+    return found, f"{len(found)} edits of {benchmark}, counted with the tokenizer of {whose}"
+
+
+def program_lengths(model: ModelConfig, data: str, limit: int | None, offset: int) -> tuple[Lengths, str]:
+    """The same of updates of the code domain, whose old answers, the model's own, are taken to be as long as the new.
+
+    Raises:
+        CorsaError: the file cannot be read, or no tokenizer can be had.
+    """
+    taught = {p.update: p for p in reversed(read_problems(data, limit=limit, offset=offset))}  # the first of each
+    found, whose = _counted(model, [(p.prompt, p.solution, p.solution) for p in taught.values()])
+    return found, f"{len(found)} updates, counted with the tokenizer of {whose}"
+
+
+def _counted(model: ModelConfig, texts: Sequence[tuple[str, str, str]]) -> tuple[Lengths, str]:
+    """The lengths of (prompt, new answer, old answer), and whose tokenizer counted."""
     try:
         tokenizer, whose = load_tokenizer(model), model.name
     except CorsaError:
         tokenizer, whose = load_tokenizer(ModelConfig(name="random:tiny-llama")), "the embedded model"
     encoder = Encoder(tokenizer, "qa" if whose != model.name else model.template)
-    found = [
-        (len(encoder.prompt(e.prompt)), len(encoder.answer(e.target_new)), len(encoder.answer(e.target_old)))
-        for e in edits
-    ]
-    return found, f"{len(found)} edits of {benchmark}, counted with the tokenizer of {whose}"
+    counted = [(len(encoder.prompt(x)), len(encoder.answer(new)), len(encoder.answer(old))) for x, new, old in texts]
+    return counted, whose

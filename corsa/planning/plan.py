@@ -17,7 +17,9 @@ from corsa.planning.rehearsal import rehearse
 
 @dataclass(frozen=True)
 class Job:
-    """What is planned. tokens: (prompt, new, old) of the edits; how many `edits` a round teaches may be more."""
+    """What is planned. tokens: (prompt, new, old) of the edits; how many `edits` a round teaches may be more. pack:
+    adapters that are trained together.
+    """
 
     model: ModelConfig
     step: StepConfig
@@ -29,6 +31,7 @@ class Job:
     micro_batch: int
     workers: int
     gpu: bool
+    pack: int = 1
 
 
 @dataclass(frozen=True)
@@ -128,13 +131,14 @@ def plan(job: Job, rate: Rate, memory: int | None, host: int | None) -> Plan:
     longest = sorted(job.tokens, key=sum)[-together:]
     triplets = [Triplet([1] * x, [1] * new, [1] * old) for x, new, old in longest]
     triplets = (triplets * together)[:together]  # fewer lengths given than edits: the given ones again
+    triplets = triplets * job.pack  # adapters together hold as much as one of their ranks' sum, over all their edits
+    lora = job.lora.model_copy(update={"rank": job.lora.rank * job.pack})
     mean = sum(map(sum, job.tokens)) / len(job.tokens)
-    share = own * mean / sum(len(t) for t in triplets)  # the step's work in units of the rehearsed one
+    share = own * job.pack * mean / sum(len(t) for t in triplets)  # the step's work in units of the rehearsed one
     phases = 2 if job.step.rho > 0 else 1
     choices = []
     plain, checkpointed = (
-        rehearse(shape, dtype, job.lora, job.step, triplets, checkpointing=checkpointing)
-        for checkpointing in (False, True)
+        rehearse(shape, dtype, lora, job.step, triplets, checkpointing=checkpointing) for checkpointing in (False, True)
     )
     for checkpointing, footprint in ((False, plain), (True, checkpointed)):
         passes = phases * (3 if checkpointing else 2) * -(-own // together)

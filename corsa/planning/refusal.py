@@ -6,9 +6,9 @@ from collections.abc import Iterable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from corsa.config import Placement
+from corsa.config import ModelConfig, Placement
 from corsa.errors import CorsaError
-from corsa.identities import EditsConfig, EditsPlace, RoundConfig
+from corsa.identities import EditsConfig, EditsPlace, ProblemsConfig, ProblemsPlace, ProgramEditsConfig, RoundConfig
 from corsa.models.registry import ARCHITECTURES
 from corsa.planning.machine import as_bytes, memory_here
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from corsa.flow import Step
 
 EASY = 8
-"""A base that takes less than this part of the memory is not looked at closer: its rounds fit at usual batches."""
+"""A base that takes less than this part of the memory is not looked at closer: rounds of facts fit at usual batches."""
 
 
 def refuse_what_memory_cannot_hold(pending: Iterable[Step], console: Console) -> None:
@@ -37,7 +37,8 @@ def refuse_what_memory_cannot_hold(pending: Iterable[Step], console: Console) ->
         assert isinstance(config, RoundConfig)
         assert isinstance(placement, Placement)
         memory = available(placement)
-        if placement.force or memory is None or _easy(config, memory):
+        long = isinstance(step.inputs["edits"].config, ProgramEditsConfig)
+        if placement.force or memory is None or (easy(config.model, memory // placement.pack) and not long):
             continue
         _refuse(step, config, placement, memory, console)
 
@@ -50,19 +51,20 @@ def available(placement: Placement) -> int | None:
     return None if memory is None else memory // placement.workers
 
 
-def _easy(config: RoundConfig, memory: int) -> bool:
-    shape = ARCHITECTURES.get(config.model.name.removeprefix("random:"))
+def easy(model: ModelConfig, memory: int) -> bool:
+    """Whether a model is so small beside the memory that a round of facts fits at usual batches."""
+    shape = ARCHITECTURES.get(model.name.removeprefix("random:"))
     if shape is None:
         return False
     hidden, heads = shape["hidden_size"], shape["num_attention_heads"] + 2 * shape["num_key_value_heads"]
     layer = hidden * (3 * shape["intermediate_size"] + (heads + shape["num_attention_heads"]) * shape["head_dim"])
     tables = shape["vocab_size"] * hidden * (1 if shape["tie_word_embeddings"] else 2)
-    size = (layer * shape["num_hidden_layers"] + tables) * (2 if config.model.dtype == "bfloat16" else 4)
+    size = (layer * shape["num_hidden_layers"] + tables) * (2 if model.dtype == "bfloat16" else 4)
     return size * EASY < memory
 
 
 def _refuse(step: Step, config: RoundConfig, placement: Placement, memory: int, console: Console) -> None:
-    from corsa.planning.lengths import ASSUMED, lengths
+    from corsa.planning.lengths import ASSUMED, lengths, program_lengths
     from corsa.planning.plan import Job, gib, plan
     from corsa.planning.rates import rate
     from corsa.planning.tables import tables
@@ -72,6 +74,10 @@ def _refuse(step: Step, config: RoundConfig, placement: Placement, memory: int, 
     if isinstance(edits.config, EditsConfig) and isinstance(edits.placement, EditsPlace):
         with suppress(CorsaError):  # what is wrong with the data is said when it is read
             tokens, counted = lengths(config.model, edits.config.benchmark, edits.placement.data, edits.config.limit)
+    problems = edits.inputs.get("problems")
+    if problems and isinstance(problems.config, ProblemsConfig) and isinstance(problems.placement, ProblemsPlace):
+        read, file = problems.config, problems.placement.data
+        tokens, counted = program_lengths(config.model, file, read.limit, read.offset)
     training = config.training
     job = Job(
         model=config.model,
@@ -84,6 +90,7 @@ def _refuse(step: Step, config: RoundConfig, placement: Placement, memory: int, 
         micro_batch=placement.micro_batch,
         workers=placement.workers,
         gpu=placement.gpu,
+        pack=placement.pack,
     )
     found = plan(job, rate(placement.gpu, 1.0, None, None), memory, None)
     holding = found.choice(placement.sharding).holding
