@@ -45,6 +45,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def group(folder: Path) -> Iterator[list[subprocess.Popen[str]]]:
     """Two workers of a gloo group, started before they are needed."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    # Matrices of a real model are mapped one by one and unmapped when they go; glibc keeps smaller ones in a heap full
+    # of holes, which would be measured instead of what is held.
+    environment["MALLOC_MMAP_THRESHOLD_"] = str(1 << 17)
     workers = [
         subprocess.Popen(
             [sys.executable, sharded.__file__, str(rank), "2", str(folder)],
@@ -222,7 +225,7 @@ def test_a_base_is_never_whole_on_a_worker_while_it_is_loaded(
         peak, held, _ = worker[source]
         mebibytes = held["all"] * 4 / 2**20
         assert held["all"] == sum(p.numel() for p in whole.parameters())
-        assert peak < 0.85 * mebibytes, f"{peak:.0f} MiB at most, of {mebibytes:.0f} MiB"
+        assert peak < 0.65 * mebibytes, f"{peak:.0f} MiB at most, of {mebibytes:.0f} MiB"
     total = float(sum(p.double().sum() for p in whole.parameters()))  # type: ignore[misc]
     assert sum(worker[source][2] for worker in found) == pytest.approx(total, rel=1e-9)
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from types import SimpleNamespace
+from typing import Any, Literal, cast
 
 import optuna
 import pytest
@@ -17,10 +21,13 @@ from corsa.edits import Edit, Probe, to_table
 from corsa.errors import CorsaError
 from corsa.experiment import Experiment
 from corsa.flow import Store
+from corsa.identities import RoundsConfig
 from corsa.tuning.space import Domain, Space, applied, default_setting, grid, label, with_default
 from corsa.tuning.study import SweepStudy
-from corsa.tuning.sweep import refuse_what_is_not_asked
+from corsa.tuning.sweep import refuse_what_is_not_asked, rung_of
 from tune.sweep import Sweep
+
+ROOT = Path(__file__).parents[1]
 
 
 def domains(*, grid: bool = False, **space: str) -> dict[str, Domain]:
@@ -127,6 +134,78 @@ def test_the_first_trials_are_the_default_and_its_control(tmp_path: Path) -> Non
     made = study(tmp_path)
     assert ask(made) == (0, {"lambda": 1.0, "rho": 0.05, "beta": 0.1})
     assert ask(made) == (1, {"lambda": 1.0, "rho": 0.0, "beta": 0.1})
+
+
+@pytest.mark.parametrize(
+    ("space", "default"),
+    [
+        ({"rho": "0.1:0.5"}, {"rho": 0.05}),  # below the range
+        ({"rho": "0|0.1:0.5"}, {"rho": 0.05}),  # below the range, and not its 0
+        ({"rho": "0.1:0.5"}, {"rho": 0.0}),  # not on its log scale
+        ({"learning_rate": "1e-5:1e-3"}, {"learning_rate": 1.23456e-4}),  # with more digits than are drawn
+        ({"rank": "4:16"}, {"rank": 32}),
+        ({"lambda": "2,4"}, {"lambda": 1.0}),
+    ],
+)
+def test_the_default_is_tried_once_wherever_it_lies(
+    tmp_path: Path, space: dict[str, str], default: dict[str, float]
+) -> None:
+    found = with_default(Space.model_validate(space).domains(grid=False), default)
+
+    def opened() -> SweepStudy:
+        how: dict[str, Any] = {"sampler": "tpe", "seed": 0, "made_with": {}, "directions": ["maximize"]}
+        return SweepStudy(Store(tmp_path), "s", domains=found, default=default, **how)
+
+    made = opened()
+    settings = [ask(made)[1] for _ in range(3)] + [ask(opened())[1]]
+    assert settings[0] == default
+    assert default not in settings[1:]
+
+
+def test_a_suggestion_that_was_cut_off_is_made_again(tmp_path: Path) -> None:
+    """Optuna writes a trial and each of its values by themselves: a kill in between leaves a trial without them."""
+    made = study(tmp_path)
+    first = ask(made)
+    made.study.ask({"lambda": optuna.distributions.FloatDistribution(0.1, 10, log=True)})
+    again = study(tmp_path)
+    assert [(t.number, again.setting(t)) for t in again.unfinished()] == [first]
+    number, setting = ask(again)
+    assert (number, setting) == (2, {"lambda": 1.0, "rho": 0.0, "beta": 0.1})
+    assert again.study.trials[1].state is TrialState.FAIL
+
+
+def trial(seconds: float, training: float) -> optuna.trial.FrozenTrial:
+    attrs = {"seconds": seconds, "training_s": training, "evaluation_s": 2.0}
+    return optuna.trial.create_trial(state=TrialState.COMPLETE, value=0.5, user_attrs=attrs)
+
+
+def test_a_rung_is_as_long_as_a_start_is_worth() -> None:
+    config = SimpleNamespace(rung=None, rounds=RoundsConfig(rounds=1))
+    experiment = Experiment.model_validate({"training": {"epochs": 10}})
+    found, said = rung_of(cast(Any, config), experiment, [trial(24.0, 10.0)])
+    assert (found, "a start takes 12.0 s, an epoch 1.00 s" in said) == (10, True)
+    assert rung_of(cast(Any, config), experiment, [trial(16.0, 10.0)])[0] == 4
+    # Found in the store, a trial takes no time: another shows what a start is, or the usual one is taken.
+    assert rung_of(cast(Any, config), experiment, [trial(0.2, 10.0), trial(15.0, 10.0)])[0] == 3
+    assert rung_of(cast(Any, config), experiment, [trial(0.2, 100.0)])[0] == 2
+    assert rung_of(cast(Any, config), experiment, [])[0] == 1
+
+
+def test_a_sweep_that_cannot_be_confirmed_or_held_is_refused_before_it_starts(tmp_path: Path) -> None:
+    facts = [{"prompt": f"Who leads {n}?", "target_new": "Ada", "target_old": "Grace"} for n in range(4)]
+    (tmp_path / "facts.jsonl").write_text("\n".join(map(json.dumps, facts)))
+    common = [sys.executable, "tune/sweep.py", "--benchmark", "file", "--data", str(tmp_path / "facts.jsonl")]
+    common += ["--storage", str(tmp_path / "runs"), "--objectives", "efficacy"]
+    done = subprocess.run([*common, "--confirm", "2", "--development", "4"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    said = " ".join(done.stderr.split())
+    assert "nothing is left to confirm the best setting on" in said
+    assert "has 4 facts, and all of them are passed over" in said
+    large = ["--model", "random:qwen3-14b", "--placement.gpu", "--placement.gpu-memory", "1GiB", "--workers", "2"]
+    done = subprocess.run([*common, *large], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "fits in no group of up to 2 workers" in " ".join(done.stderr.split())
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize("sampler", ["tpe", "random"])

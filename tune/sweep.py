@@ -52,7 +52,12 @@ class Sweep(Experiment):
         description="epochs between scores; by default what a worker group's start is worth, from the first trial",
     )
     study: str = Field(default="sweep", description="name of the study in the store")
-    confirm: int = Field(default=0, ge=0, description="compare best and default over so many seeds on reported facts")
+    confirm: int = Field(
+        default=0,
+        ge=0,
+        description="compare best and default over so many seeds on --limit facts after the development split; "
+        "by default on as many as it has",
+    )
 
     def checked(self) -> Sweep:
         """Itself, if what it asks for can be had; see `Experiment.checked`."""
@@ -73,6 +78,46 @@ class Sweep(Experiment):
             raise CorsaError("--stop needs one objective that a round's own answers give: leave it out")
         self.space.domains(grid=self.sampler == "grid")
         return self
+
+
+def placed(experiment: Sweep) -> Sweep:
+    """Itself, with the workers and the sharding that the plan of its largest trial asks for.
+
+    Raises:
+        CorsaError: no group of the workers that were asked for can hold a trial.
+    """
+    from corsa.planning.refusal import available, easy
+
+    memory = available(experiment.placement)
+    if experiment.placement.force or memory is None or easy(experiment.model, memory // experiment.placement.pack):
+        return experiment
+    from corsa.planning.groups import placement_of
+
+    rank = experiment.space.domains(grid=experiment.sampler == "grid").get("rank")
+    largest = max(rank.values or (rank.high,)) if rank else experiment.lora.rank
+    trial = {"methods": ("corsa",), "lora": experiment.lora.model_copy(update={"rank": int(largest)})}
+    placement = placement_of(experiment.model, experiment.model_copy(update=trial))
+    return experiment.model_copy(update={"placement": placement})
+
+
+def _refuse_what_cannot_be_confirmed(experiment: Sweep) -> None:
+    """Raises `CorsaError` before anything is searched where no fact is left to confirm the best setting on."""
+    from corsa.benchmarks import read
+
+    try:
+        read(
+            experiment.benchmark,
+            experiment.data,
+            limit=1,
+            offset=experiment.offset + experiment.development,
+            rounds=experiment.rounds,
+            on_bad_record="skip",
+        )
+    except CorsaError as error:
+        raise CorsaError(
+            f"nothing is left to confirm the best setting on: {error}; give a smaller --development than "
+            f"{experiment.development}, or leave out --confirm"
+        ) from error
 
 
 def sweep(experiment: Sweep, command: str) -> Step:
@@ -101,7 +146,8 @@ def sweep(experiment: Sweep, command: str) -> Step:
 
 def confirmation(experiment: Sweep, best: dict[str, float], command: str) -> Step:
     """The report that compares the best setting with the default, on facts after the development split."""
-    reported = experiment.model_copy(update={"offset": experiment.offset + experiment.development})
+    after = experiment.offset + experiment.development
+    reported = experiment.model_copy(update={"offset": after, "limit": experiment.limit or experiment.development})
     taught = facts(reported, experiment.rounds)
     rounds = RoundsConfig(rounds=experiment.rounds, update_share=experiment.update_share)
     schedule = dealt(taught, rounds if experiment.rounds > 1 else RoundsConfig(rounds=1))
@@ -139,7 +185,10 @@ def main() -> int:
     program, console = "tune/sweep.py", Console()
     experiment = configure(Sweep(), sys.argv[1:], program=program, description=__doc__ or "")
     experiment.checked()
+    if experiment.confirm and not experiment.dry_run:
+        _refuse_what_cannot_be_confirmed(experiment)
     command = repeat_command(program, experiment.model_copy(update={"confirm": 0}), Sweep())
+    experiment = placed(experiment)
     step, store = sweep(experiment, command), Store(lasting(experiment.storage))
     if experiment.dry_run:
         console.print(draw([step], store))

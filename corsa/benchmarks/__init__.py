@@ -210,13 +210,15 @@ def read(
             if limit is not None and taken == offset + limit:
                 break
     if not chosen:
-        raise CorsaError(_nothing_left(source, skipped, short, rounds))
+        raise CorsaError(_nothing_left(source, skipped, short, rounds, taken))
     taught, contradicting = resolved(chosen, on_contradiction)
     edits = [edit for fact in (without_repeats(taught) if source.benchmark.repeats else taught) for edit in fact]
     return Reading(edits, skipped, str(source), short, contradicting)
 
 
-def _nothing_left(source: Source, skipped: list[BadRecord], short: int, rounds: int | None) -> str:
+def _nothing_left(source: Source, skipped: list[BadRecord], short: int, rounds: int | None, passed: int) -> str:
+    if passed:
+        return f"{source} has {passed} facts, and all of them are passed over (offset); pass over fewer"
     if short:
         return f"{source}: none of its {short} chains has {rounds} updates or more; ask for fewer rounds"
     if skipped:

@@ -55,17 +55,18 @@ class StudySearch(Searcher):
             self._score(number, result)
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        results = json.loads((result or {}).get("results", "{}"))
-        for number, setting in self._given.pop(trial_id, ()):
+        results, chosen = json.loads((result or {}).get("results", "{}")), self._given.pop(trial_id, [])
+        for number, setting in chosen:
             found, name = results.get(str(number)), self._trials.label(setting)
             if found is None and error:
-                cause = "the process of the trial ended (out of memory, or a lost node?)"
+                cause = "the trial's own process ended: it ran out of memory, or its node was lost"
                 self._study.tell(number, TrialState.FAIL, failed=cause)
                 self._say("failed", number, f"{name}: {cause}")
             elif found is None:
                 self._score(number, result or {})  # Tune tells of the result that stopped it here alone
                 epoch = (result or {}).get("epoch")
-                seconds = (result or {}).get("time_total_s")
+                total = (result or {}).get("time_total_s")
+                seconds = total and total / len(chosen)
                 self._study.tell(number, TrialState.PRUNED, stopped_at=epoch, seconds=seconds)
                 self._say("stopped", number, f"{name}: after epoch {epoch}")
             elif "failed" in found:
@@ -127,7 +128,11 @@ def search(
 
     def trial(config: Mapping[str, Any]) -> None:
         chosen = [(int(number), dict(setting)) for number, setting in config["trials"]]
-        results = trials.perform(chosen, config["name"])
+        try:
+            results = trials.perform(chosen, config["name"])
+        except Exception as error:  # such as a storage that is gone: said of these trials, and the sweep goes on
+            cause = f"{type(error).__name__}: {error}"
+            results = {number: {"failed": cause, "seconds": None} for number, _ in chosen}
         metric = trials.config.objectives[0]
         values = [r["metrics"][metric]["value"] for r in results.values() if "failed" not in r]
         best = (max if METRICS[metric].better == "high" else min)(values, default=math.nan)

@@ -131,11 +131,16 @@ class Domain:
 
 
 def with_default(domains: Mapping[str, Domain], default: Setting) -> dict[str, Domain]:
-    """The domains, each list of values with the default's among them: it is the first trial in any case."""
-    return {
-        name: replace(d, values=tuple(sorted({*d.values, default[name]}))) if d.values else d
-        for name, d in domains.items()
-    }
+    """The domains, each with the default's value in it: it is the first trial in any case."""
+    return {name: _with(domain, default[name]) for name, domain in domains.items()}
+
+
+def _with(domain: Domain, value: float) -> Domain:
+    if domain.values:
+        return replace(domain, values=tuple(sorted({*domain.values, value})))
+    if value == 0 and domain.log:
+        return replace(domain, zero=True)
+    return replace(domain, low=min(domain.low, value), high=max(domain.high, value))
 
 
 def default_setting(experiment: Experiment, domains: Mapping[str, Domain]) -> dict[str, float]:

@@ -67,6 +67,9 @@ class SweepStudy:
         if name in known:
             _refuse_another(name, self.study.user_attrs.get("made with", {}), made_with)
         self.study.set_user_attr("made with", dict(made_with))
+        for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+            if not trial.params.keys() >= domains.keys():  # whoever suggested it ended while the values were written
+                self.study.tell(trial.number, state=TrialState.FAIL)
         self.keep()
 
     @property
@@ -76,8 +79,9 @@ class SweepStudy:
 
     @property
     def trials(self) -> list[FrozenTrial]:
-        """Every trial, oldest first."""
-        return [t for t in self.study.get_trials(deepcopy=False) if t.state is not TrialState.WAITING]
+        """Every trial, oldest first; not one whose suggestion was cut off before it had all its values."""
+        found = self.study.get_trials(deepcopy=False)
+        return [t for t in found if t.state is not TrialState.WAITING and t.params.keys() >= self._domains.keys()]
 
     def unfinished(self) -> list[FrozenTrial]:
         """Trials that were running when the sweep was stopped: they go on."""
@@ -85,7 +89,8 @@ class SweepStudy:
 
     def setting(self, trial: FrozenTrial | Trial) -> dict[str, float]:
         """The setting that a trial stands for."""
-        return {name: domain.value(trial.params[name]) for name, domain in self._domains.items()}
+        given = trial.user_attrs.get("setting")  # one that no sampler chose is not rounded
+        return given or {name: domain.value(trial.params[name]) for name, domain in self._domains.items()}
 
     def ask(self) -> Trial | None:
         """A new trial; None where a grid has no more.
@@ -100,7 +105,8 @@ class SweepStudy:
             return None
         waiting = [t for t in self.study.get_trials(deepcopy=False) if t.state is TrialState.WAITING]
         if fixed is not None and not waiting:
-            self.study.enqueue_trial({name: self._domains[name].drawn(value) for name, value in fixed.items()})
+            drawn = {name: self._domains[name].drawn(value) for name, value in fixed.items()}
+            self.study.enqueue_trial(drawn, user_attrs={"setting": fixed})
         self.study.sampler = self._new_sampler(number)
         trial = self.study.ask({name: _distribution(domain) for name, domain in self._domains.items()})
         self.keep()

@@ -30,6 +30,9 @@ from corsa.tuning.space import Domain, applied, default_setting, label, with_def
 from corsa.tuning.study import ENDED, SweepStudy
 from corsa.tuning.trials import Trials
 
+USUAL_START = 20.0
+"""Seconds that a worker group takes to start on two cores (docs/performance.md), where no trial has shown it."""
+
 _STATES = {TrialState.COMPLETE: "done", TrialState.PRUNED: "stopped", TrialState.FAIL: "failed"}
 
 
@@ -84,9 +87,10 @@ def run(task: Task) -> dict[str, Any]:
 
     rung = None
     if config.stop != "no":
-        if config.rung is None and left(1):  # the yardstick, run whole: what a start takes, and an epoch
+        measured = any(t.user_attrs.get("training_s") for t in study.trials)
+        if config.rung is None and not measured:  # the yardstick, run whole: what a start takes, and an epoch
             go_on(1, None)
-        rung, said = _rung(config, experiment, study.trials)
+        rung, said = rung_of(config, experiment, study.trials)
         console.print(said, highlight=False)
     if left(config.trials):
         before = -1
@@ -161,7 +165,7 @@ def refuse_what_is_not_asked(objectives: Sequence[str], edits: Any) -> None:
             )
 
 
-def _rung(config: SweepConfig, experiment: Experiment, trials: list[FrozenTrial]) -> tuple[int, str]:
+def rung_of(config: SweepConfig, experiment: Experiment, trials: list[FrozenTrial]) -> tuple[int, str]:
     """Epochs between scores, before which nothing is stopped: what was asked for, or what a group's start is worth."""
     if config.rung:
         return config.rung, f"nothing is stopped before {config.rung} epochs, as asked"
@@ -169,8 +173,10 @@ def _rung(config: SweepConfig, experiment: Experiment, trials: list[FrozenTrial]
     measured = [t.user_attrs for t in trials if t.user_attrs.get("training_s") and "failed" not in t.user_attrs]
     if not measured:
         return 1, "nothing is stopped before the first epoch: no trial has shown what a start is worth"
-    start = max(0.0, measured[0]["seconds"] - measured[0]["training_s"] - measured[0]["evaluation_s"])
     epoch = measured[0]["training_s"] / epochs
+    # A trial whose rounds were in the store already has taken less time than they did, and shows no start.
+    starts = [m["seconds"] - m["training_s"] - m["evaluation_s"] for m in measured]
+    start = next((s for s in starts if s > 0), USUAL_START)
     rung = max(1, min(math.ceil(start / epoch), epochs))
     return rung, f"a start takes {start:.1f} s, an epoch {epoch:.2f} s: nothing is stopped before {rung} epochs"
 
