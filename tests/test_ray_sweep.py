@@ -43,7 +43,11 @@ def results(out: str) -> tuple[pd.DataFrame, dict[str, Any]]:
 def test_a_trial_that_diverges_is_recorded_and_the_others_end(cluster: Cluster, tmp_path: Path) -> None:
     space = ["--sampler", "grid", "--space.learning-rate", "2e-4,1e-3,1e30", "--trials", "3", "--pack", "3"]
     two = ["--objectives", "margin,edit_success", "--storage", tmp_path]
-    table, best = results(run([*TINY, *space, *two], cluster.environment, pipeline=SWEEP).out)
+    out = run([*TINY, *space, *two], cluster.environment, pipeline=SWEEP).out
+    table, best = results(out)
+    again = ["--config", out.splitlines()[-1], "--storage", tmp_path, "--dry-run"]
+    drawn = run(again, cluster.environment).out  # a pipeline takes it
+    assert "/corsa/seed0/round1" in drawn
     states = dict(zip(table.learning_rate, table.state, strict=True))
     assert states == {2e-4: "done", 1e-3: "done", 1e30: "failed"}
     assert "finite" in table.cause[table.state == "failed"].item()

@@ -21,11 +21,12 @@ from corsa.edits import Edit, Probe, to_table
 from corsa.errors import CorsaError
 from corsa.experiment import Experiment
 from corsa.flow import Store
-from corsa.identities import RoundsConfig
+from corsa.flow.step import topological
+from corsa.identities import EditsConfig, RoundConfig, RoundsConfig
 from corsa.tuning.space import Domain, Space, applied, default_setting, grid, label, with_default
 from corsa.tuning.study import SweepStudy
 from corsa.tuning.sweep import refuse_what_is_not_asked, rung_of
-from tune.sweep import Sweep
+from tune.sweep import Sweep, confirmation
 
 ROOT = Path(__file__).parents[1]
 
@@ -189,6 +190,15 @@ def test_a_rung_is_as_long_as_a_start_is_worth() -> None:
     assert rung_of(cast(Any, config), experiment, [trial(0.2, 10.0), trial(15.0, 10.0)])[0] == 3
     assert rung_of(cast(Any, config), experiment, [trial(0.2, 100.0)])[0] == 2
     assert rung_of(cast(Any, config), experiment, [])[0] == 1
+
+
+def test_a_confirmation_asks_other_facts_of_both_settings() -> None:
+    asked = Sweep.model_validate({"development": 6, "offset": 2, "confirm": 2})
+    steps = list(topological([confirmation(asked, {"rho": 0.0}, "again")]))
+    rounds = [step.config for step in steps if isinstance(step.config, RoundConfig)]
+    assert sorted((r.seed, r.step.rho) for r in rounds) == [(0, 0.0), (0, 0.05), (1, 0.0), (1, 0.05)]
+    (edits,) = (step.config for step in steps if isinstance(step.config, EditsConfig))
+    assert (edits.offset, edits.limit) == (8, 6)
 
 
 def test_a_sweep_that_cannot_be_confirmed_or_held_is_refused_before_it_starts(tmp_path: Path) -> None:
