@@ -17,7 +17,8 @@ from code_files import task, update, write_lines
 from tiny import tiny_model
 
 from corsa.benchmarks.programs import program_in, read_problems
-from corsa.code_steps import measured
+from corsa.code_steps import as_edits, measured
+from corsa.edits import from_table
 from corsa.errors import CorsaError
 from corsa.evaluation.generation import generate, sample
 from corsa.evaluation.passing import Tried, measure, pass_at, tried
@@ -191,6 +192,34 @@ def test_a_problem_that_one_method_lost_to_the_sandbox_counts_for_none(
     assert {name: (rate["value"], rate["probes"]) for name, rate in rates.items()} == {"one": (1, 1), "other": (0.5, 1)}
     assert [c["difference"] for c in found["comparisons"] if c["metric"] == "upass_1"] == [0.5]
     assert found["notes"] == [("updates", "a")]
+
+
+def test_an_old_answer_is_kept_if_it_runs_and_does_not_pass(tmp_path: Path) -> None:
+    outcomes = {
+        "kept": ("failed", True),
+        "passes": ("passed", True),
+        "broken": ("error", False),
+        "lost": ("sandbox", False),
+    }
+    tables: dict[str, list[dict[str, Any]]] = {
+        "problems": [{"id": n, "prompt": f"Write {n}.", "solution": "return 1", "part": "taught"} for n in outcomes],
+        "answers": [{"problem": n, "output": f" return {i} "} for i, n in enumerate(outcomes, start=2)],
+        "verdicts": [
+            {"problem": n, "updated": True, "outcome": outcome, "loaded": loaded}
+            for n, (outcome, loaded) in outcomes.items()
+        ],
+    }
+    for name, table in tables.items():
+        pq.write_table(pa.Table.from_pylist(table), tmp_path / f"{name}.parquet")
+    task: Any = SimpleNamespace(inputs=dict.fromkeys(tables, SimpleNamespace(local=tmp_path.joinpath)), output=tmp_path)
+    counts = as_edits(task)
+    edits = from_table(pq.read_table(tmp_path / "edits.parquet"))
+    assert [(e.id, e.target_new, e.target_old) for e in edits] == [
+        ("kept", "return 1", "return 2"),
+        *((name, "return 1", "") for name in ("passes", "broken", "lost")),
+    ]
+    assert counts["without_old_answer"] == 3
+    assert counts["old_answer_not_judged"] == 1
 
 
 def test_rates_and_intervals_are_over_problems_and_updates() -> None:
