@@ -146,6 +146,8 @@ def test_a_file_becomes_an_epoch_of_batches(tmp_path: Path, capsys: pytest.Captu
 SCENARIO = """
 import sys, time
 from pathlib import Path
+if "--dry-run" in sys.argv:
+    sys.exit()
 root = Path(sys.argv[sys.argv.index("--storage") + 1])
 done = (root / "done").exists()
 root.mkdir(exist_ok=True)
@@ -166,15 +168,27 @@ def test_what_a_run_takes_beside_its_work_is_itemised() -> None:
     records = [
         record("edits/x", "edits", 1003.0, 1.0),
         record("reference/x", "reference", 1010.0, 5.0),
-        record("x/base", "round", 1030.0, 9.0, evaluation_s=7.0),
-        record("x/lora/seed0/round1", "round", 1050.0, 20.0, training_s=12.0, evaluation_s=6.0),
+        record("x/base", "round", 1030.0, 9.0, evaluation_s=6.5, stream_s=3.0, loading_s=1.0, data_s=1.0),
+        record("x/lora/seed0/round1", "round", 1050.0, 20.0, training_s=12.0, evaluation_s=6.5, checkpoints_s=1.0),
         record("report/x", "report", 1053.0, 2.0),
     ]
-    found = itemised(records, began=1000.0, wall=60.0, again=1.0)
+    found = itemised(records, began=1000.0, plain=0.5, wall=60.0, again=1.0)
     assert (found.training_s, found.evaluation_s, found.overhead_s, found.chains) == (12.0, 13.0, 35.0, 1)
-    assert found.items_s["imports, planning, cluster start"] == pytest.approx(2.0)
-    assert found.items_s["worker group start"] == pytest.approx(11.0)
-    assert found.items_s["model load, data and checkpoints in rounds"] == pytest.approx(4.0)
+    assert found.items_s == pytest.approx(
+        {
+            "imports and planning": 0.5,
+            "edits": 1.0,
+            "cluster start, or connecting": 3.5,
+            "reference": 5.0,
+            "worker group start": 8.0,
+            "data": 4.0,
+            "model load": 1.0,
+            "checkpoints and adapters": 1.0,
+            "all else in rounds": 1.0,
+            "report": 2.0,
+            "between steps, and the end of workers and cluster": 8.0,
+        }
+    )
     assert sum(found.items_s.values()) == pytest.approx(found.overhead_s)
 
 

@@ -28,6 +28,9 @@ class OverheadFigures:
     again_s: float  # the same command with everything done
 
 
+CONNECTING = "cluster start, or connecting"
+
+
 def measure_overhead(command: Sequence[str], storage: Path) -> OverheadFigures:
     """Run a scenario into an empty storage, then once more.
 
@@ -40,28 +43,39 @@ def measure_overhead(command: Sequence[str], storage: Path) -> OverheadFigures:
     """
     if storage.exists() and any(storage.iterdir()):
         raise CorsaError(f"{storage} is not empty: what is done there would not be measured; name a new folder")
+    plain = _run([*command, "--storage", str(storage), "--dry-run"])
     began = time.time()
     wall = _run([*command, "--storage", str(storage)])
     again = _run([*command, "--storage", str(storage)])
     records = sorted(Store(storage).records(), key=_end)
-    return itemised(records, began, wall, again)
+    return itemised(records, began, plain, wall, again)
 
 
-def itemised(records: Sequence[Record], began: float, wall: float, again: float) -> OverheadFigures:
-    """Where the wall time went: what steps say of themselves, and what lies between them."""
+def itemised(records: Sequence[Record], began: float, plain: float, wall: float, again: float) -> OverheadFigures:
+    """Where the wall time went: what steps say of themselves, and what lies between them. `plain`: seconds that the
+    command takes to plan and do nothing.
+    """
     rounds = [r for r in records if r.kind == "round"]
-    training = sum(r.metrics.get("training_s", 0.0) for r in rounds)
-    evaluation = sum(r.metrics.get("evaluation_s", 0.0) for r in rounds)
-    before = min((_end(r) - r.seconds for r in records), default=began)
-    items = {"imports, planning, cluster start": before - began}
+
+    def spent(what: str) -> float:
+        return sum(r.metrics.get(f"{what}_s", 0.0) for r in rounds)
+
+    training, evaluation = spent("training"), spent("evaluation")
+    before = min((_end(r) - r.seconds for r in records if r.kind != "edits"), default=began + plain)
+    items = {"imports and planning": plain}
     for record in records:
         if record.kind not in ("round", "report"):
             items[record.kind] = items.get(record.kind, 0.0) + record.seconds
+    items[CONNECTING] = max(0.0, before - began - plain - items.get("edits", 0.0))
     if rounds:
         first = min(_end(r) - r.seconds for r in rounds)
         ready = max((_end(r) for r in records if r.kind in ("reference", "schedule", "statistics")), default=first)
-        items["worker group start"] = max(0.0, first - ready)
-        items["model load, data and checkpoints in rounds"] = sum(r.seconds for r in rounds) - training - evaluation
+        items["worker group start"] = max(0.0, first - ready - spent("stream"))
+        items["data"] = spent("stream") + spent("data")
+        items["model load"] = spent("loading")
+        items["checkpoints and adapters"] = spent("checkpoints")
+        named = training + evaluation + spent("data") + spent("loading") + spent("checkpoints")
+        items["all else in rounds"] = sum(r.seconds for r in rounds) - named
     items["report"] = sum(r.seconds for r in records if r.kind == "report")
     overhead = wall - training - evaluation
     items["between steps, and the end of workers and cluster"] = overhead - sum(items.values())

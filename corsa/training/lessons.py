@@ -69,14 +69,18 @@ def take(tasks: Sequence[Task], workshop: Workshop, post: Post) -> dict[str, str
     metrics = _LESSONS[type(task.config)](task, workshop, post)
     if workshop.crew.leads:
         task.commit(metrics | _notes(workshop), time.monotonic() - started)
+    workshop.spent.clear()
     return {}
 
 
-def _notes(workshop: Workshop) -> dict[str, Any]:
-    """What a step's record says of how it was run; the peak is the leading worker's, bytes."""
+def _notes(workshop: Workshop, together: int = 1) -> dict[str, Any]:
+    """What a step's record says of how it was run; the peak is the leading worker's, bytes. `together`: with how many
+    steps it shared the time.
+    """
     crew = workshop.crew
     how = {"peak_memory": peak_since(crew.device), "workers": crew.size, "gpu": crew.device.type == "cuda"}
-    return how | {"parameters": workshop.parameters} | ({"notes": workshop.notes} if workshop.notes else {})
+    spent = {f"{what}_s": round(seconds / together, 3) for what, seconds in workshop.spent.items()}
+    return how | spent | {"parameters": workshop.parameters} | ({"notes": workshop.notes} if workshop.notes else {})
 
 
 def trains_with(first: Task, other: Task) -> bool:
@@ -122,9 +126,11 @@ def _teach_lora(tasks: Sequence[Task], workshop: Workshop, post: Post) -> dict[s
             with lora.only(row):
                 metrics = _ask(task, lesson, loaded, workshop, post)
             if crew.leads:
-                save_adapter(lora, task.output / "adapter", task.config.model.name, row)
-                metrics |= _write_curves(task, curves) | {"packed": len(tasks)} | _notes(workshop)
+                with workshop.timed("checkpoints"):
+                    save_adapter(lora, task.output / "adapter", task.config.model.name, row)
+                metrics |= _write_curves(task, curves) | {"packed": len(tasks)} | _notes(workshop, len(tasks))
                 task.commit(metrics, shared + time.monotonic() - began)
+    workshop.spent.clear()
     return failed
 
 
@@ -337,9 +343,10 @@ class _Subject:
 def _open(task: Task, workshop: Workshop, adapters: int = 1) -> tuple[_Subject, Loaded]:
     """The step's edits, and the model that it is done with."""
     config: AskingConfig = task.config
-    table = workshop.tables[task.step.inputs["reference"].fingerprint]
-    edits = {e.id: e for e in from_table(_shared_table(task, "edits", workshop.crew)) if e.id in table}
-    sample = sorted(map(table.triplet, edits), key=len)[-4:]  # windows show in long rows
+    with workshop.timed("data"):
+        table = workshop.tables[task.step.inputs["reference"].fingerprint]
+        edits = {e.id: e for e in from_table(_shared_table(task, "edits", workshop.crew)) if e.id in table}
+        sample = sorted(map(table.triplet, edits), key=len)[-4:]  # windows show in long rows
     loaded = workshop.open(config, sample, adapters)
     if "schedule" not in task.step.inputs:  # which round teaches an edit is then the scenario's affair
         return _Subject([], [], [Taught(edit, edit.round, "") for edit in edits.values()]), loaded

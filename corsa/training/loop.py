@@ -193,7 +193,8 @@ def _learn(
                     if pupil.position.step == number and not pupil.failed:
                         if warned:
                             pupil.position.notes.append(f"{warned}: checkpoint taken after step {number}")
-                        save_checkpoint(*pupil.lesson.checkpoint, pupil.row, pupil.state, pupil.position, crew)
+                        with workshop.timed("checkpoints"):
+                            save_checkpoint(*pupil.lesson.checkpoint, pupil.row, pupil.state, pupil.position, crew)
             if crew.leads:
                 pace = (time.monotonic() - began) / (number - resumed_at)
                 post(

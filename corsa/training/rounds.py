@@ -39,8 +39,10 @@ def work(config: dict[str, Any]) -> dict[str, str]:
     tasks: list[Task] = config["tasks"]
     placement: Placement = tasks[0].placement
     crew = Crew.join(placement)
-    tables = {name: streamed_table(name) for name in config["tables"]}
-    return take_rounds(tasks, Workshop(crew, placement, tables), config["progress"])
+    workshop = Workshop(crew, placement, {})
+    with workshop.timed("stream"):
+        workshop.tables |= {name: streamed_table(name) for name in config["tables"]}
+    return take_rounds(tasks, workshop, config["progress"])
 
 
 def streamed_table(name: str) -> TokenTable:

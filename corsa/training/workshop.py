@@ -4,7 +4,9 @@ tables.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -47,6 +49,7 @@ class Workshop:
     def __init__(self, crew: Crew, placement: Placement, tables: dict[str, TokenTable]) -> None:
         self.crew, self.placement, self.tables = crew, placement, tables
         self.notes: list[str] = []  # what befell the step in progress, for its record
+        self.spent: dict[str, float] = {}  # seconds of the step in progress that are neither training nor asking
         self._key: tuple[ModelConfig, LoraConfig] | None = None
         self._loaded: Loaded | None = None
         self._checked = False  # whether packed rows have been compared with plain ones
@@ -58,6 +61,15 @@ class Workshop:
             return None
         return sum(getattr(p, "ds_numel", p.numel()) for p in self._loaded.model.parameters())
 
+    @contextmanager
+    def timed(self, what: str) -> Iterator[None]:
+        """What happens inside is counted as `what` of the step in progress: stream, loading, data or checkpoints."""
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self.spent[what] = self.spent.get(what, 0.0) + time.monotonic() - began
+
     def open(
         self,
         config: AskingConfig | SamplesConfig | SpecificityConfig | ControlsConfig,
@@ -65,6 +77,15 @@ class Workshop:
         adapters: int = 1,
     ) -> Loaded:
         """The model of a step with so many adapters of its shape; `sample` shows whether its rows can be packed."""
+        with self.timed("loading"):
+            return self._open(config, sample, adapters)
+
+    def _open(
+        self,
+        config: AskingConfig | SamplesConfig | SpecificityConfig | ControlsConfig,
+        sample: Sequence[Triplet],
+        adapters: int,
+    ) -> Loaded:
         shape = config.lora if isinstance(config, RoundConfig) else None  # None: asked with LoRA off, any shape will do
         if not (self._loaded and self._key and self._key[0] == config.model and shape in (None, self._key[1])):
             if self._loaded:  # the old one goes before the new one comes
