@@ -159,12 +159,12 @@ def test_a_small_model_that_learns_long_programs_is_planned(tmp_path: Path) -> N
     arena = write_lines(tmp_path / "arena.jsonl", [update("sin", 2), update("cos", 2)])
     asked = CodeExperiment.model_validate({"data": str(arena), "methods": ("corsa",), "allow_code_execution": True})
     steps = [s for s in topological([code_report(asked, "")]) if isinstance(s.config, RoundConfig)]
-    placement = Placement(gpu=True, gpu_memory="1GiB")
+    placement = Placement(gpu=True, gpu_memory="512MiB")
     steps = [replace(step, placement=placement) for step in steps]
     console = Console(width=140, record=True, file=StringIO())
-    with pytest.raises(CorsaError, match=r"smollm2-135m under .* GiB on a GPU that has 1\.00 GiB"):
+    with pytest.raises(CorsaError, match=r"smollm2-135m under .* GiB on a GPU that has 0\.50 GiB"):
         refuse_what_memory_cannot_hold(steps, console)
-    assert "2 updates, counted with the tokenizer of smollm2-135m" in console.export_text()
+    assert "2 updates, counted with the tokenizer of smollm2-135m" in " ".join(console.export_text().split())
 
 
 @pytest.mark.parametrize("placement", [{"gpu_memory": "80GB"}, {"gpu_memory": "24GB", "force": True}, {}])
