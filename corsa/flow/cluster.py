@@ -52,7 +52,10 @@ def connect(console: Console) -> None:
     except (ConnectionError, RuntimeError, ValueError) as error:
         what = f"reach the Ray cluster at {address}" if address else "start a Ray cluster on this machine"
         hint = (
-            "Check RAY_ADDRESS, or unset it to start a cluster here" if address else "`ray stop` ends one left behind"
+            "Check RAY_ADDRESS and, where the cluster asks for a token, RAY_AUTH_MODE=token and RAY_AUTH_TOKEN "
+            "(cluster/README.md); or unset RAY_ADDRESS to start a cluster here"
+            if address
+            else "`ray stop` ends one left behind"
         )
         raise CorsaError(f"cannot {what}: {error}. {hint}") from error
     if context.dashboard_url:
