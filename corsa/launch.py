@@ -200,8 +200,11 @@ def _differences(value: Frozen, default: Frozen, prefix: str) -> list[str]:
         if isinstance(mine, Frozen):
             found += [] if isinstance(mine, Placement) else _differences(mine, theirs, f"{prefix}{name}.")
         elif mine != theirs and name not in ("config", "storage", "track", "dry_run"):
-            word = ",".join(map(str, mine)) if isinstance(mine, tuple) else str(mine)
             option = (field.alias or name).replace("_", "-")
             group = "" if isinstance(value, ModelConfig) else prefix
+            if isinstance(mine, bool):
+                found.append(f"--{group}{'' if mine else 'no-'}{option}")
+                continue
+            word = ",".join(map(str, mine)) if isinstance(mine, tuple) else str(mine)
             found += [f"--{group}{'model' if isinstance(value, ModelConfig) and name == 'name' else option}", word]
     return found

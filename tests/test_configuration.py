@@ -12,6 +12,7 @@ import pytest
 from conftest import ROOT
 from pydantic import ValidationError
 
+from corsa.code_experiment import CodeExperiment
 from corsa.commandline import configure, exit_with
 from corsa.config import STEPS, StepConfig
 from corsa.errors import CorsaError
@@ -95,6 +96,14 @@ def test_the_command_that_repeats_a_run_does() -> None:
     how = {"placement": first.placement, "storage": first.storage}
     assert again.model_copy(update=how) == first
     assert repeat_command("p.py", Continual(), Continual()) == "python p.py"
+
+
+def test_the_command_that_repeats_a_run_says_yes_and_no() -> None:
+    plain, allowed = CodeExperiment(), CodeExperiment(data="arena.jsonl", allow_code_execution=True)
+    words = repeat_command("p.py", allowed, plain).split()
+    assert words == ["python", "p.py", "--data", "arena.jsonl", "--allow-code-execution"]
+    assert configure(plain, words[2:], program="p.py", description="") == allowed
+    assert repeat_command("p.py", plain, allowed).split()[-1] == "--no-allow-code-execution"
 
 
 def test_a_name_given_twice_counts_once() -> None:

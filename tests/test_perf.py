@@ -178,7 +178,7 @@ def test_what_a_run_takes_beside_its_work_is_itemised() -> None:
         {
             "imports and planning": 0.5,
             "edits": 1.0,
-            "cluster start, or connecting": 3.5,
+            "the import of Ray, and cluster start or connecting": 3.5,
             "reference": 5.0,
             "worker group start": 8.0,
             "data": 4.0,

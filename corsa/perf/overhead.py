@@ -28,7 +28,7 @@ class OverheadFigures:
     again_s: float  # the same command with everything done
 
 
-CONNECTING = "cluster start, or connecting"
+CONNECTING = "the import of Ray, and cluster start or connecting"
 
 
 def measure_overhead(command: Sequence[str], storage: Path) -> OverheadFigures:
