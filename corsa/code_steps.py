@@ -71,10 +71,10 @@ def as_edits(task: Task) -> dict[str, Any]:
         same = normalise(program_in(answers[id_])) == normalise(new)
         if verdict["outcome"] == "sandbox":
             why = "not_judged"
+        elif verdict["outcome"] == "passed" or same:
+            why = "passes"
         else:
-            why = (
-                "passes" if verdict["outcome"] == "passed" or same else "runs" if verdict["loaded"] else "does_not_run"
-            )
+            why = "runs" if verdict["loaded"] else "does_not_run"
         counts[f"old_answer_{why}"] += 1
         old = answers[id_] if why == "runs" else ""
         edits.append(Edit(id=id_, chain=id_, round=1, prompt=row["prompt"], target_new=new, target_old=old))

@@ -86,10 +86,9 @@ def placed(experiment: Sweep) -> Sweep:
     Raises:
         CorsaError: no group of the workers that were asked for can hold a trial.
     """
-    from corsa.planning.refusal import available, easy
+    from corsa.planning.refusal import in_question
 
-    memory = available(experiment.placement)
-    if experiment.placement.force or memory is None or easy(experiment.model, memory // experiment.placement.pack):
+    if in_question(experiment.model, experiment.placement) is None:
         return experiment
     from corsa.planning.groups import placement_of
 

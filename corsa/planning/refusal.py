@@ -36,11 +36,20 @@ def refuse_what_memory_cannot_hold(pending: Iterable[Step], console: Console) ->
         config, placement = step.config, step.placement
         assert isinstance(config, RoundConfig)
         assert isinstance(placement, Placement)
-        memory = available(placement)
         long = isinstance(step.inputs["edits"].config, ProgramEditsConfig)
-        if placement.force or memory is None or (easy(config.model, memory // placement.pack) and not long):
-            continue
-        _refuse(step, config, placement, memory, console)
+        memory = in_question(config.model, placement, long=long)
+        if memory is not None:
+            _refuse(step, config, placement, memory, console)
+
+
+def in_question(model: ModelConfig, placement: Placement, *, long: bool = False) -> int | None:
+    """The memory that a model's rounds are to be planned for, as `available`; None where nothing is to be planned: it
+    is not known, the run is forced, or the model is small beside it and its edits are not `long`.
+    """
+    memory = available(placement)
+    if placement.force or memory is None or (not long and _easy(model, memory // placement.pack)):
+        return None
+    return memory
 
 
 def available(placement: Placement) -> int | None:
@@ -51,7 +60,7 @@ def available(placement: Placement) -> int | None:
     return None if memory is None else memory // placement.workers
 
 
-def easy(model: ModelConfig, memory: int) -> bool:
+def _easy(model: ModelConfig, memory: int) -> bool:
     """Whether a model is so small beside the memory that a round of facts fits at usual batches."""
     shape = ARCHITECTURES.get(model.name.removeprefix("random:"))
     if shape is None:

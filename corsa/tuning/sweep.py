@@ -31,7 +31,7 @@ from corsa.tuning.study import ENDED, SweepStudy
 from corsa.tuning.trials import Trials
 
 USUAL_START = 20.0
-"""Seconds that a worker group takes to start on two cores (docs/performance.md), where no trial has shown it."""
+"""Seconds that a trial's start is taken to cost where none has shown it: a sweep's first took 18 (docs/results.md)."""
 
 _STATES = {TrialState.COMPLETE: "done", TrialState.PRUNED: "stopped", TrialState.FAIL: "failed"}
 

@@ -49,38 +49,30 @@ class ProgramGone(BaseException):
     """The program ended where it should have answered: no test may catch this, so it is no Exception."""
 
 
-def _kept_or_stand_in(peer: Peer, pid: Any) -> Any:
-    """What a persistent id stands for: an own object that the other side had a stand-in for, or a stand-in."""
-    kind, number = pid
-    if kind == "own":
-        return peer.kept[number]
-    if kind == "iterator":
-        return RemoteIterator(peer, number)
-    return partial(peer.call, number)
-
-
-class _Loader(pickle.Unpickler):
-    """Makes whatever it is told to: the program reads what the examiner says with it."""
+class _Standing:
+    """What both loaders have: the peer whose stand-ins they make."""
 
     def __init__(self, raw: bytes, peer: Peer) -> None:
-        super().__init__(io.BytesIO(raw))
+        super().__init__(io.BytesIO(raw))  # type: ignore[call-arg]
         self._peer = peer
 
     def persistent_load(self, pid: Any) -> Any:
-        return _kept_or_stand_in(self._peer, pid)
+        kind, number = pid
+        if kind == "own":
+            return self._peer.kept[number]
+        if kind == "iterator":
+            return RemoteIterator(self._peer, number)
+        return partial(self._peer.call, number)
 
 
-class _DataLoader(pickle._Unpickler):
+class _Loader(_Standing, pickle.Unpickler):
+    """Makes whatever it is told to: the program reads what the examiner says with it."""
+
+
+class _DataLoader(_Standing, pickle._Unpickler):
     """Makes data alone. It is Python's own loader in Python, because that in C sets attributes on whatever it is told
     to: of `Counter` itself, of a tensor, of the examiner's own functions.
     """
-
-    def __init__(self, raw: bytes, peer: Peer) -> None:
-        super().__init__(io.BytesIO(raw))
-        self._peer = peer
-
-    def persistent_load(self, pid: Any) -> Any:
-        return _kept_or_stand_in(self._peer, pid)
 
     def find_class(self, module: str, name: str) -> Any:
         if name in _ALLOWED.get(module, ()):
