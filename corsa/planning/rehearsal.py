@@ -70,6 +70,7 @@ def rehearse(
         checkpointing: recompute each layer in the backward pass instead of keeping what it computed.
     """
     depth: int = architecture.num_hidden_layers
+    lora = lora.model_copy(update={"layers": None})  # an upper bound: the plan is made from fewer layers than there are
     period = _period(getattr(architecture, "layer_types", None) or [])
     low = depth % period + 2 * period
 
