@@ -18,6 +18,7 @@ from corsa.experiments.base import Experiment, asked, base, chain, dealt, facts,
 from corsa.experiments.report_spec import Page
 from corsa.experiments.runner import start
 from corsa.flow import Step
+from corsa.methods import METHODS
 
 MERGES = get_args(MergeMethod)
 
@@ -36,8 +37,9 @@ class Merging(Experiment):
 
 def merging(experiment: Merging, command: str) -> Step:
     """The report of a run, and through its inputs every step of it."""
-    if "memit" in experiment.methods:
-        raise CorsaError("MEMIT leaves dense changes, which these merges cannot take: leave it out of --methods")
+    for name in experiment.methods:
+        if why := METHODS[name].refuses.get("adapter"):
+            raise CorsaError(f"{why}, and these merges take adapters: leave {name} out of --methods")
     for way in experiment.merges:
         if way not in MERGES:
             raise unknown_name("merge", way, MERGES)

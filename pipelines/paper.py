@@ -24,6 +24,7 @@ from corsa.experiments.base import Experiment, Methods
 from corsa.experiments.report_spec import joined
 from corsa.experiments.runner import start
 from corsa.flow import Step
+from corsa.methods import METHODS
 
 E = TypeVar("E", bound=Experiment)
 
@@ -52,7 +53,7 @@ def paper(experiment: Paper, command: str) -> Step:
     def like(kind: type[E], **other: object) -> E:
         return kind.model_validate({name: getattr(experiment, name) for name in Experiment.model_fields} | other)
 
-    low_rank = tuple(method for method in experiment.methods if method != "memit")
+    low_rank = tuple(method for method in experiment.methods if "adapter" not in METHODS[method].refuses)
     chains = {"benchmark": experiment.temporal, "data": experiment.temporal_data, "rounds": experiment.rounds}
     injected = like(Continual, scenario="injection", then=experiment.then, then_data=experiment.then_data)
     both = {"other": experiment.then, "other_data": experiment.then_data, "methods": low_rank}

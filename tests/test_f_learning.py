@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from tiny import EDITS, Bench, round_config, triplets
 
 from corsa.config import STEPS, FLearningConfig, Placement, StepConfig
-from corsa.config.steps import FLearningRoundConfig
 from corsa.flow import Store
 from corsa.lora.attached import attached
 from corsa.lora.factors import Adapter
-from corsa.methods.f_learning.algorithm import f_learning
+from corsa.methods.base import Round
+from corsa.methods.f_learning import FLearningRoundConfig
+from corsa.methods.f_learning.teach import teach
+from corsa.training.loop import train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -30,8 +32,28 @@ def taught(bench: Bench, folder: Path, before: Adapter | None = None, **settings
     """A round of F-Learning on the bench's edits."""
     plain = dict(round_config(epochs=4)) | {"step": STEPS["lora"](StepConfig())}
     config = FLearningRoundConfig(**plain, f_learning=FLearningConfig(**settings))
-    place = (Store(folder), "partial/x")
-    return f_learning(config, bench.edits, bench.loaded, bench.workshop(Placement()), place, before, lambda line: None)
+    loaded, workshop = bench.loaded, bench.workshop(Placement())
+
+    def learn(examples: Any, name: str) -> Any:
+        return train(config, examples, loaded, workshop, (Store(folder), f"partial/x/{name}"), lambda line: None)
+
+    found = teach(
+        Round(
+            config=config,
+            edits=(),
+            triplets=bench.edits,
+            model=loaded.model,
+            encoder=loaded.encoder,
+            lora=loaded.lora,
+            before=before,
+            leads=True,
+            share=lambda value: value,
+            train=learn,
+            input_file=lambda name, file: folder,
+            post=lambda line: None,
+        )
+    )
+    return cast(Adapter, found.change), found.curves, dict(found.metrics)
 
 
 def delta(adapter: Adapter) -> torch.Tensor:

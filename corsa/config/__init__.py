@@ -293,6 +293,24 @@ class Placement(Frozen):
     sharding: Annotated[ShardingConfig, plain("sharding")] = ShardingConfig()
 
 
+class MethodSettings(Frozen):
+    """The settings of every method."""
+
+    lora: LoraConfig = LoraConfig()
+    corsa: StepConfig = StepConfig()
+    f_learning: FLearningConfig = FLearningConfig()
+    memit: MemitConfig = MemitConfig()
+    training: TrainingConfig = TrainingConfig()
+
+
+class RunSettings(MethodSettings):
+    """All that a round of any method can depend on, and how it is run."""
+
+    model: ModelConfig = ModelConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    placement: Placement = Placement()
+
+
 def _lora(step: StepConfig) -> StepConfig:
     return StepConfig.model_validate({"lambda": 0.0, "rho": 0.0, "pcgrad": "off", "reduction": step.reduction})
 

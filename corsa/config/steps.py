@@ -11,10 +11,8 @@ from pydantic import Field
 
 from corsa.config import (
     EvaluationConfig,
-    FLearningConfig,
     Frozen,
     LoraConfig,
-    MemitConfig,
     ModelConfig,
     Placement,
     SamplingConfig,
@@ -93,20 +91,6 @@ class RoundConfig(AskingConfig):
     lora: LoraConfig
     step: StepConfig
     training: TrainingConfig
-
-
-class FLearningRoundConfig(RoundConfig):
-    """A round of F-Learning; `step` is plain LoRA's."""
-
-    f_learning: FLearningConfig
-
-
-class MemitRoundConfig(AskingConfig):
-    """A round of MEMIT."""
-
-    seed: int = Field(ge=0, description="of the random prefixes")
-    round: int = Field(ge=1)
-    memit: MemitConfig
 
 
 class StatisticsConfig(Frozen):

@@ -5,22 +5,23 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 from pydantic import Field
+from tyro.conf import Suppress
 
 from corsa.config import (
-    METHODS,
     EvaluationConfig,
-    FLearningConfig,
     Frozen,
     LoraConfig,
+    MemitConfig,
+    MethodSettings,
     Placement,
-    StepConfig,
     TrainingConfig,
     plain,
 )
 from corsa.config.command_line import listed
+from corsa.methods import METHODS
 
-TEACHING = tuple(method for method in METHODS if method != "memit")
-"""Methods that leave an adapter; MEMIT leaves a dense change of the weights."""
+TEACHING = tuple(name for name, method in METHODS.items() if "adapter" not in method.refuses)
+"""Methods that leave an adapter."""
 
 Share = Annotated[float | None, Field(ge=0, le=1), plain()]
 
@@ -56,14 +57,13 @@ class Options(Frozen):
     placement: Placement = Placement()
 
 
-class Teaching(Options):
+class Teaching(Options, MethodSettings):
     """How an update is trained. Fewer facts than a benchmark's: smaller batches than the paper's, and more epochs."""
 
     method: str = Field(default="corsa", description=f"one of {', '.join(TEACHING)}")
     seed: int = Field(default=0, ge=0, description="of LoRA's initial values and the order of the facts")
     lora: LoraConfig = Field(default=LoraConfig(), description="shape of the adapter; a line keeps that of its first")
-    corsa: StepConfig = StepConfig()
-    f_learning: FLearningConfig = FLearningConfig()
+    memit: Annotated[MemitConfig, Suppress] = MemitConfig()  # leaves no adapter
     training: TrainingConfig = TrainingConfig(batch=4, epochs=15, learning_rate=5e-4)
     gates: Gates = Gates()
     out: str = Field(description="directory of the new adapter and its report; must be new")

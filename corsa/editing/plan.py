@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from corsa.config import LoraConfig, ModelConfig
+from corsa.config import LoraConfig, MethodSettings, ModelConfig
 from corsa.config.steps import (
     AskedFactsConfig,
     ControlsConfig,
@@ -33,6 +33,7 @@ from corsa.errors import CorsaError, unknown_name
 from corsa.evaluation import sanity_questions as controls
 from corsa.experiments.base import REPORT, ROUND, Experiment, Facts, asked, base, chain, dealt, facts, with_reference
 from corsa.flow import Kind, Step
+from corsa.methods import METHODS
 from corsa.models.registry import pin
 
 LINE = Kind("line", "corsa.editing.steps:bring_in", version=1)
@@ -172,8 +173,8 @@ def _line_step(line: Line, options: Options) -> Step:
 
 
 def _experiment(options: Teaching, line: Line | None) -> Experiment:
-    if options.method == "memit":
-        raise CorsaError("MEMIT leaves a dense change of the weights, no adapter: choose another --method")
+    if options.method in METHODS and (why := METHODS[options.method].refuses.get("adapter")):
+        raise CorsaError(f"{why}: choose another --method")
     if options.method not in TEACHING:
         raise unknown_name("method", options.method, TEACHING)
     lora = line.lora if line and options.lora == LoraConfig() else options.lora
@@ -182,6 +183,7 @@ def _experiment(options: Teaching, line: Line | None) -> Experiment:
             f"adapter {line.directory} has rank {line.lora.rank}, alpha {line.lora.alpha:g} and its own target layers. "
             "An update keeps them: leave the --lora options out"
         )
+    settings: dict[str, Any] = {name: getattr(options, name) for name in MethodSettings.model_fields} | {"lora": lora}
     experiment = Experiment(
         model=base_model(options, line),
         benchmark="file",
@@ -189,10 +191,7 @@ def _experiment(options: Teaching, line: Line | None) -> Experiment:
         seeds=(options.seed,),
         storage=options.storage,
         dry_run=options.dry_run,
-        lora=lora,
-        corsa=options.corsa,
-        f_learning=options.f_learning,
-        training=options.training,
+        **settings,
         evaluation=options.evaluation,
         placement=options.placement,
     )
@@ -243,7 +242,7 @@ def reported(
     return Step(f"report/{taught.name}", REPORT, config, {step.name: step for step in inputs})
 
 
-_TOLD = ("model", "methods", "seeds", "lora", "corsa", "f_learning", "training", "evaluation")
+_TOLD = ("model", "methods", "seeds", "evaluation", *(set(MethodSettings.model_fields) - {"memit"}))
 
 
 def _controls(experiment: Experiment, adapter: Step | None) -> Step:

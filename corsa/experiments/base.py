@@ -6,7 +6,6 @@ them. Nothing here imports torch or ray: a scenario is planned before either is 
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,37 +13,20 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
-from corsa.config import (
-    METHODS,
-    STEPS,
-    EvaluationConfig,
-    FLearningConfig,
-    Frozen,
-    LoraConfig,
-    MemitConfig,
-    ModelConfig,
-    Placement,
-    StepConfig,
-    TrainingConfig,
-)
+from corsa.config import RunSettings
 from corsa.config.command_line import listed
 from corsa.config.steps import (
     AskingConfig,
     EditsConfig,
     EditsPlace,
-    FLearningRoundConfig,
-    MemitRoundConfig,
     MergeConfig,
     PartConfig,
     QuestionsConfig,
     QuestionsPlace,
     ReferenceConfig,
-    RoundConfig,
     RoundsConfig,
     RoutingConfig,
     SpecificityConfig,
-    StatisticsConfig,
-    StatisticsPlace,
     SweepConfig,
     SweepPlace,
 )
@@ -52,12 +34,12 @@ from corsa.data.benchmarks import BENCHMARKS, digest
 from corsa.errors import CorsaError, unknown_name
 from corsa.evaluation import mmlu
 from corsa.flow import Kind, Step
+from corsa.methods import METHODS, known_method
 from corsa.models.registry import pin
 
 EDITS = Kind("edits", "corsa.experiments.steps:read_edits", version=2)
 PART = Kind("part", "corsa.experiments.steps:take_part", version=1)
 REFERENCE = Kind("reference", "corsa.training.reference:compute", version=1, on_cluster=True)
-STATISTICS = Kind("statistics", "corsa.methods.memit.statistics_stage:compute", version=1, on_cluster=True)
 SCHEDULE = Kind("schedule", "corsa.experiments.steps:deal_rounds", version=1)
 QUESTIONS = Kind("questions", "corsa.experiments.steps:read_questions", version=1)
 ROUND = Kind("round", "corsa.training.rounds:run", version=1, on_cluster=True, together=True)
@@ -72,13 +54,12 @@ Methods = Annotated[
 ]
 
 
-class Experiment(Frozen):
+class Experiment(RunSettings):
     """Fields every scenario has."""
 
     config: str | None = Field(
         default=None, description="YAML file with any of these fields; the command line wins over it"
     )
-    model: ModelConfig = ModelConfig()
     benchmark: str = Field(default="world_facts", description=f"one of {', '.join(BENCHMARKS)}")
     data: str | None = Field(
         default=None, description="the benchmark's file; without it the hub's rows, or the shipped file"
@@ -112,13 +93,6 @@ class Experiment(Frozen):
         description="measure specificity on MMLU: directory with its test/ and dev/ files, or 'hub'; else it is not",
     )
     mmlu_limit: int | None = Field(default=None, ge=1, description="questions of each subject; all by default")
-    lora: LoraConfig = LoraConfig()
-    corsa: StepConfig = StepConfig()
-    f_learning: FLearningConfig = FLearningConfig()
-    memit: MemitConfig = MemitConfig()
-    training: TrainingConfig = TrainingConfig()
-    evaluation: EvaluationConfig = EvaluationConfig()
-    placement: Placement = Placement()
 
     @field_validator("model", mode="before")
     @classmethod
@@ -143,9 +117,8 @@ class Experiment(Frozen):
         """
         if self.benchmark not in BENCHMARKS:
             raise unknown_name("benchmark", self.benchmark, BENCHMARKS)
-        for method in self.methods:
-            if method not in METHODS:
-                raise unknown_name("method", method, METHODS)
+        for name in self.methods:
+            known_method(name)
         if any(seed < 0 for seed in self.seeds):
             raise CorsaError(f"--seeds {','.join(map(str, self.seeds))}: a seed is a whole number from 0")
         if not self.methods or not self.seeds:
@@ -236,54 +209,16 @@ def chain(
 
     `name` stands for the method in the names of the steps, where one method is taught under several settings.
     """
+    record, settings = METHODS[method], experiment.model_copy(update={"model": pin(experiment.model)})
     steps: list[Step] = []
     for number in rounds:
         inputs = {**taught.tables, "schedule": schedule}
         if previous := steps[-1] if steps else after:
             inputs["previous"] = previous
-        if method == "memit":
-            inputs["statistics"] = _statistics(experiment, taught)
+        inputs |= record.inputs(settings)
         title = f"{taught.name}/{name or method}/seed{seed}/round{number}"
-        steps.append(Step(title, ROUND, _round(experiment, method, seed, number), inputs, experiment.placement))
+        steps.append(Step(title, ROUND, record.round_config(settings, seed, number), inputs, experiment.placement))
     return steps
-
-
-def _round(experiment: Experiment, method: str, seed: int, number: int) -> AskingConfig:
-    asking = {"model": pin(experiment.model), "evaluation": experiment.evaluation.asking()}
-    if method == "memit":
-        if experiment.placement.sharding.zero_stage == 3:
-            raise CorsaError(
-                "memit reads and solves for the base's own weights, and under --sharding.zero-stage 3 no worker has "
-                "them whole: leave memit out of --methods, or use a stage below 3"
-            )
-        method_alone = experiment.memit.model_copy(update={"corpus": None})  # the statistics stand for it
-        return MemitRoundConfig(**asking, seed=seed, round=number, memit=method_alone)
-    step = STEPS["lora" if method == "f-learning" else method](experiment.corsa).effective()
-    common = RoundConfig(
-        **asking, seed=seed, round=number, lora=experiment.lora, step=step, training=experiment.training
-    )
-    if method == "f-learning":
-        return FLearningRoundConfig(**dict(common), f_learning=experiment.f_learning)
-    return common
-
-
-def _statistics(experiment: Experiment, taught: Facts) -> Step:
-    corpus = _absolute(experiment.memit.corpus)
-    config = StatisticsConfig(
-        model=pin(experiment.model), layers=experiment.memit.layers, corpus=_corpus_digest(corpus) if corpus else None
-    )
-    place = StatisticsPlace(**dict(experiment.placement), corpus=corpus)
-    # A named corpus stands for itself: whichever benchmark is taught, its statistics are gathered once.
-    name, inputs = (Path(corpus).stem, {}) if corpus else (taught.name, {"edits": taught.edits})
-    return Step(f"statistics/{name}", STATISTICS, config, inputs, place)
-
-
-def _corpus_digest(path: str) -> str:
-    try:
-        with Path(path).open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as e:
-        raise CorsaError(f"--memit.corpus {path} cannot be read: {e.strerror}; give a text file") from e
 
 
 def base(experiment: Experiment, taught: Facts) -> Step:

@@ -15,7 +15,6 @@ import pyarrow.parquet as pq
 
 from corsa.config.steps import (
     EditsConfig,
-    FLearningRoundConfig,
     JoinedConfig,
     MergeConfig,
     PartConfig,
@@ -242,7 +241,7 @@ def _notes(task: Task) -> list[str]:
             notes.append(f"{step.name}: {100 * found['routing_accuracy']:.1f} % of the queries reach their adapter.")
         if "cut_error" in found:
             notes.append(f"{step.name}: cut to rank {found['rank']}, relative error {found['cut_error']:.2g}.")
-        elif isinstance(step.config, FLearningRoundConfig):
+        elif step.kind.name == "round" and "rank" in found:
             notes.append(f"{step.name}: the adapter has rank {found['rank']}.")
         if found.get("templated"):
             notes.append(

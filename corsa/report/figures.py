@@ -12,12 +12,13 @@ from typing import Any
 import pandas as pd
 import plotly.graph_objects as go
 
+from corsa.methods import METHODS
 from corsa.report.findings import label, shown
 
 # Mid tones that keep a contrast of at least 3 to 1 on the page's light and on its dark background.
-_COLOURS = {"base": "#7d8590", "lora": "#c2681d", "corsa": "#2f7fd6", "memit": "#2a9470", "f-learning": "#a560c4"}
+_COLOURS = {"base": "#7d8590"} | {name: method.colour for name, method in METHODS.items() if method.colour}
 _SPARE = ("#c9506b", "#8a8a2f", "#3a93a8", "#9a6b4f")
-_SYMBOLS = {"base": "x", "lora": "square", "corsa": "circle", "memit": "diamond", "f-learning": "triangle-up"}
+_SYMBOLS = {"base": "x"} | {name: method.symbol for name, method in METHODS.items() if method.symbol}
 
 
 _LINES = 8

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from corsa.methods import METHODS
+
 HEADLINES = ("efficacy", "forgetting", "generality", "retention", "activation")
 """The metrics of the main table and of the verdict where a report names no others."""
 
@@ -27,12 +29,6 @@ _SHORT = {
 _FEW = 5
 """More methods than this are left to the table."""
 
-_LABELS = {"base": "base", "lora": "LoRA", "corsa": "CoRSA", "memit": "MEMIT", "f-learning": "F-Learning"}
-_VARIANTS = {"corsa-no-sam": "CoRSA without SAM", "corsa-no-dpo": "CoRSA without DPO"} | {
-    "corsa-no-pcgrad": "CoRSA without PCGrad",
-    "corsa-published": "CoRSA, published trainer",
-}
-
 
 def headlines(metrics: dict[str, Any]) -> dict[str, str]:
     """The metrics of a report's main table that have a value there, with their names in a sentence."""
@@ -43,10 +39,8 @@ def headlines(metrics: dict[str, Any]) -> dict[str, str]:
 
 def label(method: str) -> str:
     """A method's name as it is printed; what follows its name (a setting) stays as it is."""
-    if method in _VARIANTS:
-        return _VARIANTS[method]
     name, blank, setting = method.partition(" ")
-    return f"{_LABELS.get(name, name)}{blank}{setting}"
+    return f"{METHODS[name].label if name in METHODS else name}{blank}{setting}"
 
 
 def shown(entry: dict[str, Any], unit: str) -> tuple[str, str]:

@@ -15,10 +15,10 @@ from corsa.config import ModelConfig, Placement
 from corsa.config.steps import OldAnswersConfig
 from corsa.evaluation.generation import end_alone, generate
 from corsa.evaluation.programs import PROGRAMS
+from corsa.flow.ray_data import map_with_model, retried
 from corsa.flow.task import Task
 from corsa.models.encoding import Encoder
 from corsa.models.loading import load_model, load_tokenizer
-from corsa.training.ray_data_stages import map_with_model, retried
 
 PROMPTS_PER_BATCH = 8
 """Prompts answered together; fixed, so that an answer does not depend on how many actors share the work."""

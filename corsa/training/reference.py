@@ -23,10 +23,10 @@ from corsa.algorithm.packing import NO_OLD_ANSWER, Triplet, pack
 from corsa.config import ModelConfig, Placement
 from corsa.config.steps import ReferenceConfig
 from corsa.errors import CorsaError
+from corsa.flow.ray_data import map_with_model, read_table, retried
 from corsa.flow.task import Task
 from corsa.models.encoding import Encoder
 from corsa.models.loading import load_model, load_tokenizer
-from corsa.training.ray_data_stages import map_with_model, read_table, retried
 from corsa.training.start_group import in_group
 from corsa.training.tokens import REFERENCE, token_rows, without_tokens
 from corsa.training.worker_group import Crew

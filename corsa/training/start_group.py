@@ -41,7 +41,7 @@ def in_group(
     from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
     from ray.tune.integration.ray_train import TuneReportCallback
 
-    from corsa.training.ray_data_stages import read_table
+    from corsa.flow.ray_data import read_table
     from corsa.training.rendezvous import Meeting
 
     watched = isinstance(placement, TrialPlace)  # by Ray Tune

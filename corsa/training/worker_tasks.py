@@ -20,8 +20,6 @@ from corsa.config import EvaluationConfig
 from corsa.config.steps import (
     AskingConfig,
     ControlsConfig,
-    FLearningRoundConfig,
-    MemitRoundConfig,
     RoundConfig,
     RoutingConfig,
     SamplesConfig,
@@ -40,12 +38,12 @@ from corsa.evaluation.programs import PROGRAMS
 from corsa.evaluation.sanity_questions import controls, judged
 from corsa.flow.task import Task
 from corsa.lora.attached import Change, attached
+from corsa.lora.factors import Factors
 from corsa.lora.peft_format import load_adapter, read_factors, save_adapter, write_factors
-from corsa.methods.f_learning.algorithm import f_learning
-from corsa.methods.memit.algorithm import memit
-from corsa.methods.memit.key_statistics import KeyStatistics
-from corsa.methods.memit.weight_deltas import load_delta, save_delta
-from corsa.training.loop import CURVES, AtEpoch, Lesson, train_together
+from corsa.lora.weight_deltas import load_delta, save_delta
+from corsa.methods import method_of
+from corsa.methods.base import Round
+from corsa.training.loop import CURVES, AtEpoch, Lesson, train, train_together
 from corsa.training.memory_usage import peak_since, start_peak
 from corsa.training.routing import route
 from corsa.training.worker_context import Loaded, Workshop
@@ -66,7 +64,8 @@ def take(tasks: Sequence[Task], workshop: Workshop, post: Post) -> dict[str, str
     if type(tasks[0].config) is RoundConfig:
         return _teach_lora(tasks, workshop, post)
     (task,) = tasks
-    metrics = _LESSONS[type(task.config)](task, workshop, post)
+    do = _teach_method if method_of(task.config) else _ASKING[type(task.config)]
+    metrics = do(task, workshop, post)
     if workshop.crew.leads:
         task.commit(metrics | _notes(workshop), time.monotonic() - started)
     workshop.spent.clear()
@@ -165,54 +164,49 @@ def _scores(tasks: Sequence[Task], lesson: _Subject, loaded: Loaded, workshop: W
     return at_epoch
 
 
-def _teach_f_learning(task: Task, workshop: Workshop, post: Post) -> dict[str, Any]:
-    """F-Learning: the adapter grows by what is subtracted and what is learnt."""
+def _teach_method(task: Task, workshop: Workshop, post: Post) -> dict[str, Any]:
+    """A round of a method with a function of its own: F-Learning, MEMIT."""
     config, crew = task.config, workshop.crew
+    method = method_of(config)
+    assert method is not None
+    assert method.load_teach is not None
     lesson, loaded = _open(task, workshop)
     post({"phase": "training"})
-    before: Any = _change(task, "previous", crew) if "previous" in task.step.inputs else None
-    partial = f"partial/{task.fingerprint[:16]}"
-    adapter, curves, metrics = f_learning(
-        config, lesson.triplets, loaded, workshop, (task.store, partial), before, post
+    taught = method.load_teach()(
+        Round(
+            config=config,
+            edits=lesson.taught_now,
+            triplets=lesson.triplets,
+            model=loaded.model,
+            encoder=loaded.encoder,
+            lora=loaded.lora,
+            before=_change(task, "previous", crew) if "previous" in task.step.inputs else None,
+            leads=crew.leads,
+            share=crew.share,
+            train=lambda triplets, name: train(
+                config, triplets, loaded, workshop, (task.store, f"partial/{task.fingerprint[:16]}/{name}"), post
+            ),
+            input_file=lambda name, file: task.inputs[name].local(file),
+            post=post,
+        )
     )
-    with loaded.lora.off(), attached(loaded.model, adapter):
-        metrics |= _ask(task, lesson, loaded, workshop, post)
+    with loaded.lora.off(), attached(loaded.model, taught.change):
+        metrics = dict(taught.metrics) | _ask(task, lesson, loaded, workshop, post)
     if crew.leads:
-        write_factors(adapter, task.output / "adapter", config.model.name)
-        metrics |= _write_curves(task, curves)
+        _write_change(taught.change, task)
+        metrics |= {} if taught.curves is None else _write_curves(task, taught.curves)
     return metrics
 
 
-def _teach_memit(task: Task, workshop: Workshop, post: Post) -> dict[str, Any]:
-    """MEMIT: a dense change of a few layers, added to that of the rounds before."""
-    config: MemitRoundConfig = task.config
-    crew = workshop.crew
-    lesson, loaded = _open(task, workshop)
-    post({"phase": "training"})
-    change: Any = dict(_change(task, "previous", crew)) if "previous" in task.step.inputs else {}
-    began = time.monotonic()
-    found, metrics = {}, {}
-    with loaded.lora.off():
-        if crew.leads:  # one solve for all edits of the round: the others wait
-            statistics = KeyStatistics.load(task.inputs["statistics"].local("statistics.safetensors"))
-            with attached(loaded.model, change):
-                found, metrics = memit(
-                    loaded.model,
-                    loaded.encoder,
-                    lesson.taught_now,
-                    statistics,
-                    config.memit,
-                    seed=config.seed,
-                    post=post,
-                )
-        found = crew.share(found)
-        change = {name: change[name] + delta if name in change else delta for name, delta in found.items()}
-        metrics |= {"training_s": round(time.monotonic() - began, 3)}
-        with attached(loaded.model, change):
-            metrics |= _ask(task, lesson, loaded, workshop, post)
-    if crew.leads:
-        save_delta(change, task.output / "delta", config.model.name)
-    return metrics
+def _write_change(change: Change, task: Task) -> None:
+    """A low-rank change as a PEFT adapter, a dense one as a delta."""
+    factors = {name: part for name, part in change.items() if isinstance(part, Factors)}
+    dense = {name: part for name, part in change.items() if not isinstance(part, Factors)}
+    base = task.config.model.name
+    if factors:
+        write_factors(factors, task.output / "adapter", base)
+    else:
+        save_delta(dense, task.output / "delta", base)
 
 
 # Asking
@@ -317,9 +311,7 @@ def _write_programs(task: Task, workshop: Workshop, post: Post) -> dict[str, Any
     return {"programs": len(rows), "cut_off": sum(row["tokens"] == how.new_tokens for row in rows)}
 
 
-_LESSONS: dict[type, Callable[[Task, Workshop, Post], dict[str, Any]]] = {
-    FLearningRoundConfig: _teach_f_learning,
-    MemitRoundConfig: _teach_memit,
+_ASKING: dict[type, Callable[[Task, Workshop, Post], dict[str, Any]]] = {
     AskingConfig: _ask_only,
     SpecificityConfig: _answer_questions,
     ControlsConfig: _ask_controls,

@@ -29,6 +29,7 @@ from corsa.data.benchmarks.programs import digest
 from corsa.errors import CorsaError, unknown_name
 from corsa.experiments.base import ROUND, Experiment, Facts, Methods, chain, dealt, identity, with_reference
 from corsa.flow import Kind, Step
+from corsa.methods import METHODS
 from corsa.models.registry import pin
 from corsa.sandbox.worker import Limits
 
@@ -73,10 +74,9 @@ class CodeExperiment(Experiment):
         if self.data is None:
             raise CorsaError("give CodeUpdateArena's arena.jsonl, or a file of the same record, with --data")
         for method in self.methods:
-            if method == "memit":
+            if method in METHODS and (why := METHODS[method].refuses.get("programs")):
                 raise CorsaError(
-                    "method 'memit' cannot learn an update: it changes what is said of a subject to one short object, "
-                    f"and an update of an API has neither. Choose from {', '.join(CODE_METHODS)}"
+                    f"method {method!r} cannot learn an update: {why}. Choose from {', '.join(CODE_METHODS)}"
                 )
             if method not in CODE_METHODS and not method.startswith("corsa-"):
                 raise unknown_name("method", method, CODE_METHODS)

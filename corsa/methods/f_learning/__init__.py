@@ -1,1 +1,36 @@
-"""F-Learning (Ni et al. 2024)."""
+"""F-Learning (Ni et al. 2024, "Forgetting before Learning"): subtract the old answers, then learn the new ones."""
+
+from __future__ import annotations
+
+from corsa.config import FLearningConfig, RunSettings
+from corsa.config.steps import RoundConfig
+from corsa.methods import step_methods
+from corsa.methods.base import Method, Teach
+
+
+class FLearningRoundConfig(RoundConfig):
+    """A round of F-Learning; `step` is plain LoRA's."""
+
+    f_learning: FLearningConfig
+
+
+def _round_config(settings: RunSettings, seed: int, number: int) -> FLearningRoundConfig:
+    plain = step_methods.round_config("lora", settings, seed, number)
+    return FLearningRoundConfig(**dict(plain), f_learning=settings.f_learning)
+
+
+def _load_teach() -> Teach:
+    from corsa.methods.f_learning.teach import teach
+
+    return teach
+
+
+METHOD = Method(
+    "f-learning",
+    "F-Learning",
+    _round_config,
+    FLearningRoundConfig,
+    _load_teach,
+    colour="#a560c4",
+    symbol="triangle-up",
+)

@@ -14,12 +14,12 @@ from corsa.config import ModelConfig, Placement
 from corsa.config.steps import StatisticsConfig
 from corsa.data.edit import from_table
 from corsa.errors import CorsaError
+from corsa.flow.ray_data import map_with_model, retried
 from corsa.flow.task import Task
 from corsa.methods.memit.algorithm import layers_for
 from corsa.methods.memit.key_statistics import KeyStatistics, corpus_texts, gather, probe_texts
 from corsa.models.encoding import Encoder
 from corsa.models.loading import load_model, load_tokenizer
-from corsa.training.ray_data_stages import map_with_model, retried
 
 TEXTS_PER_BATCH = 256
 """Texts of one block; their sums are added up in the order of the corpus."""

@@ -1,0 +1,101 @@
+"""What a method is: one record. Training, experiments and reports look it up.
+
+Nothing here imports torch: methods are listed and planned before it is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from corsa.config import RunSettings
+from corsa.config.steps import AskingConfig
+from corsa.flow.step import Step
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from corsa.algorithm.packing import Triplet
+    from corsa.data.edit import Edit
+    from corsa.lora.attached import Change
+    from corsa.lora.flat import Lora
+    from corsa.models.encoding import Encoder
+
+
+@dataclass(frozen=True)
+class Round:
+    """What a method is given to teach one round. Every worker of the group has one, and makes the same calls.
+
+    Attributes:
+        config: the round's configuration, of the type that the method's `round_config` returns.
+        edits: what the round teaches; `triplets`: the same as token ids, with their reference.
+        model: the frozen base model, with `lora` attached to it; `encoder` makes its prompts and answers.
+        before: what the earlier rounds add to the base model; None in the first round.
+        leads: whether this worker computes what is done once for all.
+        share: the leader's value, on every worker.
+        train: trains `lora.phi` on triplets by the step of Algorithm 1, resumable under a name; returns its curves.
+        input_file: the local path of a file of an input of the round, by the names of input and file (leader only).
+        post: shows more on the progress line.
+    """
+
+    config: Any
+    edits: Sequence[Edit]
+    triplets: Sequence[Triplet]
+    model: PreTrainedModel
+    encoder: Encoder
+    lora: Lora
+    before: Change | None
+    leads: bool
+    share: Callable[[Any], Any]
+    train: Callable[[Sequence[Triplet], str], list[dict[str, Any]]]
+    input_file: Callable[[str, str], Path]
+    post: Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class Taught:
+    """What teaching a round leaves: all that the rounds so far add to the base, metrics of the round, and its curves
+    where it has any (rows of `corsa.training.loop.CURVES`).
+    """
+
+    change: Change
+    metrics: Mapping[str, Any]
+    curves: list[dict[str, Any]] | None = None
+
+
+Teach = Callable[[Round], Taught]
+
+
+def _no_inputs(settings: RunSettings) -> dict[str, Step]:
+    return {}
+
+
+@dataclass(frozen=True)
+class Method:
+    """One method.
+
+    Attributes:
+        name: on the command line and in tables of answers.
+        label: in tables and figures.
+        round_config: what a round depends on beside its inputs, from the settings, the seed and the round's number. It
+            raises `CorsaError` for settings under which the method cannot run.
+        config: the type of that. The workers find the method by it.
+        load_teach: imports and returns the function that teaches a round. None: the round is trained by the step of
+            Algorithm 1 alone, under the settings in its configuration.
+        inputs: further inputs of each round, by name.
+        refuses: purposes that the method cannot serve, each with the reason: "adapter" (leaving a PEFT adapter),
+            "programs" (learning updates of APIs).
+        colour, symbol: in figures, plotly's names; by default a spare one.
+    """
+
+    name: str
+    label: str
+    round_config: Callable[[RunSettings, int, int], AskingConfig]
+    config: type[AskingConfig]
+    load_teach: Callable[[], Teach] | None = None
+    inputs: Callable[[RunSettings], dict[str, Step]] = _no_inputs
+    refuses: Mapping[str, str] = field(default_factory=dict)
+    colour: str | None = None
+    symbol: str | None = None

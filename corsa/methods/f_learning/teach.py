@@ -1,0 +1,56 @@
+"""One round of F-Learning: theta <- theta - alpha * delta(x, y_old), then theta <- theta + delta(x, y_new)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, cast
+
+from corsa.algorithm.packing import Triplet
+from corsa.lora.arithmetic import compress
+from corsa.lora.attached import attached
+from corsa.lora.factors import Adapter, stack
+from corsa.methods.base import Round, Taught
+from corsa.methods.f_learning import FLearningRoundConfig
+
+
+def teach(round_: Round) -> Taught:
+    """Both phases of a round (Ni et al. 2024, Eq. 2 and 3).
+
+    Both deltas are plain LoRA, trained by the one step of this project on top of all earlier rounds.
+
+    Returns:
+        The adapter of all rounds so far: the factors of before, of what is subtracted and of what is learnt, side by
+        side, so that their product is the exact sum. The curves of the second phase. Metrics: `rank`,
+        `forgetting_loss_sft` (the last loss of the first phase), and `cut_error` where the rank is cut.
+    """
+    config: FLearningRoundConfig = round_.config
+    lora, alpha = round_.lora, config.f_learning.alpha
+    known = [cast(Adapter, round_.before)] if round_.before else []
+
+    def delta(examples: Sequence[Triplet], phase: str, *on: Adapter) -> tuple[Adapter, list[dict[str, Any]]]:
+        lora.initialise(config.seed)
+        with attached(round_.model, *on):
+            curves = round_.train(examples, phase)
+        return lora.adapter(), curves
+
+    metrics: dict[str, Any] = {}
+    start = known
+    if backwards := [_backwards(t) for t in round_.triplets if t.old]:  # an edit without an old answer forgets nothing
+        round_.post({"phase": "forgetting"})
+        old, forgetting = delta(backwards, "forgetting", *known)
+        weights = [1.0] * len(known) + [-alpha]
+        start = [{name: stack([*(adapter[name] for adapter in known), old[name]], weights) for name in old}]
+        metrics["forgetting_loss_sft"] = forgetting[-1]["loss_sft"]
+    round_.post({"phase": "training"})
+    new, curves = delta(round_.triplets, "learning", *start)
+    adapter = {name: stack([*(part[name] for part in start), new[name]]) for name in new}
+    if config.f_learning.rank is not None:
+        adapter, metrics["cut_error"] = compress(adapter, config.f_learning.rank)
+    metrics["rank"] = max(factors.rank for factors in adapter.values())
+    return Taught(adapter, metrics, curves)
+
+
+def _backwards(triplet: Triplet) -> Triplet:
+    """The old answer in the place of the new one: what LoRA learns from it is what the round subtracts."""
+    return replace(triplet, new=triplet.old, old=triplet.new, reference=triplet.reference[::-1])

@@ -1,0 +1,42 @@
+"""CoRSA, plain LoRA and the ablations of Table 9: settings of the one step of Algorithm 1."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+from corsa.config import STEPS, RunSettings
+from corsa.config.steps import RoundConfig
+from corsa.methods.base import Method
+
+_LABELS = {
+    "lora": "LoRA",
+    "corsa": "CoRSA",
+    "corsa-no-sam": "CoRSA without SAM",
+    "corsa-no-dpo": "CoRSA without DPO",
+    "corsa-no-pcgrad": "CoRSA without PCGrad",
+    "corsa-published": "CoRSA, published trainer",
+}
+_LOOKS = {"lora": ("#c2681d", "square"), "corsa": ("#2f7fd6", "circle")}
+
+
+def round_config(name: str, settings: RunSettings, seed: int, number: int) -> RoundConfig:
+    """A round of a method that is a setting of the step."""
+    return RoundConfig(
+        model=settings.model,
+        evaluation=settings.evaluation.asking(),
+        seed=seed,
+        round=number,
+        lora=settings.lora,
+        step=STEPS[name](settings.corsa).effective(),
+        training=settings.training,
+    )
+
+
+def _method(name: str) -> Method:
+    colour, symbol = _LOOKS.get(name, (None, None))
+    make: Callable[[RunSettings, int, int], RoundConfig] = partial(round_config, name)
+    return Method(name, _LABELS[name], make, RoundConfig, colour=colour, symbol=symbol)
+
+
+METHODS = tuple(_method(name) for name in STEPS)
