@@ -1,7 +1,7 @@
-"""Other wordings of a question, made by templates: what a fact is asked by where its file gives no wording but one.
+"""Template paraphrases, used when the file gives only one wording of a fact.
 
-They keep the words that matter and change what stands around them, so they ask less of a model than a person's own
-wordings do. A report says for how many facts they stood in.
+They keep the words that matter and change the words around them, so they are easier for a model than paraphrases
+written by people. A report says how many facts they were used for.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ _OPENING = re.compile(r"(who|whom|whose|what|which|where|when|how|why|in|on|at|f
 
 
 def wordings(prompt: str) -> tuple[str, str, str]:
-    """Three other wordings of a question or of the beginning of a sentence.
+    """Three paraphrases of a question, or of the beginning of a sentence.
 
     >>> for wording in wordings("Who is the head of Acme?"):
     ...     print(wording)
@@ -34,5 +34,5 @@ def wordings(prompt: str) -> tuple[str, str, str]:
 
 
 def _lowered(prompt: str) -> str:
-    """Without the capital that a question word has only because it comes first."""
+    """The prompt with a first question word in lower case."""
     return prompt[0].lower() + prompt[1:] if _OPENING.match(prompt) else prompt

@@ -1,9 +1,8 @@
-"""Which round teaches which edit, and which facts are left alone: the temporal scenario (paper, Section 4.3).
+"""Assigns edits to rounds: the temporal scenario (paper, Section 4.3).
 
 Chains of successive updates are split into an update set and an evaluation set. Round 1 teaches the first update of
-both; each later round revises the update set only, so what the evaluation set loses is forgetting. A benchmark without
-chains is dealt out over the rounds instead: each round teaches new facts, and what is lost of the earlier ones is
-forgetting.
+both. Later rounds revise only the update set, so losses in the evaluation set are forgetting. The edits of a benchmark
+without chains are divided over the rounds: each round teaches new facts, and losses in the earlier ones are forgetting.
 """
 
 from __future__ import annotations
@@ -19,11 +18,11 @@ from corsa.data.edit import Edit
 from corsa.errors import CorsaError
 
 ROUNDS = pa.schema([("edit", pa.string()), ("chain", pa.string()), ("learnt", pa.int32()), ("part", pa.string())])
-"""The schedule: one row per edit that is taught; `learnt` is its round, `part` is "update" or "evaluation"."""
+"""The schedule: one row per taught edit. `learnt` is its round, `part` is "update" or "evaluation"."""
 
 
 def deal(edits: Sequence[Edit], config: RoundsConfig) -> pa.Table:
-    """The schedule (`ROUNDS`) of these edits, in the order in which each round's edits stand in the benchmark.
+    """The schedule (`ROUNDS`) of these edits. Each round keeps the order of the benchmark.
 
     Raises:
         CorsaError: fewer facts than rounds, where each round needs facts of its own.
@@ -39,7 +38,7 @@ def _temporal(edits: Sequence[Edit], config: RoundsConfig) -> list[dict[str, Any
     chains = list(dict.fromkeys(e.chain for e in edits))
     order = [chains[i] for i in np.random.default_rng(config.split_seed).permutation(len(chains))]
     count = round(len(chains) * config.update_share)
-    if 0 < config.update_share < 1 and len(chains) > 1:  # both sets hold something, or nothing can be told apart
+    if 0 < config.update_share < 1 and len(chains) > 1:  # neither set may be empty
         count = min(max(count, 1), len(chains) - 1)
     update = set(order[:count])
     revised = set(order[: round(count * config.fraction)])
@@ -56,7 +55,7 @@ def _dealt_out(edits: Sequence[Edit], config: RoundsConfig) -> list[dict[str, An
         cases.setdefault(edit.case or edit.chain, []).append(edit)
     if len(cases) < config.rounds:
         raise CorsaError(
-            f"{len(cases)} edits cannot be dealt to {config.rounds} rounds: "
+            f"{len(cases)} edits cannot be divided over {config.rounds} rounds: "
             f"set --rounds {len(cases)} or less, or raise --limit"
         )
     parts = np.array_split(np.arange(len(cases)), config.rounds)
@@ -75,7 +74,7 @@ def taught_in(schedule: pa.Table, round_: int) -> list[str]:
 
 
 def valid_after(schedule: pa.Table, round_: int) -> list[dict[str, Any]]:
-    """The facts learnt so far as they stand after a round: of each chain the row of its latest edit."""
+    """The facts that are valid after a round: for each chain, the row of its latest edit so far."""
     latest: dict[str, dict[str, Any]] = {}
     for row in schedule.to_pylist():
         if row["learnt"] <= round_ and row["learnt"] >= latest.setdefault(row["chain"], row)["learnt"]:

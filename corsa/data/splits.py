@@ -1,4 +1,4 @@
-"""The edits of a benchmark in parts, one adapter each, and what a part is about, in words (paper, Table 8)."""
+"""Splits a benchmark into parts, one adapter each, and describes each part in words (paper, Table 8)."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ _LONGEST = 240
 
 
 def split(edits: Sequence[Edit], parts: int) -> list[list[Edit]]:
-    """The edits in `parts` parts of about equal size: relations side by side, so that a part can be told from another;
-    a chain is never cut. Within a part the edits keep their order.
+    """Split edits into `parts` parts of about equal size. Edits of one relation stay together where possible, so that
+    parts differ in content. A chain is never split. Within a part the edits keep their order.
 
     Raises:
         CorsaError: fewer chains than parts, or fewer than two parts.
@@ -36,7 +36,7 @@ def split(edits: Sequence[Edit], parts: int) -> list[list[Edit]]:
 
 
 def describe(edits: Sequence[Edit]) -> str:
-    """One line: the relations, where they are words, and subjects from the beginning of each; without a model."""
+    """One line about a part, made without a model: its relations, where they are words, and some subjects of each."""
     subjects: dict[str, list[str]] = {}
     for edit in edits:
         if edit.subject:

@@ -1,4 +1,4 @@
-"""The DAG as a person reads it before running it (`--dry-run`)."""
+"""Draws the DAG as a tree, for `--dry-run`."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from corsa.flow.store import Store
 
 
 def draw(steps: Sequence[Step], store: Store) -> Tree:
-    """The steps and all that they need as a tree, each with its state: done, and how long it took, or to do.
+    """The steps and everything they depend on as a tree. Each step shows its state: done, with its duration, or to do.
 
-    A step hangs below the input that is furthest from the start; its other inputs are named beside it.
+    A step is drawn below the input with the longest chain of its own. Its other inputs are named beside it.
     """
     order = topological(steps)
     depth: dict[str, int] = {}

@@ -1,6 +1,4 @@
-"""Stages of Ray Data: how tables are read, how actors that each hold a model are asked for, and what happens when they
-are lost.
-"""
+"""Ray Data stages: reading tables, mapping with actors that hold a model, and retrying when actors are lost."""
 
 from __future__ import annotations
 
@@ -19,12 +17,12 @@ from corsa.flow.cluster import cluster_resources
 T = TypeVar("T")
 
 READING = 0.25
-"""CPUs of a task that reads. It mostly waits for storage. Ray's default, a whole one, would never be free where
-every node is partly taken by actors or workers."""
+"""CPUs of a reading task. It mostly waits for storage. Ray's default of one CPU is never free on a cluster whose nodes
+are all partly occupied by actors or workers."""
 
 
 def read_table(path: str, columns: list[str] | None = None) -> ray.data.Dataset:
-    """The Parquet file, on any node that has a little room."""
+    """Read a Parquet file on any node with a quarter of a CPU free."""
     context = ray.data.DataContext.get_current()
     context.use_datasource_v2 = False  # its task that lists files takes a whole CPU
     context.enable_progress_bars = False
@@ -34,7 +32,7 @@ def read_table(path: str, columns: list[str] | None = None) -> ray.data.Dataset:
 def map_with_model(
     data: ray.data.Dataset, actor: type, arguments: tuple[Any, ...], placement: Placement, **batches: Any
 ) -> ray.data.Dataset:
-    """`data` in batches (`batch_size`, `batch_format`) through one actor a worker, each made with `arguments`."""
+    """Map `data` in batches (`batch_size`, `batch_format`) by one actor per worker, each created with `arguments`."""
     with warnings.catch_warnings():
         # Ray 2.60 deprecates all arguments that it does not name, and names no other way to say `max_restarts`.
         warnings.simplefilter("ignore", RayDeprecationWarning)
@@ -44,15 +42,15 @@ def map_with_model(
             num_cpus=min(1.0, cluster_resources()["CPU"] / 4),  # reading needs room beside the actors
             num_gpus=1 if placement.gpu else 0,
             compute=ray.data.ActorPoolStrategy(size=placement.workers),
-            # A restarted actor would want its arguments again, which Ray may have dropped (ray #53727): `retried`
-            # runs the stage anew instead.
+            # A restarted actor needs its arguments again, and Ray may have dropped them (ray #53727): `retried` runs
+            # the stage again instead.
             max_restarts=0,
             **batches,
         )
 
 
 def retried(placement: Placement, attempt: Callable[[], T]) -> T:
-    """What `attempt` returns, tried anew when its actors are lost, `placement.max_failures` times."""
+    """The result of `attempt`, retried up to `placement.max_failures` times when its actors are lost."""
     for left in range(placement.max_failures, -1, -1):
         try:
             return attempt()

@@ -1,4 +1,4 @@
-"""Frozen changes of a model's linear layers, added while it runs: the model's own weights stay as they are."""
+"""Frozen changes of a model's linear layers, added by hooks. The model's own weights are not modified."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ Change = Mapping[str, Factors] | Mapping[str, Tensor]
 class Attached:
     """Changes added to `model` by forward hooks on its linear layers (all but the output head) until `remove()`.
 
-    Several changes add up, also with a `corsa.lora.flat.Lora` on the same model: the outputs are those of a model
-    with their sum merged into its weights. Gradients flow to the layers' inputs, and so to the Lora's phi, but not to
-    the changes. Nothing is copied where the changes are float32 and on the layer's device: leave them as they are.
+    Several changes add up, also with a `corsa.lora.flat.Lora` on the same model: outputs equal those of a model with
+    the sum merged into its weights. Gradients reach the layers' inputs and phi, but not the changes. Changes that are
+    float32 and on the layer's device are not copied, so do not modify them while they are attached.
 
     Raises:
-        CorsaError: a change is to a layer that the model does not have, or to one of another shape.
+        CorsaError: the model has no layer of a change's name, or the layer has another shape.
     """
 
     def __init__(self, model: nn.Module, changes: Sequence[Change]) -> None:
@@ -37,8 +37,8 @@ class Attached:
             for name, part in change.items():
                 if name not in layers:
                     raise CorsaError(
-                        f"the change to {name} has no place in this {type(model).__name__}: it has no such linear "
-                        "layer (or it is the output head); was the change made for another model?"
+                        f"{type(model).__name__} has no linear layer {name} for this change "
+                        "(the output head does not count): was the change made for another model?"
                     )
                 shape = (layers[name].out_features, layers[name].in_features)
                 if tuple(part.shape) != shape:
@@ -50,14 +50,14 @@ class Attached:
         self._handles = [layer.register_forward_hook(_hook(layer, part)) for layer, part in found]
 
     def remove(self) -> None:
-        """Leave the model as it was."""
+        """Remove the hooks."""
         for handle in self._handles:
             handle.remove()
 
 
 @contextmanager
 def attached(model: nn.Module, *changes: Change) -> Iterator[None]:
-    """The model with the changes added inside the block, as `Attached`; as it was after it."""
+    """Add the changes to the model inside the block (`Attached`)."""
     attachment = Attached(model, changes)
     try:
         yield
@@ -66,7 +66,7 @@ def attached(model: nn.Module, *changes: Change) -> Iterator[None]:
 
 
 def _hook(layer: nn.Linear, change: Factors | Tensor) -> Callable[[nn.Module, Any, Tensor], Tensor]:
-    """Adds `x @ delta.T` to the layer's output, through the factors where there are some."""
+    """A hook that adds `x @ delta.T` to the layer's output; factors are applied one after the other."""
     matrices = (change.a, change.b) if isinstance(change, Factors) else (change,)
     frozen = [m.detach().to(layer.weight.device, torch.float32) for m in matrices]
 

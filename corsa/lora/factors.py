@@ -1,4 +1,4 @@
-"""An adapter as what it adds to each linear layer: two factors whose product is the change of its weights."""
+"""An adapter as two factors per linear layer, whose product is the change of the weights."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Factors:
         b: (outputs, r), float32.
 
     Raises:
-        CorsaError: the factors are not two matrices of one rank.
+        CorsaError: the factors are not two matrices of the same rank.
     """
 
     a: Tensor
@@ -53,9 +53,9 @@ Adapter = dict[str, Factors]
 
 
 def stack(parts: Sequence[Factors], weights: Sequence[float] | None = None) -> Factors:
-    """The weighted sum of several changes of one layer, exactly: their factors side by side, the ranks added up.
+    """The exact weighted sum of several changes of one layer: factors are concatenated, so ranks add up.
 
-    `[w_1 b_1, w_2 b_2, ...] @ [a_1; a_2; ...] = sum_i w_i b_i a_i`. Without weights each counts 1.
+    `[w_1 b_1, w_2 b_2, ...] @ [a_1; a_2; ...] = sum_i w_i b_i a_i`. The default of each weight is 1.
     """
     weights = [1.0] * len(parts) if weights is None else weights
     b = [p.b if w == 1 else w * p.b for p, w in zip(parts, weights, strict=True)]

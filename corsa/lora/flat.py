@@ -1,8 +1,9 @@
 """LoRA (Hu et al. 2022) on a frozen model, with all its parameters in one flat tensor.
 
-phi is one contiguous float32 leaf of shape (K, P) outside the module tree: K adapters (one, unless several are trained
-together) of P parameters each. Forward hooks on the frozen linear layers add `scale * x A^T B^T`. So gradients come out
-flat, PCGrad, SAM, clipping and AdamW are vector operations on one tensor, and nothing that shards the base touches it.
+phi is one contiguous float32 leaf of shape (K, P) outside the module tree: K adapters of P parameters each. K is 1
+unless several adapters are trained together. Forward hooks on the frozen linear layers add `scale * x A^T B^T`.
+Gradients are therefore flat; PCGrad, SAM, clipping and AdamW are vector operations on one tensor; and sharding the base
+does not touch phi.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from corsa.lora.factors import Adapter, Factors
 
 @dataclass(frozen=True)
 class Site:
-    """A linear layer that LoRA adds to: its module name and sizes."""
+    """A linear layer with LoRA: its module name and sizes."""
 
     name: str
     inputs: int
@@ -108,12 +109,12 @@ class Lora:
             layer.register_forward_hook(lambda module, args, output, i=i: self._add(i, args[0], output))
 
     def resize(self, adapters: int) -> None:
-        """Hold so many adapters, all zero until they are initialised."""
+        """Make room for this many adapters. All are zero until they are initialised."""
         self.phi = nn.Parameter(torch.zeros(adapters, sum(self._sizes), dtype=torch.float32, device=self._device))
 
     def initialise(self, *seeds: int) -> None:
-        """A uniform as PEFT's (Kaiming with a = sqrt(5): within 1 / sqrt(inputs)), B zero; the same for a seed
-        anywhere. One seed for each adapter, or one for all.
+        """Initialise A as PEFT does (Kaiming uniform with a = sqrt(5): within 1 / sqrt(inputs)) and B as zero. Values
+        depend on the seed alone, not on the device. Give one seed per adapter, or one for all.
         """
         for row, seed in enumerate(seeds * len(self.phi) if len(seeds) == 1 else seeds):
             generator = torch.Generator().manual_seed(seed)
@@ -129,13 +130,13 @@ class Lora:
         return [p.view(len(self.phi), *shape) for p, shape in zip(parts, self._shapes, strict=True)]
 
     def adapter(self, row: int = 0) -> Adapter:
-        """Adapter `row` as it stands, copied: the factors of every site, the scale in B."""
+        """A copy of adapter `row`: the factors of every site, with the scale in B."""
         pairs = zip(self.sites, self.factors()[0::2], self.factors()[1::2], strict=True)
         return {s.name: Factors(a[row].detach().clone(), self.scale * b[row].detach()) for s, a, b in pairs}
 
     @contextmanager
     def off(self) -> Iterator[None]:
-        """The base model alone inside the block."""
+        """Switch LoRA off inside the block."""
         was, self._active = self._active, False
         try:
             yield
@@ -144,7 +145,7 @@ class Lora:
 
     @contextmanager
     def only(self, row: int) -> Iterator[None]:
-        """Every row of the inputs is adapter `row`'s inside the block."""
+        """Use adapter `row` for every row of the inputs inside the block."""
         was, self._only = self._only, row
         try:
             yield
@@ -152,14 +153,14 @@ class Lora:
             self._only = was
 
     def _open(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        factors = self.factors()  # once a forward: autograd then joins the factors' gradients in one go
+        factors = self.factors()  # split once a forward: autograd then joins the gradients in one operation
         self._factors = factors if self._only is None else [f[self._only : self._only + 1] for f in factors]
 
     def _add(self, i: int, x: Any, output: Any) -> Tensor | None:
         if not self._active:
             return None
         a, b = self._factors[2 * i], self._factors[2 * i + 1]
-        # float32 whatever the base: rounded to bfloat16, nine tenths of a perturbation of rho 0.05 would be lost at 8B
+        # always float32: in bfloat16, rounding loses nine tenths of a perturbation of rho 0.05 at 8B
         rows = x.float().reshape(len(a), -1, x.shape[-1])
-        added = torch.bmm(self.scale * torch.bmm(rows, a.mT), b.mT)  # scaled where it is smallest
+        added = torch.bmm(self.scale * torch.bmm(rows, a.mT), b.mT)  # scale the smallest tensor
         return output + added.view(output.shape).to(output.dtype)

@@ -1,4 +1,4 @@
-"""Choosing one of several adapters for a query, with the unedited model: by what it says, or by what it resembles."""
+"""Routers choose one of several adapters for a query, with the unedited model: by a prompt, or by embeddings."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from corsa.models.encoding import Encoder
 
 
 class PromptRouter:
-    """Shows the model a description of every part, and takes the part whose letter it finds most likely (the paper's
-    router prompts the model too; by the likelihood of letters it always decides).
+    """Shows the model a description of every part and takes the part whose letter has the highest likelihood. The
+    paper's router prompts the model too; comparing likelihoods always gives a decision.
 
     Args:
         model: causal language model, adapters off.

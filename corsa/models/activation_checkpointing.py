@@ -1,4 +1,4 @@
-"""Activation checkpointing: of each layer only the input is kept; the rest is computed again going back."""
+"""Activation checkpointing: only each layer's input is kept; the backward pass computes the rest again."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from corsa.errors import CorsaError
 
 
 def recompute_activations(model: PreTrainedModel) -> None:
-    """Have the model's layers computed again in every backward pass from now on. Results do not change.
+    """Compute the model's layers again in every backward pass from now on. Results do not change.
 
     Raises:
-        CorsaError: the model's architecture does not offer it.
+        CorsaError: the architecture does not support it.
     """
     layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
     try:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     except ValueError as e:
         raise CorsaError(
-            f"{type(model).__name__} cannot compute its activations again: "
+            f"{type(model).__name__} does not support activation checkpointing: "
             "leave out --sharding.activation-checkpointing"
         ) from e
 

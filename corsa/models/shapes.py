@@ -1,4 +1,4 @@
-"""The architecture of a model without its weights, and without a network where the project knows the shape."""
+"""The architecture of a model without its weights. Known architectures need no network."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from corsa.models.registry import ARCHITECTURES, locate
 
 
 def architecture(config: ModelConfig) -> PreTrainedConfig:
-    """The shape of a model: of an alias or `random:` architecture as the registry has it, else from its config.json.
+    """The transformers configuration of a model: from the registry for an alias or a `random:` architecture, else from
+    the model's config.json.
 
     Raises:
-        CorsaError: the config.json cannot be had.
+        CorsaError: the config.json cannot be read.
     """
     name = config.name.removeprefix("random:")
     if name in ARCHITECTURES:
@@ -24,7 +25,7 @@ def architecture(config: ModelConfig) -> PreTrainedConfig:
         found = AutoConfig.from_pretrained(place, revision=config.revision or "main")
     except (OSError, ValueError) as e:
         raise CorsaError(
-            f"the shape of model {config.name!r} cannot be had: {str(e).strip().splitlines()[0]}. Name a directory "
+            f"the shape of model {config.name!r} cannot be read: {str(e).strip().splitlines()[0]}. Name a directory "
             f"with its config.json, make the hub reachable, or plan with one of {', '.join(ARCHITECTURES)}"
         ) from e
     return found.get_text_config()

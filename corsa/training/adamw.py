@@ -1,4 +1,4 @@
-"""AdamW over phi: the optimizer of every round, fresh each time (docs/sharding.md for the one that is sharded)."""
+"""AdamW over phi, created anew for each round. docs/sharding.md describes the sharded one."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ SETTINGS: dict[str, Any] = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 
 
 
 class Moments(Protocol):
-    """What a checkpoint needs of an optimizer. Every worker of the group makes the same calls."""
+    """The part of an optimizer that a checkpoint uses. Every worker of the group makes the same calls."""
 
     def moments(self) -> dict[str, Tensor]:
-        """The state by name, each in phi's shape or a scalar; nothing before the first step."""
+        """The state by name: tensors in phi's shape, or scalars. Empty before the first step."""
         ...
 
     def restore(self, moments: Mapping[str, Tensor]) -> None:
@@ -24,7 +24,7 @@ class Moments(Protocol):
 
 
 class Stepping(Protocol):
-    """What a step needs of an optimizer over phi. Every worker of the group makes the same calls."""
+    """The part of an optimizer over phi that a step uses. Every worker of the group makes the same calls."""
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -36,16 +36,16 @@ class Stepping(Protocol):
         ...
 
     def close(self) -> None:
-        """Leave phi to another optimizer."""
+        """Release phi for another optimizer."""
         ...
 
 
 class AdamW(Moments, Stepping, Protocol):
-    """What training needs of an optimizer over all of phi."""
+    """An optimizer over all of phi."""
 
 
 class PlainAdamW(torch.optim.AdamW):
-    """AdamW with its whole state on every worker."""
+    """AdamW whose whole state is on every worker."""
 
     def __init__(self, phi: nn.Parameter) -> None:
         super().__init__([phi], fused=True, **SETTINGS)  # one pass over phi and its moments
@@ -60,13 +60,13 @@ class PlainAdamW(torch.optim.AdamW):
         self.state[self._phi] = dict(moments)
 
     def close(self) -> None:
-        """Nothing: phi was never taken over."""
+        """Does nothing: this optimizer holds no reference that blocks phi."""
 
 
 class PackedAdamW(torch.optim.AdamW):
-    """AdamW over each row of phi by itself: K adapters trained together, each with its own rate, moments and count.
+    """AdamW per row of phi: K adapters trained together, each with its own learning rate, moments and step count.
 
-    A row takes no step where its gradient is not finite, or where its group says that it `waits`.
+    A row skips a step when its gradient is not finite, or when its parameter group has `waits` set.
     """
 
     def __init__(self, phi: nn.Parameter) -> None:
@@ -83,10 +83,10 @@ class PackedAdamW(torch.optim.AdamW):
         return super().step(closure)
 
     def close(self) -> None:
-        """Nothing: phi was never taken over."""
+        """Does nothing: this optimizer holds no reference that blocks phi."""
 
     def of(self, row: int) -> RowState:
-        """What a checkpoint keeps of one row."""
+        """The optimizer state of one row, for checkpoints."""
         return RowState(self, self.rows[row])
 
 

@@ -1,8 +1,8 @@
-"""Where a round stands: phi, the optimizer's moments, the step, and the curves so far, in one file: the SHA-256 of what
-follows, the tensors as safetensors, and the rest as JSON.
+"""Checkpoints inside a round: phi, the optimizer's moments, the step number and the curves so far, in one file.
 
-No step draws a random number (dropout is 0, batches follow from seed, round and epoch), so there is no random state to
-keep: a round that goes on from here ends bit for bit as an undisturbed one on the same machine and number of workers.
+The file holds the SHA-256 of its content, the tensors as safetensors, and the rest as JSON. No step draws a random
+number (dropout is 0; batches follow from seed, round and epoch), so no random state is kept. On the same machine and
+number of workers a resumed round ends bit for bit as an undisturbed one.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from corsa.training.worker_group import Crew
 
 @dataclass
 class Position:
-    """How far a round is: optimizer steps done, one row of the curves table for each, and what befell it, in words."""
+    """How far a round is: optimizer steps done, one row of the curves table per step, and notes on what happened."""
 
     step: int = 0
     curves: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     def add(self, row: dict[str, Any]) -> None:
-        """One more step is done."""
+        """Record one more step."""
         self.step += 1
         self.curves.append(row)
 
@@ -40,8 +40,8 @@ class Position:
 def save_checkpoint(store: Store, path: str, phi: Tensor, optimizer: Moments, position: Position, crew: Crew) -> None:
     """Replace the round's checkpoint in one atomic write. `path` is relative to the store's root.
 
-    All workers call it: an optimizer's state that is sharded is brought together first, so that the round can go on
-    with another number of workers, or sharded otherwise. The leader writes. The base is no part of it.
+    All workers call it. A sharded optimizer state is gathered first, so the round can continue with another number of
+    workers or another sharding. The leader writes. The base model is not part of a checkpoint.
     """
     moments = optimizer.moments()
     if not crew.leads:
@@ -52,16 +52,16 @@ def save_checkpoint(store: Store, path: str, phi: Tensor, optimizer: Moments, po
 
 
 def load_checkpoint(store: Store, path: str, phi: Tensor, optimizer: Moments, crew: Crew) -> Position:
-    """Put phi and the optimizer where the round's last checkpoint left them, on every worker; the leader alone reads.
+    """Restore phi and the optimizer from the round's last checkpoint, on every worker. Only the leader reads.
 
-    A round without a checkpoint, or with a damaged one, starts at step 0 with phi as it is; the damage is noted.
+    Without a checkpoint, or with a damaged one, the round starts at step 0 with phi as it is. Damage is noted.
     """
     found, notes = None, []
     if crew.leads:
         try:
             found = read_checkpoint(store, path)
         except DamagedError as damage:
-            notes = [f"{damage}: the round was begun anew"]
+            notes = [f"{damage}: the round was started again"]
     position, names = crew.share((found[1], sorted(set(found[0]) - {"phi"})) if found else (None, []))
     if position is None:
         return Position(notes=notes)

@@ -24,7 +24,7 @@ from corsa.errors import CorsaError
 from corsa.flow.store import Store
 from corsa.training.adamw import Moments, PackedAdamW, Stepping
 from corsa.training.checkpoint import Position, WithLook, load_checkpoint, save_checkpoint
-from corsa.training.preemption import Notice
+from corsa.training.preemption import PreemptionWatch
 from corsa.training.tokens import batch_order
 from corsa.training.worker_context import Loaded, Share, Workshop
 from corsa.training.worker_group import Crew
@@ -154,7 +154,7 @@ def _learn(
     per_epoch = -(-len(triplets) // training.batch)
     steps = per_epoch * training.epochs
     unit = config.step.microbatch if config.step.scope == "microbatch" else 1
-    notice = Notice()
+    preemption = PreemptionWatch()
     setting = Together.of([config.step for config in configs], phi.device)
     began, resumed_at = time.monotonic(), min(pupil.position.step for pupil in pupils)
     for epoch in range(resumed_at // per_epoch, training.epochs):
@@ -187,7 +187,7 @@ def _learn(
                     pupil.learnt({"step": number} | log | more)
             if all(pupil.failed for pupil in pupils):
                 return
-            warned = notice.news()
+            warned = preemption.new_warning()
             if warned or number % workshop.placement.checkpoint_every == 0 or number == steps:
                 for pupil in pupils:
                     if pupil.position.step == number and not pupil.failed:

@@ -1,4 +1,4 @@
-"""How much memory a step of a worker took at most: of its GPU what torch had allocated, else what was resident."""
+"""Peak memory of a step on a worker: allocated by torch on a GPU, resident set size on the CPU."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 
 def start_peak(device: torch.device) -> None:
-    """The peak begins anew from what is held now."""
+    """Reset the peak to the memory held now."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:
@@ -18,14 +18,14 @@ def start_peak(device: torch.device) -> None:
 
 
 def peak_since(device: torch.device) -> int | None:
-    """Bytes held at most since `start_peak` by this process: on a GPU `torch.cuda.max_memory_allocated`, on the CPU the
-    largest resident set; None where the system does not say.
+    """Peak bytes of this process since `start_peak`: `torch.cuda.max_memory_allocated` on a GPU, the largest resident
+    set on the CPU. None where the system does not report it.
     """
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resident("VmHWM")
 
 
 def resident(field: str) -> int | None:
-    """Bytes of this process by a field of /proc/self/status: VmRSS now, VmHWM at most; None where there is none."""
+    """A field of /proc/self/status in bytes: VmRSS (now) or VmHWM (peak). None where there is no such file."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""Word that a node of this group of workers is about to be taken away, as spot machines are."""
+"""Detects preemption of a node that runs workers of this group (spot machines)."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import time
 from typing import Any
 
 
-class Notice:
-    """What the cluster has said so far. Every worker of a group has one, and asks it equally often."""
+class PreemptionWatch:
+    """Reports new preemption notices of Ray Train. Each worker has one, and all workers call it equally often."""
 
     def __init__(self) -> None:
         from ray.train import get_context
@@ -15,24 +15,24 @@ class Notice:
         try:
             get_context()
             self._supervised = True
-        except RuntimeError:  # no worker of Ray Train: nobody would tell
+        except RuntimeError:  # outside Ray Train nothing is reported
             self._supervised = False
-        self._heard: Any = None
+        self._seen: Any = None
 
-    def news(self) -> str | None:
-        """In words, what has been said since the last question, the same to all workers; None if nothing.
+    def new_warning(self) -> str | None:
+        """A sentence on a notice that came since the last call, the same on all workers; None if there is none.
 
-        A barrier: every worker must ask, after the same step.
+        This is a barrier: every worker calls it after the same step.
         """
         if not self._supervised:
             return None
         from ray.train import get_preemption_info
 
-        said = get_preemption_info()
-        if said is None or said == self._heard:
+        info = get_preemption_info()
+        if info is None or info == self._seen:
             return None
-        self._heard = said
-        nodes = f"{len(said.preempted_node_ids)} node{'s' * (len(said.preempted_node_ids) > 1)}"
-        if said.deadline_ms is None:
-            return f"the cluster is to lose {nodes}"
-        return f"the cluster is to lose {nodes} in {max(0.0, said.deadline_ms / 1000 - time.time()):.0f} s"
+        self._seen = info
+        nodes = f"{len(info.preempted_node_ids)} node{'s' * (len(info.preempted_node_ids) > 1)}"
+        if info.deadline_ms is None:
+            return f"the cluster will lose {nodes}"
+        return f"the cluster will lose {nodes} in {max(0.0, info.deadline_ms / 1000 - time.time()):.0f} s"

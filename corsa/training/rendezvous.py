@@ -1,4 +1,4 @@
-"""Where the workers of a group meet: on the address by which their nodes know each other, and on no other of theirs."""
+"""The rendezvous of a worker group. It listens only on the address by which Ray knows the node."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from ray.train.torch import TorchConfig
 from ray.train.torch.config import _TorchBackend
 
 
-class Meeting(TorchConfig):
-    """Ray Train's, but that torch's store does not listen on all addresses of its node: whoever reaches it can write to
-    it. On a cluster of one machine, which knows itself as 127.0.0.1, nothing listens beyond that.
+class Rendezvous(TorchConfig):
+    """Ray Train's TorchConfig, except that torch's store does not listen on every address of its node: anyone who
+    reaches the store can write to it. On a single machine that Ray knows as 127.0.0.1, nothing listens elsewhere.
     """
 
     @property
@@ -23,18 +23,18 @@ class Meeting(TorchConfig):
 
 class _Backend(_TorchBackend):
     def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
-        worker_group.execute(_listen_where_it_is_called)
+        worker_group.execute(_listen_on_node_address)
         super().on_start(worker_group, backend_config)
 
     def on_shutdown(self, worker_group: Any, backend_config: TorchConfig) -> None:
-        os.environ.setdefault("TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S", "5")  # not 30: one that hangs answers nothing
+        os.environ.setdefault(
+            "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S", "5"
+        )  # not 30 s: no answer comes
         super().on_shutdown(worker_group, backend_config)
 
 
-def _listen_where_it_is_called() -> None:
-    """In this process torch's store listens on the address that its node is known by, and where that is this machine's
-    own, gloo and NCCL do too.
-    """
+def _listen_on_node_address() -> None:
+    """Make torch's store in this process listen on the node's address. On the loopback address, gloo and NCCL too."""
     from ray.util import get_node_ip_address
 
     rendezvous: Any = import_module("torch.distributed.rendezvous")  # its package has a function of the same name
@@ -54,7 +54,7 @@ def _listen_where_it_is_called() -> None:
         )
 
     rendezvous._create_c10d_store = store
-    if get_node_ip_address().startswith("127."):  # they would take an interface that others reach
+    if get_node_ip_address().startswith("127."):  # by default they choose an interface that others can reach
         (loopback,) = [name for _, name in socket.if_nameindex() if name in ("lo", "lo0")]
         for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
             os.environ.setdefault(variable, loopback)

@@ -1,6 +1,4 @@
-"""How many workers fit, how many CPUs each reserves, and how many groups run side by side. Imports neither torch nor
-ray.
-"""
+"""How many workers fit, how many CPUs each reserves, and how many groups run at once. Imports neither torch nor ray."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""DeepSpeed ZeRO: the one place that knows it (docs/sharding.md).
+"""DeepSpeed ZeRO. No other module uses DeepSpeed (docs/sharding.md).
 
-The base is frozen and phi lies outside it, so there are two engines, neither of which sees the other's tensors: one
-without an optimizer that holds the base in shards (stage 3), and one around phi alone that shards its AdamW.
+The base is frozen and phi is outside it, so there are two engines that share no tensors: one without an optimizer that
+holds the base in shards (stage 3), and one around phi alone that shards AdamW's state.
 """
 
 from __future__ import annotations
@@ -25,15 +25,17 @@ from corsa.training.adamw import SETTINGS
 
 
 def _deepspeed(device: torch.device) -> Any:
-    """The library, set up for this worker's device. It takes seconds to import: only where a stage asks for it."""
+    """Import DeepSpeed (it takes seconds, so only when needed) and set it up for this worker's device."""
     os.environ.setdefault("DS_ACCELERATOR", device.type)
-    os.environ["LOCAL_RANK"] = str(device.index or 0)  # DeepSpeed takes it for the number of the device
-    if not dist.is_initialized():  # a worker by itself: nothing to share out, but its base may lie in CPU memory
+    os.environ["LOCAL_RANK"] = str(device.index or 0)  # DeepSpeed reads the device number from it
+    if not dist.is_initialized():  # one worker alone: nothing to shard, but its base may be offloaded to CPU memory
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=HashStore(), rank=0, world_size=1)
     import deepspeed
 
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # gloo does: nothing is compiled on a CPU worker
-    warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)  # DeepSpeed calls what torch has renamed
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # gloo is enough: compile nothing on a CPU worker
+    warnings.filterwarnings(
+        "ignore", "`torch.distributed", FutureWarning
+    )  # DeepSpeed uses old names
     deepspeed.init_distributed(verbose=False)
     return deepspeed
 
@@ -42,14 +44,13 @@ def _deepspeed(device: torch.device) -> Any:
 
 
 def load_sharded(config: ModelConfig, sharding: ShardingConfig, device: torch.device) -> PreTrainedModel:
-    """The frozen base, each worker holding its share of every matrix; one layer at a time is whole while it is used.
+    """Load the frozen base in shards: each worker holds a part of every matrix, and one layer at a time is gathered.
 
-    It is sharded from the start: every parameter as soon as it is made, and filled one by one from the leader's file,
-    so no worker ever holds the base whole. Vectors (norms, biases) are whole everywhere: gathering them costs more than
-    they do.
+    Each parameter is sharded when it is created and filled from the leader's file, so no worker ever holds the whole
+    base. Vectors (norms, biases) stay whole on every worker: they are too small to be worth gathering.
 
     Raises:
-        CorsaError: the model cannot be had, with the cause.
+        CorsaError: the model cannot be loaded, with the cause.
     """
     deepspeed = _deepspeed(device)
     settings = _base_settings(config, sharding)
@@ -58,13 +59,13 @@ def load_sharded(config: ModelConfig, sharding: ShardingConfig, device: torch.de
     vectors = [p.ds_numel for p in model.parameters() if len(p.ds_shape) < 2]  # type: ignore[attr-defined]
     settings["zero_optimization"]["stage3_param_persistence_threshold"] = max(vectors, default=0)
     engine = deepspeed.initialize(model=model, config=settings)[0]
-    model.__dict__["engine"] = engine  # its hooks work as long as it lives; not as a submodule, which would be a loop
+    model.__dict__["engine"] = engine  # keeps its hooks alive; as a submodule it would be a reference cycle
     model.register_forward_pre_hook(lambda *_: engine.optimizer.release_backward_leftovers(), prepend=True)
     return model
 
 
 def discard(model: PreTrainedModel) -> None:
-    """Let go of a sharded base: DeepSpeed keeps references to it that would hold its memory."""
+    """Free a sharded base. DeepSpeed keeps references to it, which would hold its memory."""
     from deepspeed.runtime.zero import parameter_offload
 
     model.__dict__.pop("engine").destroy()
@@ -86,7 +87,7 @@ def _base_settings(config: ModelConfig, sharding: ShardingConfig) -> dict[str, A
 
 @contextmanager
 def _sharded_as_made(settings: dict[str, Any]) -> Iterator[None]:
-    """Models that transformers makes inside the block are sharded parameter by parameter as they are made."""
+    """Inside the block, transformers shards a model parameter by parameter while it creates it."""
     from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
     alive = HfDeepSpeedConfig(settings)  # transformers keeps a weak reference
@@ -101,10 +102,10 @@ def _sharded_as_made(settings: dict[str, Any]) -> Iterator[None]:
 
 
 class ShardedAdamW:
-    """`PlainAdamW` with its state shared out: each worker updates its part of phi, and all get the whole of it.
+    """`PlainAdamW` with its state sharded: each worker updates its part of phi, and then all workers get all of phi.
 
-    Every worker steps with the same gradient, the merged one at phi + e. DeepSpeed takes gradients from a backward
-    pass, so it is given one: that of sum(phi * g), which is g.
+    Every worker steps with the same merged gradient g at phi + e. DeepSpeed takes gradients only from a backward pass,
+    so it gets the backward pass of sum(phi * g), whose gradient is g.
     """
 
     def __init__(self, phi: nn.Parameter, sharding: ShardingConfig, device: torch.device) -> None:
@@ -128,7 +129,7 @@ class ShardedAdamW:
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """As a torch optimizer's: one group, with its learning rate."""
+        """One group with its learning rate, as in torch optimizers."""
         return self._engine.optimizer.param_groups
 
     def step(self) -> None:
@@ -139,7 +140,7 @@ class ShardedAdamW:
         self._engine.step()
 
     def moments(self) -> dict[str, Tensor]:
-        """The state whole, in phi's shape, on every worker; nothing before the first step. All workers call it."""
+        """The whole state in phi's shape, on every worker. Empty before the first step. All workers call it."""
         return {name: self._whole(part) if part.dim() else part for name, part in self._state.items()}
 
     def restore(self, moments: Mapping[str, Tensor]) -> None:
@@ -156,7 +157,7 @@ class ShardedAdamW:
 
     @property
     def _part(self) -> Tensor:
-        """This worker's part of phi, padded to the size of the others'."""
+        """This worker's part of phi, padded so that all parts have one size."""
         return self._engine.optimizer.single_partition_of_fp32_groups[0]
 
     @property

@@ -42,7 +42,7 @@ def in_group(
     from ray.tune.integration.ray_train import TuneReportCallback
 
     from corsa.flow.ray_data import read_table
-    from corsa.training.rendezvous import Meeting
+    from corsa.training.rendezvous import Rendezvous
 
     watched = isinstance(placement, TrialPlace)  # by Ray Tune
     os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(placement.heartbeat_timeout)
@@ -52,7 +52,7 @@ def in_group(
     trainer = TorchTrainer(
         work,
         train_loop_config=dict(config),
-        torch_config=Meeting(),
+        torch_config=Rendezvous(),
         scaling_config=ScalingConfig(
             num_workers=placement.workers,
             use_gpu=placement.gpu,

@@ -1,6 +1,4 @@
-"""The token table: every edit as token ids with its reference log-probabilities, compact, and the order it is trained
-in.
-"""
+"""The token table: each edit as token ids with its reference log-probabilities, and the order of training."""
 
 from __future__ import annotations
 

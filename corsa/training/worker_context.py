@@ -130,7 +130,7 @@ class Workshop:
             micro += [self._micro_batch(loaded, [part[i : i + size] for part in ordered]) for i in cuts]
         whole = [share.whole for share in shares]
         unpaired = torch.tensor([[sum(not t.old for t in own)] for own in whole], device=self.crew.device)
-        return Batch(self.crew.level(micro), len(whole[0]), self._tokens(whole), unpaired)
+        return Batch(self.crew.pad_passes(micro), len(whole[0]), self._tokens(whole), unpaired)
 
     def _micro_batch(self, loaded: Loaded, adapters: Sequence[Sequence[Triplet]]) -> MicroBatch:
         device, flat = self.crew.device, [t for own in adapters for t in own]

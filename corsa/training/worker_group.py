@@ -21,7 +21,7 @@ from corsa.config import ModelConfig, Placement, ShardingConfig
 from corsa.models.activation_checkpointing import recompute_activations
 from corsa.models.loading import load_model
 from corsa.training.adamw import AdamW, PlainAdamW
-from corsa.training.zero3_lockstep import keeping_pace, level
+from corsa.training.zero3_lockstep import in_lockstep, pad_passes
 
 
 @dataclass(frozen=True)
@@ -84,11 +84,11 @@ class Crew:
 
         Where the base is sharded, one that is through keeps pace with the others until all are.
         """
-        return keeping_pace(model, self.device) if self._gathers else nullcontext()
+        return in_lockstep(model, self.device) if self._gathers else nullcontext()
 
-    def level(self, parts: Sequence[MicroBatch]) -> Sequence[MicroBatch]:
+    def pad_passes(self, parts: Sequence[MicroBatch]) -> Sequence[MicroBatch]:
         """A worker's micro-batches of a step, filled up with empty ones to the number that all workers must run."""
-        return level(parts, self.device) if self._gathers else parts
+        return pad_passes(parts, self.device) if self._gathers else parts
 
     @property
     def _gathers(self) -> bool:

@@ -1,7 +1,7 @@
-"""Keeping pace: where the base is sharded, every forward and backward pass gathers it from all workers.
+"""Keeps workers in lockstep under ZeRO stage 3: each forward and backward pass gathers the base from all workers.
 
-So all must run the same passes in the same order, also a worker that has nothing to do. This is the one place that sees
-to it: a worker without work runs passes over a row that holds nothing, which count for nothing.
+All workers therefore run the same passes in the same order. A worker without work runs empty passes, which do not
+change the result.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from corsa.algorithm.step import MicroBatch
 
 
 @contextmanager
-def keeping_pace(model: Any, device: torch.device) -> Iterator[None]:
-    """Inside, each worker runs as many forward passes of `model` as it likes; it leaves when all are through.
+def in_lockstep(model: Any, device: torch.device) -> Iterator[None]:
+    """A block in which each worker runs any number of forward passes without gradients. It ends when all have finished.
 
-    For passes without gradients: evaluation, generation, scoring. A worker announces every pass before it runs it. One
-    that is through announces none, and runs an empty pass for each that another has announced.
+    A worker announces every pass before it runs it. A worker that has finished runs an empty pass for each pass that
+    another worker announces.
     """
 
     def announce(count: int) -> torch.Tensor:
@@ -41,8 +41,8 @@ def keeping_pace(model: Any, device: torch.device) -> Iterator[None]:
             model(input_ids=ids, use_cache=False, logits_to_keep=1)
 
 
-def level(parts: Sequence[MicroBatch], device: torch.device) -> list[MicroBatch]:
-    """A worker's micro-batches, filled up to the passes of the worker that has most: as many, each of as many rows."""
+def pad_passes(parts: Sequence[MicroBatch], device: torch.device) -> list[MicroBatch]:
+    """This worker's micro-batches, padded with empty ones to the largest number of passes of any worker."""
     counts: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(counts, [len(part.rows) for part in parts])
     wanted = [max(own[i] for own in counts if i < len(own)) for i in range(max(map(len, counts)))]
