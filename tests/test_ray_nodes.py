@@ -165,7 +165,7 @@ def test_a_node_that_is_announced_to_go_leaves_a_checkpoint(undisturbed: Run, no
     position = in_the_middle(undisturbed, storage, ROUND)
     finished = end_of(driver, began)
     (note,) = [line for line in finished.out.splitlines() if line.startswith(f"note     {ROUND}: ")]
-    assert "the cluster is to lose 1 node in 1" in note
+    assert "the cluster will lose 1 node in 1" in note
     assert note.endswith(f"checkpoint taken after step {position.step}")
     assert_went_on_from(position, undisturbed, storage, ROUND)
     assert_same_adapters(undisturbed.storage, storage, [ROUND])
@@ -295,7 +295,7 @@ def test_what_is_damaged_is_found_made_anew_and_said_on_a_cluster_of_ones_own(un
     in_the_middle(undisturbed, storage, ROUND)
     again = end_of(driver, began)
     assert f"redone   {table} has the right size but not the content that was written (SHA-256)" in again.out
-    note = f"the checkpoint {saved} is not what was written (SHA-256): the round was begun anew"
+    note = f"the checkpoint {saved} is not what was written (SHA-256): the round was started again"
     assert f"note     {ROUND}: {note}" in again.out
     assert not half.exists()
     assert_same_adapters(undisturbed.storage, storage, [ROUND])

@@ -287,7 +287,7 @@ def test_a_damaged_checkpoint_starts_over_and_says_so(
     steps: list[int] = []
     resumed = bench.train(ROUNDS["fewer edits than workers"], tmp_path, post=lambda line: steps.append(line["step"]))
     assert resumed.notes == [
-        f"the checkpoint {file} is not what was written (SHA-256): the round was begun anew",
+        f"the checkpoint {file} is not what was written (SHA-256): the round was started again",
     ]
     assert steps[0] == 1
     assert torch.equal(resumed.phi, alone["fewer edits than workers"].phi)
