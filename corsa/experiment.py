@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
+from corsa.baselines.corpora import NEUTRAL
 from corsa.benchmarks import BENCHMARKS, digest
 from corsa.commandline import listed
 from corsa.config import (
@@ -57,12 +58,12 @@ from corsa.models.registry import pin
 EDITS = Kind("edits", "corsa.steps:read_edits", version=2)
 PART = Kind("part", "corsa.steps:take_part", version=1)
 REFERENCE = Kind("reference", "corsa.training.reference:compute", version=1, on_cluster=True)
-STATISTICS = Kind("statistics", "corsa.training.statistics:compute", version=1, on_cluster=True)
+STATISTICS = Kind("statistics", "corsa.training.statistics:compute", version=2, on_cluster=True)
 SCHEDULE = Kind("schedule", "corsa.steps:deal_rounds", version=1)
 QUESTIONS = Kind("questions", "corsa.steps:read_questions", version=1)
-ROUND = Kind("round", "corsa.training.rounds:run", version=1, on_cluster=True, together=True)
+ROUND = Kind("round", "corsa.training.rounds:run", version=2, on_cluster=True, together=True)
 MERGE = Kind("merge", "corsa.steps:merge_adapters", version=1)
-REPORT = Kind("report", "corsa.steps:make_report", version=2)
+REPORT = Kind("report", "corsa.steps:make_report", version=3)
 SWEEP = Kind("sweep", "corsa.tuning.sweep:run", version=1, on_cluster=True)
 SCALING = Kind("report", "corsa.scaling:join_sizes", version=1)
 
@@ -242,7 +243,7 @@ def chain(
         if previous := steps[-1] if steps else after:
             inputs["previous"] = previous
         if method == "memit":
-            inputs["statistics"] = _statistics(experiment, taught)
+            inputs["statistics"] = _statistics(experiment)
         title = f"{taught.name}/{name or method}/seed{seed}/round{number}"
         steps.append(Step(title, ROUND, _round(experiment, method, seed, number), inputs, experiment.placement))
     return steps
@@ -267,15 +268,14 @@ def _round(experiment: Experiment, method: str, seed: int, number: int) -> Askin
     return common
 
 
-def _statistics(experiment: Experiment, taught: Facts) -> Step:
+def _statistics(experiment: Experiment) -> Step:
+    """MEMIT's key statistics: of the model and the corpus alone, so that all benchmarks share them."""
     corpus = _absolute(experiment.memit.corpus)
     config = StatisticsConfig(
-        model=pin(experiment.model), layers=experiment.memit.layers, corpus=_corpus_digest(corpus) if corpus else None
+        model=pin(experiment.model), layers=experiment.memit.layers, corpus=_corpus_digest(corpus or str(NEUTRAL))
     )
     place = StatisticsPlace(**dict(experiment.placement), corpus=corpus)
-    # A named corpus stands for itself: whichever benchmark is taught, its statistics are gathered once.
-    name, inputs = (Path(corpus).stem, {}) if corpus else (taught.name, {"edits": taught.edits})
-    return Step(f"statistics/{name}", STATISTICS, config, inputs, place)
+    return Step(f"statistics/{Path(corpus).stem if corpus else 'neutral'}", STATISTICS, config, placement=place)
 
 
 def _corpus_digest(path: str) -> str:

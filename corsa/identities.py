@@ -110,17 +110,17 @@ class MemitRoundConfig(AskingConfig):
 
 
 class StatisticsConfig(Frozen):
-    """What MEMIT's key statistics depend on, beside the benchmark whose probes are the corpus where none is named."""
+    """What MEMIT's key statistics depend on: the model, its layers and the corpus, and no benchmark."""
 
     model: ModelConfig
     layers: tuple[int, ...] | None = None
-    corpus: str | None = Field(default=None, description="digest of the text file")
+    corpus: str = Field(description="digest of the text file")
 
 
 class StatisticsPlace(Placement):
     """How the statistics are gathered, and where the corpus is read from; what it holds is in `StatisticsConfig`."""
 
-    corpus: str | None
+    corpus: str | None = Field(description="text file; None: the corpus that ships with the project")
 
 
 class TrialPlace(Placement):

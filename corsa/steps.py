@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from corsa.adapters.splits import describe, split
+from corsa.baselines.memit_settings import REACHED
 from corsa.benchmarks import read
 from corsa.edits import from_table, to_table
 from corsa.evaluation import controls, mmlu
@@ -26,6 +27,7 @@ from corsa.identities import (
     EditsConfig,
     FLearningRoundConfig,
     JoinedConfig,
+    MemitRoundConfig,
     MergeConfig,
     PartConfig,
     ReportConfig,
@@ -229,7 +231,9 @@ def _notes(task: Task) -> list[str]:
         found = task.store.artifact(step.fingerprint).metrics
         notes += [f"{step.name}: {text}." for text in found.get("notes", ())]
         if step.kind.name == "statistics":
-            notes.append(f"MEMIT's key statistics rest on {found['tokens']} tokens of {found['corpus']}.")
+            notes.append(f"MEMIT's key statistics come from {found['tokens']:,} tokens of {found['corpus']}.")
+        if isinstance(step.config, MemitRoundConfig):
+            notes += [note for note in _memit_notes(step.name, found) if note not in notes]
         if found.get("contradictions"):
             kept = step.config.canonical()["on_contradiction"] == "keep-first"
             dealt = "their cases are left out" if kept else "all are taught"
@@ -257,6 +261,19 @@ def _notes(task: Task) -> list[str]:
                 f"{step.name}: {found['without_subject']} of {found['edits']} edits do not name their subject in the "
                 "question, so the question's last token stood in for it."
             )
+    return notes
+
+
+def _memit_notes(name: str, found: dict[str, Any]) -> list[str]:
+    """With which settings a round of MEMIT was solved, and a warning where the weights fall short of their targets."""
+    used = f"weight {found['weight']:g}, clamp {found['clamp_norm_factor']:g}, decay {found['weight_decay']:g}"
+    notes = [f"MEMIT edits layers {found['layers']} with {used} (what is not configured: {found['source']})."]
+    reached = found["reached"]
+    if reached is not None and reached < REACHED:
+        notes.append(
+            f"Warning: {name}: MEMIT's weights reach {100 * reached:.0f} % of the change they aim at, below "
+            f"{100 * REACHED:.0f} %: lower --memit.weight (here {found['weight']:g}) before you compare with MEMIT."
+        )
     return notes
 
 

@@ -19,6 +19,7 @@ from corsa.adapters.peft_files import load_adapter, read_factors, save_adapter, 
 from corsa.baselines.f_learning import f_learning
 from corsa.baselines.key_statistics import KeyStatistics
 from corsa.baselines.memit import memit
+from corsa.baselines.memit_settings import settings_for
 from corsa.baselines.weight_deltas import load_delta, save_delta
 from corsa.config import EvaluationConfig
 from corsa.edits import Edit, from_table
@@ -201,7 +202,7 @@ def _teach_memit(task: Task, workshop: Workshop, post: Post) -> dict[str, Any]:
                     loaded.encoder,
                     lesson.taught_now,
                     statistics,
-                    config.memit,
+                    settings_for(loaded.model.config, config.memit),
                     seed=config.seed,
                     post=post,
                 )

@@ -6,14 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 import ray.data
 import torch
 
-from corsa.baselines.key_statistics import KeyStatistics, corpus_texts, gather, probe_texts
-from corsa.baselines.memit import layers_for
+from corsa.baselines.corpora import NEUTRAL, NEUTRAL_NAME, corpus_texts
+from corsa.baselines.key_statistics import KeyStatistics, gather
+from corsa.baselines.memit_settings import layers_for
 from corsa.config import ModelConfig, Placement
-from corsa.edits import from_table
 from corsa.errors import CorsaError
 from corsa.flow.task import Task
 from corsa.identities import StatisticsConfig
@@ -42,14 +41,11 @@ class Gather:
 
 
 def compute(task: Task) -> dict[str, Any]:
-    """Step function: the corpus, or the benchmark's own probes, -> statistics.safetensors."""
+    """Step function: the corpus -> statistics.safetensors."""
     config: StatisticsConfig = task.config
     placement = task.placement
-    corpus = "the benchmark's own questions and answers"
-    if placement.corpus:
-        corpus, texts = Path(placement.corpus).name, list(corpus_texts(placement.corpus))
-    else:
-        texts = probe_texts(from_table(pq.read_table(task.inputs["edits"].local("edits.parquet"))))
+    corpus = Path(placement.corpus).name if placement.corpus else NEUTRAL_NAME
+    texts = list(corpus_texts(placement.corpus or NEUTRAL))
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     total = retried(placement, lambda: _gathered(texts, config, placement))
