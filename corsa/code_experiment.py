@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from corsa.benchmarks.code_prompt import digest_of, read_template
 from corsa.benchmarks.programs import digest
 from corsa.config import LoraConfig, SamplingConfig, TrainingConfig, plain
 from corsa.errors import CorsaError, unknown_name
@@ -32,7 +33,7 @@ from corsa.identities import (
 )
 from corsa.models.registry import pin
 
-PROBLEMS = Kind("problems", "corsa.code_steps:read", version=1)
+PROBLEMS = Kind("problems", "corsa.code_steps:read", version=2)
 OLD_ANSWERS = Kind("old-answers", "corsa.training.old_answers:compute", version=1, on_cluster=True)
 JUDGING = Kind("judging", "corsa.training.judging:compute", version=1, on_cluster=True)
 PROGRAM_EDITS = Kind("program-edits", "corsa.code_steps:as_edits", version=1)
@@ -54,6 +55,14 @@ class CodeExperiment(Experiment):
     humaneval_limit: int | None = Field(default=None, ge=1, description="tasks of it; all by default")
     humaneval_subset: str | None = Field(
         default=None, description=f"JSON list of task ids counted once more; by default {SUBSET} beside --data"
+    )
+    prompt_template: str | None = Field(
+        default=None,
+        description="text file with {scenario}, {problem}, {solution_signature} and {unit_tests} that words the "
+        "question about an update; by default the project's own wording",
+    )
+    prepend_implementation: bool = Field(
+        default=False, description="prepend shows the update's code as well, not its description alone"
     )
     sampling: SamplingConfig = SamplingConfig()
     limits: Limits = Limits()
@@ -102,7 +111,14 @@ class _Domain:
             allow_code_execution=experiment.allow_code_execution, sandbox=experiment.sandbox
         )
         assert experiment.data is not None
-        self.updates = _problems("updates", experiment.data, experiment.limit, experiment.offset, taught=True)
+        self.updates = _problems(
+            "updates",
+            experiment.data,
+            experiment.limit,
+            experiment.offset,
+            taught=True,
+            template=experiment.prompt_template,
+        )
         self.humaneval = (
             _problems("humaneval", experiment.humaneval, experiment.humaneval_limit, 0, taught=False)
             if experiment.humaneval
@@ -129,18 +145,31 @@ class _Domain:
 
     def programs(self, name: str, problems: Step, adapter: Step | None, *, described: bool, seed: int) -> Step:
         """Programs drawn from the unedited model or an edited one, and the verdicts on them."""
-        config = SamplesConfig(model=self.model, sampling=self.experiment.sampling, described=described, seed=seed)
+        config = SamplesConfig(
+            model=self.model,
+            sampling=self.experiment.sampling,
+            described=described,
+            implementation=described and self.experiment.prepend_implementation,
+            seed=seed,
+        )
         inputs = {"problems": problems} | ({"adapter": adapter} if adapter else {})
         samples = Step(f"{name}/samples", ROUND, config, inputs, self.experiment.placement)
         return self.judged(name, problems, samples)
 
 
-def _problems(name: str, path: str, limit: int | None, offset: int, *, taught: bool) -> Step:
+def _problems(
+    name: str, path: str, limit: int | None, offset: int, *, taught: bool, template: str | None = None
+) -> Step:
     if limit is not None and limit < 1:
         raise CorsaError(f"--limit {limit}: nothing would be taught; give 1 or more, or leave it out to take all")
-    config = ProblemsConfig(digest=digest(path), limit=limit, offset=offset, taught=taught)
-    place = ProblemsPlace(data=str(Path(path).expanduser().absolute()))
+    wording = digest_of(read_template(template)) if taught else None
+    config = ProblemsConfig(digest=digest(path), limit=limit, offset=offset, taught=taught, template=wording)
+    place = ProblemsPlace(data=_absolute(path), template=_absolute(template) if template else None)
     return Step(f"problems/{name}", PROBLEMS, config, placement=place)
+
+
+def _absolute(path: str) -> str:
+    return str(Path(path).expanduser().absolute())
 
 
 def code_report(experiment: CodeExperiment, command: str, published: Sequence[str] = ()) -> Step:
