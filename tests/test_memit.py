@@ -16,16 +16,16 @@ from tiny import FAMILIES, tiny_model
 from torch import Tensor
 from transformers import AutoConfig
 
-from corsa.baselines.corpora import NEUTRAL, corpus_texts
-from corsa.baselines.key_statistics import KeyStatistics, down_projections, gather
-from corsa.baselines.memit import closed_form, find_target, last_subject_token, memit, request
-from corsa.baselines.memit_settings import PUBLISHED, Settings, layers_for, settings_for
-from corsa.baselines.weight_deltas import load_delta, save_delta
-from corsa.benchmarks import read
 from corsa.config import MemitConfig
-from corsa.edits import Edit
+from corsa.data.benchmarks import read
+from corsa.data.edit import Edit
 from corsa.errors import CorsaError
-from corsa.models.attached import attached
+from corsa.lora.attached import attached
+from corsa.methods.memit.algorithm import closed_form, find_target, last_subject_token, memit, request
+from corsa.methods.memit.corpora import NEUTRAL, corpus_texts
+from corsa.methods.memit.key_statistics import KeyStatistics, down_projections, gather
+from corsa.methods.memit.settings import PUBLISHED, Settings, layers_for, settings_for
+from corsa.methods.memit.weight_deltas import load_delta, save_delta
 from corsa.models.encoding import Encoder
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -14,10 +14,10 @@ import torch
 from tiny import tiny_model
 from torch import Tensor
 
-from corsa.baselines.key_statistics import KeyStatistics
-from corsa.baselines.memit import memit, sample_prefixes
-from corsa.baselines.memit_settings import Settings
-from corsa.edits import Edit
+from corsa.data.edit import Edit
+from corsa.methods.memit.algorithm import memit, sample_prefixes
+from corsa.methods.memit.key_statistics import KeyStatistics
+from corsa.methods.memit.settings import Settings
 from corsa.models.encoding import Encoder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
