@@ -8,7 +8,8 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -17,12 +18,16 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from corsa.config import MemitConfig
+from corsa.config.steps import RoundsConfig
 from corsa.data.benchmarks import read
 from corsa.data.edit import Edit
 from corsa.errors import CorsaError
+from corsa.experiments.base import Experiment, chain, dealt, facts
+from corsa.experiments.steps import _notes
+from corsa.flow.step import topological
 from corsa.lora.attached import attached
 from corsa.methods.memit.algorithm import closed_form, find_target, last_subject_token, memit, request
-from corsa.methods.memit.corpora import NEUTRAL, corpus_texts
+from corsa.methods.memit.corpora import NEUTRAL, NEUTRAL_NAME, corpus_texts
 from corsa.methods.memit.key_statistics import KeyStatistics, down_projections, gather
 from corsa.methods.memit.settings import PUBLISHED, Settings, layers_for, settings_for
 from corsa.methods.memit.weight_deltas import load_delta, save_delta
@@ -281,6 +286,39 @@ def test_edits_are_made_in_one_batch_and_leave_the_model_as_it_was(
     assert edited[2] > unedited[2] + 20, (unedited, edited)
     assert sum(edited) > sum(unedited) + 25
     assert [first_logp(model, encoder, edit) for edit in edits] == unedited
+
+
+def test_an_edit_that_holds_already_is_no_change_to_be_reached(encoder: Encoder) -> None:
+    model = deep_model("llama")
+    found = statistics(model, texts(60))
+    at_once = settings(model, gradient_steps=1)  # no step is taken: every z is its h
+    assert memit(model, encoder, EDITS, found, at_once, seed=0)[1]["reached"] is None
+
+
+def notes(reached: float | None) -> list[str]:
+    """What a report says of two rounds of MEMIT and their statistics."""
+    experiment = Experiment(methods=("memit",))
+    rounds = chain(
+        experiment, "memit", 0, taught := facts(experiment, 2), dealt(taught, RoundsConfig(rounds=2)), rounds=(1, 2)
+    )
+    used = {"weight": 15000.0, "clamp_norm_factor": 4.0, "weight_decay": 1e-3, "layers": [4, 5], "source": "a file"}
+    of_kind = {"round": {**used, "reached": reached}, "statistics": {"tokens": 103631, "corpus": NEUTRAL_NAME}}
+    kinds = {step.fingerprint: step.kind.name for step in topological(rounds)}
+    store = SimpleNamespace(artifact=lambda key: SimpleNamespace(metrics=of_kind.get(kinds[key], {})))
+    report = SimpleNamespace(name="report", fingerprint="report", inputs={step.name: step for step in rounds})
+    return _notes(cast(Any, SimpleNamespace(step=report, store=store)))
+
+
+def test_a_report_names_corpus_and_settings_and_warns_where_targets_are_not_reached() -> None:
+    said = notes(0.59)
+    assert [note for note in said if "103,631 tokens of the shipped neutral corpus" in note]
+    assert [note for note in said if "layers [4, 5] with weight 15000, clamp 4, decay 0.001" in note] == said[1:2]
+    warnings = [note for note in said if note.startswith("Warning: ")]
+    assert len(warnings) == 2  # one for each round
+    assert "reach 59 % of the change they aim at, below 80 %: lower --memit.weight (here 15000)" in warnings[0]
+    assert "round1" in warnings[0]
+    for enough in (0.8, 1.0, None):
+        assert not [note for note in notes(enough) if "Warning" in note]
 
 
 def test_a_target_lowers_its_loss_within_its_bound(encoder: Encoder) -> None:

@@ -157,7 +157,10 @@ class FLearningConfig(Frozen):
     """F-Learning (Ni et al. 2024): forget the old answers by subtraction, then learn the new ones."""
 
     alpha: float = Field(
-        default=0.1, ge=0, description="how much of what training on the old answers added is subtracted"
+        default=0.1,
+        ge=0,
+        description="how much of what training on the old answers added is subtracted; 0.1 is this project's choice "
+        "and no default of its authors (pipelines/sensitivity.py sweeps it)",
     )
     rank: int | None = Field(
         default=None,

@@ -112,12 +112,13 @@ def sample_prefixes(model: Any, tokenizer: Any, count: int, tokens: int, seed: i
 
 
 class Target(NamedTuple):
-    """What was found for an edit: the residual z (hidden,) float32, and -log p of the new answer with it (nats a token,
-    mean over the wordings).
+    """What was found for an edit: the residual z (hidden,) float32; -log p of the new answer with it (nats a token,
+    mean over the wordings); and whether z differs from h: the answer may be given already.
     """
 
     z: Tensor
     loss: float
+    moved: bool
 
 
 def find_target(model: Any, wanted: Request, layer: int, settings: Settings) -> Target:
@@ -157,7 +158,7 @@ def find_target(model: Any, wanted: Request, layer: int, settings: Settings) -> 
         kl = (essence.exp() * (essence - essence_before)).sum()
         loss = new + settings.kl_factor * kl + settings.weight_decay * delta.norm() / h.norm() ** 2
         if loss < LOSS_REACHED or step == settings.gradient_steps - 1:
-            return Target(h + delta.detach(), new.item())
+            return Target(h + delta.detach(), new.item(), bool(delta.any()))
         adam.zero_grad()
         loss.backward()
         adam.step()
@@ -257,14 +258,14 @@ def memit(
             delta[name] = change.cpu()
             stack.enter_context(attached(model, {name: change}))  # the next layer's keys see it
         ways.append((z - _at_subjects(model, requests, layers[-1], layers[-1]).residual).norm(dim=1))
-    away = ways[0] > 0  # an answer that is given already needs no change
+    moved = torch.tensor([target.moved for target in targets], device=z.device)
     measured = {
         **{name: getattr(settings, name) for name in ("weight", "clamp_norm_factor", "weight_decay", "source")},
         "layers": list(layers),
         "edits": len(edits),
         "without_subject": sum(not wanted.located for wanted in requests),
         "target_loss": sum(target.loss for target in targets) / len(targets),
-        "reached": float((1 - ways[-1][away] / ways[0][away]).mean()) if away.any() else None,
+        "reached": float((1 - ways[-1][moved] / ways[0][moved]).mean()) if moved.any() else None,
     }
     return delta, measured
 
