@@ -1,4 +1,5 @@
-"""Sensitivity (Fig. 5): generality against lambda, and likewise against rho and beta, the others at their defaults.
+"""Sensitivity (Fig. 5): generality against lambda, and likewise against rho and beta, the others at their defaults; and
+of F-Learning against its alpha, whose default is this project's choice.
 
 python pipelines/sensitivity.py --benchmark counterfact --data counterfact.json --lambdas 0.2,0.5,1,2,5
 """
@@ -20,11 +21,12 @@ Values = Annotated[tuple[float, ...], listed(float, "V,V")]
 
 
 class Sensitivity(Experiment):
-    """One round of CoRSA for every value."""
+    """One round of CoRSA for every value of its settings, and one of F-Learning for every alpha."""
 
     lambdas: Values = Field(default=(0.2, 0.5, 1.0, 2.0, 5.0), description="values of lambda")
     rhos: Values = Field(default=(0.0, 0.02, 0.05, 0.1, 0.2), description="values of rho")
     betas: Values = Field(default=(0.02, 0.05, 0.1, 0.2, 0.5), description="values of beta")
+    alphas: Values = Field(default=(0.03, 0.1, 0.3, 1.0), description="values of F-Learning's alpha")
 
 
 def sensitivity(experiment: Sensitivity, command: str) -> Step:
@@ -36,17 +38,24 @@ def sensitivity(experiment: Sensitivity, command: str) -> Step:
     page.add(base(experiment, taught), "base")
     for seed in experiment.seeds:
         page.add(chain(experiment, "corsa", seed, taught, schedule)[0], "corsa")
-    grid = {"lambda": experiment.lambdas, "rho": experiment.rhos, "beta": experiment.betas}
-    for name, values in grid.items():
+    grid = {
+        "lambda": ("corsa", "lambda_", experiment.lambdas),
+        "rho": ("corsa", "rho", experiment.rhos),
+        "beta": ("corsa", "beta", experiment.betas),
+        "alpha": ("f-learning", "alpha", experiment.alphas),
+    }
+    for name, (method, field, values) in grid.items():
         points = {}
+        group = method.replace("-", "_")
         for value in values:
-            shown = f"corsa {name}={value:g}"
-            field = {"lambda": "lambda_"}.get(name, name)
-            changed = experiment.model_copy(update={"corsa": experiment.corsa.model_copy(update={field: value})})
+            shown = f"{method} {name}={value:g}"
+            changed = experiment.model_copy(
+                update={group: getattr(experiment, group).model_copy(update={field: value})}
+            )
             for seed in experiment.seeds:
-                steps = chain(changed, "corsa", seed, taught, schedule, name=f"corsa-{name}{value:g}")
+                steps = chain(changed, method, seed, taught, schedule, name=f"{method}-{name}{value:g}")
                 page.add(steps[0], shown)
-            points[shown] = ("corsa", value)
+            points[shown] = (method, value)
         axis = Axis(name=name, metrics=("generality", "edit_success"), points=points, logarithmic=min(values) > 0)
         page.axes.append(axis)
     return page.step(experiment, command)

@@ -444,11 +444,17 @@ def test_an_exact_step_has_the_identity_it_would_have_without_the_approximation(
         StepConfig(perturb_every=2, scope="microbatch")
 
 
-def test_the_key_statistics_of_a_named_corpus_rest_on_no_benchmark(tmp_path: Path) -> None:
+def test_the_key_statistics_depend_on_no_benchmark(tmp_path: Path) -> None:
     corpus = tmp_path / "corpus.txt"
     corpus.write_text("one text\n")
     memit = ["--methods", "memit", "--limit"]
-    name, own = "statistics/corpus", "statistics/world_facts-x3"
-    eight, nine = (steps(*memit, limit, "--memit.corpus", str(corpus))[name] for limit in ("8", "9"))
-    assert eight.fingerprint == nine.fingerprint
-    assert steps(*memit, "8")[own].fingerprint != steps(*memit, "9")[own].fingerprint
+    found = {}
+    for name, options in (("statistics/neutral", []), ("statistics/corpus", ["--memit.corpus", str(corpus)])):
+        eight, nine = (steps(*memit, limit, *options) for limit in ("8", "9"))
+        assert [step for step in eight if step.startswith("statistics/")] == [name], "one for all rounds of a model"
+        assert eight[name].inputs == {}
+        assert eight[name].fingerprint == nine[name].fingerprint
+        found[name] = eight[name].fingerprint
+    corpus.write_text("another text\n")
+    changed = steps(*memit, "8", "--memit.corpus", str(corpus))["statistics/corpus"].fingerprint
+    assert len({changed, *found.values()}) == 3

@@ -10,13 +10,16 @@ import torch
 from tiny import EDITS, Bench, round_config, triplets
 
 from corsa.config import STEPS, FLearningConfig, Placement, StepConfig
+from corsa.config.steps import ReportConfig
 from corsa.flow import Store
+from corsa.flow.step import topological
 from corsa.lora.attached import attached
 from corsa.lora.factors import Adapter
 from corsa.methods.base import Round
 from corsa.methods.f_learning import FLearningRoundConfig
 from corsa.methods.f_learning.teach import teach
 from corsa.training.loop import train
+from pipelines.sensitivity import Sensitivity, sensitivity
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -105,3 +108,18 @@ def test_an_interrupted_round_does_not_train_again_what_is_done(bench: Bench, tm
     again, same, _ = taught(bench, tmp_path, alpha=0.5)  # both checkpoints are at their ends
     assert torch.equal(delta(once), delta(again))
     assert curves == same
+
+
+def test_the_sensitivity_scenario_sweeps_alpha() -> None:
+    found = topological([sensitivity(Sensitivity(seeds=(0, 1), alphas=(0.05, 0.1, 1.0)), "")])
+    swept = {
+        (step.config.f_learning.alpha, step.config.seed)
+        for step in found
+        if isinstance(step.config, FLearningRoundConfig)
+    }
+    assert swept == {(alpha, seed) for alpha in (0.05, 0.1, 1.0) for seed in (0, 1)}
+    report = found[-1].config
+    assert isinstance(report, ReportConfig)
+    (axis,) = [axis for axis in report.axes if axis.name == "alpha"]
+    assert axis.points == {f"f-learning alpha={alpha:g}": ("f-learning", alpha) for alpha in (0.05, 0.1, 1.0)}
+    assert FLearningConfig().alpha in Sensitivity().alphas

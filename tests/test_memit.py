@@ -2,28 +2,42 @@
 
 from __future__ import annotations
 
+import gzip
+import re
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
 from tiny import FAMILIES, tiny_model
 from torch import Tensor
+from transformers import AutoConfig
 
 from corsa.config import MemitConfig
+from corsa.config.steps import RoundsConfig
+from corsa.data.benchmarks import read
 from corsa.data.edit import Edit
 from corsa.errors import CorsaError
+from corsa.experiments.base import Experiment, chain, dealt, facts
+from corsa.experiments.steps import _notes
+from corsa.flow.step import topological
 from corsa.lora.attached import attached
 from corsa.lora.weight_deltas import load_delta, save_delta
-from corsa.methods.memit.algorithm import closed_form, find_target, last_subject_token, layers_for, memit, request
-from corsa.methods.memit.key_statistics import KeyStatistics, corpus_texts, down_projections, gather, probe_texts
+from corsa.methods.memit.algorithm import closed_form, find_target, last_subject_token, memit, request
+from corsa.methods.memit.corpora import NEUTRAL, NEUTRAL_NAME, corpus_texts
+from corsa.methods.memit.key_statistics import KeyStatistics, down_projections, gather
+from corsa.methods.memit.settings import PUBLISHED, Settings, layers_for, settings_for
 from corsa.models.encoding import Encoder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
+PUBLISHED_DATA = Path(__file__).parents[2] / "shared" / "data"
 VOCABULARY = 49152  # the embedded tokenizer's
-CONFIG = MemitConfig(layers=(1, 2), weight=1e-3, prefixes=2, prefix_tokens=3)
+CONFIG = MemitConfig(layers=(1, 2), weight=1e-3, clamp_norm_factor=0.75, weight_decay=0.5, prefixes=2, prefix_tokens=3)
 EDITS = [
     Edit.build(id=f"t/{i}", prompt=prompt, subject=subject, target_new=new, target_old=old)
     for i, (prompt, subject, new, old) in enumerate(
@@ -58,6 +72,11 @@ def statistics(model: Any, rows: Sequence[list[int]], batch: int = 64) -> KeySta
     for start in range(0, len(rows), batch):
         found.add(model, rows[start : start + batch])
     return found
+
+
+def settings(model: Any, **change: Any) -> Settings:
+    """`CONFIG` for a model."""
+    return replace(settings_for(model.config, CONFIG), **change)
 
 
 def close(a: Tensor, b: Tensor, tolerance: float) -> bool:
@@ -102,15 +121,58 @@ def test_statistics_do_not_depend_on_batches_or_on_who_gathers_them(family: str,
 
 def test_statistics_from_texts(encoder: Encoder, tmp_path: Path) -> None:
     model = deep_model("llama")
-    found = gather(model, encoder, probe_texts(EDITS), (1,), "cpu")
-    assert found.tokens == sum(len(encoder.tokenizer(f"{e.prompt} {e.target_new}")["input_ids"]) for e in EDITS)
-    plain, lines = tmp_path / "a.txt", tmp_path / "a.jsonl"
+    found = gather(model, encoder, [edit.prompt for edit in EDITS], (1,), "cpu")
+    assert found.tokens == sum(len(encoder.tokenizer(edit.prompt)["input_ids"]) for edit in EDITS)
+    plain, lines, packed = (tmp_path / f"a.{suffix}" for suffix in ("txt", "jsonl", "jsonl.gz"))
     plain.write_text("one text\n\nanother\n")
     lines.write_text('{"text": "one text"}\n{"text": "another"}\n')
-    assert list(corpus_texts(plain)) == list(corpus_texts(lines)) == ["one text", "another"]
+    packed.write_bytes(gzip.compress(lines.read_bytes()))
+    assert (
+        list(corpus_texts(plain)) == list(corpus_texts(lines)) == list(corpus_texts(packed)) == ["one text", "another"]
+    )
     lines.write_text('{"text": "one text"}\n["another"]\n')
     with pytest.raises(CorsaError, match=r"a\.jsonl, line 2"):
         list(corpus_texts(lines))
+    packed.write_bytes(packed.read_bytes()[:-9])
+    with pytest.raises(CorsaError, match="cannot be read"):
+        list(corpus_texts(packed))
+
+
+def words(text: str) -> str:
+    """The text as words between blanks, in lower case."""
+    return " ".join(["", *re.findall(r"\w+", text.lower()), ""])
+
+
+def test_the_neutral_corpus_is_large_and_varied(encoder: Encoder) -> None:
+    found = list(corpus_texts(NEUTRAL))
+    rows = [encoder.tokenizer(text)["input_ids"] for text in found]
+    assert sum(map(len, rows)) > 100_000
+    assert len(set(found)) == len(found) > 800
+    assert NEUTRAL.stat().st_size < 300_000
+    # many words, none of which dominates: the keys span what a model is used for
+    seen = Counter(word for text in found for word in words(text).split())
+    assert len(seen) > 9_000
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "file"),
+    [
+        ("world_facts", None),
+        ("counterfact", "counterfact/counterfact.json"),
+        ("zsre", "zsre/zsre_mend_eval.json"),
+        ("mquake", "mquake/MQuAKE-CF-3k.json"),
+        ("atoke", "atoke/AToKe-ME.json"),
+    ],
+)
+def test_no_wording_of_a_benchmark_stands_in_the_neutral_corpus(benchmark: str, file: str | None) -> None:
+    data = str(PUBLISHED_DATA / file) if file else None
+    if data and not Path(data).exists():
+        pytest.skip(f"the published file is not at {data}")
+    corpus = "|".join(map(words, corpus_texts(NEUTRAL)))
+    edits = read(benchmark, data).edits
+    wordings = {words(prompt) for edit in edits for probe in edit.probes for prompt in probe.prompts}
+    assert len(wordings) > 100
+    assert [wording for wording in wordings if wording in corpus] == []
 
 
 def test_statistics_too_few_to_be_solved_are_refused() -> None:
@@ -123,16 +185,43 @@ def test_statistics_too_few_to_be_solved_are_refused() -> None:
         statistics(model, texts(60)).check([2, 3])
 
 
-def test_layers(encoder: Encoder) -> None:
+def architecture(family: str, depth: int, inputs: int) -> Any:
+    """The configuration of a model of another size."""
+    found = AutoConfig.for_model(family, num_hidden_layers=depth, intermediate_size=inputs, layer_types=None)
+    assert found.get_text_config().intermediate_size == inputs
+    return found
+
+
+def test_layers() -> None:
     llama = deep_model("llama").config
     assert layers_for(llama) == (0, 1)
     assert layers_for(llama, (3, 1)) == (1, 3)
     with pytest.raises(CorsaError, match=r"layer 4 .* does not exist: the model has layers 0 to 3"):
         layers_for(llama, (2, 4))
-    llama.num_hidden_layers = 32
-    assert layers_for(llama) == (4, 5, 6, 7, 8)
     with pytest.raises(CorsaError, match="layer 9"):
-        memit(deep_model("llama"), encoder, EDITS, KeyStatistics({}), MemitConfig(layers=(9,)), seed=0)
+        settings_for(llama, MemitConfig(layers=(9,)))
+    assert layers_for(architecture("llama", 32, 14336)) == (4, 5, 6, 7, 8)
+    assert layers_for(architecture("qwen3", 36, 9728)) == (5, 6, 7, 8, 9)
+
+
+def test_a_published_model_is_edited_with_its_published_settings() -> None:
+    for row in PUBLISHED:
+        found = settings_for(architecture(row.family, row.depth, row.inputs), MemitConfig())
+        # EasyEdit, hparams/MEMIT: llama-7b, llama3.2-1b and -3b, mistral-7b, qwen2.5-7b have these numbers in common
+        assert (found.layers, found.weight) == ((4, 5, 6, 7, 8), 15000.0)
+        assert (found.clamp_norm_factor, found.weight_decay, found.kl_factor) == (4.0, 1e-3, 0.0625)
+        assert (found.learning_rate, found.gradient_steps) == (0.5, 25)
+        assert found.source == row.source
+
+
+def test_the_weight_follows_the_size_of_the_model_and_a_configured_number_wins() -> None:
+    small = architecture("llama", 30, 1536)
+    found = settings_for(small, MemitConfig())
+    assert found.weight == 2093  # 15,000 x 1,536 / 11,008
+    assert found.source == "Llama-2-7B, llama-7b.yaml, scaled to 1536 inputs"
+    assert settings_for(architecture("qwen3", 28, 3072), MemitConfig()).weight == 2432  # 15,000 x 3,072 / 18,944
+    chosen = settings_for(small, MemitConfig(weight=7.0, clamp_norm_factor=0.5, kl_factor=0.0))
+    assert (chosen.weight, chosen.clamp_norm_factor, chosen.kl_factor, chosen.weight_decay) == (7.0, 0.5, 0.0, 1e-3)
 
 
 @pytest.mark.parametrize("template", ["qa", "chat"])
@@ -176,10 +265,13 @@ def test_edits_are_made_in_one_batch_and_leave_the_model_as_it_was(
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
     unedited = [first_logp(model, encoder, edit) for edit in edits]
     lines: list[dict[str, Any]] = []
-    delta, measured = memit(model, encoder, edits, statistics(model, texts(60)), CONFIG, seed=0, post=lines.append)
+    delta, measured = memit(
+        model, encoder, edits, statistics(model, texts(60)), settings(model), seed=0, post=lines.append
+    )
     assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
     assert (measured["edits"], measured["without_subject"]) == (3, 1)
     assert measured["reached"] > 0.75  # of the way to z, at every subject, by both layers together
+    assert (measured["weight"], measured["layers"]) == (1e-3, [1, 2])
     assert [line["step"] for line in lines] == [1, 2, 3]
     assert {name: change.shape for name, change in delta.items()} == {
         f"model.layers.{i}.mlp.down_proj": (32, 64) for i in (1, 2)
@@ -196,13 +288,47 @@ def test_edits_are_made_in_one_batch_and_leave_the_model_as_it_was(
     assert [first_logp(model, encoder, edit) for edit in edits] == unedited
 
 
+def test_an_edit_that_holds_already_is_no_change_to_be_reached(encoder: Encoder) -> None:
+    model = deep_model("llama")
+    found = statistics(model, texts(60))
+    at_once = settings(model, gradient_steps=1)  # no step is taken: every z is its h
+    assert memit(model, encoder, EDITS, found, at_once, seed=0)[1]["reached"] is None
+
+
+def notes(reached: float | None) -> list[str]:
+    """What a report says of two rounds of MEMIT and their statistics."""
+    experiment = Experiment(methods=("memit",))
+    rounds = chain(
+        experiment, "memit", 0, taught := facts(experiment, 2), dealt(taught, RoundsConfig(rounds=2)), rounds=(1, 2)
+    )
+    used = {"weight": 15000.0, "clamp_norm_factor": 4.0, "weight_decay": 1e-3, "layers": [4, 5], "source": "a file"}
+    of_kind = {"round": {**used, "reached": reached}, "statistics": {"tokens": 103631, "corpus": NEUTRAL_NAME}}
+    kinds = {step.fingerprint: step.kind.name for step in topological(rounds)}
+    store = SimpleNamespace(artifact=lambda key: SimpleNamespace(metrics=of_kind.get(kinds[key], {})))
+    report = SimpleNamespace(name="report", fingerprint="report", inputs={step.name: step for step in rounds})
+    return _notes(cast(Any, SimpleNamespace(step=report, store=store)))
+
+
+def test_a_report_names_corpus_and_settings_and_warns_where_targets_are_not_reached() -> None:
+    said = notes(0.59)
+    assert [note for note in said if "103,631 tokens of the shipped neutral corpus" in note]
+    assert [note for note in said if "layers [4, 5] with weight 15000, clamp 4, decay 0.001" in note] == said[1:2]
+    warnings = [note for note in said if note.startswith("Warning: ")]
+    assert len(warnings) == 2  # one for each round
+    assert "reach 59 % of the change they aim at, below 80 %: lower --memit.weight (here 15000)" in warnings[0]
+    assert "round1" in warnings[0]
+    for enough in (0.8, 1.0, None):
+        assert not [note for note in notes(enough) if "Warning" in note]
+
+
 def test_a_target_lowers_its_loss_within_its_bound(encoder: Encoder) -> None:
     model = deep_model("llama")
+    config = settings(model)
     wanted = request(encoder, EDITS[2].model_copy(update={"subject": ""}), ["Because of it"])
-    h = find_target(model, wanted, 2, CONFIG.model_copy(update={"gradient_steps": 1}))  # no step is taken
-    found = find_target(model, wanted, 2, CONFIG)
+    h = find_target(model, wanted, 2, replace(config, gradient_steps=1))  # no step is taken
+    found = find_target(model, wanted, 2, config)
     assert found.loss < h.loss - 3
-    assert (found.z - h.z).norm() <= CONFIG.clamp_norm_factor * h.z.norm() * (1 + 1e-5)
+    assert (found.z - h.z).norm() <= config.clamp_norm_factor * h.z.norm() * (1 + 1e-5)
     prompt = torch.tensor([wanted.wordings[0].prompt])
     assert close(h.z, model(prompt, output_hidden_states=True).hidden_states[3][0, -1], 1e-5)
 

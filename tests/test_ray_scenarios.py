@@ -75,7 +75,7 @@ def test_all_scenarios_make_one_report(together: Run) -> None:
     methods = {name: {row["method"] for row in metrics["rows"]} for name, metrics in found.items()}
     assert methods["single update"] == {"base", "lora", "memit", "f-learning", "corsa"}
     assert methods["ablation"] == {"base", "corsa", "corsa-no-sam", "corsa-no-dpo", "corsa-no-pcgrad", "lora"}
-    assert len(methods["sensitivity"]) == 2 + 15
+    assert len(methods["sensitivity"]) == 2 + 15 + 4
     assert {"lora linear", "corsa dare_linear", "f-learning sum"} <= methods["merging"]
     assert methods["routing"] == {"base", "corsa", "corsa by prompt", "corsa by embedding", "corsa by oracle"}
     for name, metrics in found.items():
@@ -83,7 +83,7 @@ def test_all_scenarios_make_one_report(together: Run) -> None:
             assert row["metrics"]["generality"]["value"] is not None, (name, row["method"])
     assert set(found["single update"]["specificity"]) == methods["single update"]
     assert found["single update"]["specificity"]["base"]["overall"]["questions"] == 6
-    assert [axis["name"] for axis in found["sensitivity"]["axes"]] == ["lambda", "rho", "beta"]
+    assert [axis["name"] for axis in found["sensitivity"]["axes"]] == ["lambda", "rho", "beta", "alpha"]
     assert "Beside the paper" in Path(page).read_text()
 
 

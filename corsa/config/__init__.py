@@ -157,7 +157,10 @@ class FLearningConfig(Frozen):
     """F-Learning (Ni et al. 2024): forget the old answers by subtraction, then learn the new ones."""
 
     alpha: float = Field(
-        default=0.1, ge=0, description="how much of what training on the old answers added is subtracted"
+        default=0.1,
+        ge=0,
+        description="how much of what training on the old answers added is subtracted; 0.1 is this project's choice "
+        "and no default of its authors (pipelines/sensitivity.py sweeps it)",
     )
     rank: int | None = Field(
         default=None,
@@ -168,21 +171,41 @@ class FLearningConfig(Frozen):
 
 
 class MemitConfig(Frozen):
-    """MEMIT (Meng et al. 2023): a dense change of a few layers in closed form. Defaults: as published for GPT-J."""
+    """MEMIT (Meng et al. 2023): a dense change of a few layers in closed form.
+
+    What is left open is taken from the table of published settings, by architecture and size
+    (`corsa.methods.memit.settings`).
+    """
 
     layers: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(
         default=None, min_length=1, description="edited layers, from 0; by default those published for the architecture"
     )
-    weight: float = Field(default=15000.0, gt=0, description="lambda, the weight of the key statistics C in the solve")
-    learning_rate: float = Field(default=0.5, gt=0, description="of Adam on the change of the residual")
-    gradient_steps: int = Field(default=25, ge=1, description="steps of Adam at most, for every edit")
-    weight_decay: float = Field(default=0.5, ge=0, description="of the norm of the change over that of h squared")
-    clamp_norm_factor: float = Field(default=0.75, gt=0, description="bound on the norm of the change, in norms of h")
-    kl_factor: float = Field(default=0.0625, ge=0, description="weight of the KL term on what is said of the subject")
+    weight: float | None = Field(
+        default=None,
+        gt=0,
+        description="lambda, the weight of the key statistics C in the solve; by default the published one, scaled to "
+        "the inputs of the model's down projections",
+    )
+    learning_rate: float | None = Field(
+        default=None, gt=0, description="of Adam on the change of the residual; by default as published"
+    )
+    gradient_steps: int | None = Field(
+        default=None, ge=1, description="steps of Adam at most, for every edit; by default as published"
+    )
+    weight_decay: float | None = Field(
+        default=None, ge=0, description="of the norm of the change over that of h squared; by default as published"
+    )
+    clamp_norm_factor: float | None = Field(
+        default=None, gt=0, description="bound on the norm of the change, in norms of h; by default as published"
+    )
+    kl_factor: float | None = Field(
+        default=None, ge=0, description="weight of the KL term on what is said of the subject; by default as published"
+    )
     prefixes: int = Field(default=5, ge=0, description="texts sampled from the model and set before a question")
     prefix_tokens: int = Field(default=10, ge=1, description="length of such a text, tokens")
     corpus: str | None = Field(
-        default=None, description="file of the key statistics: a text a line; by default the benchmark's own probes"
+        default=None,
+        description="file for the key statistics, a text a line; by default a neutral corpus that is shipped",
     )
 
 

@@ -94,17 +94,17 @@ class RoundConfig(AskingConfig):
 
 
 class StatisticsConfig(Frozen):
-    """What MEMIT's key statistics depend on, beside the benchmark whose probes are the corpus where none is named."""
+    """What MEMIT's key statistics depend on: the model, its layers and the corpus, and no benchmark."""
 
     model: ModelConfig
     layers: tuple[int, ...] | None = None
-    corpus: str | None = Field(default=None, description="digest of the text file")
+    corpus: str = Field(description="digest of the text file")
 
 
 class StatisticsPlace(Placement):
     """How the statistics are gathered, and where the corpus is read from; what it holds is in `StatisticsConfig`."""
 
-    corpus: str | None
+    corpus: str | None = Field(description="text file; None: the corpus that ships with the project")
 
 
 class TrialPlace(Placement):
@@ -294,12 +294,14 @@ class ProblemsConfig(Frozen):
     offset: int = Field(default=0, ge=0, description="records passed over")
     limit: int | None = Field(default=None, ge=1, description="records: updates, or HumanEval's tasks")
     taught: bool = Field(default=False, description="the first problem of each update is taught, not asked")
+    template: str | None = Field(default=None, description="digest of the prompt's template; HumanEval has none")
 
 
 class ProblemsPlace(Frozen):
-    """Where the problems are read from; what they hold is in `ProblemsConfig.digest`."""
+    """Where the problems and the prompt's template are read from; what they hold is in `ProblemsConfig`."""
 
     data: str
+    template: str | None = Field(default=None, description="file; None: the project's own template")
 
 
 class OldAnswersConfig(Frozen):
@@ -321,7 +323,8 @@ class SamplesConfig(Frozen):
 
     model: ModelConfig
     sampling: SamplingConfig
-    described: bool = Field(default=False, description="the update's description stands in the prompt")
+    described: bool = Field(default=False, description="the update's description stands before the question")
+    implementation: bool = Field(default=False, description="and after it the update's code")
     seed: int = Field(default=0, ge=0, description="of the draws")
 
 

@@ -32,6 +32,7 @@ from corsa.evaluation.prepared_predictions import BASE
 from corsa.flow.step import topological
 from corsa.flow.store import Artifact
 from corsa.flow.task import Task
+from corsa.methods import method_of
 from corsa.report.page import Scenario, write_paper, write_report
 
 
@@ -229,7 +230,9 @@ def _notes(task: Task) -> list[str]:
         found = task.store.artifact(step.fingerprint).metrics
         notes += [f"{step.name}: {text}." for text in found.get("notes", ())]
         if step.kind.name == "statistics":
-            notes.append(f"MEMIT's key statistics rest on {found['tokens']} tokens of {found['corpus']}.")
+            notes.append(f"MEMIT's key statistics come from {found['tokens']:,} tokens of {found['corpus']}.")
+        if method := method_of(step.config):
+            notes += [note for note in method.notes(step.name, found) if note not in notes]
         if found.get("contradictions"):
             kept = step.config.canonical()["on_contradiction"] == "keep-first"
             dealt = "their cases are left out" if kept else "all are taught"
@@ -239,10 +242,6 @@ def _notes(task: Task) -> list[str]:
             notes.append(f"{step.name}: rank {found['rank']}, {error}.")
         if "routing_accuracy" in found:
             notes.append(f"{step.name}: {100 * found['routing_accuracy']:.1f} % of the queries reach their adapter.")
-        if "cut_error" in found:
-            notes.append(f"{step.name}: cut to rank {found['rank']}, relative error {found['cut_error']:.2g}.")
-        elif step.kind.name == "round" and "rank" in found:
-            notes.append(f"{step.name}: the adapter has rank {found['rank']}.")
         if found.get("templated"):
             notes.append(
                 f"{found['templated']} of {found['edits']} facts came without other wordings: templates made theirs."

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from corsa.config.steps import AskingConfig
+from corsa.config import Frozen
 from corsa.errors import unknown_name
 from corsa.methods import f_learning, memit, step_methods
 from corsa.methods.base import Method
@@ -24,6 +24,6 @@ def known_method(name: str) -> Method:
     return METHODS[name]
 
 
-def method_of(config: AskingConfig) -> Method | None:
+def method_of(config: Frozen) -> Method | None:
     """The method whose rounds have a configuration of this type and a function of their own; None: it has none."""
     return next((m for m in METHODS.values() if m.config is type(config) and m.load_teach), None)

@@ -72,6 +72,10 @@ def _no_inputs(settings: RunSettings) -> dict[str, Step]:
     return {}
 
 
+def _no_notes(name: str, metrics: Mapping[str, Any]) -> list[str]:
+    return []
+
+
 @dataclass(frozen=True)
 class Method:
     """One method.
@@ -85,6 +89,7 @@ class Method:
         load_teach: imports and returns the function that teaches a round. None: the round is trained by the step of
             Algorithm 1 alone, under the settings in its configuration.
         inputs: further inputs of each round, by name.
+        notes: sentences for the report, from the name of a round's step and the metrics of the round.
         refuses: purposes that the method cannot serve, each with the reason: "adapter" (leaving a PEFT adapter),
             "programs" (learning updates of APIs).
         colour, symbol: in figures, plotly's names; by default a spare one.
@@ -96,6 +101,7 @@ class Method:
     config: type[AskingConfig]
     load_teach: Callable[[], Teach] | None = None
     inputs: Callable[[RunSettings], dict[str, Step]] = _no_inputs
+    notes: Callable[[str, Mapping[str, Any]], list[str]] = _no_notes
     refuses: Mapping[str, str] = field(default_factory=dict)
     colour: str | None = None
     symbol: str | None = None

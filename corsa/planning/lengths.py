@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from corsa.config import ModelConfig
 from corsa.data.benchmarks import BENCHMARKS, read
+from corsa.data.benchmarks.code_prompt import TEMPLATE
 from corsa.data.benchmarks.programs import read_problems
 from corsa.errors import CorsaError, unknown_name
 from corsa.models.encoding import Encoder
@@ -34,13 +35,17 @@ def lengths(model: ModelConfig, benchmark: str, data: str | None, limit: int | N
     return found, f"{len(found)} edits of {benchmark}, counted with the tokenizer of {whose}"
 
 
-def program_lengths(model: ModelConfig, data: str, limit: int | None, offset: int) -> tuple[Lengths, str]:
-    """The same of updates of the code domain, whose old answers, the model's own, are taken to be as long as the new.
+def program_lengths(
+    model: ModelConfig, data: str, limit: int | None, offset: int, template: str = TEMPLATE
+) -> tuple[Lengths, str]:
+    """The same of updates of the code domain, asked with a prompt template. Old answers are the model's own: they are
+    taken to be as long as the new ones.
 
     Raises:
         CorsaError: the file cannot be read, or no tokenizer can be had.
     """
-    taught = {p.update: p for p in reversed(read_problems(data, limit=limit, offset=offset))}  # the first of each
+    problems = read_problems(data, limit=limit, offset=offset, template=template)
+    taught = {p.update: p for p in reversed(problems)}  # the first of each
     found, whose = _counted(model, [(p.prompt, p.solution, p.solution) for p in taught.values()])
     return found, f"{len(found)} updates, counted with the tokenizer of {whose}"
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from corsa.config import ModelConfig, Placement
 from corsa.config.steps import EditsConfig, EditsPlace, ProblemsConfig, ProblemsPlace, ProgramEditsConfig, RoundConfig
+from corsa.data.benchmarks.code_prompt import read_template
 from corsa.errors import CorsaError
 from corsa.models.registry import ARCHITECTURES
 from corsa.planning.machine import as_bytes, memory_here
@@ -85,8 +86,9 @@ def _refuse(step: Step, config: RoundConfig, placement: Placement, memory: int, 
             tokens, counted = lengths(config.model, edits.config.benchmark, edits.placement.data, edits.config.limit)
     problems = edits.inputs.get("problems")
     if problems and isinstance(problems.config, ProblemsConfig) and isinstance(problems.placement, ProblemsPlace):
-        read, file = problems.config, problems.placement.data
-        tokens, counted = program_lengths(config.model, file, read.limit, read.offset)
+        read, place = problems.config, problems.placement
+        template = read_template(place.template)
+        tokens, counted = program_lengths(config.model, place.data, read.limit, read.offset, template)
     training = config.training
     job = Job(
         model=config.model,

@@ -27,9 +27,7 @@ class _Backend(_TorchBackend):
         super().on_start(worker_group, backend_config)
 
     def on_shutdown(self, worker_group: Any, backend_config: TorchConfig) -> None:
-        os.environ.setdefault(
-            "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S", "5"
-        )  # not 30 s: no answer comes
+        os.environ.setdefault("TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S", "5")  # not 30 s: no answer comes
         super().on_shutdown(worker_group, backend_config)
 
 

@@ -33,9 +33,7 @@ def _deepspeed(device: torch.device) -> Any:
     import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # gloo is enough: compile nothing on a CPU worker
-    warnings.filterwarnings(
-        "ignore", "`torch.distributed", FutureWarning
-    )  # DeepSpeed uses old names
+    warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)  # DeepSpeed uses old names
     deepspeed.init_distributed(verbose=False)
     return deepspeed
 

@@ -26,6 +26,7 @@ from corsa.config.steps import (
     SpecificityConfig,
     TrialPlace,
 )
+from corsa.data.benchmarks.code_prompt import asked
 from corsa.data.edit import Edit, from_table
 from corsa.data.schedule import taught_in, valid_after
 from corsa.errors import CorsaError
@@ -284,11 +285,12 @@ def _write_programs(task: Task, workshop: Workshop, post: Post) -> dict[str, Any
     share = -(-len(every) // crew.size)  # in a row: the samples of one problem have their prompt in common
     own = every[crew.rank * share :][:share]
     tokenizer = loaded.encoder.tokenizer
-    described = [f"{p['described']}\n\n{p['prompt']}" if config.described else p["prompt"] for p in problems]
+    told = {"described": config.described, "implementation": config.implementation}
+    prompts = [asked(problem, **told) for problem in problems]
     with _edited(task, loaded, crew), crew.in_step(loaded.model):
         outputs = sample(
             loaded.model,
-            [loaded.encoder.prompt(described[i]) for i, _ in own],
+            [loaded.encoder.prompt(prompts[i]) for i, _ in own],
             seeds=[(config.seed, zlib.crc32(problems[i]["id"].encode()), n) for i, n in own],
             temperature=how.temperature,
             top_p=how.top_p,

@@ -19,6 +19,7 @@ from typing import Literal
 from pydantic import Field
 
 from corsa.config import Frozen
+from corsa.data.benchmarks.code_prompt import TEMPLATE, question
 from corsa.data.benchmarks.rows import Row
 from corsa.data.edit import FieldError
 from corsa.errors import CorsaError
@@ -34,7 +35,8 @@ class Problem(Frozen):
     update: str = Field(default="", description="id of the API update it is about; none: HumanEval")
     package: str = ""
     prompt: str = Field(description="what a model is asked, without any template")
-    described: str = Field(default="", description="what the update changes, in words")
+    described: str = Field(default="", description="what the update changes, in words: its documentation")
+    implementation: str = Field(default="", description="the code of the update")
     entry: str = Field(description="name of the function that is asked for")
     lead: str = Field(default="", description="program text that an answer completes (HumanEval)")
     solution: str = Field(description="the reference solution, or what completes `lead`")
@@ -88,20 +90,22 @@ def digest(path: str) -> str:
         raise CorsaError(f"{path} cannot be read: {error.strerror} (seen from {Path.cwd()})") from error
 
 
-def read_problems(path: str, *, limit: int | None = None, offset: int = 0) -> list[Problem]:
+def read_problems(path: str, *, limit: int | None = None, offset: int = 0, template: str = TEMPLATE) -> list[Problem]:
     """The problems of a file, in its order. `limit` and `offset` count its records: updates, or HumanEval's tasks.
+
+    `template` words the questions about updates; HumanEval's bring their own.
 
     Raises:
         CorsaError: the file cannot be read, or a record is not one, with its line, field and reason.
     """
-    make = _of_update if kind_of(path) == "updates" else _of_humaneval
+    updates = kind_of(path) == "updates"
     problems: list[Problem] = []
     seen: set[str] = set()
     for number, row in enumerate(_rows(path)):
         if number < offset or (limit is not None and number >= offset + limit):
             continue
         try:
-            found = make(row)
+            found = _of_update(row, template) if updates else _of_humaneval(row)
         except FieldError as error:
             raise CorsaError(f"{path}, {row.where}: {error}") from error
         for problem in found:
@@ -159,22 +163,21 @@ def _of_humaneval(row: Row) -> list[Problem]:
 # CodeUpdateArena
 
 
-def _of_update(row: Row) -> list[Problem]:
+def _of_update(row: Row, template: str) -> list[Problem]:
     update = {key: row.get(f"update.{key}") or "" for key in ("description", "docstring", "signature", "imports")}
+    id_ = row.text("update.update_id")
     path, code = row.text("update.function_path"), _raw(row, "update.implementation")
     install = f"{code}\n{_installing(code, path)}"
-    described = (
-        f"{update['description']}\n{update['docstring']}\nThe new signature: {update['signature']}\n"
-        f"```python\n{code.strip()}\n```"
-    )
+    described = f"{update['description']}\n{update['docstring']}\nThe new signature: {update['signature']}"
+    common = {"update": id_, "package": path.partition(".")[0], "described": described, "implementation": code.strip()}
     examples = row.get("prog_syn_examples")
     if not isinstance(examples, Sequence) or not examples:
         raise FieldError("prog_syn_examples", "is not a list with at least one problem")
-    id_ = row.text("update.update_id")
-    return [_problem(row, i, id_, path, update["imports"], install, described) for i in range(len(examples))]
+    return [_problem(row, i, template, update["imports"], install, common) for i in range(len(examples))]
 
 
-def _problem(row: Row, index: int, update: str, path: str, imports: str, install: str, described: str) -> Problem:
+def _problem(row: Row, index: int, template: str, imports: str, install: str, common: Mapping[str, str]) -> Problem:
+    """One problem of an update; `common` are the fields that all of its problems share."""
     values = row.get("prog_syn_examples")[index]
     if not isinstance(values, Mapping):
         raise FieldError(f"prog_syn_examples[{index}]", f"is not a record but {type(values).__name__}")
@@ -193,10 +196,14 @@ def _problem(row: Row, index: int, update: str, path: str, imports: str, install
             raise FieldError("solution_signature", f"names no function: {signature!r}")
         return Problem(
             id=example.text("prog_syn_id"),
-            update=update,
-            package=path.partition(".")[0],
-            prompt=question(example.optional("scenario"), example.text("problem"), signature, values["unit_tests"]),
-            described=described,
+            **common,
+            prompt=question(
+                template,
+                scenario=example.optional("scenario"),
+                problem=example.text("problem"),
+                solution_signature=signature,
+                unit_tests=values["unit_tests"],
+            ),
             entry=entry[1],
             solution=solution,
             tests=tests,
@@ -205,15 +212,6 @@ def _problem(row: Row, index: int, update: str, path: str, imports: str, install
         )
     except FieldError as error:
         raise FieldError(f"prog_syn_examples[{index}].{error.field}", error.reason, error.remedy) from error
-
-
-def question(scenario: str, problem: str, signature: str, tests: str) -> str:
-    """What a model is asked: the task with its unit tests (the parts of the paper's Fig. 8; the wording is ours)."""
-    return (
-        f"Scenario: {scenario}\nProblem: {problem}\n"
-        f"Write the Python function with this signature, so that the tests pass:\n```python\n{signature}\n```\n"
-        f"Tests:\n```python\n{tests.strip()}\n```"
-    )
 
 
 def _installing(code: str, path: str) -> str:

@@ -25,6 +25,7 @@ from corsa.config.steps import (
     RoundsConfig,
     SamplesConfig,
 )
+from corsa.data.benchmarks.code_prompt import digest_of, read_template
 from corsa.data.benchmarks.programs import digest
 from corsa.errors import CorsaError, unknown_name
 from corsa.experiments.base import ROUND, Experiment, Facts, Methods, chain, dealt, identity, with_reference
@@ -33,7 +34,7 @@ from corsa.methods import METHODS
 from corsa.models.registry import pin
 from corsa.sandbox.worker import Limits
 
-PROBLEMS = Kind("problems", "corsa.experiments.code.steps:read", version=1)
+PROBLEMS = Kind("problems", "corsa.experiments.code.steps:read", version=2)
 OLD_ANSWERS = Kind("old-answers", "corsa.training.old_programs:compute", version=1, on_cluster=True)
 JUDGING = Kind("judging", "corsa.training.running_tests:compute", version=1, on_cluster=True)
 PROGRAM_EDITS = Kind("program-edits", "corsa.experiments.code.steps:as_edits", version=1)
@@ -55,6 +56,14 @@ class CodeExperiment(Experiment):
     humaneval_limit: int | None = Field(default=None, ge=1, description="tasks of it; all by default")
     humaneval_subset: str | None = Field(
         default=None, description=f"JSON list of task ids counted once more; by default {SUBSET} beside --data"
+    )
+    prompt_template: str | None = Field(
+        default=None,
+        description="text file with {scenario}, {problem}, {solution_signature} and {unit_tests} that words the "
+        "question about an update; by default the project's own wording",
+    )
+    prepend_implementation: bool = Field(
+        default=False, description="prepend shows the update's code as well, not its description alone"
     )
     sampling: SamplingConfig = SamplingConfig()
     limits: Limits = Limits()
@@ -102,7 +111,14 @@ class _Domain:
             allow_code_execution=experiment.allow_code_execution, sandbox=experiment.sandbox
         )
         assert experiment.data is not None
-        self.updates = _problems("updates", experiment.data, experiment.limit, experiment.offset, taught=True)
+        self.updates = _problems(
+            "updates",
+            experiment.data,
+            experiment.limit,
+            experiment.offset,
+            taught=True,
+            template=experiment.prompt_template,
+        )
         self.humaneval = (
             _problems("humaneval", experiment.humaneval, experiment.humaneval_limit, 0, taught=False)
             if experiment.humaneval
@@ -129,18 +145,31 @@ class _Domain:
 
     def programs(self, name: str, problems: Step, adapter: Step | None, *, described: bool, seed: int) -> Step:
         """Programs drawn from the unedited model or an edited one, and the verdicts on them."""
-        config = SamplesConfig(model=self.model, sampling=self.experiment.sampling, described=described, seed=seed)
+        config = SamplesConfig(
+            model=self.model,
+            sampling=self.experiment.sampling,
+            described=described,
+            implementation=described and self.experiment.prepend_implementation,
+            seed=seed,
+        )
         inputs = {"problems": problems} | ({"adapter": adapter} if adapter else {})
         samples = Step(f"{name}/samples", ROUND, config, inputs, self.experiment.placement)
         return self.judged(name, problems, samples)
 
 
-def _problems(name: str, path: str, limit: int | None, offset: int, *, taught: bool) -> Step:
+def _problems(
+    name: str, path: str, limit: int | None, offset: int, *, taught: bool, template: str | None = None
+) -> Step:
     if limit is not None and limit < 1:
         raise CorsaError(f"--limit {limit}: nothing would be taught; give 1 or more, or leave it out to take all")
-    config = ProblemsConfig(digest=digest(path), limit=limit, offset=offset, taught=taught)
-    place = ProblemsPlace(data=str(Path(path).expanduser().absolute()))
+    wording = digest_of(read_template(template)) if taught else None
+    config = ProblemsConfig(digest=digest(path), limit=limit, offset=offset, taught=taught, template=wording)
+    place = ProblemsPlace(data=_absolute(path), template=_absolute(template) if template else None)
     return Step(f"problems/{name}", PROBLEMS, config, placement=place)
+
+
+def _absolute(path: str) -> str:
+    return str(Path(path).expanduser().absolute())
 
 
 def code_report(experiment: CodeExperiment, command: str, published: Sequence[str] = ()) -> Step:

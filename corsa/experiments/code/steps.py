@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from corsa.config.steps import CodeReportConfig, ProblemsConfig
+from corsa.data.benchmarks.code_prompt import read_template
 from corsa.data.benchmarks.programs import program_in, read_problems
 from corsa.data.edit import Edit, normalise, to_table
 from corsa.evaluation.pass_at_k import Tried, compared, measure, tried, unjudged
@@ -22,8 +23,8 @@ PROBLEMS = pa.schema(
     [
         (name, pa.string())
         for name in (
-            *("id", "update", "package", "prompt", "described", "entry", "lead", "solution"),
-            *("tests", "imports", "before", "part"),
+            *("id", "update", "package", "prompt", "described", "implementation", "entry", "lead"),
+            *("solution", "tests", "imports", "before", "part"),
         )
     ]
 )
@@ -45,7 +46,8 @@ RATES = {
 def read(task: Task) -> dict[str, Any]:
     """Step function: a file of problems -> problems.parquet (`PROBLEMS`)."""
     config: ProblemsConfig = task.config
-    problems = read_problems(task.placement.data, limit=config.limit, offset=config.offset)
+    template = read_template(task.placement.template)
+    problems = read_problems(task.placement.data, limit=config.limit, offset=config.offset, template=template)
     seen: set[str] = set()
     rows = []
     for problem in problems:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from corsa.config import FLearningConfig, RunSettings
 from corsa.config.steps import RoundConfig
 from corsa.methods import step_methods
@@ -19,6 +22,12 @@ def _round_config(settings: RunSettings, seed: int, number: int) -> FLearningRou
     return FLearningRoundConfig(**dict(plain), f_learning=settings.f_learning)
 
 
+def _report_notes(name: str, found: Mapping[str, Any]) -> list[str]:
+    if "cut_error" in found:
+        return [f"{name}: cut to rank {found['rank']}, relative error {found['cut_error']:.2g}."]
+    return [f"{name}: the adapter has rank {found['rank']}."]
+
+
 def _load_teach() -> Teach:
     from corsa.methods.f_learning.teach import teach
 
@@ -31,6 +40,7 @@ METHOD = Method(
     _round_config,
     FLearningRoundConfig,
     _load_teach,
+    notes=_report_notes,
     colour="#a560c4",
     symbol="triangle-up",
 )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from pydantic import Field
 
@@ -12,8 +14,10 @@ from corsa.config.steps import AskingConfig, StatisticsConfig, StatisticsPlace
 from corsa.errors import CorsaError
 from corsa.flow.step import Kind, Step
 from corsa.methods.base import Method, Teach
+from corsa.methods.memit.corpora import NEUTRAL
+from corsa.methods.memit.settings import REACHED
 
-STATISTICS = Kind("statistics", "corsa.methods.memit.statistics_stage:compute", version=1, on_cluster=True)
+STATISTICS = Kind("statistics", "corsa.methods.memit.statistics_stage:compute", version=2, on_cluster=True)
 
 
 class MemitRoundConfig(AskingConfig):
@@ -35,6 +39,38 @@ def _round_config(settings: RunSettings, seed: int, number: int) -> MemitRoundCo
     return MemitRoundConfig(**asking, seed=seed, round=number, memit=alone)
 
 
+def _inputs(settings: RunSettings) -> dict[str, Step]:
+    """The key statistics. They depend on the model and the corpus alone, so that all benchmarks share them."""
+    corpus = str(Path(settings.memit.corpus).expanduser().absolute()) if settings.memit.corpus else None
+    config = StatisticsConfig(
+        model=settings.model, layers=settings.memit.layers, corpus=_digest(corpus or str(NEUTRAL))
+    )
+    place = StatisticsPlace(**dict(settings.placement), corpus=corpus)
+    name = f"statistics/{Path(corpus).stem if corpus else 'neutral'}"
+    return {"statistics": Step(name, STATISTICS, config, placement=place)}
+
+
+def _digest(path: str) -> str:
+    try:
+        with Path(path).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as e:
+        raise CorsaError(f"--memit.corpus {path} cannot be read: {e.strerror}; give a text file") from e
+
+
+def _report_notes(name: str, found: Mapping[str, Any]) -> list[str]:
+    """With which settings a round of MEMIT was solved, and a warning where the weights fall short of their targets."""
+    used = f"weight {found['weight']:g}, clamp {found['clamp_norm_factor']:g}, decay {found['weight_decay']:g}"
+    notes = [f"MEMIT edits layers {found['layers']} with {used} (what is not configured: {found['source']})."]
+    reached = found["reached"]
+    if reached is not None and reached < REACHED:
+        notes.append(
+            f"Warning: {name}: MEMIT's weights reach {100 * reached:.0f} % of the change they aim at, below "
+            f"{100 * REACHED:.0f} %: lower --memit.weight (here {found['weight']:g}) before you compare with MEMIT."
+        )
+    return notes
+
+
 def _load_teach() -> Teach:
     from corsa.methods.memit.teach import teach
 
@@ -47,6 +83,8 @@ METHOD = Method(
     _round_config,
     MemitRoundConfig,
     _load_teach,
+    _inputs,
+    notes=_report_notes,
     refuses={
         "adapter": "MEMIT leaves a dense change of the weights, no adapter",
         "programs": "it changes what is said of a subject to one short object, and an update of an API has neither",

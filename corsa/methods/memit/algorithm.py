@@ -16,23 +16,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from corsa.config import MemitConfig
 from corsa.data.edit import Edit
-from corsa.errors import CorsaError
 from corsa.lora.attached import attached
 from corsa.methods.memit.key_statistics import KeyStatistics, down_projections, watch
+from corsa.methods.memit.settings import Settings
 from corsa.models.encoding import Encoder
-
-LAYERS: dict[tuple[str, int], tuple[int, ...]] = {
-    ("llama", 16): (4, 5, 6, 7, 8),  # Llama-3.2-1B, EasyEdit
-    ("llama", 28): (4, 5, 6, 7, 8),  # Llama-3.2-3B, EasyEdit
-    ("llama", 32): (4, 5, 6, 7, 8),  # Llama-2-7B, EasyEdit; Llama-3-8B, AlphaEdit
-    ("qwen2", 28): (4, 5, 6, 7, 8),  # Qwen2-7B and Qwen2.5-7B, EasyEdit
-}
-"""Published layers by (model type, number of layers). The edited weight is that of `mlp.down_proj` in all of them."""
-
-WINDOW_LAYERS = 5
-"""How many layers are edited in a model that is not in the table; the last of them is at a quarter of the depth."""
 
 LOSS_REACHED = 0.05
 """An edit's search ends when its loss is below this (published code)."""
@@ -45,31 +33,6 @@ ROWS = 64
 
 Post = Callable[[dict[str, Any]], None]
 """Takes a line for the progress display."""
-
-
-def layers_for(architecture: Any, chosen: Sequence[int] | None = None) -> tuple[int, ...]:
-    """The layers that MEMIT edits, in ascending order: `chosen`, else the published ones (`LAYERS`), else five layers
-    that end at a quarter of the depth (for 32 layers the published 4 to 8).
-
-    Args:
-        architecture: configuration of the model (transformers).
-        chosen: numbers of layers, from 0.
-
-    Raises:
-        CorsaError: a chosen layer does not exist.
-    """
-    text = architecture.get_text_config()
-    depth = text.num_hidden_layers
-    if chosen is not None:
-        if strange := [layer for layer in chosen if not 0 <= layer < depth]:
-            raise CorsaError(
-                f"layer {strange[0]} to be edited by MEMIT does not exist: the model has layers 0 to {depth - 1}; "
-                "correct --memit.layers, or leave it out"
-            )
-        return tuple(sorted(set(chosen)))
-    last = round(depth / 4)
-    window = tuple(range(max(last - WINDOW_LAYERS + 1, 0), last + 1))
-    return LAYERS.get((text.model_type, depth), window)
 
 
 class Wording(NamedTuple):
@@ -149,20 +112,21 @@ def sample_prefixes(model: Any, tokenizer: Any, count: int, tokens: int, seed: i
 
 
 class Target(NamedTuple):
-    """What was found for an edit: the residual z (hidden,) float32, and -log p of the new answer with it (nats a token,
-    mean over the wordings).
+    """What was found for an edit: the residual z (hidden,) float32; -log p of the new answer with it (nats a token,
+    mean over the wordings); and whether z differs from h: the answer may be given already.
     """
 
     z: Tensor
     loss: float
+    moved: bool
 
 
-def find_target(model: Any, wanted: Request, layer: int, config: MemitConfig) -> Target:
+def find_target(model: Any, wanted: Request, layer: int, settings: Settings) -> Target:
     """The target z = h + delta at the end of the subject in the output of `layer`, with delta found by Adam (Eq. 16).
 
     The loss is that of the published code: -log p of the new answer (mean over its tokens and over the wordings), plus
-    `kl_factor` times KL of the next-token distribution at the subject's end in the essence prompt to what it was, plus
-    `weight_decay` |delta| / |h|^2; |delta| is kept within `clamp_norm_factor` |h|.
+    `kl_factor` times KL(p || p_old) of the next-token distribution at the subject's end in the essence prompt, where
+    p_old is the unedited model's, plus `weight_decay` |delta| / |h|^2; |delta| is kept within `clamp_norm_factor` |h|.
     """
     answer, asked = wanted.answer, len(wanted.wordings)
     rows = [w.prompt + answer[:-1] for w in wanted.wordings] + ([wanted.essence] if wanted.essence else [])
@@ -175,9 +139,9 @@ def find_target(model: Any, wanted: Request, layer: int, config: MemitConfig) ->
     answers = torch.tensor(answer, device=model.device).expand(asked, -1)[..., None]  # (W, m, 1)
 
     delta = torch.zeros(model.get_decoder().config.hidden_size, device=model.device, requires_grad=True)
-    adam = torch.optim.Adam([delta], lr=config.learning_rate)
+    adam = torch.optim.Adam([delta], lr=settings.learning_rate)
     h = essence_before = torch.empty(0)
-    for step in range(config.gradient_steps):
+    for step in range(settings.gradient_steps):
         with _added(model.get_decoder().layers[layer], places, delta) as unchanged, torch.enable_grad():
             logits = model(
                 input_ids=ids,
@@ -192,14 +156,14 @@ def find_target(model: Any, wanted: Request, layer: int, config: MemitConfig) ->
             h, essence_before = unchanged[0][0].detach().float(), essence.detach()
         new = -logp[:asked].gather(-1, answers).mean()
         kl = (essence.exp() * (essence - essence_before)).sum()
-        loss = new + config.kl_factor * kl + config.weight_decay * delta.norm() / h.norm() ** 2
-        if loss < LOSS_REACHED or step == config.gradient_steps - 1:
-            return Target(h + delta.detach(), new.item())
+        loss = new + settings.kl_factor * kl + settings.weight_decay * delta.norm() / h.norm() ** 2
+        if loss < LOSS_REACHED or step == settings.gradient_steps - 1:
+            return Target(h + delta.detach(), new.item(), bool(delta.any()))
         adam.zero_grad()
         loss.backward()
         adam.step()
         with torch.no_grad():
-            delta.mul_((config.clamp_norm_factor * h.norm() / delta.norm()).clamp(max=1.0))
+            delta.mul_((settings.clamp_norm_factor * h.norm() / delta.norm()).clamp(max=1.0))
     raise AssertionError("unreachable: the last step returns")
 
 
@@ -243,7 +207,7 @@ def memit(
     encoder: Encoder,
     edits: Sequence[Edit],
     statistics: KeyStatistics,
-    config: MemitConfig,
+    settings: Settings,
     *,
     seed: int,
     post: Post = lambda line: None,
@@ -254,27 +218,28 @@ def memit(
         model: causal language model of the Llama, Qwen3 or Gemma kind, frozen.
         encoder: how it is asked.
         edits: what it shall say.
-        statistics: of the layers to be edited (`layers_for(model.config, config.layers)`).
-        config: settings.
+        statistics: of the layers to be edited (`settings.layers`).
+        settings: as `settings_for` gives them for the model.
         seed: of the sampled prefixes.
         post: shows progress: step, steps (edits) and loss.
 
     Returns:
         The delta: module name -> (outputs, inputs) float32, on the CPU. And what was measured: `edits`;
         `without_subject`, edits whose prompt does not name their subject, so that its last token stood in for it;
-        `target_loss`, -log p of the new answers with the residuals z put in place (nats a token); `reached`, how much
-        of the way from h to z the changed weights go (mean over edits).
+        `target_loss`, -log p of the new answers with the residuals z put in place (nats a token); `reached`, the share
+        of the way from h to z that the changed weights go (mean over the edits whose z is not h; None without any);
+        `weight`, `clamp_norm_factor`, `weight_decay` and `layers` as used, and the `source` of what was not configured.
 
     Raises:
-        CorsaError: a layer does not exist, or the statistics cannot be solved with.
+        CorsaError: the statistics cannot be solved with.
     """
-    layers = layers_for(model.config, config.layers)
+    layers = settings.layers
     statistics.check(layers)
-    prefixes = sample_prefixes(model, encoder.tokenizer, config.prefixes, config.prefix_tokens, seed)
+    prefixes = sample_prefixes(model, encoder.tokenizer, settings.prefixes, settings.prefix_tokens, seed)
     requests = [request(encoder, edit, prefixes) for edit in edits]
     targets: list[Target] = []
     for number, wanted in enumerate(requests, 1):
-        targets.append(find_target(model, wanted, layers[-1], config))
+        targets.append(find_target(model, wanted, layers[-1], settings))
         post({"phase": "training", "step": number, "steps": len(requests), "loss": targets[-1].loss})
 
     z = torch.stack([target.z for target in targets])  # (E, hidden)
@@ -288,16 +253,19 @@ def memit(
             if now.scale is not None:
                 residuals = residuals / now.scale
             mean = statistics.mean(layer).to(model.device)
-            change = closed_form(mean, now.keys.mT, residuals.mT, config.weight).float()
+            change = closed_form(mean, now.keys.mT, residuals.mT, settings.weight).float()
             name = down_projections(model)[layer][0]
             delta[name] = change.cpu()
             stack.enter_context(attached(model, {name: change}))  # the next layer's keys see it
         ways.append((z - _at_subjects(model, requests, layers[-1], layers[-1]).residual).norm(dim=1))
+    moved = torch.tensor([target.moved for target in targets], device=z.device)
     measured = {
+        **{name: getattr(settings, name) for name in ("weight", "clamp_norm_factor", "weight_decay", "source")},
+        "layers": list(layers),
         "edits": len(edits),
         "without_subject": sum(not wanted.located for wanted in requests),
         "target_loss": sum(target.loss for target in targets) / len(targets),
-        "reached": float((1 - ways[-1] / ways[0]).mean()),
+        "reached": float((1 - ways[-1][moved] / ways[0][moved]).mean()) if moved.any() else None,
     }
     return delta, measured
 

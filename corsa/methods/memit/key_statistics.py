@@ -6,7 +6,6 @@ the texts alone and not, beyond rounding, on batches and on how many workers sha
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from corsa.data.edit import Edit
 from corsa.errors import CorsaError
 from corsa.models.encoding import Encoder
 
@@ -216,34 +214,3 @@ def _batches(tokenizer: Any, texts: Iterable[str]) -> Iterator[list[list[int]]]:
             rows.append(row)
     if rows:
         yield rows
-
-
-def probe_texts(edits: Iterable[Edit]) -> list[str]:
-    """The default corpus: every wording of every probe with its answer, each text once."""
-    return list(dict.fromkeys(f"{q} {p.answer}" for edit in edits for p in edit.probes for q in p.prompts))
-
-
-def corpus_texts(path: str | Path) -> Iterator[str]:
-    """The texts of a file, one a line; of a `.jsonl` file the field `text` of each line. Blank ones are passed over.
-
-    Raises:
-        CorsaError: the file cannot be read, or a line of JSON has no text.
-    """
-    try:
-        with Path(path).open(encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                text = _json_text(line, path, number) if str(path).endswith(".jsonl") and line.strip() else line
-                if text.strip():
-                    yield text.strip()
-    except (OSError, UnicodeDecodeError) as e:
-        raise CorsaError(f"the corpus {path} cannot be read: {e}; give a text file in UTF-8, a text a line") from e
-
-
-def _json_text(line: str, path: str | Path, number: int) -> str:
-    try:
-        text = json.loads(line)["text"]
-    except (json.JSONDecodeError, KeyError, TypeError):
-        text = None
-    if not isinstance(text, str):
-        raise CorsaError(f'{path}, line {number}: is no JSON object with a string "text"; write {{"text": "..."}}')
-    return text

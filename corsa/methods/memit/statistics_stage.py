@@ -6,18 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 import ray.data
 import torch
 
 from corsa.config import ModelConfig, Placement
 from corsa.config.steps import StatisticsConfig
-from corsa.data.edit import from_table
 from corsa.errors import CorsaError
 from corsa.flow.ray_data import map_with_model, retried
 from corsa.flow.task import Task
-from corsa.methods.memit.algorithm import layers_for
-from corsa.methods.memit.key_statistics import KeyStatistics, corpus_texts, gather, probe_texts
+from corsa.methods.memit.corpora import NEUTRAL, NEUTRAL_NAME, corpus_texts
+from corsa.methods.memit.key_statistics import KeyStatistics, gather
+from corsa.methods.memit.settings import layers_for
 from corsa.models.encoding import Encoder
 from corsa.models.loading import load_model, load_tokenizer
 
@@ -42,14 +41,11 @@ class Gather:
 
 
 def compute(task: Task) -> dict[str, Any]:
-    """Step function: the corpus, or the benchmark's own probes, -> statistics.safetensors."""
+    """Step function: the corpus -> statistics.safetensors."""
     config: StatisticsConfig = task.config
     placement = task.placement
-    corpus = "the benchmark's own questions and answers"
-    if placement.corpus:
-        corpus, texts = Path(placement.corpus).name, list(corpus_texts(placement.corpus))
-    else:
-        texts = probe_texts(from_table(pq.read_table(task.inputs["edits"].local("edits.parquet"))))
+    corpus = Path(placement.corpus).name if placement.corpus else NEUTRAL_NAME
+    texts = list(corpus_texts(placement.corpus or NEUTRAL))
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     total = retried(placement, lambda: _gathered(texts, config, placement))

@@ -10,6 +10,7 @@ from corsa.methods.base import Round, Taught
 from corsa.methods.memit import MemitRoundConfig
 from corsa.methods.memit.algorithm import memit
 from corsa.methods.memit.key_statistics import KeyStatistics
+from corsa.methods.memit.settings import settings_for
 
 
 def teach(round_: Round) -> Taught:
@@ -28,7 +29,7 @@ def teach(round_: Round) -> Taught:
                 round_.encoder,
                 round_.edits,
                 statistics,
-                config.memit,
+                settings_for(round_.model.config, config.memit),
                 seed=config.seed,
                 post=round_.post,
             )
