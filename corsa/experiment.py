@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -19,6 +19,8 @@ from corsa.commandline import listed
 from corsa.config import (
     METHODS,
     STEPS,
+    TRAININGS,
+    AnswerEnd,
     EvaluationConfig,
     FLearningConfig,
     Frozen,
@@ -56,11 +58,11 @@ from corsa.models.registry import pin
 
 EDITS = Kind("edits", "corsa.steps:read_edits", version=2)
 PART = Kind("part", "corsa.steps:take_part", version=1)
-REFERENCE = Kind("reference", "corsa.training.reference:compute", version=1, on_cluster=True)
+REFERENCE = Kind("reference", "corsa.training.reference:compute", version=2, on_cluster=True)
 STATISTICS = Kind("statistics", "corsa.training.statistics:compute", version=1, on_cluster=True)
 SCHEDULE = Kind("schedule", "corsa.steps:deal_rounds", version=1)
 QUESTIONS = Kind("questions", "corsa.steps:read_questions", version=1)
-ROUND = Kind("round", "corsa.training.rounds:run", version=1, on_cluster=True, together=True)
+ROUND = Kind("round", "corsa.training.rounds:run", version=2, on_cluster=True, together=True)
 MERGE = Kind("merge", "corsa.steps:merge_adapters", version=1)
 REPORT = Kind("report", "corsa.steps:make_report", version=2)
 SWEEP = Kind("sweep", "corsa.tuning.sweep:run", version=1, on_cluster=True)
@@ -158,7 +160,10 @@ class Experiment(Frozen):
 
 @dataclass(frozen=True)
 class Facts:
-    """A benchmark made ready: its `Edit` table, and the reference column, which is computed once for all methods."""
+    """A benchmark made ready: its `Edit` table, and the reference column, which is computed once for all methods.
+
+    A method whose answers end otherwise has a reference column of its own (`ending`).
+    """
 
     name: str
     edits: Step
@@ -168,6 +173,17 @@ class Facts:
     def tables(self) -> dict[str, Step]:
         """Both as inputs of a step."""
         return {"edits": self.edits, "reference": self.reference}
+
+    def ending(self, answer_end: AnswerEnd) -> Facts:
+        """The same facts with the reference column of answers that end so."""
+        config = self.reference.config
+        assert isinstance(config, ReferenceConfig)
+        if config.answer_end == answer_end:
+            return self
+        other = config.model_copy(update={"answer_end": answer_end})
+        return replace(
+            self, reference=replace(self.reference, name=f"{self.reference.name}/{answer_end}", config=other)
+        )
 
 
 def facts(experiment: Experiment, rounds: int) -> Facts:
@@ -201,7 +217,11 @@ def part_of(experiment: Experiment, whole: Facts, part: int, parts: int) -> Fact
 
 def with_reference(experiment: Experiment, name: str, edits: Step) -> Facts:
     """Edits as facts made ready, under a name."""
-    config = ReferenceConfig(model=pin(experiment.model), on_bad_record=_on_bad_record(experiment))
+    config = ReferenceConfig(
+        model=pin(experiment.model),
+        on_bad_record=_on_bad_record(experiment),
+        answer_end=experiment.training.effective(experiment.model.template).answer_end,
+    )
     reference = Step(f"reference/{name}", REFERENCE, config, {"edits": edits}, experiment.placement)
     return Facts(name, edits, reference)
 
@@ -237,8 +257,9 @@ def chain(
     `name` stands for the method in the names of the steps, where one method is taught under several settings.
     """
     steps: list[Step] = []
+    tables = taught.ending(_training(experiment, method).answer_end).tables
     for number in rounds:
-        inputs = {**taught.tables, "schedule": schedule}
+        inputs = {**tables, "schedule": schedule}
         if previous := steps[-1] if steps else after:
             inputs["previous"] = previous
         if method == "memit":
@@ -246,6 +267,14 @@ def chain(
         title = f"{taught.name}/{name or method}/seed{seed}/round{number}"
         steps.append(Step(title, ROUND, _round(experiment, method, seed, number), inputs, experiment.placement))
     return steps
+
+
+def _training(experiment: Experiment, method: str) -> TrainingConfig:
+    """How a method is trained, as it follows from the configured training."""
+    training = experiment.training
+    if method in TRAININGS:
+        training = TRAININGS[method](training)
+    return training.effective(experiment.model.template)
 
 
 def _round(experiment: Experiment, method: str, seed: int, number: int) -> AskingConfig:
@@ -260,7 +289,12 @@ def _round(experiment: Experiment, method: str, seed: int, number: int) -> Askin
         return MemitRoundConfig(**asking, seed=seed, round=number, memit=method_alone)
     step = STEPS["lora" if method == "f-learning" else method](experiment.corsa).effective()
     common = RoundConfig(
-        **asking, seed=seed, round=number, lora=experiment.lora, step=step, training=experiment.training
+        **asking,
+        seed=seed,
+        round=number,
+        lora=experiment.lora,
+        step=step,
+        training=_training(experiment, method),
     )
     if method == "f-learning":
         return FLearningRoundConfig(**dict(common), f_learning=experiment.f_learning)

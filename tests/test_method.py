@@ -127,14 +127,25 @@ def literal_gradient(setting: Setting, phi: Tensor, edits: Sequence[Triplet], c:
     sft, dpo = literal_losses(setting, phi, edits, c)
     (g1,) = torch.autograd.grad(sft, phi, retain_graph=True)
     (g2,) = torch.autograd.grad(dpo, phi)
+    return literal_merge(g1, g2, c)
+
+
+def literal_merge(g1: Tensor, g2: Tensor, c: StepConfig) -> Tensor:
+    """g_PC from g_SFT and g_DPO, as each form is published."""
     if c.pcgrad == "off":
         return g1 + c.lambda_ * g2
     inner = float((g1 * g2).sum())
+    if c.pcgrad == "authors":  # the list is [g_DPO, g_SFT], and each is projected against what the other is by then
+        changed = [g2, g1]
+        for i, j in ((0, 1), (1, 0)):
+            inner = float((changed[i] * changed[j]).sum())
+            if inner < -1e-6:  # of the second, rounding is left
+                changed[i] = changed[i] - inner / float((changed[j] * changed[j]).sum()) * changed[j]
+        return (c.lambda_ * changed[0] + changed[1]) / 2
     p1 = g1 - inner / float((g2 * g2).sum()) * g2 if inner < 0 else g1
-    other = p1 if c.pcgrad == "sequential" else g1
-    inner = float((g2 * other).sum())
+    other = p1 if c.pcgrad == "algorithm1" else g1
     p2 = g2 - inner / float((other * other).sum()) * other if inner < 0 else g2
-    return (p1 + c.lambda_ * p2) * (0.5 if c.pcgrad == "sequential" else 1.0)
+    return p1 + c.lambda_ * p2
 
 
 def literal_sharp_gradient(setting: Setting, phi: Tensor, edits: Sequence[Triplet], c: StepConfig) -> Tensor:
@@ -146,7 +157,8 @@ def literal_sharp_gradient(setting: Setting, phi: Tensor, edits: Sequence[Triple
 SETTINGS = {
     "default": config(),
     "wide": config(rho=0.5),
-    "sequential": config(pcgrad="sequential", rho=0.3),
+    "algorithm1": config(pcgrad="algorithm1", rho=0.3),
+    "authors": config(pcgrad="authors", rho=0.3),
     "off": config(pcgrad="off", rho=0.3),
     "weighted": config(lam=2.5, beta=0.5, rho=0.3),
     "sequence": config(reduction="sequence", rho=0.3),
@@ -205,7 +217,7 @@ def test_without_rho_it_is_the_plain_step_bit_for_bit(setting: Setting, c: StepC
         eye = torch.eye(len(losses))[:, :, None]
         g = torch.autograd.grad([torch.stack(losses)], [setting.lora.phi], [eye], is_grads_batched=True)[0]
         g = g[0] if len(g) == 1 else merge(g[0], g[1], c.lambda_, c.pcgrad, c.eps)
-        phi.grad = g * (1.0 / g.norm().clamp(min=1.0))
+        phi.grad = g * (1.0 / g.double().norm().clamp(min=1.0)).float()
         plain.step()
         with torch.no_grad():
             setting.lora.phi.copy_(now)
@@ -307,7 +319,7 @@ def pair(opposed: bool, rows: int = 1) -> tuple[Tensor, Tensor]:
     random = torch.Generator().manual_seed(0)
     a, b = torch.randn(rows, 50, generator=random), torch.randn(rows, 50, generator=random)
     sign = -1 if opposed else 1
-    return a, b - (dot(a, b) - sign * 3.0) / dot(a, a) * a  # now a . b = 3 or -3
+    return a, b - ((dot(a, b) - sign * 3.0) / dot(a, a)).float() * a  # now a . b = 3 or -3
 
 
 def test_after_projection_nothing_opposes_the_other_objective() -> None:
@@ -324,7 +336,8 @@ def test_without_conflict_nothing_changes() -> None:
     a, b = pair(opposed=False)
     assert torch.equal(project(a, b, 1e-12), a)
     assert torch.equal(merge(a, b, 0.5, "symmetric", 1e-12), a + 0.5 * b)
-    assert torch.equal(merge(a, b, 0.5, "sequential", 1e-12), (a + 0.5 * b) / 2)
+    assert torch.equal(merge(a, b, 0.5, "algorithm1", 1e-12), a + 0.5 * b)
+    assert torch.equal(merge(a, b, 0.5, "authors", 1e-12), (a + 0.5 * b) / 2)
 
 
 def test_a_gradient_of_zero_is_projected_without_harm() -> None:
@@ -338,8 +351,11 @@ def test_merging_by_hand() -> None:
     sft, dpo = torch.tensor([[1.0, 0.0]]), torch.tensor([[-1.0, 1.0]])
     # P(sft; dpo) = (1, 0) + 1/2 (-1, 1) = (0.5, 0.5);  P(dpo; sft) = (-1, 1) + (1, 0) = (0, 1)
     assert merge(sft, dpo, 2.0, "symmetric", 0.0).tolist() == [[0.5, 2.5]]
-    # dpo . (0.5, 0.5) = 0: no conflict is left, so dpo stays; the sum is halved
-    assert merge(sft, dpo, 2.0, "sequential", 0.0).tolist() == [[(0.5 - 2) / 2, (0.5 + 2) / 2]]
+    # line 6 read literally: dpo + 1 / |(0.5, 0.5)|^2 (0.5, 0.5) = (0, 2)
+    assert merge(sft, dpo, 2.0, "algorithm1", 0.0).tolist() == [[0.5, 4.5]]
+    # dpo first: (0, 1), which does not oppose sft; the sum is halved
+    assert merge(sft, dpo, 1.0, "authors", 0.0).tolist() == [[0.5, 0.5]]
+    assert merge(sft, dpo, 2.0, "authors", 0.0).tolist() == [[0.5, 1.0]]
     assert merge(sft, dpo, 2.0, "off", 0.0).tolist() == [[-1.0, 2.0]]
 
 
@@ -491,10 +507,10 @@ def test_methods_are_settings_of_the_one_step(method: str, phases: int, objectiv
     assert (log["sharpness"] is not None) is (phases == 2)
 
 
-def test_published_trainer_projects_in_turn_per_microbatch_over_tokens() -> None:
+def test_published_trainer_projects_dpo_alone_per_microbatch_over_tokens() -> None:
     mine = config(lam=0.5, beta=0.3, rho=0.1, reduction="sequence", microbatch=2)
     theirs = published_trainer(mine)
-    assert (theirs.pcgrad, theirs.scope, theirs.reduction) == ("sequential", "microbatch", "token")
+    assert (theirs.pcgrad, theirs.scope, theirs.reduction) == ("authors", "microbatch", "token")
     assert (theirs.lambda_, theirs.beta, theirs.rho, theirs.microbatch) == (0.5, 0.3, 0.1, 2)
 
 
