@@ -253,6 +253,41 @@ def test_each_microbatch_is_perturbed_by_itself_where_that_is_the_scope(setting:
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5 * float(expected.norm()))
 
 
+def cosine_of(setting: Setting, phi: Tensor, edits: Sequence[Triplet], c: StepConfig) -> float:
+    """Of the two gradients, literally."""
+    phi = phi.clone().requires_grad_()
+    found = [torch.autograd.grad(loss, phi, retain_graph=True)[0] for loss in literal_losses(setting, phi, edits, c)]
+    return float(F.cosine_similarity(*found))
+
+
+def rise_of(setting: Setting, phi: Tensor, edits: Sequence[Triplet], c: StepConfig) -> float:
+    """L_Update(phi + e) - L_Update(phi), literally."""
+    g = literal_gradient(setting, phi, edits, c)
+    low, high = (literal_losses(setting, at, edits, c) for at in (phi, phi + c.rho * g / g.norm()))
+    return float(high[0] + c.lambda_ * high[1] - low[0] - c.lambda_ * low[1])
+
+
+def test_with_scope_microbatch_the_log_has_the_means_over_micro_batches(setting: Setting) -> None:
+    """Parts of 4 and 2 edits: one in conflict, one not; so the mean of the cosines is no cosine of the whole."""
+    c = config(scope="microbatch", rho=0.3, lam=2.0)
+    agreeing = with_reference(setting.plain, triplets(2, seed=7, opposed=99)[1:] * 2)
+    edits = [*setting.edits[:4], *agreeing]
+    parts = [edits[:4], edits[4:]]
+    cosines = [cosine_of(setting, setting.start, part, c) for part in parts]
+    assert cosines[0] < 0 < cosines[1]
+    batch = cut(edits, 4)
+    (log,) = corsa_step(setting.model, setting.lora.phi, batch, c, torch.optim.SGD([setting.lora.phi]), 1.0, alone)
+    assert log["cosine"] == pytest.approx(4 / 6 * cosines[0] + 2 / 6 * cosines[1], abs=1e-4)
+    assert log["conflict"] is True
+    rises = [rise_of(setting, setting.start, part, c) for part in parts]
+    assert log["sharpness"] == pytest.approx(4 / 6 * rises[0] + 2 / 6 * rises[1], rel=1e-3)
+    with torch.no_grad():
+        setting.lora.phi.copy_(setting.start)
+    batch = cut(agreeing, 1)
+    (log,) = corsa_step(setting.model, setting.lora.phi, batch, c, torch.optim.SGD([setting.lora.phi]), 1.0, alone)
+    assert log["conflict"] is False
+
+
 # The objectives
 
 
@@ -437,6 +472,19 @@ def test_a_perturbed_step_that_is_not_finite_leaves_what_is_used_again() -> None
     assert look.part.tolist() == [[0.0, 3.0]]
     assert look.sharpened(g).tolist() == [[2.0, 1.0]]
     assert look.sharpened(torch.zeros(1, 2)).tolist() == [[0.0, 0.0]]
+
+
+@pytest.mark.parametrize("part", [0.0, 1e-45, 1e-30])
+def test_a_step_before_any_perturbed_one_has_its_own_gradient(part: float) -> None:
+    """Every perturbed step may have been skipped: then nothing is used again, however long the gradient."""
+    look = LookSam(torch.zeros(1, 3), 2, 0.7)
+    look.part = torch.tensor([[0.0, part, 0.0]])
+    for length in (1.0, 3.0, 1e6, 1e30):
+        g = torch.tensor([[length, 0.0, 0.0]])
+        found = look.sharpened(g)
+        assert found.isfinite().all()
+        assert found[0, 0] == length
+        assert float(found[0, 1]) == pytest.approx(0.7 * length if part > 1e-40 and length < 1e8 else 0.0, rel=1e-6)
 
 
 def test_the_second_gradient_is_taken_at_distance_rho_and_phi_comes_back(setting: Setting) -> None:
