@@ -256,8 +256,8 @@ def test_each_microbatch_is_perturbed_by_itself_where_that_is_the_scope(setting:
 def cosine_of(setting: Setting, phi: Tensor, edits: Sequence[Triplet], c: StepConfig) -> float:
     """Of the two gradients, literally."""
     phi = phi.clone().requires_grad_()
-    found = [torch.autograd.grad(loss, phi, retain_graph=True)[0] for loss in literal_losses(setting, phi, edits, c)]
-    return float(F.cosine_similarity(*found))
+    sft, dpo = (torch.autograd.grad(loss, phi, retain_graph=True)[0] for loss in literal_losses(setting, phi, edits, c))
+    return float(F.cosine_similarity(sft, dpo))
 
 
 def rise_of(setting: Setting, phi: Tensor, edits: Sequence[Triplet], c: StepConfig) -> float:
