@@ -18,7 +18,7 @@ from corsa.config import STEPS, StepConfig, published_trainer
 from corsa.method.logprobs import answer_logprobs
 from corsa.method.losses import dpo_loss, sft_loss
 from corsa.method.packing import Triplet, pack
-from corsa.method.pcgrad import dot, merge, project
+from corsa.method.pcgrad import dot, merge, norm, project
 from corsa.method.sam import LookSam, perturbation, perturbed
 from corsa.method.schedule import learning_rate
 from corsa.method.step import Batch, MicroBatch, corsa_step, gradients, reconcile
@@ -217,7 +217,7 @@ def test_without_rho_it_is_the_plain_step_bit_for_bit(setting: Setting, c: StepC
         eye = torch.eye(len(losses))[:, :, None]
         g = torch.autograd.grad([torch.stack(losses)], [setting.lora.phi], [eye], is_grads_batched=True)[0]
         g = g[0] if len(g) == 1 else merge(g[0], g[1], c.lambda_, c.pcgrad, c.eps)
-        phi.grad = g * (1.0 / g.double().norm().clamp(min=1.0)).float()
+        phi.grad = g * (1.0 / norm(g).clamp(min=1.0)).float()
         plain.step()
         with torch.no_grad():
             setting.lora.phi.copy_(now)
@@ -474,7 +474,7 @@ def test_a_perturbed_step_that_is_not_finite_leaves_what_is_used_again() -> None
     assert look.sharpened(torch.zeros(1, 2)).tolist() == [[0.0, 0.0]]
 
 
-@pytest.mark.parametrize("part", [0.0, 1e-45, 1e-30])
+@pytest.mark.parametrize("part", [0.0, 1e-45, 1e-30])  # the last two have a square of 0
 def test_a_step_before_any_perturbed_one_has_its_own_gradient(part: float) -> None:
     """Every perturbed step may have been skipped: then nothing is used again, however long the gradient."""
     look = LookSam(torch.zeros(1, 3), 2, 0.7)
@@ -484,7 +484,7 @@ def test_a_step_before_any_perturbed_one_has_its_own_gradient(part: float) -> No
         found = look.sharpened(g)
         assert found.isfinite().all()
         assert found[0, 0] == length
-        assert float(found[0, 1]) == pytest.approx(0.7 * length if part > 1e-40 and length < 1e8 else 0.0, rel=1e-6)
+        assert float(found[0, 1]) == 0
 
 
 def test_the_second_gradient_is_taken_at_distance_rho_and_phi_comes_back(setting: Setting) -> None:
