@@ -13,20 +13,20 @@ from safetensors.torch import load_file
 from tiny import CPU, LORA, shaken, tiny_model, with_reference
 from torch import Tensor
 
-from corsa.adapters.peft_files import save_adapter
+from corsa.algorithm.learning_rate import learning_rate
+from corsa.algorithm.packing import Triplet
 from corsa.config import ModelConfig, Placement, StepConfig, TrainingConfig
+from corsa.config.steps import ReferenceConfig, RoundConfig, RoundsConfig
 from corsa.errors import CorsaError
-from corsa.experiment import Experiment, chain, dealt, facts
+from corsa.experiments.base import Experiment, chain, dealt, facts
 from corsa.flow import Step, Store
-from corsa.identities import ReferenceConfig, RoundConfig, RoundsConfig
-from corsa.method.packing import Triplet
-from corsa.method.schedule import learning_rate
+from corsa.lora.flat import Lora
+from corsa.lora.peft_format import save_adapter
 from corsa.models.encoding import Encoder
-from corsa.models.lora import Lora
-from corsa.training.crew import Crew
 from corsa.training.loop import train
 from corsa.training.tokens import batch_order, token_rows, without_tokens
-from corsa.training.workshop import Loaded, Workshop
+from corsa.training.worker_context import Loaded, Workshop
+from corsa.training.worker_group import Crew
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

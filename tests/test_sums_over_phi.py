@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from corsa.algorithm.packing import Triplet, pack
+from corsa.algorithm.pcgrad import cosine, dot, merge, norm, project
+from corsa.algorithm.sam import perturbation
+from corsa.algorithm.step import Batch, MicroBatch, corsa_step
 from corsa.config import STEPS, StepConfig
-from corsa.method.packing import Triplet, pack
-from corsa.method.pcgrad import cosine, dot, merge, norm, project
-from corsa.method.sam import perturbation
-from corsa.method.step import Batch, MicroBatch, corsa_step
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

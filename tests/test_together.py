@@ -14,14 +14,14 @@ import torch
 from tiny import END, Bench, round_config, tiny_model, triplets, with_reference
 from torch import Tensor
 
+from corsa.algorithm.packing import Triplet, pack
+from corsa.algorithm.row_settings import Together
 from corsa.config import PER_ROW, ModelConfig, Placement, StepConfig
+from corsa.config.steps import RoundConfig, RoundsConfig
 from corsa.errors import CorsaError
-from corsa.experiment import Experiment, chain, dealt, facts
+from corsa.experiments.base import Experiment, chain, dealt, facts
 from corsa.flow import Store
 from corsa.flow.task import Task
-from corsa.identities import RoundConfig, RoundsConfig
-from corsa.method.packing import Triplet, pack
-from corsa.method.together import Together
 from corsa.training.loop import Lesson, RoundFailedError, train_together
 from corsa.training.rounds import _together
 
