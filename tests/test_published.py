@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +21,7 @@ from corsa.config import ModelConfig, Placement, StepConfig, TrainingConfig
 from corsa.config.steps import ReferenceConfig, RoundConfig, RoundsConfig
 from corsa.errors import CorsaError
 from corsa.experiments.base import Experiment, chain, dealt, facts
+from corsa.experiments.steps import skipped
 from corsa.flow import Step, Store
 from corsa.lora.flat import Lora
 from corsa.lora.peft_format import save_adapter
@@ -154,6 +157,16 @@ def test_the_end_of_an_answer_is_a_setting_of_every_method() -> None:
     assert references[0].fingerprint != planned("chat", "lora")["reference/world_facts"].fingerprint
     in_qa = planned("qa", "lora", answer_end="turn")  # there it has no effect
     assert in_qa[ROUND.format("lora")].fingerprint == planned("qa", "lora")[ROUND.format("lora")].fingerprint
+
+
+def test_a_record_that_both_reference_columns_leave_out_is_shown_once() -> None:
+    def left_out(*ids: str) -> Any:
+        written = json.dumps([{"where": id_, "field": "target_new", "reason": "has no tokens"} for id_ in ids])
+        return SimpleNamespace(record=SimpleNamespace(files=["skipped.json"]), read=lambda name: written)
+
+    other = SimpleNamespace(record=SimpleNamespace(files=["curves.parquet"]))
+    found = skipped([left_out("x/1", "x/2"), other, left_out("x/2", "x/3")])
+    assert [entry["where"] for entry in found] == ["x/1", "x/2", "x/3"]
 
 
 # The trainer, literally
