@@ -141,7 +141,11 @@ def test_names_that_are_not_known_are_refused_with_the_nearest() -> None:
         ("corsa: {rho: -1}", "corsa.rho: Input should be greater than or equal to 0 (found -1)"),
         ("rounds: 0", "rounds: Input should be greater than or equal to 1 (found 0)"),
         ("training: {epochs: many}", "training.epochs: Input should be a valid integer"),
-        ("corsa: {pcgrad: both}", "corsa.pcgrad: Input should be 'symmetric', 'sequential' or 'off' (found 'both')"),
+        (
+            "corsa: {pcgrad: both}",
+            "corsa.pcgrad: Input should be 'symmetric', 'algorithm1', 'authors' or 'off' (found 'both')",
+        ),
+        ("corsa: {pcgrad: sequential}", "set 'authors' for the authors' trainer, or 'algorithm1' for"),
         ("- a\n- b", "holds no mapping of fields to values"),
         ("a: [1", "is not YAML"),
     ],

@@ -18,7 +18,7 @@ from corsa.algorithm.learning_rate import learning_rate
 from corsa.algorithm.logprobs import answer_logprobs
 from corsa.algorithm.losses import dpo_loss, sft_loss
 from corsa.algorithm.packing import Triplet, pack
-from corsa.algorithm.pcgrad import dot, merge, project
+from corsa.algorithm.pcgrad import dot, merge, norm, project
 from corsa.algorithm.sam import LookSam, perturbation, perturbed
 from corsa.algorithm.step import Batch, MicroBatch, corsa_step, gradients, reconcile
 from corsa.config import STEPS, StepConfig, published_trainer
@@ -127,14 +127,25 @@ def literal_gradient(setting: Setting, phi: Tensor, edits: Sequence[Triplet], c:
     sft, dpo = literal_losses(setting, phi, edits, c)
     (g1,) = torch.autograd.grad(sft, phi, retain_graph=True)
     (g2,) = torch.autograd.grad(dpo, phi)
+    return literal_merge(g1, g2, c)
+
+
+def literal_merge(g1: Tensor, g2: Tensor, c: StepConfig) -> Tensor:
+    """g_PC from g_SFT and g_DPO, as each form is published."""
     if c.pcgrad == "off":
         return g1 + c.lambda_ * g2
     inner = float((g1 * g2).sum())
+    if c.pcgrad == "authors":  # the list is [g_DPO, g_SFT], and each is projected against what the other is by then
+        changed = [g2, g1]
+        for i, j in ((0, 1), (1, 0)):
+            inner = float((changed[i] * changed[j]).sum())
+            if inner < -1e-6:  # of the second, rounding is left
+                changed[i] = changed[i] - inner / float((changed[j] * changed[j]).sum()) * changed[j]
+        return (c.lambda_ * changed[0] + changed[1]) / 2
     p1 = g1 - inner / float((g2 * g2).sum()) * g2 if inner < 0 else g1
-    other = p1 if c.pcgrad == "sequential" else g1
-    inner = float((g2 * other).sum())
+    other = p1 if c.pcgrad == "algorithm1" else g1
     p2 = g2 - inner / float((other * other).sum()) * other if inner < 0 else g2
-    return (p1 + c.lambda_ * p2) * (0.5 if c.pcgrad == "sequential" else 1.0)
+    return p1 + c.lambda_ * p2
 
 
 def literal_sharp_gradient(setting: Setting, phi: Tensor, edits: Sequence[Triplet], c: StepConfig) -> Tensor:
@@ -146,7 +157,8 @@ def literal_sharp_gradient(setting: Setting, phi: Tensor, edits: Sequence[Triple
 SETTINGS = {
     "default": config(),
     "wide": config(rho=0.5),
-    "sequential": config(pcgrad="sequential", rho=0.3),
+    "algorithm1": config(pcgrad="algorithm1", rho=0.3),
+    "authors": config(pcgrad="authors", rho=0.3),
     "off": config(pcgrad="off", rho=0.3),
     "weighted": config(lam=2.5, beta=0.5, rho=0.3),
     "sequence": config(reduction="sequence", rho=0.3),
@@ -205,7 +217,7 @@ def test_without_rho_it_is_the_plain_step_bit_for_bit(setting: Setting, c: StepC
         eye = torch.eye(len(losses))[:, :, None]
         g = torch.autograd.grad([torch.stack(losses)], [setting.lora.phi], [eye], is_grads_batched=True)[0]
         g = g[0] if len(g) == 1 else merge(g[0], g[1], c.lambda_, c.pcgrad, c.eps)
-        phi.grad = g * (1.0 / g.norm().clamp(min=1.0))
+        phi.grad = g * (1.0 / norm(g).clamp(min=1.0)).float()
         plain.step()
         with torch.no_grad():
             setting.lora.phi.copy_(now)
@@ -239,6 +251,41 @@ def test_each_microbatch_is_perturbed_by_itself_where_that_is_the_scope(setting:
     expected = sum(len(part) / 6 * literal_sharp_gradient(setting, setting.start, part, c) for part in parts)
     assert isinstance(expected, Tensor)
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5 * float(expected.norm()))
+
+
+def cosine_of(setting: Setting, phi: Tensor, edits: Sequence[Triplet], c: StepConfig) -> float:
+    """Of the two gradients, literally."""
+    phi = phi.clone().requires_grad_()
+    sft, dpo = (torch.autograd.grad(loss, phi, retain_graph=True)[0] for loss in literal_losses(setting, phi, edits, c))
+    return float(F.cosine_similarity(sft, dpo))
+
+
+def rise_of(setting: Setting, phi: Tensor, edits: Sequence[Triplet], c: StepConfig) -> float:
+    """L_Update(phi + e) - L_Update(phi), literally."""
+    g = literal_gradient(setting, phi, edits, c)
+    low, high = (literal_losses(setting, at, edits, c) for at in (phi, phi + c.rho * g / g.norm()))
+    return float(high[0] + c.lambda_ * high[1] - low[0] - c.lambda_ * low[1])
+
+
+def test_with_scope_microbatch_the_log_has_the_means_over_micro_batches(setting: Setting) -> None:
+    """Parts of 4 and 2 edits: one in conflict, one not; so the mean of the cosines is no cosine of the whole."""
+    c = config(scope="microbatch", rho=0.3, lam=2.0)
+    agreeing = with_reference(setting.plain, triplets(2, seed=7, opposed=99)[1:] * 2)
+    edits = [*setting.edits[:4], *agreeing]
+    parts = [edits[:4], edits[4:]]
+    cosines = [cosine_of(setting, setting.start, part, c) for part in parts]
+    assert cosines[0] < 0 < cosines[1]
+    batch = cut(edits, 4)
+    (log,) = corsa_step(setting.model, setting.lora.phi, batch, c, torch.optim.SGD([setting.lora.phi]), 1.0, alone)
+    assert log["cosine"] == pytest.approx(4 / 6 * cosines[0] + 2 / 6 * cosines[1], abs=1e-4)
+    assert log["conflict"] is True
+    rises = [rise_of(setting, setting.start, part, c) for part in parts]
+    assert log["sharpness"] == pytest.approx(4 / 6 * rises[0] + 2 / 6 * rises[1], rel=1e-3)
+    with torch.no_grad():
+        setting.lora.phi.copy_(setting.start)
+    batch = cut(agreeing, 1)
+    (log,) = corsa_step(setting.model, setting.lora.phi, batch, c, torch.optim.SGD([setting.lora.phi]), 1.0, alone)
+    assert log["conflict"] is False
 
 
 # The objectives
@@ -307,7 +354,7 @@ def pair(opposed: bool, rows: int = 1) -> tuple[Tensor, Tensor]:
     random = torch.Generator().manual_seed(0)
     a, b = torch.randn(rows, 50, generator=random), torch.randn(rows, 50, generator=random)
     sign = -1 if opposed else 1
-    return a, b - (dot(a, b) - sign * 3.0) / dot(a, a) * a  # now a . b = 3 or -3
+    return a, b - ((dot(a, b) - sign * 3.0) / dot(a, a)).float() * a  # now a . b = 3 or -3
 
 
 def test_after_projection_nothing_opposes_the_other_objective() -> None:
@@ -324,7 +371,8 @@ def test_without_conflict_nothing_changes() -> None:
     a, b = pair(opposed=False)
     assert torch.equal(project(a, b, 1e-12), a)
     assert torch.equal(merge(a, b, 0.5, "symmetric", 1e-12), a + 0.5 * b)
-    assert torch.equal(merge(a, b, 0.5, "sequential", 1e-12), (a + 0.5 * b) / 2)
+    assert torch.equal(merge(a, b, 0.5, "algorithm1", 1e-12), a + 0.5 * b)
+    assert torch.equal(merge(a, b, 0.5, "authors", 1e-12), (a + 0.5 * b) / 2)
 
 
 def test_a_gradient_of_zero_is_projected_without_harm() -> None:
@@ -338,8 +386,11 @@ def test_merging_by_hand() -> None:
     sft, dpo = torch.tensor([[1.0, 0.0]]), torch.tensor([[-1.0, 1.0]])
     # P(sft; dpo) = (1, 0) + 1/2 (-1, 1) = (0.5, 0.5);  P(dpo; sft) = (-1, 1) + (1, 0) = (0, 1)
     assert merge(sft, dpo, 2.0, "symmetric", 0.0).tolist() == [[0.5, 2.5]]
-    # dpo . (0.5, 0.5) = 0: no conflict is left, so dpo stays; the sum is halved
-    assert merge(sft, dpo, 2.0, "sequential", 0.0).tolist() == [[(0.5 - 2) / 2, (0.5 + 2) / 2]]
+    # line 6 read literally: dpo + 1 / |(0.5, 0.5)|^2 (0.5, 0.5) = (0, 2)
+    assert merge(sft, dpo, 2.0, "algorithm1", 0.0).tolist() == [[0.5, 4.5]]
+    # dpo first: (0, 1), which does not oppose sft; the sum is halved
+    assert merge(sft, dpo, 1.0, "authors", 0.0).tolist() == [[0.5, 0.5]]
+    assert merge(sft, dpo, 2.0, "authors", 0.0).tolist() == [[0.5, 1.0]]
     assert merge(sft, dpo, 2.0, "off", 0.0).tolist() == [[-1.0, 2.0]]
 
 
@@ -423,6 +474,19 @@ def test_a_perturbed_step_that_is_not_finite_leaves_what_is_used_again() -> None
     assert look.sharpened(torch.zeros(1, 2)).tolist() == [[0.0, 0.0]]
 
 
+@pytest.mark.parametrize("part", [0.0, 1e-45, 1e-30])  # the last two have a square of 0
+def test_a_step_before_any_perturbed_one_has_its_own_gradient(part: float) -> None:
+    """Every perturbed step may have been skipped: then nothing is used again, however long the gradient."""
+    look = LookSam(torch.zeros(1, 3), 2, 0.7)
+    look.part = torch.tensor([[0.0, part, 0.0]])
+    for length in (1.0, 3.0, 1e6, 1e30):
+        g = torch.tensor([[length, 0.0, 0.0]])
+        found = look.sharpened(g)
+        assert found.isfinite().all()
+        assert found[0, 0] == length
+        assert float(found[0, 1]) == 0
+
+
 def test_the_second_gradient_is_taken_at_distance_rho_and_phi_comes_back(setting: Setting) -> None:
     seen: list[Tensor] = []
     hook = setting.model.register_forward_pre_hook(lambda *args: seen.append(setting.phi.clone()))
@@ -491,10 +555,10 @@ def test_methods_are_settings_of_the_one_step(method: str, phases: int, objectiv
     assert (log["sharpness"] is not None) is (phases == 2)
 
 
-def test_published_trainer_projects_in_turn_per_microbatch_over_tokens() -> None:
+def test_published_trainer_projects_dpo_alone_per_microbatch_over_tokens() -> None:
     mine = config(lam=0.5, beta=0.3, rho=0.1, reduction="sequence", microbatch=2)
     theirs = published_trainer(mine)
-    assert (theirs.pcgrad, theirs.scope, theirs.reduction) == ("sequential", "microbatch", "token")
+    assert (theirs.pcgrad, theirs.scope, theirs.reduction) == ("authors", "microbatch", "token")
     assert (theirs.lambda_, theirs.beta, theirs.rho, theirs.microbatch) == (0.5, 0.3, 0.1, 2)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
@@ -15,7 +16,7 @@ from rich.console import Console
 from corsa.config import LoraConfig, ModelConfig, Placement, TrainingConfig
 from corsa.config.steps import RoundsConfig
 from corsa.data.edit import from_table
-from corsa.experiments.base import Experiment, chain, dealt, facts
+from corsa.experiments.base import Experiment, Facts, chain, dealt, facts
 from corsa.flow import Step, Store, run
 from corsa.flow.progress import Silent
 from corsa.flow.task import Task
@@ -29,8 +30,27 @@ from corsa.training.worker_group import Crew
 MODEL = ModelConfig(name="random:tiny-llama")
 
 
-def four(storage: Path, pack: int) -> tuple[Store, list[Step], dict[str, str]]:
-    """Two rounds of two settings and one of a setting that diverges, from an empty store."""
+Chains = Callable[[Experiment, Facts, Step], list[Step]]
+"""The rounds that an experiment teaches, of the facts, on the schedule."""
+
+
+def settings(experiment: Experiment, taught: Facts, schedule: Step) -> list[Step]:
+    """Two rounds of two settings and one of a setting that diverges."""
+    steps: list[Step] = []
+    for name, change in (("a", {"rho": 0.05}), ("b", {"rho": 0.0, "lambda_": 0.5}), ("bad", {"rho": 1e30})):
+        changed = experiment.model_copy(update={"corsa": experiment.corsa.model_copy(update=change)})
+        steps += chain(changed, "corsa", len(name), taught, schedule, rounds=(1, 2), name=name)
+    return steps
+
+
+def methods(experiment: Experiment, taught: Facts, schedule: Step) -> list[Step]:
+    """One round of methods that differ in what a pack can give each row, and in PCGrad, which it cannot."""
+    names = ("lora", "corsa", "corsa-no-pcgrad")
+    return [step for method in names for step in chain(experiment, method, 0, taught, schedule)]
+
+
+def taken(storage: Path, pack: int, chains: Chains) -> tuple[Store, list[Step], dict[str, str]]:
+    """The rounds taken by one worker, from an empty store; and those that failed."""
     experiment = Experiment(
         model=MODEL,
         limit=4,
@@ -45,14 +65,11 @@ def four(storage: Path, pack: int) -> tuple[Store, list[Step], dict[str, str]]:
     encoder = Encoder(load_tokenizer(MODEL), "qa")
     found = token_rows(encoder, [e.model_dump() for e in edits])
     rows = [row | {"reference_new": -20.0, "reference_old": -20.0} for row in found]
+    steps = chains(experiment, taught, schedule)
     table = pd.DataFrame(rows)
     output = store.workspace(taught.reference)
     pq.write_table(pa.Table.from_pandas(table, schema=REFERENCE, preserve_index=False), output / "reference.parquet")
     store.commit(taught.reference, output, {}, 0.0)
-    steps: list[Step] = []
-    for name, change in (("a", {"rho": 0.05}), ("b", {"rho": 0.0, "lambda_": 0.5}), ("bad", {"rho": 1e30})):
-        changed = experiment.model_copy(update={"corsa": experiment.corsa.model_copy(update=change)})
-        steps += chain(changed, "corsa", len(name), taught, schedule, rounds=(1, 2), name=name)
     tokens = {taught.reference.fingerprint: TokenTable([pa.Table.from_pylist(rows, schema=REFERENCE)])}
     workshop = Workshop(Crew(0, 1, torch.device("cpu")), experiment.placement, tokens)
     return store, steps, take_rounds([Task(step, store) for step in steps], workshop, Silent())
@@ -60,8 +77,8 @@ def four(storage: Path, pack: int) -> tuple[Store, list[Step], dict[str, str]]:
 
 @pytest.mark.long
 def test_a_packed_round_is_the_same_result_as_one_alone(tmp_path: Path) -> None:
-    alone, steps, failed_alone = four(tmp_path / "alone", 1)
-    packed, _, failed = four(tmp_path / "packed", 3)
+    alone, steps, failed_alone = taken(tmp_path / "alone", 1, settings)
+    packed, _, failed = taken(tmp_path / "packed", 3, settings)
     good, bad = steps[:4], steps[4:]
     assert failed.keys() == failed_alone.keys() == {step.fingerprint for step in bad}
     assert "non-finite gradient" in failed[bad[0].fingerprint]
@@ -73,4 +90,20 @@ def test_a_packed_round_is_the_same_result_as_one_alone(tmp_path: Path) -> None:
         assert all(float((one[name] - other[name]).abs().max()) <= 1e-4 for name in one)
         asked = [pd.read_parquet(found.local("predictions.parquet")) for found in (theirs, mine)]
         assert asked[0].prompt.tolist() == asked[1].prompt.tolist()
+        assert asked[0].output.tolist() == asked[1].output.tolist()
+
+
+@pytest.mark.long
+def test_a_method_is_packed_with_those_alone_that_leave_it_what_it_is(tmp_path: Path) -> None:
+    alone, steps, failed_alone = taken(tmp_path / "alone", 1, methods)
+    packed, _, failed = taken(tmp_path / "packed", 3, methods)
+    assert failed == failed_alone == {}
+    together = [packed.artifact(step.fingerprint).metrics["packed"] for step in steps]
+    assert together == [2, 2, 1]  # lora and corsa; the other, without PCGrad, by itself
+    for step in steps:
+        one, other = adapter(tmp_path / "alone", step.name), adapter(tmp_path / "packed", step.name)
+        assert all(float((one[name] - other[name]).abs().max()) <= 1e-4 for name in one)
+        asked = [
+            pd.read_parquet(store.artifact(step.fingerprint).local("predictions.parquet")) for store in (alone, packed)
+        ]
         assert asked[0].output.tolist() == asked[1].output.tolist()

@@ -5,19 +5,25 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import combinations, permutations
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny import END, Bench, round_config, triplets
+from tiny import END, Bench, round_config, tiny_model, triplets, with_reference
 from torch import Tensor
 
 from corsa.algorithm.packing import Triplet, pack
-from corsa.config import Placement
-from corsa.config.steps import RoundConfig
+from corsa.algorithm.row_settings import Together
+from corsa.config import PER_ROW, ModelConfig, Placement, StepConfig
+from corsa.config.steps import RoundConfig, RoundsConfig
+from corsa.errors import CorsaError
+from corsa.experiments.base import Experiment, chain, dealt, facts
 from corsa.flow import Store
+from corsa.flow.task import Task
 from corsa.training.loop import Lesson, RoundFailedError, train_together
+from corsa.training.rounds import _together
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -109,6 +115,121 @@ def test_one_bad_edit_skips_the_steps_of_the_rows_that_meet_it(bench: Bench, tmp
     _, found = together(bench, configs, tmp_path, edits=edits)
     assert [sum(c["skipped"] for c in curves) for curves in found] == [3, 0, 3]  # without DPO it is no bad edit
     assert [c["skipped"] for c in found[0]] != [c["skipped"] for c in found[2]]  # each in its own order
+
+
+# What one pack cannot train
+
+
+MIXED: dict[str, list[dict[str, Any]]] = {
+    "pcgrad": [{}, {"pcgrad": "off"}],
+    "pcgrad, the first without DPO": [{"lambda": 0.0}, {"pcgrad": "off"}],
+    "pcgrad, one of three": [{"lambda": 0.0}, {}, {"pcgrad": "authors"}],
+    "scope": [{}, {"scope": "microbatch"}],
+    "microbatch": [{"scope": "microbatch"}, {"scope": "microbatch", "microbatch": 2}],
+    "reduction": [{"reduction": "sequence"}, {}],
+    "eps": [{}, {"eps": 1e-8}],
+    "perturb_every": [{}, {"perturb_every": 2}],
+}
+
+
+@pytest.mark.parametrize("what", MIXED)
+def test_settings_that_a_pack_would_mix_are_refused(bench: Bench, tmp_path: Path, what: str) -> None:
+    configs = [round_config(step=step) for step in MIXED[what]]
+    with pytest.raises(CorsaError, match=rf"must have the same {what.split(',')[0]}.*--pack 1"):
+        Together.of([config.step for config in configs], "cpu")
+    with pytest.raises(CorsaError, match="--pack 1"):
+        together(bench, configs, tmp_path)
+
+
+def test_every_field_of_a_step_is_each_row_s_own_or_compared() -> None:
+    """A field that is added later is compared unless it is named as a row's own."""
+    other: dict[str, Any] = {
+        "pcgrad": "off",
+        "scope": "microbatch",
+        "microbatch": 2,
+        "reduction": "sequence",
+        "eps": 1e-8,
+        "perturb_every": 2,
+        "reuse": 0.5,
+    }
+    assert {*other, *PER_ROW} == StepConfig.model_fields.keys()
+    before = {"microbatch": {"scope": "microbatch"}, "reuse": {"perturb_every": 2}}  # without which they do nothing
+    for name, value in other.items():
+        plain = StepConfig.model_validate(before.get(name, {}))
+        with pytest.raises(CorsaError):
+            Together.of([plain, plain.model_copy(update={name: value})], "cpu")
+
+
+def test_an_approximation_is_not_packed(bench: Bench, tmp_path: Path) -> None:
+    configs = [round_config(step={"perturb_every": 2, "rho": rho}) for rho in (0.05, 0.1)]
+    with pytest.raises(CorsaError, match="perturb_every 2 uses one adapter's perturbation again"):
+        together(bench, configs, tmp_path)
+
+
+@pytest.mark.parametrize("training", [{"epochs": 4}, {"batch": 3}, {"clip": 0.5}, {"first_rate": "zero"}])
+def test_rounds_that_are_trained_in_other_ways_are_refused(
+    bench: Bench, tmp_path: Path, training: dict[str, Any]
+) -> None:
+    with pytest.raises(CorsaError, match="must have the same training: train them apart"):
+        together(bench, [round_config(), round_config(**training)], tmp_path)
+
+
+def tasks_of(*methods: str, **corsa: Any) -> list[Task]:
+    """The first rounds of some methods, as an experiment plans them."""
+    model = ModelConfig.model_validate({"name": "random:tiny-llama", "template": "chat"})
+    experiment = Experiment(model=model, limit=4, corsa=StepConfig.model_validate(corsa))
+    taught = facts(experiment, 1)
+    schedule = dealt(taught, RoundsConfig(rounds=1))
+    return [
+        Task(step, Store("nowhere")) for method in methods for step in chain(experiment, method, 0, taught, schedule)
+    ]
+
+
+def packs(tasks: list[Task], most: int) -> list[list[str]]:
+    """Which methods are trained together, in the order they are."""
+    found = []
+    while tasks:
+        members = _together(tasks, {}, most)
+        tasks = [task for task in tasks if task not in members]
+        found.append([task.name.split("/")[1] for task in members])
+    return found
+
+
+EVERY = ("lora", "corsa", "corsa-no-pcgrad", "corsa-no-sam", "corsa-no-dpo", "corsa-published", "f-learning")
+
+
+def test_packs_share_one_key() -> None:
+    for order in permutations(EVERY[:3]):
+        found = {frozenset(members) for members in packs(tasks_of(*order), 3)}
+        assert found == {frozenset({"lora", "corsa"}), frozenset({"corsa-no-pcgrad"})}
+    assert packs(tasks_of(*EVERY), 9) == [
+        ["lora", "corsa", "corsa-no-sam", "corsa-no-dpo"],
+        ["corsa-no-pcgrad"],
+        ["corsa-published"],
+        ["f-learning"],
+    ]
+    assert packs(tasks_of(*EVERY), 2)[:2] == [["lora", "corsa"], ["corsa-no-pcgrad"]]
+    assert packs(tasks_of("lora", "corsa", perturb_every=2), 9) == [["lora"], ["corsa"]]
+
+
+def test_methods_in_packs_end_as_they_do_alone(bench: Bench, tmp_path: Path) -> None:
+    """What `--methods lora,corsa,corsa-no-pcgrad --pack 3` trains."""
+    named = {task.name.split("/")[1]: round_config(step=task.config.step.canonical()) for task in tasks_of(*EVERY[:3])}
+    ends: dict[str, Tensor] = {}
+    edits = with_reference(tiny_model(), triplets(7))  # all of them in conflict: without PCGrad it is another adapter
+    for members in packs(tasks_of(*EVERY[:3]), 3):
+        phi, _ = together(bench, [named[method] for method in members], tmp_path / members[0], edits=edits)
+        ends |= dict(zip(members, phi, strict=True))
+    learnt = {}
+    for method, config in named.items():
+        alone = bench.train(config, tmp_path / "alone" / method, edits=edits).phi[0]
+        learnt[method] = float((alone - bench.start[0]).norm())
+        assert float((ends[method] - alone).norm()) <= 1e-3 * learnt[method]
+    for one, other in combinations(named, 2):
+        assert float((ends[one] - ends[other]).norm()) > 0.05 * learnt[one]
+
+
+# Interruptions
 
 
 class LostError(Exception):

@@ -145,7 +145,7 @@ def test_one_and_two_workers_end_with_the_same_adapter(
 
 def test_the_compared_rounds_have_conflicts_and_odd_batches(alone: dict[str, Trained]) -> None:
     assert sum(row["conflict"] for row in alone["corsa"].curves) >= 4
-    assert sum(row["conflict"] for row in alone["sequential, summed over tokens"].curves) >= 4
+    assert sum(row["conflict"] for row in alone["authors, summed over tokens"].curves) >= 4
     assert [row["step"] for row in alone["fewer edits than workers"].curves] == list(range(1, 10))  # 3 + 3 + 1 edits
     phis = [trained.phi for trained in alone.values()]
     assert min(distance(a, b) for i, a in enumerate(phis) for b in phis[:i]) > 10 * TOLERANCE

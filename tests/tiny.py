@@ -159,7 +159,7 @@ ROUNDS = {
     "corsa": round_config(),  # 7 edits in batches of 4 and 3
     "fewer edits than workers": round_config(batch=3),  # the last batch of an epoch has one edit
     "one perturbation per two edits": round_config(step={"scope": "microbatch", "microbatch": 2}),
-    "sequential, summed over tokens": round_config(step={"pcgrad": "sequential", "reduction": "sequence"}),
+    "authors, summed over tokens": round_config(step={"pcgrad": "authors", "reduction": "sequence"}),
     "lora": round_config(step={"lambda": 0.0, "rho": 0.0, "pcgrad": "off"}),
     "perturbed in every third step": round_config(batch=3, step={"perturb_every": 3}),
 }

@@ -2,13 +2,31 @@
 
 from __future__ import annotations
 
+from typing import Literal
 
-def learning_rate(peak: float, step: int, steps: int, warmup: int) -> float:
-    """The rate of step `step` (from 0) of `steps`: the first is above 0, the last of the decay is one step above 0.
+
+def learning_rate(
+    peak: float, step: int, steps: int, warmup: int, first: Literal["above_zero", "zero"] = "above_zero"
+) -> float:
+    """The rate of step `step` (from 0) of `steps`; the last of the decay is one step above 0.
+
+    Args:
+        peak: the highest rate.
+        step: from 0.
+        steps: of the round.
+        warmup: steps of linear warm-up.
+        first: above_zero: the first step learns, and the last of the warm-up has the peak. zero: as
+            `transformers.get_linear_schedule_with_warmup`, whose first step has rate 0 and so changes nothing.
 
     >>> [learning_rate(1.0, s, 6, 2) for s in range(6)]
     [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]
+    >>> [learning_rate(1.0, s, 6, 2, "zero") for s in range(6)]
+    [0.0, 0.5, 1.0, 0.75, 0.5, 0.25]
     """
+    if first == "zero":
+        if step < warmup:
+            return peak * (step / warmup)
+        return peak * max(0.0, (steps - step) / max(1, steps - warmup))
     warmup = min(warmup, steps)
     if step < warmup:
         return peak * (step + 1) / warmup

@@ -1,4 +1,4 @@
-"""K adapters trained together on one copy of the base: rows of phi that differ in lambda, beta and rho."""
+"""K adapters trained together on one copy of the base: rows of phi that differ in lambda, beta and rho alone."""
 
 from __future__ import annotations
 
@@ -9,32 +9,51 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from corsa.config import StepConfig
+from corsa.config import PCGrad, StepConfig
+from corsa.errors import CorsaError
 
 
 @dataclass(frozen=True)
 class Together:
     """The settings of K steps taken at once, under the names of `StepConfig`: what may differ is a column (K, 1).
 
-    A row without DPO or without SAM beside others that have it takes the plain step all the same: its gradient is
-    L_SFT's, or its perturbation is zero.
+    Rows with lambda = 0 or rho = 0 run without DPO or SAM beside rows that have them: the gradient is that of L_SFT, or
+    the perturbation is zero.
     """
 
     configs: tuple[StepConfig, ...]
+    shared: StepConfig
     lambda_: Tensor
     beta: Tensor
     rho: Tensor
 
     @classmethod
     def of(cls, configs: Sequence[StepConfig], device: torch.device | str) -> StepConfig | Together:
-        """The settings of these steps; one alone is itself. All else than lambda, beta and rho must be the same."""
+        """The settings of these steps; one alone is itself.
+
+        Raises:
+            CorsaError: the steps differ in more than lambda, beta and rho, or use LookSAM, which keeps one adapter's
+                gradient.
+        """
         if len(configs) == 1:
             return configs[0]
+        shared = configs[0].shared
+        for name in StepConfig.model_fields:
+            found = dict.fromkeys(getattr(config.shared, name) for config in configs)
+            if len(found) > 1:
+                raise CorsaError(
+                    f"adapters trained together must have the same {name}, found {', '.join(map(str, found))}: "
+                    "train them apart (--pack 1)"
+                )
+        if shared.perturb_every > 1:
+            raise CorsaError(
+                f"perturb_every {shared.perturb_every} uses one adapter's perturbation again: train apart (--pack 1)"
+            )
         lam, beta, rho = (
             torch.tensor([[getattr(config, name)] for config in configs], dtype=torch.float32, device=device)
             for name in ("lambda_", "beta", "rho")
         )
-        return cls(tuple(configs), lam, beta, rho)
+        return cls(tuple(configs), shared, lam, beta, rho)
 
     @property
     def dpo(self) -> bool:
@@ -47,20 +66,20 @@ class Together:
         return any(config.sam for config in self.configs)
 
     @property
-    def pcgrad(self) -> Literal["symmetric", "sequential", "off"]:
-        return next((config for config in self.configs if config.dpo), self.configs[0]).pcgrad
+    def pcgrad(self) -> PCGrad:
+        return self.shared.pcgrad
 
     @property
     def scope(self) -> Literal["step", "microbatch"]:
-        return self.configs[0].scope
+        return self.shared.scope
 
     @property
     def reduction(self) -> Literal["token", "sequence"]:
-        return self.configs[0].reduction
+        return self.shared.reduction
 
     @property
     def eps(self) -> float:
-        return self.configs[0].eps
+        return self.shared.eps
 
     def known(self, reference: Tensor, logp: Tensor) -> Tensor:
         """The reference (2, K, E) where L_DPO is run. Elsewhere `logp` itself: what is not finite in a reference would

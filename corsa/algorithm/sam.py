@@ -8,12 +8,12 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from corsa.algorithm.pcgrad import dot
+from corsa.algorithm.pcgrad import dot, norm
 
 
 def perturbation(g: Tensor, rho: float | Tensor, eps: float) -> Tensor:
-    """E = rho * g / (|g| + eps), the norm over all of phi, float32. Shapes (K, P), row by row; rho may be (K, 1)."""
-    return g * (rho / (torch.linalg.vector_norm(g, dim=-1, keepdim=True) + eps))
+    """E = rho * g / (|g| + eps), the norm over all of phi. Shapes (K, P), row by row; rho may be (K, 1)."""
+    return g * (rho / (norm(g) + eps)).to(g.dtype)
 
 
 @contextmanager
@@ -50,14 +50,15 @@ class LookSam:
 
     def keep(self, g: Tensor, sharp: Tensor) -> None:
         """The gradients of a perturbed step, at phi and at phi + e. Those of a step that is skipped are not kept."""
-        part = torch.addcmul(sharp, -dot(sharp, g) / _above_zero(dot(g, g)), g)
+        part = torch.addcmul(sharp, _factor(-dot(sharp, g) / dot(g, g), g), g)
         self.part = torch.where(dot(part, part).isfinite(), part, self.part)
 
     def sharpened(self, g: Tensor) -> Tensor:
-        """The gradient of a step that is not perturbed: g + alpha |g| / |g_v| g_v."""
-        length = (dot(g, g) / _above_zero(dot(self.part, self.part))).sqrt()
-        return torch.addcmul(g, self._alpha * length, self.part)
+        """The gradient of a step that is not perturbed: g + alpha |g| / |g_v| g_v; g itself while g_v is zero."""
+        return torch.addcmul(g, _factor(self._alpha * norm(g) / norm(self.part), g), self.part)
 
 
-def _above_zero(square: Tensor) -> Tensor:
-    return square.clamp(min=torch.finfo(square.dtype).tiny)
+def _factor(ratio: Tensor, g: Tensor) -> Tensor:
+    """A ratio of lengths as a factor in g's type; 0 where the length below the line is zero, or next to it."""
+    factor = ratio.to(g.dtype)
+    return torch.where(factor.isfinite(), factor, 0.0)

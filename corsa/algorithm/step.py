@@ -8,7 +8,7 @@ adapters trained together (`corsa.algorithm.row_settings`) take it row by row of
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 from corsa.algorithm.logprobs import Model, answer_logprobs
 from corsa.algorithm.losses import dpo_loss, sft_loss
 from corsa.algorithm.packing import NO_OLD_ANSWER, Rows
-from corsa.algorithm.pcgrad import dot, merge
+from corsa.algorithm.pcgrad import cosine, merge, norm
 from corsa.algorithm.row_settings import Together
 from corsa.algorithm.sam import LookSam, perturbation, perturbed
 from corsa.config import StepConfig
@@ -83,9 +83,32 @@ class Gradients:
     g: Tensor
     sums: Tensor
 
-    def loss(self, lam: float | Tensor) -> Tensor:
-        """L_Update = L_SFT + lambda * L_DPO (Eq. 4): (K, 1)."""
-        return self.sums[0] + lam * self.sums[1]
+
+@dataclass(frozen=True)
+class Measured:
+    """What the log shows of a step: sums as in `Gradients`, at phi and where it was visited at phi + e; with two
+    objectives also the cosine of their gradients at phi, (K, 1), and whether they conflict.
+    """
+
+    at_phi: Tensor
+    at_peak: Tensor | None = None
+    cosine: Tensor | None = None
+    conflict: Tensor | None = None
+
+    @classmethod
+    def of(cls, found: Gradients, eps: float) -> Measured:
+        """Of the gradients at phi."""
+        if len(found.g) == 1:
+            return cls(found.sums)
+        angle = cosine(found.g[0], found.g[1], eps)
+        return cls(found.sums, cosine=angle, conflict=angle < 0)
+
+    def sharpness(self, lam: float | Tensor) -> Tensor | None:
+        """L_Update(phi + e) - L_Update(phi), (K, 1); L_Update = L_SFT + lambda * L_DPO (Eq. 4)."""
+        if self.at_peak is None:
+            return None
+        rise = self.at_peak - self.at_phi
+        return rise[0] + lam * rise[1]
 
 
 def corsa_step(
@@ -111,35 +134,35 @@ def corsa_step(
         look: perturb in some of the steps alone (`config.perturb_every`), with scope `step` and one adapter.
     """
     if config.scope == "step":  # e is made from the whole effective batch, over all workers and micro-batches
-        at_phi, at_peak, g = sharp_gradient(phi, lambda: gradients(model, phi, batch, config, reduce), config, look)
+        g, measured = sharp_gradient(phi, lambda: gradients(model, phi, batch, config, reduce), config, look)
     else:  # e is made from each micro-batch, as the authors' trainer does; only the result is summed
-        at_phi, at_peak, g = _microbatch_sharp_gradient(model, phi, batch, config, reduce)
-    norm = torch.linalg.vector_norm(g, dim=-1, keepdim=True)  # (K, 1)
+        g, measured = _microbatch_sharp_gradient(model, phi, batch, config, reduce)
+    length = norm(g)  # (K, 1)
     # The gradients were summed over workers: one bad worker makes all of them skip.
-    finite: list[bool] = norm.isfinite()[:, 0].tolist()
+    finite: list[bool] = length.isfinite()[:, 0].tolist()
     if any(finite):
-        phi.grad = g.mul_(torch.where(norm.isfinite(), clip / norm.clamp(min=clip), torch.nan))
+        phi.grad = g.mul_(torch.where(length.isfinite(), clip / length.clamp(min=clip), torch.nan).to(g.dtype))
         optimizer.step()  # from phi, with the gradient at phi + e
         phi.grad = None
-    return _log(at_phi, at_peak, norm, finite, batch, config)
+    return _log(measured, length, finite, batch, config)
 
 
 def sharp_gradient(
     phi: Tensor, gradients: Callable[[], Gradients], config: Setting, look: LookSam | None = None
-) -> tuple[Gradients, Gradients | None, Tensor]:
-    """g_PC at phi + e (lines 3 to 9 of Algorithm 1); with rho = 0, g_PC at phi. Returns (at phi, at phi + e, g_PC)."""
+) -> tuple[Tensor, Measured]:
+    """g_PC at phi + e (lines 3 to 9 of Algorithm 1); with rho = 0, g_PC at phi. (K, P), with what was measured."""
     at_phi = gradients()
-    g = reconcile(at_phi.g, config)
+    g, measured = reconcile(at_phi.g, config), Measured.of(at_phi, config.eps)
     if not config.sam:
-        return at_phi, None, g
+        return g, measured
     if look is not None and not look.due:
-        return at_phi, None, look.sharpened(g)
+        return look.sharpened(g), measured
     with perturbed(phi, perturbation(g, config.rho, config.eps)):
         at_peak = gradients()
     sharp = reconcile(at_peak.g, config)
     if look is not None:
         look.keep(g, sharp)
-    return at_phi, at_peak, sharp
+    return sharp, replace(measured, at_peak=at_peak.sums)
 
 
 def reconcile(g: Tensor, config: Setting) -> Tensor:
@@ -182,53 +205,46 @@ def gradients(model: Model, phi: Tensor, batch: Batch, config: Setting, reduce: 
 
 def _microbatch_sharp_gradient(
     model: Model, phi: Tensor, batch: Batch, config: Setting, reduce: Reduce
-) -> tuple[Gradients, Gradients | None, Tensor]:
-    """As `sharp_gradient`, with e made from each micro-batch alone; parts weigh as many edits as they hold."""
-    g, sums = torch.zeros_like(phi), phi.new_zeros(2, 4, len(phi), 1)
+) -> tuple[Tensor, Measured]:
+    """As `sharp_gradient`, with e made from each micro-batch alone; parts weigh as many edits as they hold.
+
+    The cosine is the mean over micro-batches with these weights. There is a conflict where any of them has one.
+    """
+    g, sums, angles = torch.zeros_like(phi), phi.new_zeros(2, 4, len(phi), 1), phi.new_zeros(2, len(phi), 1)
     for part in batch.parts:
         tokens = torch.as_tensor(part.tokens).clamp(min=1)  # it may be empty
         alone = Batch([part], max(1, part.edits), tokens, part.unpaired)
         share = part.edits / batch.edits
-        low, high, own = sharp_gradient(
-            phi, lambda alone=alone: gradients(model, phi, alone, config, lambda t: t), config
-        )
+        own, found = sharp_gradient(phi, lambda alone=alone: gradients(model, phi, alone, config, lambda t: t), config)
         g += share * own
-        for row, found in zip(sums, (low, high or low), strict=True):
-            row[:2] += share * found.sums[:2]
-            row[2:] += found.sums[2:]
+        for row, of in zip(sums, (found.at_phi, found.at_phi if found.at_peak is None else found.at_peak), strict=True):
+            row[:2] += share * of[:2]
+            row[2:] += of[2:]
+        if found.cosine is not None and found.conflict is not None:
+            angles += torch.stack([share * found.cosine, found.conflict])
     reduce(g)
     reduce(sums)
-    both = phi.new_zeros(1, *phi.shape)
-    return Gradients(both, sums[0]), Gradients(both, sums[1]) if config.sam else None, g
+    reduce(angles)
+    at_peak = sums[1] if config.sam else None
+    return g, Measured(sums[0], at_peak, *((angles[0], angles[1] > 0) if config.dpo else ()))
 
 
-def _log(
-    at_phi: Gradients, at_peak: Gradients | None, norm: Tensor, finite: list[bool], batch: Batch, config: Setting
-) -> list[dict[str, Any]]:
+def _log(measured: Measured, norm: Tensor, finite: list[bool], batch: Batch, config: Setting) -> list[dict[str, Any]]:
     """A row of the curves table for each adapter (here the step waits for the device)."""
-    columns = [*at_phi.sums, norm]
-    if len(at_phi.g) == 2:
-        a, b = at_phi.g
-        columns.append(dot(a, b) / (dot(a, a) * dot(b, b)).sqrt().clamp(min=config.eps))
-    if at_peak is not None:
-        columns.append(at_peak.loss(config.lambda_) - at_phi.loss(config.lambda_))
+    sft, dpo, new, old = measured.at_phi.double()
+    columns = {"loss_sft": sft, "loss_dpo": dpo, "logp_new": new / batch.edits, "logp_old": old / batch.pairs}
+    columns |= {"cosine": measured.cosine, "conflict": measured.conflict}
+    columns |= {"sharpness": measured.sharpness(config.lambda_), "grad_norm": norm}
+    shown = {name: column for name, column in columns.items() if column is not None}
+    table = torch.cat([column.double() for column in shown.values()], 1).tolist()
     logs = []
-    pairs_of = batch.pairs.reshape(-1, 1).expand(len(norm), 1)[:, 0].tolist()
-    rows = zip(config.each(len(norm)), finite, torch.cat(columns, 1).tolist(), pairs_of, strict=True)
-    for own, good, values, pairs in rows:
-        sft, dpo, new, old, length, *more = values
-        cosine = more[0] if own.dpo and len(at_phi.g) == 2 else None
-        logs.append(
-            {
-                "loss_sft": sft,
-                "loss_dpo": dpo if own.dpo else None,
-                "logp_new": new / batch.edits,
-                "logp_old": old / pairs,
-                "cosine": cosine,
-                "conflict": None if cosine is None else cosine < 0,
-                "sharpness": more[-1] if own.sam and at_peak is not None else None,
-                "grad_norm": length,
-                "skipped": not good,
-            }
-        )
+    for own, good, values in zip(config.each(len(norm)), finite, table, strict=True):
+        log: dict[str, Any] = dict.fromkeys(columns) | dict(zip(shown, values, strict=True)) | {"skipped": not good}
+        if not own.dpo:
+            log |= dict.fromkeys(("loss_dpo", "cosine", "conflict"))
+        elif log["conflict"] is not None:
+            log["conflict"] = bool(log["conflict"])
+        if not own.sam:
+            log["sharpness"] = None
+        logs.append(log)
     return logs

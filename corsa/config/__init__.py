@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from tyro.conf import Suppress, arg
 
 
@@ -66,6 +66,13 @@ class LoraConfig(Frozen):
     )
 
 
+PCGrad = Literal["symmetric", "algorithm1", "authors", "off"]
+"""How the gradients of L_SFT and L_DPO become one (`corsa.algorithm.pcgrad.merge`)."""
+
+AnswerEnd = Literal["end_token", "turn"]
+"""What follows a taught answer (`corsa.models.encoding.Encoder`)."""
+
+
 class StepConfig(Frozen):
     """The step of Algorithm 1. Plain LoRA and the ablations of Table 9 are settings of it (`STEPS`)."""
 
@@ -76,10 +83,10 @@ class StepConfig(Frozen):
     rho: float = Field(
         default=0.05, ge=0, description="radius of the SAM perturbation, norm over all of phi; 0 runs one phase"
     )
-    pcgrad: Literal["symmetric", "sequential", "off"] = Field(
+    pcgrad: PCGrad = Field(
         default="symmetric",
-        description="symmetric: each gradient against the original other (paper, Sec. 3); "
-        "sequential: one after the other, then halved (the authors' trainer); off: plain sum",
+        description="symmetric: each gradient against the original other (paper, Sec. 3); algorithm1: Algorithm 1, "
+        "line 6, read literally; authors: L_DPO's alone is projected, the sum halved (their trainer); off: plain sum",
     )
     scope: Literal["step", "microbatch"] = Field(
         default="step",
@@ -106,6 +113,16 @@ class StepConfig(Frozen):
         exclude_if=lambda alpha: alpha == 0.7,
         description="LookSAM's alpha: length of what is used again, in norms of the gradient (exact steps: no effect)",
     )
+
+    @field_validator("pcgrad", mode="before")
+    @classmethod
+    def _renamed(cls, value: Any) -> Any:
+        if value == "sequential":
+            raise ValueError(
+                "'sequential' was none of the published forms and is gone: set 'authors' for the authors' trainer, "
+                "or 'algorithm1' for Algorithm 1 read literally"
+            )
+        return value
 
     @model_validator(mode="after")
     def _meant(self) -> StepConfig:
@@ -136,8 +153,20 @@ class StepConfig(Frozen):
         idle |= {"microbatch"} if self.scope == "step" else set()
         idle |= {"perturb_every"} if self.rho == 0 else set()
         idle |= {"reuse"} if self.rho == 0 or self.perturb_every == 1 else set()
-        default = StepConfig()
-        return self.model_copy(update={name: getattr(default, name) for name in idle})
+        return self.model_copy(update={name: getattr(StepConfig(), name) for name in idle})
+
+    @property
+    def shared(self) -> StepConfig:
+        """What the steps of adapters trained together must have in common: all but lambda, beta and rho.
+
+        What has no effect is at its default: a step without DPO has the default's `pcgrad`, and so shares a pack only
+        with steps that have it too.
+        """
+        return self.effective().model_copy(update={name: getattr(StepConfig(), name) for name in PER_ROW})
+
+
+PER_ROW = ("lambda_", "beta", "rho")
+"""Fields of a step in which adapters trained together may differ."""
 
 
 class TrainingConfig(Frozen):
@@ -147,10 +176,24 @@ class TrainingConfig(Frozen):
     batch: int = Field(default=16, ge=1, description="edits per optimizer step, over all workers")
     learning_rate: float = Field(default=2e-4, gt=0, description="peak learning rate of AdamW")
     warmup: int = Field(default=5, ge=0, description="steps of linear warm-up; linear decay to 0 afterwards")
+    first_rate: Literal["above_zero", "zero"] = Field(
+        default="above_zero",
+        description="above_zero: the first step of the warm-up learns; zero: its rate is 0, as transformers' linear "
+        "schedule has it (the authors' trainer)",
+    )
+    answer_end: AnswerEnd = Field(
+        default="end_token",
+        description="what follows a taught answer: the end token; or, in the chat template, what closes the turn there "
+        "and then the end token (the authors' trainer; no effect in the template qa)",
+    )
     clip: float = Field(default=1.0, gt=0, description="the merged gradient is clipped to this norm")
     max_skipped: int = Field(
         default=5, ge=0, description="steps with a non-finite gradient that are skipped before the round stops"
     )
+
+    def effective(self, template: Literal["qa", "chat"]) -> TrainingConfig:
+        """The same training with every field that has no effect in this template at its default."""
+        return self if template == "chat" else self.model_copy(update={"answer_end": "end_token"})
 
 
 class FLearningConfig(Frozen):
@@ -339,9 +382,14 @@ def _lora(step: StepConfig) -> StepConfig:
 
 
 def published_trainer(step: StepConfig) -> StepConfig:
-    """The step as the authors' trainer takes it; with `--template chat` that is all that differs from the paper."""
-    theirs = {"pcgrad": "sequential", "scope": "microbatch", "reduction": "token", "perturb_every": 1}
+    """The step as the authors' trainer takes it; `published_training` has the rest of what it does otherwise."""
+    theirs = {"pcgrad": "authors", "scope": "microbatch", "reduction": "token", "perturb_every": 1}
     return step.model_copy(update=theirs)
+
+
+def published_training(training: TrainingConfig) -> TrainingConfig:
+    """The schedule of the authors' trainer, and how its answers end in the chat template."""
+    return training.model_copy(update={"first_rate": "zero", "answer_end": "turn"})
 
 
 STEPS = {
@@ -353,6 +401,9 @@ STEPS = {
     "corsa-published": published_trainer,
 }
 """Methods that are settings of the one step: how each follows from the configured CoRSA step (Table 9)."""
+
+TRAININGS = {"corsa-published": published_training}
+"""Methods that also train in their own way: how that follows from the configured training."""
 
 METHODS = (*STEPS, "f-learning", "memit")
 """Every method by name. The unedited model, "base", is asked in every scenario."""

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from corsa.config import (
+    AnswerEnd,
     EvaluationConfig,
     Frozen,
     LoraConfig,
@@ -67,6 +68,9 @@ class ReferenceConfig(Frozen):
     on_bad_record: Literal["skip", "stop"] = Field(
         default="stop", description="an answer without tokens: skip and list it, or stop"
     )
+    answer_end: AnswerEnd = Field(
+        default="end_token", description="what follows an answer (`TrainingConfig.answer_end`)"
+    )
 
 
 class AskingConfig(Frozen):
@@ -91,6 +95,13 @@ class RoundConfig(AskingConfig):
     lora: LoraConfig
     step: StepConfig
     training: TrainingConfig
+
+    @property
+    def shared(self) -> RoundConfig:
+        """What rounds trained together must have in common: all but seed, learning rate, lambda, beta and rho."""
+        rate = TrainingConfig().learning_rate
+        training = self.training.model_copy(update={"learning_rate": rate})
+        return self.model_copy(update={"seed": 0, "training": training, "step": self.step.shared})
 
 
 class StatisticsConfig(Frozen):

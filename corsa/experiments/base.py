@@ -7,13 +7,13 @@ them. Nothing here imports torch or ray: a scenario is planned before either is 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
-from corsa.config import RunSettings
+from corsa.config import AnswerEnd, RunSettings
 from corsa.config.command_line import listed
 from corsa.config.steps import (
     AskingConfig,
@@ -39,7 +39,7 @@ from corsa.models.registry import pin
 
 EDITS = Kind("edits", "corsa.experiments.steps:read_edits", version=2)
 PART = Kind("part", "corsa.experiments.steps:take_part", version=1)
-REFERENCE = Kind("reference", "corsa.training.reference:compute", version=1, on_cluster=True)
+REFERENCE = Kind("reference", "corsa.training.reference:compute", version=2, on_cluster=True)
 SCHEDULE = Kind("schedule", "corsa.experiments.steps:deal_rounds", version=1)
 QUESTIONS = Kind("questions", "corsa.experiments.steps:read_questions", version=1)
 ROUND = Kind("round", "corsa.training.rounds:run", version=2, on_cluster=True, together=True)
@@ -131,7 +131,10 @@ class Experiment(RunSettings):
 
 @dataclass(frozen=True)
 class Facts:
-    """A benchmark made ready: its `Edit` table, and the reference column, which is computed once for all methods."""
+    """A benchmark made ready: its `Edit` table, and the reference column, which is computed once for all methods.
+
+    A method whose answers end otherwise has a reference column of its own (`ending`).
+    """
 
     name: str
     edits: Step
@@ -141,6 +144,17 @@ class Facts:
     def tables(self) -> dict[str, Step]:
         """Both as inputs of a step."""
         return {"edits": self.edits, "reference": self.reference}
+
+    def ending(self, answer_end: AnswerEnd) -> Facts:
+        """The same facts with the reference column of answers that end so."""
+        config = self.reference.config
+        assert isinstance(config, ReferenceConfig)
+        if config.answer_end == answer_end:
+            return self
+        other = config.model_copy(update={"answer_end": answer_end})
+        return replace(
+            self, reference=replace(self.reference, name=f"{self.reference.name}/{answer_end}", config=other)
+        )
 
 
 def facts(experiment: Experiment, rounds: int) -> Facts:
@@ -174,7 +188,11 @@ def part_of(experiment: Experiment, whole: Facts, part: int, parts: int) -> Fact
 
 def with_reference(experiment: Experiment, name: str, edits: Step) -> Facts:
     """Edits as facts made ready, under a name."""
-    config = ReferenceConfig(model=pin(experiment.model), on_bad_record=_on_bad_record(experiment))
+    config = ReferenceConfig(
+        model=pin(experiment.model),
+        on_bad_record=_on_bad_record(experiment),
+        answer_end=experiment.training.effective(experiment.model.template).answer_end,
+    )
     reference = Step(f"reference/{name}", REFERENCE, config, {"edits": edits}, experiment.placement)
     return Facts(name, edits, reference)
 
@@ -212,12 +230,14 @@ def chain(
     record, settings = METHODS[method], experiment.model_copy(update={"model": pin(experiment.model)})
     steps: list[Step] = []
     for number in rounds:
-        inputs = {**taught.tables, "schedule": schedule}
+        config = record.round_config(settings, seed, number)
+        facts = taught.ending(config.training.answer_end) if isinstance(config, RoundConfig) else taught
+        inputs = {**facts.tables, "schedule": schedule}
         if previous := steps[-1] if steps else after:
             inputs["previous"] = previous
         inputs |= record.inputs(settings)
         title = f"{taught.name}/{name or method}/seed{seed}/round{number}"
-        steps.append(Step(title, ROUND, record.round_config(settings, seed, number), inputs, experiment.placement))
+        steps.append(Step(title, ROUND, config, inputs, experiment.placement))
     return steps
 
 

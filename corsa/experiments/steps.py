@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -136,15 +137,21 @@ def described_run(task: Task, title: str, command: str, experiment: dict[str, An
         "command": command,
         "config": experiment,
         "steps": steps,
-        "skipped": [
-            entry
-            for artifact in task.inputs.values()
-            if "skipped.json" in artifact.record.files
-            for entry in json.loads(artifact.read("skipped.json"))
-        ],
+        "skipped": skipped(task.inputs.values()),
         "versions": first.record.versions,
         "hardware": _hardware(),
     }
+
+
+def skipped(inputs: Iterable[Artifact]) -> list[dict[str, Any]]:
+    """The records that any of the inputs left out, each once: two reference columns leave out the same ones."""
+    found = [
+        entry
+        for artifact in inputs
+        if "skipped.json" in artifact.record.files
+        for entry in json.loads(artifact.read("skipped.json"))
+    ]
+    return [entry for i, entry in enumerate(found) if entry not in found[:i]]
 
 
 FIRST = ("edits", "part", "problems")

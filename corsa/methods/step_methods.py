@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-from corsa.config import STEPS, RunSettings
+from corsa.config import STEPS, TRAININGS, RunSettings
 from corsa.config.steps import RoundConfig
 from corsa.methods.base import Method
 
@@ -22,6 +22,7 @@ _LOOKS = {"lora": ("#c2681d", "square"), "corsa": ("#2f7fd6", "circle")}
 
 def round_config(name: str, settings: RunSettings, seed: int, number: int) -> RoundConfig:
     """A round of a method that is a setting of the step."""
+    training = TRAININGS[name](settings.training) if name in TRAININGS else settings.training
     return RoundConfig(
         model=settings.model,
         evaluation=settings.evaluation.asking(),
@@ -29,7 +30,7 @@ def round_config(name: str, settings: RunSettings, seed: int, number: int) -> Ro
         round=number,
         lora=settings.lora,
         step=STEPS[name](settings.corsa).effective(),
-        training=settings.training,
+        training=training.effective(settings.model.template),
     )
 
 

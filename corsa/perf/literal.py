@@ -32,11 +32,11 @@ def literal_step(
     if config.rho > 0:
         kept = phi.detach().clone()
         with torch.no_grad():
-            phi.add_(config.rho * g / (g.norm() + config.eps))  # line 7: phi + e
+            phi.add_(config.rho * g / (float(g.double().norm()) + config.eps))  # line 7: phi + e
         g = _merged_gradient(model, lora, batch, config)
         with torch.no_grad():
             phi.copy_(kept)
-    g = g * min(1.0, clip / float(g.norm()))
+    g = g * min(1.0, clip / float(g.double().norm()))
     for group in optimizer.param_groups:
         group["params"][0].grad = g
     optimizer.step()
@@ -58,15 +58,22 @@ def _merged_gradient(model: Any, lora: Lora, batch: Sequence[Triplet], config: S
     (g_dpo,) = torch.autograd.grad(dpo, lora.phi)
     if config.pcgrad == "off":
         return g_sft + config.lambda_ * g_dpo
+    if config.pcgrad == "authors":
+        return (g_sft + config.lambda_ * _project(g_dpo, g_sft, config.eps)) / 2
     first = _project(g_sft, g_dpo, config.eps)
-    if config.pcgrad == "sequential":
-        return (first + config.lambda_ * _project(g_dpo, first, config.eps)) / 2
+    if config.pcgrad == "algorithm1":  # line 6 read literally: the inner product is that of the original gradients
+        return first + config.lambda_ * _project(g_dpo, first, config.eps, inner=_dot(g_sft, g_dpo))
     return first + config.lambda_ * _project(g_dpo, g_sft, config.eps)
 
 
-def _project(g: Tensor, other: Tensor, eps: float) -> Tensor:
-    inner = (g * other).sum()
-    return g - inner / (other.pow(2).sum() + eps) * other if inner < 0 else g
+def _project(g: Tensor, other: Tensor, eps: float, inner: Tensor | None = None) -> Tensor:
+    inner = _dot(g, other) if inner is None else inner
+    return g - (inner / (_dot(other, other) + eps)).to(g.dtype) * other if inner < 0 else g
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    """In float64: a float32 sum over as many values as phi has is wrong in the fourth digit."""
+    return (a.double() * b.double()).sum()
 
 
 def _logp(model: Any, batch: Sequence[Triplet], side: str) -> Tensor:

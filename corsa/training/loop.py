@@ -40,9 +40,13 @@ CURVES = pa.schema(
         ("loss_dpo", pa.float64()),
         ("logp_new", pa.float64()),  # nats, mean over the batch's edits, before the update
         ("logp_old", pa.float64()),
-        ("cosine", pa.float64()),  # of the two gradients; null without DPO
+        # Of g_SFT and g_DPO at phi; null without DPO. Scope microbatch: mean over the micro-batches, by their edits.
+        ("cosine", pa.float64()),
+        # The cosine is below 0; null without DPO. Scope microbatch: it is in at least one micro-batch.
         ("conflict", pa.bool_()),
-        ("sharpness", pa.float64()),  # L(phi + e) - L(phi); null where the step was not perturbed
+        # L_Update(phi + e) - L_Update(phi); null where the step was not perturbed. Scope microbatch: each micro-batch
+        # at its own e, mean over them by their edits.
+        ("sharpness", pa.float64()),
         ("grad_norm", pa.float64()),
         ("learning_rate", pa.float64()),
         ("seconds", pa.float64()),
@@ -94,7 +98,7 @@ def train_together(
     """Take phi from where it stands (or each row from its round's last checkpoint) through all epochs.
 
     Args:
-        lessons: a round for each row of phi; they differ in seed, lambda, beta, rho and learning rate alone.
+        lessons: a round for each row of phi; they may differ in seed, lambda, beta, rho and learning rate alone.
         triplets: the edits that the rounds teach, with their reference.
         loaded: the model; its `lora.phi` is trained in place.
         workshop: this worker's tools.
@@ -107,6 +111,7 @@ def train_together(
 
     Raises:
         RoundFailedError: the rounds have no edits.
+        CorsaError: the rounds differ in what rounds trained together must share.
     """
     crew, phi = workshop.crew, loaded.lora.phi
     if not triplets:
@@ -114,6 +119,7 @@ def train_together(
             f"round {lessons[0].config.round} has no edits to teach: lower --rounds, "
             "or give chains with as many updates"
         )
+    _refuse_mixed([lesson.config for lesson in lessons])
     optimizer, rows, kept = _optimizer(phi, crew, len(lessons))
     look, step = None, lessons[0].config.step
     if step.sam and step.perturb_every > 1:
@@ -127,6 +133,14 @@ def train_together(
         _learn(pupils, triplets, loaded, workshop, optimizer, look, post, at_epoch)
     workshop.notes += [note for pupil in pupils for note in pupil.position.notes]
     return [pupil.outcome for pupil in pupils]
+
+
+def _refuse_mixed(configs: Sequence[RoundConfig]) -> None:
+    """Raise `CorsaError` where one pack cannot train these rounds; `Together.of` compares their steps."""
+    for name in RoundConfig.model_fields:
+        values = [getattr(config.shared, name) for config in configs]
+        if name != "step" and any(value != values[0] for value in values):
+            raise CorsaError(f"rounds trained together must have the same {name}: train them apart (--pack 1)")
 
 
 def _optimizer(phi: nn.Parameter, crew: Crew, rows: int) -> tuple[Stepping, list[Tensor], list[Moments]]:
@@ -170,7 +184,7 @@ def _learn(
             start = time.monotonic()
             for pupil, group in zip(pupils, optimizer.param_groups, strict=True):
                 peak = pupil.config.training.learning_rate
-                group["lr"] = learning_rate(peak, number - 1, steps, training.warmup)
+                group["lr"] = learning_rate(peak, number - 1, steps, training.warmup, training.first_rate)
                 group["waits"] = pupil.waits(number)
             shares = [
                 Share([triplets[i] for i in whole], [[triplets[i] for i in part] for part in parts])

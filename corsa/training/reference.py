@@ -1,5 +1,5 @@
-"""The reference column: log p of both answers under the base model, computed once per (model, template, edits) on Ray
-Data.
+"""The reference column: log p of both answers under the base model, computed once per (model, template, end of an
+answer, edits) on Ray Data.
 
 No training step ever runs a reference forward: every method, trial and round reads this column.
 """
@@ -20,7 +20,7 @@ import torch
 
 from corsa.algorithm.logprobs import answer_logprobs, packing_is_exact
 from corsa.algorithm.packing import NO_OLD_ANSWER, Triplet, pack
-from corsa.config import ModelConfig, Placement
+from corsa.config import AnswerEnd, ModelConfig, Placement
 from corsa.config.steps import ReferenceConfig
 from corsa.errors import CorsaError
 from corsa.flow.ray_data import map_with_model, read_table, retried
@@ -47,18 +47,20 @@ class Score:
     dropped.
     """
 
-    def __init__(self, model: ModelConfig, placement: Placement, crew: Crew | None = None) -> None:
+    def __init__(
+        self, model: ModelConfig, placement: Placement, answer_end: AnswerEnd, crew: Crew | None = None
+    ) -> None:
         if crew is None:
             torch.set_num_threads(placement.threads or len(os.sched_getaffinity(0)))
         self.device = crew.device if crew else torch.device("cuda" if placement.gpu else "cpu")
-        self.encoder = Encoder(load_tokenizer(model), model.template)
+        self.encoder = Encoder(load_tokenizer(model), model.template, answer_end)
         self.model = crew.place(model) if crew else load_model(model, self.device)
         self.packed, self.longest = True, 0
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         rows = token_rows(self.encoder, batch.to_pylist())
         for row in rows:
-            row["bad"] = without_tokens(row)
+            row["bad"] = without_tokens(row, len(self.encoder.end))
         good = [row for row in rows if row["bad"] is None]
         if good:
             logp = self.score([Triplet(row["prompt"], row["new"], row["old"]) for row in good])
@@ -108,7 +110,12 @@ def _scored(task: Task, config: ReferenceConfig, placement: Placement) -> Iterat
     context.execution_options.preserve_order = True  # in the order of the edits
     edits = read_table(task.inputs["edits"].path("edits.parquet"), COLUMNS)
     scored = map_with_model(
-        edits, Score, (config.model, placement), placement, batch_size=EDITS_PER_BATCH, batch_format="pyarrow"
+        edits,
+        Score,
+        (config.model, placement, config.answer_end),
+        placement,
+        batch_size=EDITS_PER_BATCH,
+        batch_format="pyarrow",
     )
     for batch in scored.iter_batches(batch_size=None, batch_format="pyarrow"):
         yield cast(pa.Table, batch)
@@ -119,7 +126,7 @@ def score_in_step(config: dict[str, Any]) -> list[pa.Table]:
     task: Task = config["task"]
     crew = Crew.join(task.placement)
     edits = pq.read_table(task.inputs["edits"].local("edits.parquet"), columns=COLUMNS)
-    score = Score(task.config.model, task.placement, crew)
+    score = Score(task.config.model, task.placement, task.config.answer_end, crew)
     with crew.in_step(score.model):
         starts = range(crew.rank * EDITS_PER_BATCH, len(edits), crew.size * EDITS_PER_BATCH)
         own = [(start, score(edits.slice(start, EDITS_PER_BATCH))) for start in starts]

@@ -18,7 +18,7 @@ from corsa.training.start_group import in_group
 from corsa.training.tokens import TokenTable
 from corsa.training.worker_context import Workshop
 from corsa.training.worker_group import Crew
-from corsa.training.worker_tasks import take, trains_with
+from corsa.training.worker_tasks import pack_key, take
 
 
 def run(tasks: list[Task], progress: Progress) -> dict[str, str]:
@@ -83,12 +83,13 @@ def take_rounds(tasks: Sequence[Task], workshop: Workshop, progress: Progress) -
 
 
 def _together(waiting: Sequence[Task], failed: Mapping[str, str], most: int) -> list[Task]:
-    """The first of the waiting rounds, with others that can be trained with it: nothing they need is still missing."""
+    """The first of the waiting rounds, with others of the same pack key: nothing they need is still missing."""
     first, missing = waiting[0], {task.fingerprint for task in waiting} | failed.keys()
+    key = pack_key(first) if most > 1 else None
     free = [
         task
-        for task in (waiting[1:] if most > 1 else ())
-        if trains_with(first, task) and not any(needed.fingerprint in missing for needed in task.step.inputs.values())
+        for task in (() if key is None else waiting[1:])
+        if pack_key(task) == key and not any(needed.fingerprint in missing for needed in task.step.inputs.values())
     ]
     return [first, *free[: most - 1]]
 

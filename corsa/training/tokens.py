@@ -77,8 +77,8 @@ def token_rows(encoder: Encoder, edits: Sequence[Mapping[str, Any]]) -> list[dic
     ]
 
 
-def without_tokens(row: Mapping[str, Sequence[int]]) -> str | None:
-    """The name of the answer that consists of the end token alone, if one does: nothing would be learnt from it."""
-    if len(row["new"]) < 2:
+def without_tokens(row: Mapping[str, Sequence[int]], end: int = 1) -> str | None:
+    """The name of the answer that consists of its end alone (`end` tokens), if one does: it teaches nothing."""
+    if len(row["new"]) <= end:
         return "target_new"
-    return "target_old" if len(row["old"]) == 1 else None  # none at all: the edit has no old answer
+    return "target_old" if 0 < len(row["old"]) <= end else None  # none at all: the edit has no old answer

@@ -83,21 +83,15 @@ def _notes(workshop: Workshop, together: int = 1) -> dict[str, Any]:
     return how | spent | {"parameters": workshop.parameters} | ({"notes": workshop.notes} if workshop.notes else {})
 
 
-def trains_with(first: Task, other: Task) -> bool:
-    """Whether two rounds can be trained together: they differ in lambda, beta, rho, learning rate and seed alone."""
-    if not all(type(task.config) is RoundConfig and task.config.step.perturb_every == 1 for task in (first, other)):
-        return False
-    both = first.config.step.dpo and other.config.step.dpo  # without DPO there is nothing for PCGrad to do
+def pack_key(task: Task) -> tuple[RoundConfig, tuple[tuple[str, str | None], ...]] | None:
+    """Rounds with equal keys can be trained together: they differ in lambda, beta, rho, learning rate and seed alone.
 
-    def common(task: Task) -> tuple[Any, ...]:
-        config: RoundConfig = task.config
-        free = {"lambda_": 1.0, "beta": 1.0, "rho": 1.0} | ({} if both else {"pcgrad": "off"})
-        step = config.step.model_copy(update=free)
-        training = config.training.model_copy(update={"learning_rate": 1.0})
-        needs = {name: None if name == "previous" else step.fingerprint for name, step in task.step.inputs.items()}
-        return config.model_copy(update={"seed": 0, "training": training, "step": step}), needs
-
-    return common(first) == common(other)
+    None: the step is done by itself.
+    """
+    if type(task.config) is not RoundConfig or task.config.step.effective().perturb_every > 1:
+        return None
+    inputs = {name: None if name == "previous" else step.fingerprint for name, step in task.step.inputs.items()}
+    return task.config.shared, tuple(sorted(inputs.items()))
 
 
 # Teaching
