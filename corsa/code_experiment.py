@@ -33,7 +33,7 @@ from corsa.identities import (
 from corsa.models.registry import pin
 
 PROBLEMS = Kind("problems", "corsa.code_steps:read", version=1)
-OLD_ANSWERS = Kind("old-answers", "corsa.training.old_answers:compute", version=1, on_cluster=True)
+OLD_ANSWERS = Kind("old-answers", "corsa.training.old_answers:compute", version=2, on_cluster=True)
 JUDGING = Kind("judging", "corsa.training.judging:compute", version=1, on_cluster=True)
 PROGRAM_EDITS = Kind("program-edits", "corsa.code_steps:as_edits", version=1)
 REPORT = Kind("report", "corsa.code_steps:make_report", version=1)

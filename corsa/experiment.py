@@ -56,13 +56,13 @@ from corsa.models.registry import pin
 
 EDITS = Kind("edits", "corsa.steps:read_edits", version=2)
 PART = Kind("part", "corsa.steps:take_part", version=1)
-REFERENCE = Kind("reference", "corsa.training.reference:compute", version=1, on_cluster=True)
-STATISTICS = Kind("statistics", "corsa.training.statistics:compute", version=1, on_cluster=True)
+REFERENCE = Kind("reference", "corsa.training.reference:compute", version=2, on_cluster=True)
+STATISTICS = Kind("statistics", "corsa.training.statistics:compute", version=2, on_cluster=True)
 SCHEDULE = Kind("schedule", "corsa.steps:deal_rounds", version=1)
 QUESTIONS = Kind("questions", "corsa.steps:read_questions", version=1)
-ROUND = Kind("round", "corsa.training.rounds:run", version=1, on_cluster=True, together=True)
+ROUND = Kind("round", "corsa.training.rounds:run", version=2, on_cluster=True, together=True)
 MERGE = Kind("merge", "corsa.steps:merge_adapters", version=1)
-REPORT = Kind("report", "corsa.steps:make_report", version=2)
+REPORT = Kind("report", "corsa.steps:make_report", version=3)
 SWEEP = Kind("sweep", "corsa.tuning.sweep:run", version=1, on_cluster=True)
 SCALING = Kind("report", "corsa.scaling:join_sizes", version=1)
 
@@ -150,6 +150,7 @@ class Experiment(Frozen):
             raise CorsaError(f"--seeds {','.join(map(str, self.seeds))}: a seed is a whole number from 0")
         if not self.methods or not self.seeds:
             raise CorsaError("nothing would be trained: name at least one of --methods and one of --seeds")
+        self.evaluation.checked(self.model)
         return self
 
 

@@ -10,7 +10,7 @@ from corsa.flow import Kind, Step
 from corsa.identities import Axis, JoinedConfig, ReportConfig, Shown
 from corsa.report.findings import HEADLINES
 
-PAPER = Kind("report", "corsa.steps:join_reports", version=2)
+PAPER = Kind("report", "corsa.steps:join_reports", version=3)
 
 
 @dataclass
@@ -49,8 +49,9 @@ class Page:
             scenario=self.scenario,
             command=command,
             experiment=identity(experiment),
-            rule=experiment.evaluation.match,
+            rule=experiment.evaluation.rule,
             protocol=experiment.evaluation.protocol,
+            kinds=experiment.evaluation.kinds,
             headlines=tuple(self.headlines),
             shown=tuple(self.shown),
             specificity=tuple(self.specific),

@@ -37,7 +37,7 @@ from corsa.options import TEACHING, EditOptions, EvaluateOptions, Options, Teach
 
 LINE = Kind("line", "corsa.update_steps:bring_in", version=1)
 FACTS = Kind("edits", "corsa.update_steps:read_facts", version=1)
-ASKED_FACTS = Kind("edits", "corsa.training.completing:complete", version=1, on_cluster=True)
+ASKED_FACTS = Kind("edits", "corsa.training.completing:complete", version=2, on_cluster=True)
 STANDING = Kind("edits", "corsa.update_steps:take_standing", version=1)
 TAKEN_BACK = Kind("edits", "corsa.update_steps:take_back", version=1)
 
@@ -107,6 +107,7 @@ def plan_evaluation(options: EvaluateOptions) -> tuple[Experiment, Step]:
         placement=options.placement,
     )
     pin(experiment.model)
+    experiment.evaluation.checked(experiment.model)
     rounds = 1
     if options.edits and options.benchmark:
         raise CorsaError("give --edits or --benchmark, not both")
@@ -197,6 +198,7 @@ def _experiment(options: Teaching, line: Line | None) -> Experiment:
         placement=options.placement,
     )
     pin(experiment.model)  # an unknown name is refused before anything else is done
+    experiment.evaluation.checked(experiment.model)
     return experiment
 
 
@@ -234,8 +236,10 @@ def reported(
         scenario="update",
         command=command,
         experiment={k: v for k, v in experiment.canonical().items() if k in _TOLD},
-        rule=experiment.evaluation.match,
+        rule=experiment.evaluation.rule,
         protocol=experiment.evaluation.protocol,
+        kinds=experiment.evaluation.kinds,
+        taught_questions=True,
         headlines=HEADLINES,
         shown=(Shown(answers=before.name, method="base"), *shown),
         controls=tuple(Shown(answers=step.name, method="controls") for step in checked) if adapter else (),

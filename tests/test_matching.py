@@ -1,4 +1,4 @@
-"""The two rules that decide what an output gives."""
+"""The three rules that decide what an output gives."""
 
 from __future__ import annotations
 
@@ -69,6 +69,8 @@ def test_the_longer_match_wins(output: str, new: tuple, old: tuple, expected: tu
     assert (result.new, result.old) == expected
 
 
-def test_both_rules_are_decided_at_once() -> None:
-    assert matches("I think Tim Cook", ("Tim Cook", ()), ("Steve Jobs", ())) == Match(True, False, False, False)
-    assert matches("Steve Jobs.", ("Tim Cook", ()), ("Steve Jobs", ())) == Match(False, True, False, True)
+def test_all_rules_are_decided_at_once() -> None:
+    said = matches("I think Tim Cook", ("Tim Cook", ()), ("Steve Jobs", ()))
+    assert said == Match(True, False, exact_new=False, exact_old=False, words_new=True, words_old=False)
+    said = matches("Steve Jobs.", ("Tim Cook", ()), ("Steve Jobs", ()))
+    assert said == Match(False, True, exact_new=False, exact_old=True, words_new=False, words_old=True)

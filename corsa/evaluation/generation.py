@@ -24,10 +24,14 @@ def newline_tokens(tokenizer: Any) -> Tensor:
     return torch.tensor(["\n" in text for text in texts], dtype=torch.bool)
 
 
-def end_alone(tokenizer: Any) -> Tensor:
-    """Stops at the end token alone, (V,) bool: for answers of several lines."""
+def end_tokens(model: Any, tokenizer: Any) -> Tensor:
+    """Every token that ends an answer, (V,) bool: the tokenizer's end token, and all that the model publishes in its
+    `generation_config` (an instruct model ends a turn by another token than a text).
+    """
     stops = torch.zeros(len(tokenizer), dtype=torch.bool)
-    stops[tokenizer.eos_token_id] = True
+    published = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    ends = [tokenizer.eos_token_id, *(published if isinstance(published, list | tuple) else [published])]
+    stops[[token for token in ends if token is not None and 0 <= token < len(stops)]] = True
     return stops
 
 

@@ -71,6 +71,9 @@ def findings(metrics: dict[str, Any]) -> list[str]:
     sentences = [sentence for a, b in pairs for sentence in _pair(metrics, a, b)]
     if metrics["probe_kind"] == "edit":
         sentences.append("This data has no paraphrases: the numbers are counted on the edit prompts themselves.")
+    elif fallback := metrics.get("fallback"):
+        ids = _listed([f"{name}/..." for name in fallback])
+        sentences.append(f"The edits {ids} have no paraphrases: they are counted on the edit prompts themselves.")
     return sentences
 
 
