@@ -44,7 +44,7 @@ class Encoder:
             )
         if self.template == "chat":
             texts = self._turns(questions, thinking)
-            if not thinking and _open(self._turns(["?"], False)[0]):
+            if not thinking and self._opened[False]:
                 texts = [f"{text.rstrip()}\n\n{CLOSE}\n\n" for text in texts]
             return self.tokenizer(texts, add_special_tokens=False)["input_ids"]
         end = self.tokenizer.eos_token_id
@@ -71,7 +71,7 @@ class Encoder:
 
         `thinking`: as the prompt was made. Thoughts that do not end leave no answer: "".
         """
-        opened = thinking and self.template == "chat" and _open(self._turns(["?"], True)[0])
+        opened = self.template == "chat" and thinking and self._opened[True]
         first, last = self._thought_tokens
         ids = list(ids)
         if last is not None and last in ids:  # by token first: where they are special, decoding drops the marks alone
@@ -87,6 +87,12 @@ class Encoder:
         turns = [[{"role": "user", "content": question}] for question in questions]
         how = {"enable_thinking": thinking, "thinking": thinking}  # Qwen's, GLM's, SmolLM's; DeepSeek's, Granite's
         return self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, **how)
+
+    @cached_property
+    def _opened(self) -> dict[bool, bool]:
+        """Whether a prompt ends inside of thoughts, with thinking off and on."""
+        prompts = {thinking: self._turns(["?"], thinking)[0] for thinking in (False, True)}
+        return {thinking: prompt.rfind(OPEN) > prompt.rfind(CLOSE) for thinking, prompt in prompts.items()}
 
     @cached_property
     def _knows_thinking(self) -> bool:
@@ -109,8 +115,3 @@ def without_thoughts(text: str) -> str:
     ('Rome', '', 'Rome')
     """
     return text.rpartition(CLOSE)[2].partition(OPEN)[0]
-
-
-def _open(prompt: str) -> bool:
-    """Whether a prompt ends inside of thoughts."""
-    return prompt.rfind(OPEN) > prompt.rfind(CLOSE)

@@ -78,9 +78,9 @@ def differs(metrics: dict[str, Any]) -> str:
         return ""
     here = f"the protocol “{metrics['protocol']}” and the rule “{metrics['rule']}”"
     return (
-        "The paper's figures come from the protocol “authors”: answers sampled at temperature 0.7 in the chat template, "
-        "up to 128 tokens, the first paraphrase, a plain lower-cased substring test of the target without aliases. This "
-        f"run has {here}, which is another measure."
+        "The paper's figures come from the protocol “authors”: answers sampled at temperature 0.7 in the chat "
+        "template, up to 128 tokens, the first paraphrase, a plain lower-cased substring test of the target without "
+        f"aliases. This run has {here}, which is another measure."
     )
 
 
