@@ -88,8 +88,19 @@ class Line:
 
     @property
     def answered(self) -> bool:
-        """Whether it carries what was answered after each of its updates."""
-        return (self.directory / "predictions.parquet").is_file()
+        """Whether it carries what was answered after each of its updates.
+
+        Raises:
+            CorsaError: an earlier version wrote these answers.
+        """
+        path = self.directory / "predictions.parquet"
+        if not path.is_file():
+            return False
+        from corsa.evaluation.rows import check_columns  # pandas: only where there are answers
+
+        remedy = "teach these updates again, or remove the file (forgetting then begins to be counted with this update)"
+        check_columns(pq.read_schema(path).names, str(path), remedy)
+        return True
 
     @property
     def standing(self) -> list[Edit]:

@@ -13,7 +13,6 @@ import pyarrow.parquet as pq
 
 from corsa.benchmarks.file import Draft, drafts_of
 from corsa.edits import Edit, from_table, to_table
-from corsa.evaluation.rows import check_columns
 from corsa.flow.task import Task
 from corsa.identities import FactsConfig, LineConfig
 from corsa.line import WEIGHTS, join, matched, taken_back
@@ -31,7 +30,6 @@ def bring_in(task: Task) -> dict[str, Any]:
         shutil.copyfile(source / "edits.parquet", task.output / "edits.parquet")
         metrics["edits"] = pq.read_metadata(source / "edits.parquet").num_rows
     if (source / "predictions.parquet").is_file():
-        check_columns(pq.read_schema(source / "predictions.parquet").names, str(source / "predictions.parquet"))
         rows = pq.read_table(source / "predictions.parquet").to_pylist()
         named = [row | {"method": config.method, "seed": config.seed} for row in rows if row["method"] != "base"]
         schema = pq.read_schema(source / "predictions.parquet")

@@ -30,12 +30,10 @@ _NEEDED = (*_TEXT, *_NUMBERS, "output", "logp_new", "logp_old", *_MATCHES)
 _OF_THE_FACT = ("edit", "paraphrase")
 
 
-def check_columns(known: Iterable[str], source: str) -> None:
+def check_columns(known: Iterable[str], source: str, remedy: str = "ask the model again") -> None:
     """Raises CorsaError if a predictions table lacks columns that are needed; `source` says which table it is."""
     if missing := [column for column in _NEEDED if column not in {"method", *known}]:
-        raise CorsaError(
-            f"{source} lacks the columns {', '.join(missing)}: an earlier version wrote it; ask the model again"
-        )
+        raise CorsaError(f"{source} lacks the columns {', '.join(missing)}: an earlier version wrote it; {remedy}")
 
 
 def prepared(predictions: pd.DataFrame, rule: str, protocol: str, *, taught_questions: bool = False) -> pd.DataFrame:
