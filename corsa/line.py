@@ -15,11 +15,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import ConfigDict, ValidationError
 
@@ -99,7 +101,8 @@ class Line:
         from corsa.evaluation.rows import check_columns  # pandas: only where there are answers
 
         remedy = "teach these updates again, or remove the file (forgetting then begins to be counted with this update)"
-        check_columns(pq.read_schema(path).names, str(path), remedy)
+        with suppress(pa.ArrowInvalid):  # a damaged file is found when it is read
+            check_columns(pq.read_schema(path).names, str(path), remedy)
         return True
 
     @property
