@@ -8,11 +8,11 @@ import pandas as pd
 import pytest
 from synthetic_run import predictions
 
+from corsa.editing.options import Gates
+from corsa.editing.thresholds import judged
 from corsa.errors import CorsaError
 from corsa.evaluation.metrics import compute
-from corsa.evaluation.rows import check_columns
-from corsa.gates import judged
-from corsa.options import Gates
+from corsa.evaluation.prepared_predictions import check_columns
 from corsa.report.facts import summary, told_forgotten
 from corsa.report.findings import findings
 from corsa.report.published import differs

@@ -15,15 +15,15 @@ from test_line import drafts
 from tiny import CPU, LORA, shaken, tiny_model
 
 from corsa.config import EvaluationConfig, ModelConfig
-from corsa.edits import Edit, Probe
+from corsa.data.edit import Edit, Probe
 from corsa.errors import CorsaError
-from corsa.evaluation.asking import Asker, Taught
 from corsa.evaluation.generation import end_tokens, generate, newline_tokens, sample
 from corsa.evaluation.matching import plain_matches
 from corsa.evaluation.old_answers import old_answers
-from corsa.experiment import Experiment
+from corsa.evaluation.predict import Asker, Taught
+from corsa.experiments.base import Experiment
+from corsa.lora.flat import Lora
 from corsa.models.encoding import Encoder
-from corsa.models.lora import Lora
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -89,8 +89,8 @@ def test_what_no_number_counts_is_not_asked(speaker: Any, encoder: Encoder, prot
         asked.extend(prompts)
         return [[] for _ in prompts]
 
-    monkeypatch.setattr("corsa.evaluation.asking.generate", spy)
-    monkeypatch.setattr("corsa.evaluation.asking.sample", spy)
+    monkeypatch.setattr("corsa.evaluation.predict.generate", spy)
+    monkeypatch.setattr("corsa.evaluation.predict.sample", spy)
     rows = asker(speaker, encoder, protocol=protocol).ask([Taught(edit(), 1, "update")])
     assert [(kind, wording) for kind, wording, _ in kinds(rows)] == PAPER
     assert len(asked) == len(PAPER)
@@ -123,7 +123,7 @@ def test_the_authors_evaluation_samples_as_theirs_does(speaker: Any, encoder: En
         found.append(how)
         return [encoder.tokenizer(" Tirana\nBerg", add_special_tokens=False)["input_ids"] for _ in prompts]
 
-    monkeypatch.setattr("corsa.evaluation.asking.sample", spy)
+    monkeypatch.setattr("corsa.evaluation.predict.sample", spy)
     one = edit(target_new="Iran", aliases_new=["Berg"])
     rows = asker(speaker, encoder, protocol="authors", new_tokens=32).ask([Taught(one, 1, "update")])
     for how in found:
@@ -275,7 +275,7 @@ def test_an_answer_of_several_lines_does_not_end_at_the_first(speaker: Any, enco
         cut = next((i for i, token in enumerate(said) if bool(stops[token])), len(said))
         return [said[:cut] for _ in prompts]
 
-    monkeypatch.setattr("corsa.evaluation.asking.generate", speak)
+    monkeypatch.setattr("corsa.evaluation.predict.generate", speak)
     several = edit(target_new="Ada Lind\nBo Holm", aliases_new=[])
     rows = asker(speaker, encoder).ask([Taught(several, 1, "update")])
     by_kind = {row["kind"]: row for row in rows}
@@ -385,7 +385,7 @@ def test_a_model_that_thinks_gets_the_tokens_and_lines_it_needs(speaker: Any, en
         text = "<think>\nBo Berg led it.\nNo.\n</think>\n\nAl Ahn\nand so on"
         return [qwen.tokenizer(text, add_special_tokens=False)["input_ids"] for _ in prompts]
 
-    monkeypatch.setattr("corsa.evaluation.asking.generate", speak)
+    monkeypatch.setattr("corsa.evaluation.predict.generate", speak)
     thinking = asker(speaker, qwen, probes=("edit",), thinking=True, thinking_tokens=50)
     (row,) = thinking.ask([Taught(edit(), 1, "update")])
     assert seen["new_tokens"] == 4 + 50

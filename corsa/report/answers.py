@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from corsa.evaluation.matching import normalise
-from corsa.evaluation.rows import BASE, RULES
+from corsa.evaluation.prepared_predictions import BASE, RULES
 from corsa.report.findings import label
 
 OUTCOMES = ("took", "failed", "reverted", "changed", "unchanged")
