@@ -52,7 +52,7 @@ def edit(**change: Any) -> Edit:
     }
     made = Edit.build(**fields | change)
     multihop = Probe(
-        kind="multihop", prompts=("Who is Acme's chief's boss?", "Whose chief leads Acme?"), answer="Ed Eng"
+        kind="multihop", prompts=("Who is Acme's chief's boss?", "Whose chief leads Acme?"), answer="Ed Eng", aliases=()
     )
     return made.model_copy(update={"probes": (*made.probes, multihop)})
 
@@ -65,10 +65,13 @@ def speaker(encoder: Encoder) -> Any:
     return found
 
 
+def evaluation(**fields: Any) -> EvaluationConfig:
+    return EvaluationConfig.model_validate(fields)
+
+
 def asker(speaker: Any, encoder: Encoder, batch: int = 16, seed: int = 0, **fields: Any) -> Asker:
-    return Asker(
-        speaker, encoder, EvaluationConfig(**{"new_tokens": 4, "reasoning_tokens": 6} | fields), CPU, batch, seed=seed
-    )
+    config = evaluation(**{"new_tokens": 4, "reasoning_tokens": 6} | fields)
+    return Asker(speaker, encoder, config, CPU, batch, seed=seed)
 
 
 def kinds(rows: Sequence[dict[str, Any]]) -> list[tuple[str, int, int]]:
@@ -99,7 +102,7 @@ def test_what_no_number_counts_is_not_asked(speaker: Any, encoder: Encoder, prot
 def test_a_second_paraphrase_probe_is_not_the_first_paraphrase(speaker: Any, encoder: Encoder) -> None:
     """Edits that return in a later case bring it their paraphrases (MQuAKE)."""
     one = edit(history=[], neighbors=[])
-    more = Probe(kind="paraphrase", prompts=("Acme has which leader?",), answer="Bo Berg")
+    more = Probe(kind="paraphrase", prompts=("Acme has which leader?",), answer="Bo Berg", aliases=())
     taught = [Taught(one.model_copy(update={"probes": (*one.probes, more)}), 1, "update")]
     rows = asker(speaker, encoder, protocol="paper").ask(taught)
     assert [row["prompt"] for row in rows if row["kind"] == "paraphrase"] == ["Acme is led by"]
@@ -136,7 +139,7 @@ def test_the_authors_evaluation_samples_as_theirs_does(speaker: Any, encoder: En
 
 
 def test_draws_follow_from_seed_question_and_number_alone(speaker: Any, encoder: Encoder, monkeypatch) -> None:
-    monkeypatch.setattr("corsa.config._AUTHORS_TOKENS", 5)
+    monkeypatch.setattr("corsa.config.evaluation._AUTHORS_TOKENS", 5)
     taught = [Taught(edit(), 1, "update")]
     rows = asker(speaker, encoder, protocol="authors", draws=3).ask(taught)
     assert kinds(rows) == [(kind, wording, draw) for kind, wording in PAPER for draw in range(3)]
@@ -201,18 +204,16 @@ def test_what_needs_the_chat_template_says_so(fields: dict[str, Any]) -> None:
 
 
 def test_a_protocol_has_its_rule_and_a_rule_is_no_part_of_asking() -> None:
-    assert [EvaluationConfig(protocol=p).rule for p in ("full", "paper", "authors")] == [
+    assert [evaluation(protocol=p).rule for p in ("full", "paper", "authors")] == [
         "words",
         "contains",
         "contains",
     ]
-    assert EvaluationConfig(protocol="authors", match="exact").rule == "exact"
-    plain = EvaluationConfig().asking()
-    for same in ({"match": "exact"}, {"thinking_tokens": 9}, {"probes": EvaluationConfig().kinds}):
-        assert EvaluationConfig(**same).asking() == plain, same
-    assert (
-        EvaluationConfig(probes=("neighbor", "edit")).asking() == EvaluationConfig(probes=("edit", "neighbor")).asking()
-    )
+    assert evaluation(protocol="authors", match="exact").rule == "exact"
+    plain = evaluation().asking()
+    for same in ({"match": "exact"}, {"thinking_tokens": 9}, {"probes": evaluation().kinds}):
+        assert evaluation(**same).asking() == plain, same
+    assert evaluation(probes=("neighbor", "edit")).asking() == evaluation(probes=("edit", "neighbor")).asking()
     for other in (
         {"protocol": "paper"},
         {"protocol": "authors"},
@@ -221,10 +222,10 @@ def test_a_protocol_has_its_rule_and_a_rule_is_no_part_of_asking() -> None:
         {"reasoning_tokens": 8},
         {"thinking": True},
     ):
-        assert EvaluationConfig(**other).asking() != plain, other
-    authors = EvaluationConfig(protocol="authors")
-    assert EvaluationConfig(protocol="authors", new_tokens=7, reasoning_tokens=7).asking() == authors.asking()
-    assert EvaluationConfig(protocol="authors", draws=2).asking() != authors.asking()
+        assert evaluation(**other).asking() != plain, other
+    authors = evaluation(protocol="authors")
+    assert evaluation(protocol="authors", new_tokens=7, reasoning_tokens=7).asking() == authors.asking()
+    assert evaluation(protocol="authors", draws=2).asking() != authors.asking()
 
 
 # Where an answer ends

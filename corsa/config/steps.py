@@ -17,13 +17,11 @@ from corsa.config import (
     MemitConfig,
     ModelConfig,
     Placement,
-    ProbeKind,
-    Protocol,
-    Rule,
     SamplingConfig,
     StepConfig,
     TrainingConfig,
 )
+from corsa.config.evaluation import ProbeKind, Protocol, Rule
 from corsa.sandbox.worker import Limits
 
 

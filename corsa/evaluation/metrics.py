@@ -27,7 +27,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import numpy as np
 import pandas as pd
 
-from corsa.config import ProbeKind
+from corsa.config.evaluation import ProbeKind
 from corsa.evaluation.prepared_predictions import BASE, prepared
 from corsa.evaluation.uncertainty import LEVEL, Sums, difference, interval
 

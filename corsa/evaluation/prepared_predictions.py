@@ -10,7 +10,7 @@ from typing import get_args
 import numpy as np
 import pandas as pd
 
-from corsa.config import Protocol
+from corsa.config.evaluation import Protocol
 from corsa.errors import CorsaError, unknown_name
 from corsa.evaluation.matching import normalise
 
