@@ -103,7 +103,9 @@ def test_draws_of_a_wording_are_repeated_measurements_of_it() -> None:
     changed = (second.edit == "known/2") & (second.kind == "paraphrase")
     for column in ("words_new", "matched_new", "exact_new"):
         second.loc[changed & (second.trained == 1), column] = False  # in its second draw it was never right
-    found = values(compute(pd.concat([first, second]), protocol="authors"))
+    drawn = compute(pd.concat([first, second]), protocol="authors")
+    assert (drawn["draws"], compute(first)["draws"]) == (2, 1)
+    found = values(drawn)
     once = values(compute(first, protocol="authors"))
     assert found["forgetting"]["value"] == pytest.approx(2 / 3)  # known/1 lost in both draws; known/2 kept in one
     assert found["generality"]["value"] == 1 / 2

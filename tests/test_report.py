@@ -304,7 +304,8 @@ def test_figures_of_the_paper_stand_beside_another_protocol_with_what_differs(
     tmp_path: Path, protocol: str, rule: str, said: bool
 ) -> None:
     table = predictions(chains=4)
-    metrics = compute(table, rule=rule, protocol=protocol) | {"published": ["Table 1"]}
+    metrics = compute(table, rule=rule, protocol=protocol) | {"published": ["Table 1"], "draws": 1 if said else 3}
     page = Page(write_report(tmp_path, metrics=metrics, predictions=table, curves=curves(), run=RUN))
     assert "+12.42 points" in page.text
     assert ("which is another measure" in page.text) is said
+    assert f"protocol: {protocol}{'' if said else ', 3 draws'}" in page.text

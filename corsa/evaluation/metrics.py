@@ -199,7 +199,7 @@ def compute(
     Returns:
         `rule`, `protocol`, `level`, `probe_kind` ("paraphrase" | "edit": the metrics on wordings count edit prompts
         only), `fallback` (benchmarks without paraphrases), `standing` ("evaluation" | "earlier"), `forgotten`
-        ({method: see the function}; empty without `taught_questions`), `rounds`, `methods`, `seeds`, `chains`,
+        ({method: see the function}; empty without `taught_questions`), `rounds`, `methods`, `seeds`, `chains`, `draws`,
         `definitions` {metric: {label, text, better, unit}}, `rows` (one per method, after the last round), `series`
         (one per method and round), `matrices` and `comparisons`. A matrix
         {method: rows} has a row for each round trained up to and in it an entry for each round whose facts are asked:
@@ -249,6 +249,7 @@ def compute(
         "methods": methods,
         "seeds": sorted({int(seed) for seed in rows.seed[rows.method != BASE]}),
         "chains": int(rows.chain.nunique()),
+        "draws": int(rows.draw.max()) + 1,
         "definitions": {
             name: {
                 "label": metric.label,
