@@ -95,6 +95,14 @@ def test_probes_that_were_not_asked_say_so() -> None:
     assert values(result)["multihop"]["reason"] == "no multihop probes in this data"
 
 
+def test_paraphrases_that_were_not_asked_are_not_said_to_be_missing() -> None:
+    edits = table(INJECTED)
+    edits = edits[edits.kind == "edit"]
+    assert "This data has no paraphrases" in " ".join(findings(compute(edits)))
+    said = " ".join(findings(compute(edits, kinds=("edit", "neighbor"))))
+    assert "Paraphrases were not asked: the numbers are counted on the edit prompts" in said
+
+
 # Draws
 
 

@@ -197,7 +197,7 @@ def compute(
         kinds: the kinds of probes that were asked; by default all that the data has.
 
     Returns:
-        `rule`, `protocol`, `level`, `probe_kind` ("paraphrase" | "edit": the metrics on wordings count edit prompts
+        `rule`, `protocol`, `kinds`, `level`, `probe_kind` ("paraphrase" | "edit": the metrics on wordings count edit prompts
         only), `fallback` (benchmarks without paraphrases), `standing` ("evaluation" | "earlier"), `forgotten`
         ({method: see the function}; empty without `taught_questions`), `rounds`, `methods`, `seeds`, `chains`, `draws`,
         `definitions` {metric: {label, text, better, unit}}, `rows` (one per method, after the last round), `series`
@@ -238,6 +238,7 @@ def compute(
     return {
         "rule": rule,
         "protocol": protocol,
+        "kinds": None if kinds is None else list(kinds),
         "level": LEVEL,
         "probe_kind": "paraphrase" if (rows.kind[rows.wordings] == "paraphrase").any() else "edit",
         "fallback": sorted(rows.benchmark[rows.wordings & (rows.kind == "edit")].unique()),
