@@ -197,11 +197,11 @@ def compute(
         kinds: the kinds of probes that were asked; by default all that the data has.
 
     Returns:
-        `rule`, `protocol`, `kinds`, `level`, `probe_kind` ("paraphrase" | "edit": the metrics on wordings count edit prompts
-        only), `fallback` (benchmarks without paraphrases), `standing` ("evaluation" | "earlier"), `forgotten`
-        ({method: see the function}; empty without `taught_questions`), `rounds`, `methods`, `seeds`, `chains`, `draws`,
-        `definitions` {metric: {label, text, better, unit}}, `rows` (one per method, after the last round), `series`
-        (one per method and round), `matrices` and `comparisons`. A matrix
+        `rule`, `protocol`, `kinds`, `level`, `probe_kind` ("paraphrase" | "edit": the metrics on wordings count edit
+        prompts only), `fallback` (benchmarks without paraphrases), `standing` ("evaluation" | "earlier"), `forgotten`
+        ({method: see the function}; empty without `taught_questions`), `rounds`, `methods`, `seeds`, `chains`,
+        `draws`, `definitions` {metric: {label, text, better, unit}}, `rows` (one per method, after the last round),
+        `series` (one per method and round), `matrices` and `comparisons`. A matrix
         {method: rows} has a row for each round trained up to and in it an entry for each round whose facts are asked:
         {value: share of their wordings answered right, edits, probes}, null where none was. A row is {method, round,
         metrics: {name: value}}; a value is {value, low, high, interval, edits, probes, rule, seeds, reason}, with
