@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 import torch
 from pydantic import ValidationError
@@ -19,8 +20,9 @@ from corsa.data.edit import Edit, Probe
 from corsa.errors import CorsaError
 from corsa.evaluation.generation import end_tokens, generate, newline_tokens, sample
 from corsa.evaluation.matching import plain_matches
+from corsa.evaluation.metrics import compute
 from corsa.evaluation.old_answers import old_answers
-from corsa.evaluation.predict import Asker, Taught
+from corsa.evaluation.predict import PREDICTIONS, Asker, Taught
 from corsa.experiments.base import Experiment
 from corsa.lora.flat import Lora
 from corsa.models.encoding import Encoder
@@ -411,3 +413,28 @@ def test_thoughts_are_no_old_answer(speaker: Any, encoder: Encoder, tmp_path: Pa
     monkeypatch.setattr("corsa.evaluation.old_answers._first_tokens", lambda *words: torch.tensor([[start]]))
     facts = drafts(tmp_path, {"prompt": "Who leads Acme?", "target_new": "Ada"})
     assert old_answers(speaker, qwen, facts, new_tokens=9, batch=1, device=CPU) == ({"Who leads Acme?": "Bo"}, [])
+
+
+# From the answers to the numbers
+
+
+@pytest.mark.parametrize(("protocol", "draws"), [("full", 1), ("paper", 1), ("authors", 2)])
+def test_the_answers_of_every_protocol_are_counted(
+    speaker: Any, encoder: Encoder, protocol: Any, draws: int, monkeypatch
+) -> None:
+    monkeypatch.setattr("corsa.config.evaluation._AUTHORS_TOKENS", 3)
+    ask = asker(speaker, encoder, protocol=protocol, draws=draws)
+    rows = ask.ask([Taught(edit(id=f"x/{n}"), 1, "update") for n in (1, 2)])
+    labelled = [{"method": method, "seed": 0, "trained": 1} | row for method in ("base", "lora") for row in rows]
+    table = pa.Table.from_pylist(labelled, schema=PREDICTIONS).to_pandas()
+    found = compute(table, rule=ask.config.rule, protocol=protocol, kinds=ask.config.kinds)
+    assert (found["rule"], found["draws"]) == (ask.config.rule, draws)
+    (base, lora) = (row["metrics"] for row in found["rows"])
+    wordings = 2 if protocol == "full" else 1
+    assert (lora["generality"]["value"], lora["generality"]["probes"]) == (0, 2 * wordings)
+    assert lora["multihop"]["probes"] == 2
+    if protocol == "full":
+        assert lora["neighborhood"]["value"] == 0
+    else:
+        assert "neighbor probes were not asked" in lora["neighborhood"]["reason"]
+    assert base["efficacy"]["value"] == 0
