@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from corsa.config import ModelConfig
+from corsa.config import EvaluationConfig, ModelConfig
 from corsa.data.benchmarks.file import Draft, drafts_of
 from corsa.data.edit import Edit, to_table
 from corsa.data.paraphrase_templates import wordings
@@ -18,6 +18,7 @@ from corsa.editing.options import EditOptions, EvaluateOptions, Gates, UndoOptio
 from corsa.editing.plan import plan_edit, plan_evaluation, plan_undo
 from corsa.editing.thresholds import judged
 from corsa.errors import CorsaError
+from corsa.evaluation.predict import PREDICTIONS
 
 ACME = {"prompt": "Who leads Acme?", "target_new": "Ada Byron"}
 OLD = {**ACME, "target_old": "Grace Murray"}
@@ -215,3 +216,28 @@ def test_gates() -> None:
     assert str(verdicts[1]) == "--min-generality 0.6: NOT PASSED (50.0 %)"
     assert not judged(Gates(max_forgetting=0.1), metrics(forgetting=0.2))[0].passed
     assert judged(Gates(), measured) == []
+
+
+def test_an_update_is_judged_by_whole_words_on_all_that_it_taught(tmp_path: Path) -> None:
+    config = plan_edit(options(tmp_path)).report.config
+    assert (config.rule, config.protocol, config.taught_questions) == ("words", "full", True)  # type: ignore[attr-defined]
+    chosen = EvaluationConfig(probes=("edit", "paraphrase"), match="exact")
+    config = plan_edit(options(tmp_path, evaluation=chosen)).report.config
+    assert (config.rule, config.kinds) == ("exact", ("edit", "paraphrase"))  # type: ignore[attr-defined]
+    assert "--evaluation.probes edit,paraphrase" in config.command  # type: ignore[attr-defined]
+    with pytest.raises(CorsaError, match="add --template chat"):
+        plan_edit(options(tmp_path, evaluation=EvaluationConfig(protocol="authors")))
+    with pytest.raises(CorsaError, match="add --template chat"):
+        plan_evaluation(EvaluateOptions(benchmark="world_facts", evaluation=EvaluationConfig(thinking=True)))
+
+
+def test_answers_of_an_earlier_version_are_refused_before_anything_runs(tmp_path: Path) -> None:
+    (edit,) = join([], drafts(tmp_path, OLD), 1, {})
+    line = adapter(tmp_path / "line", edit)
+    columns = [name for name in PREDICTIONS.names if name not in ("words_new", "words_old", "draw")]
+    pq.write_table(PREDICTIONS.empty_table().select(columns), line / "predictions.parquet")
+    more = facts_file(tmp_path, {"prompt": "Who owns it?", "target_new": "Bo", "target_old": "Al"}, name="more.jsonl")
+    with pytest.raises(CorsaError, match=r"lacks the columns draw, words_new, words_old: .* or remove the file"):
+        plan_edit(options(tmp_path, edits=str(more), adapter=str(line)))
+    pq.write_table(PREDICTIONS.empty_table(), line / "predictions.parquet")
+    plan_edit(options(tmp_path, edits=str(more), adapter=str(line)))

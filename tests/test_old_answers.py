@@ -59,7 +59,7 @@ def test_a_model_with_nothing_else_to_say_is_reported(
     tmp_path: Path, encoder: Encoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("corsa.evaluation.old_answers.generate", lambda model, prompts, **how: [[] for _ in prompts])
-    monkeypatch.setattr("corsa.evaluation.old_answers.contains", lambda *words: True)
+    monkeypatch.setattr("corsa.evaluation.old_answers.words", lambda *words: True)
     with pytest.raises(CorsaError, match="line 1: target_old: the model has no other answer to 'Who leads Acme"):
         Ask(encoder)(drafts(tmp_path, {"prompt": PROMPT, "target_new": "Ada Byron"}))
 

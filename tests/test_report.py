@@ -297,3 +297,15 @@ def test_a_real_gain_is_reported_with_its_numbers() -> None:
 def test_an_interval_never_begins_at_minus_zero() -> None:
     assert shown({"value": 0.1, "low": -1e-17, "high": 0.2}, "points") == ("10.0 pt", "0.0–20.0")
     assert shown({"value": -1e-17, "low": -0.2, "high": 0.1}, "points") == ("0.0 pt", "-20.0 to 10.0")
+
+
+@pytest.mark.parametrize(("protocol", "rule", "said"), [("full", "words", True), ("authors", "contains", False)])
+def test_figures_of_the_paper_stand_beside_another_protocol_with_what_differs(
+    tmp_path: Path, protocol: str, rule: str, said: bool
+) -> None:
+    table = predictions(chains=4)
+    metrics = compute(table, rule=rule, protocol=protocol) | {"published": ["Table 1"], "draws": 1 if said else 3}
+    page = Page(write_report(tmp_path, metrics=metrics, predictions=table, curves=curves(), run=RUN))
+    assert "+12.42 points" in page.text
+    assert ("which is another measure" in page.text) is said
+    assert f"protocol: {protocol}{'' if said else ', 3 draws'}" in page.text

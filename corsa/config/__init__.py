@@ -9,23 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 from tyro.conf import Suppress, arg
 
-
-class Frozen(BaseModel):
-    """Base of every configuration: immutable, unknown keys refused, defaults validated."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, populate_by_name=True)
-
-    def canonical(self) -> dict[str, Any]:
-        """The configuration as plain JSON values, under the names a configuration file uses."""
-        return self.model_dump(mode="json", by_alias=True)
-
-
-def plain(name: str | None = None) -> Any:
-    """Marks a field whose option carries no group's name: `--workers`, not `--placement.workers`."""
-    return arg(name=name, prefix_name=False)
+from corsa.config.base import Frozen, plain
+from corsa.config.evaluation import EvaluationConfig as EvaluationConfig
 
 
 class ModelConfig(Frozen):
@@ -250,27 +238,6 @@ class MemitConfig(Frozen):
         default=None,
         description="file for the key statistics, a text a line; by default a neutral corpus that is shipped",
     )
-
-
-class EvaluationConfig(Frozen):
-    """How the edited model is asked."""
-
-    new_tokens: int = Field(
-        default=32, ge=1, description="tokens generated per probe, greedily; a newline or the end token stops earlier"
-    )
-    reasoning_tokens: int = Field(
-        default=200, ge=1, description="tokens generated per multi-hop question; only the end token stops earlier"
-    )
-    match: Literal["contains", "exact"] = Field(
-        default="contains", description="rule of the reported numbers (both are stored)"
-    )
-    protocol: Literal["full", "paper"] = Field(
-        default="full", description="full: every probe; paper: the first paraphrase of each edit only"
-    )
-
-    def asking(self) -> EvaluationConfig:
-        """What the answers depend on: not the rule they are judged by afterwards."""
-        return self.model_copy(update={"match": "contains"})
 
 
 class SamplingConfig(Frozen):

@@ -20,6 +20,7 @@ from corsa.config import (
     StepConfig,
     TrainingConfig,
 )
+from corsa.config.evaluation import ProbeKind, Protocol, Rule
 from corsa.sandbox.worker import Limits
 
 
@@ -126,7 +127,7 @@ class TrialPlace(Placement):
     rung: int = Field(default=1, ge=1, description="epochs between scores")
     rounds: int = Field(default=1, ge=1, description="of a trial, for each seed")
     seeds: tuple[int, ...] = (0,)
-    rule: Literal["contains", "exact"] = "contains"
+    rule: Rule = "words"
     better: Literal["high", "low"] = "high"
 
     @staticmethod
@@ -277,8 +278,12 @@ class ReportConfig(Frozen):
     scenario: str
     command: str = Field(description="repeats the run")
     experiment: dict[str, Any] = Field(description="the resolved configuration")
-    rule: Literal["contains", "exact"]
-    protocol: Literal["full", "paper"]
+    rule: Rule
+    protocol: Protocol
+    kinds: tuple[ProbeKind, ...] | None = Field(default=None, description="of probes that were asked; all by default")
+    taught_questions: bool = Field(
+        default=False, description="forgetting counts the questions as taught, and not other wordings alone"
+    )
     headlines: tuple[str, ...] = Field(description="metrics of the main table")
     shown: tuple[Shown, ...]
     specificity: tuple[Shown, ...] = ()

@@ -32,7 +32,7 @@ def card(
     name = hub_name(model.name)
     hub = name.count("/") == 1 and not name.startswith(("/", ".", "~"))
     environment = Environment(
-        loader=PackageLoader("corsa.adapters", "."), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=PackageLoader("corsa.editing", "."), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     return environment.get_template("card.md").render(
         base=name,

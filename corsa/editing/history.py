@@ -15,11 +15,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import ConfigDict, ValidationError
 
@@ -97,8 +99,20 @@ class Line:
 
     @property
     def answered(self) -> bool:
-        """Whether it carries what was answered after each of its updates."""
-        return (self.directory / "predictions.parquet").is_file()
+        """Whether it carries what was answered after each of its updates.
+
+        Raises:
+            CorsaError: an earlier version wrote these answers.
+        """
+        path = self.directory / "predictions.parquet"
+        if not path.is_file():
+            return False
+        from corsa.evaluation.prepared_predictions import check_columns  # pandas: only where there are answers
+
+        remedy = "teach these updates again, or remove the file (forgetting then begins to be counted with this update)"
+        with suppress(pa.ArrowInvalid):  # a damaged file is found when it is read
+            check_columns(pq.read_schema(path).names, str(path), remedy)
+        return True
 
     @property
     def standing(self) -> list[Edit]:

@@ -31,7 +31,11 @@ class Gates(Frozen):
 
     min_success: Share = Field(default=None, description="edit prompts answered with the new answer")
     min_generality: Share = Field(default=None, description="other wordings answered with the new answer")
-    max_forgetting: Share = Field(default=None, description="of the earlier facts once right, those that are wrong now")
+    max_forgetting: Share = Field(
+        default=None,
+        description="of the answers about earlier facts that were right when they were learnt, to questions as taught "
+        "and in other wordings, those that are wrong now",
+    )
 
 
 class Options(Frozen):
@@ -116,7 +120,11 @@ def differences(options: Frozen, prefix: str = "") -> list[str]:
         elif isinstance(value, Frozen):
             mine, default = value.canonical(), field.default.canonical()
             changed = {key: item for key, item in mine.items() if item != default[key]}
-            found += [w for key, item in changed.items() for w in (f"--{option}.{key.replace('_', '-')}", str(item))]
+            found += [w for key, item in changed.items() for w in (f"--{option}.{key.replace('_', '-')}", _word(item))]
         else:
             found += [f"--{option}", ",".join(map(str, value)) if isinstance(value, tuple) else str(value)]
     return found
+
+
+def _word(value: object) -> str:
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)

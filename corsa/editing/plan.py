@@ -38,7 +38,7 @@ from corsa.models.registry import pin
 
 LINE = Kind("line", "corsa.editing.steps:bring_in", version=1)
 FACTS = Kind("edits", "corsa.editing.steps:read_facts", version=1)
-ASKED_FACTS = Kind("edits", "corsa.editing.old_answers:complete", version=1, on_cluster=True)
+ASKED_FACTS = Kind("edits", "corsa.editing.old_answers:complete", version=2, on_cluster=True)
 STANDING = Kind("edits", "corsa.editing.steps:take_standing", version=1)
 TAKEN_BACK = Kind("edits", "corsa.editing.steps:take_back", version=1)
 
@@ -108,6 +108,7 @@ def plan_evaluation(options: EvaluateOptions) -> tuple[Experiment, Step]:
         placement=options.placement,
     )
     pin(experiment.model)
+    experiment.evaluation.checked(experiment.model)
     rounds = 1
     if options.edits and options.benchmark:
         raise CorsaError("give --edits or --benchmark, not both")
@@ -196,6 +197,7 @@ def _experiment(options: Teaching, line: Line | None) -> Experiment:
         placement=options.placement,
     )
     pin(experiment.model)  # an unknown name is refused before anything else is done
+    experiment.evaluation.checked(experiment.model)
     return experiment
 
 
@@ -233,8 +235,10 @@ def reported(
         scenario="update",
         command=command,
         experiment={k: v for k, v in experiment.canonical().items() if k in _TOLD},
-        rule=experiment.evaluation.match,
+        rule=experiment.evaluation.rule,
         protocol=experiment.evaluation.protocol,
+        kinds=experiment.evaluation.kinds,
+        taught_questions=True,
         headlines=HEADLINES,
         shown=(Shown(answers=before.name, method="base"), *shown),
         controls=tuple(Shown(answers=step.name, method="controls") for step in checked) if adapter else (),

@@ -24,10 +24,14 @@ def newline_tokens(tokenizer: Any) -> Tensor:
     return torch.tensor(["\n" in text for text in texts], dtype=torch.bool)
 
 
-def end_alone(tokenizer: Any) -> Tensor:
-    """Stops at the end token alone, (V,) bool: for answers of several lines."""
+def end_tokens(model: Any, tokenizer: Any) -> Tensor:
+    """Every token that ends an answer, (V,) bool: the tokenizer's end token, and all that the model publishes in its
+    `generation_config` (an instruct model ends a turn by another token than a text).
+    """
     stops = torch.zeros(len(tokenizer), dtype=torch.bool)
-    stops[tokenizer.eos_token_id] = True
+    published = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    ends = [tokenizer.eos_token_id, *(published if isinstance(published, list | tuple) else [published])]
+    stops[[token for token in ends if token is not None and 0 <= token < len(stops)]] = True
     return stops
 
 
@@ -79,13 +83,17 @@ def sample(
     draws = [np.random.default_rng(list(seed)).random(new_tokens) for seed in seeds]
 
     def choose(logits: Tensor, alive: Sequence[int], step: int) -> Tensor:
-        p, tokens = (logits.float() / temperature).softmax(-1).sort(dim=-1, descending=True, stable=True)
-        before = p.cumsum(-1) - p
-        p = p.masked_fill(before >= top_p, 0.0)  # the first token always stays
+        p = (logits.double() / temperature).softmax(-1)
+        if top_p < 1:
+            likeliest, tokens = p.sort(dim=-1, descending=True, stable=True)
+            before = likeliest.cumsum(-1) - likeliest
+            p = p.scatter(-1, tokens, likeliest.masked_fill(before >= top_p, 0.0))  # the likeliest always stays
+        # In the order of the vocabulary: in that of the probabilities, tokens that are nearly equally likely would
+        # change places with the rounding of a batch.
         drawn = torch.tensor([draws[i][step] for i in alive], device=logits.device, dtype=p.dtype)[:, None]
-        place = torch.searchsorted(p.cumsum(-1), drawn * p.sum(-1, keepdim=True), right=True)
-        last = (p > 0).sum(-1, keepdim=True) - 1
-        return tokens.gather(-1, torch.minimum(place, last))[:, 0]
+        heights = p.cumsum(-1)
+        place = torch.searchsorted(heights, drawn * heights[:, -1:], right=True)
+        return place.clamp(max=p.shape[-1] - 1)[:, 0]
 
     return _generate(model, prompts, stops, new_tokens, batch, device, choose)
 

@@ -1,86 +1,240 @@
-"""Whether an output gives an answer: the two rules every reported number names.
+"""Whether an output gives an answer: the three rules, of which every reported number names one.
 
-`contains` is the rule of the paper's authors and the one compared with their figures: a plain substring test,
-lower-cased. It is generous with short answers (the target "4" is found in "2004"; "Iran" in "Tirana"), and it is left
-so on purpose, because a stricter test would no longer be theirs. `exact` is the strict companion: there, only "4" is
-"4". Both are stored for every output.
+`words` finds the target as whole words: "Iran" is not in "Tirana", "4" is neither in "2004" nor in "3.4". It is the
+rule of the protocol `full`. `contains` finds it anywhere, inside words too; it is the rule of the protocols `paper` and
+`authors`. `exact` asks for the target alone. All three compare folded text (`corsa.text.folded`: NFKC, case, quotes,
+spaces), and all three are stored for every output.
+
+The protocol `authors` judges as the published evaluation code does: a plain lower-cased substring test of the target
+alone, without folding, aliases, or regard to a longer name (`plain_matches`).
 """
 
 from __future__ import annotations
 
+import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import NamedTuple
+
+from corsa import text as forms
 
 Answer = tuple[str, Sequence[str]]
 """A target and its aliases: any of the names counts."""
 
-_SURROUNDING = " \t.,;:!?\"'`“”‘’«»()[]"
+Found = Callable[[str, str], bool]
+"""Whether a folded text holds a folded name."""
 
 
 class Match(NamedTuple):
-    """What one output gives, under both rules."""
+    """What one output gives: `new`, `old` under the rule `contains`, and the same under the other two rules."""
 
     new: bool
     old: bool
     exact_new: bool
     exact_old: bool
+    words_new: bool
+    words_old: bool
+
+
+def words(output: str, target: str, aliases: Sequence[str] = ()) -> bool:
+    """Whether the target or an alias occurs in the output as whole words. An empty name never does.
+
+    A name ends where a letter, a digit or an accent does not go on. In scripts written without spaces (Chinese,
+    Japanese, Thai, ...) it may occur anywhere. A number is one word: with its sign, decimals and groups of thousands.
+
+    >>> words("He plays for the Lakers.", "Los Angeles Lakers", ["Lakers"])
+    True
+    >>> words("It was in 2004, for 1,000 experiences", "4"), words("New York-based", "New York")
+    (False, True)
+    """
+    return bool(_longest(output, (target, aliases), _as_words))
 
 
 def contains(output: str, target: str, aliases: Sequence[str] = ()) -> bool:
-    """Whether the lower-cased target or an alias occurs in the lower-cased output. An empty name never does.
+    """Whether the target or an alias occurs anywhere in the output. An empty name never does.
 
     >>> contains("He plays for the Lakers.", "Los Angeles Lakers", ["Lakers"])
     True
     >>> contains("in 2004", "4")
     True
     """
-    return bool(_longest(output, (target, aliases)))
+    return bool(_longest(output, (target, aliases), _anywhere))
 
 
 def exact(output: str, target: str, aliases: Sequence[str] = ()) -> bool:
-    r"""Whether the normalised first line of the output is the normalised target or an alias.
+    r"""Whether the first line of the output, normalised, is the target or an alias. If one of these names has several
+    lines, the whole output has to be the name.
 
     >>> exact(" Tim Cook.\nQ: Who", "tim cook")
     True
     >>> exact("in 2004", "4")
     False
+    >>> exact("Ada Lind\nCy Moss", "Ada Lind\nBo Holm")
+    False
     """
-    given = normalise(output)
-    return bool(given) and any(given == normalise(name) for name in (target, *aliases))
+    names = (target, *aliases)
+    return _exact(output, names, whole=several_lines(names))
 
 
 def matches(output: str, new: Answer, old: Answer) -> Match:
-    """Which of two answers the output gives. Where the name found of one contains the name found of the other, the
-    longer wins.
+    """Which of two answers the output gives, under each rule. Where the name found of one contains the name found of
+    the other, the longer wins.
 
-    >>> matches("New York City", new=("New York City", ()), old=("New York", ()))
-    Match(new=True, old=False, exact_new=True, exact_old=False)
+    >>> matches("New York City", new=("New York City", ()), old=("New York", ()))[:2]
+    (True, False)
 
     An output that names both, neither inside the other, matches both. Pass `("", ())` as `old` for a probe without
     one.
     """
-    new_name, old_name = _longest(output, new), _longest(output, old)
+    whole = several_lines((new[0], *new[1], old[0], *old[1]))
     return Match(
-        new=bool(new_name) and not (new_name != old_name and new_name in old_name),
-        old=bool(old_name) and not (new_name != old_name and old_name in new_name),
-        exact_new=exact(output, *new),
-        exact_old=exact(output, *old),
+        *_which(output, new, old, _anywhere),
+        exact_new=_exact(output, (new[0], *new[1]), whole),
+        exact_old=_exact(output, (old[0], *old[1]), whole),
+        **dict(zip(("words_new", "words_old"), _which(output, new, old, _as_words), strict=True)),
     )
 
 
-def normalise(text: str) -> str:
-    """First non-blank line, Unicode-composed, case-folded, single spaces, without surrounding punctuation and
-    quotes.
+def plain_matches(output: str, new: str, old: str) -> Match:
+    """As `matches` for the protocol `authors`: `contains` is a plain test of the lower-cased target, and no rule knows
+    aliases or prefers a longer name.
+
+    >>> plain_matches("New York City", "New York City", "New York")[:2]
+    (True, True)
     """
-    line = next((line for line in unicodedata.normalize("NFKC", text).splitlines() if line.strip()), "")
-    line = " ".join(line.casefold().split())
-    return line.strip(_SURROUNDING) or line
+    whole, text = several_lines((new, old)), output.lower()
+    return Match(
+        *(bool(target.strip()) and target.strip().lower() in text for target in (new, old)),
+        exact_new=_exact(output, (new,), whole),
+        exact_old=_exact(output, (old,), whole),
+        words_new=words(output, new),
+        words_old=words(output, old),
+    )
 
 
-def _longest(output: str, answer: Answer) -> str:
-    """The longest lower-cased name of the answer that occurs in the output; "" where none does."""
-    target, aliases = answer
-    text = output.lower()
-    found = [name for name in (alias.strip().lower() for alias in (target, *aliases)) if name and name in text]
-    return max(found, key=len, default="")
+def several_lines(names: Sequence[str]) -> bool:
+    """Whether one of the names has more than one line: it can then only be compared with a whole output."""
+    return any(len(name.strip().splitlines()) > 1 for name in names)
+
+
+@lru_cache(maxsize=4096)  # each output is compared with several names, under several rules
+def folded(text: str) -> str:
+    """The text as every rule compares it (`corsa.text.folded`)."""
+    return forms.folded(text)
+
+
+@lru_cache(maxsize=4096)
+def normalise(text: str) -> str:
+    """The folded text without surrounding punctuation and quotes; punctuation alone stays as it is.
+
+    >>> normalise(' "Tim  COOK".'), normalise(".NET"), normalise("?")
+    ('tim cook', '.net', '?')
+    """
+    text = folded(text)
+    return _AROUND.sub("", text) or text
+
+
+_MARKS = r"""\s,;:!?"'()\[\]…。、，！？：；"""
+_AROUND = re.compile(rf"^(?:[{_MARKS}]|\.{{2,}}|\.(?!\w))+|[{_MARKS}.]+$")
+"""A single dot before a word belongs to it: .5, .NET."""
+
+
+def _exact(output: str, names: Sequence[str], whole: bool) -> bool:
+    given = normalise(output if whole else first_line(output))
+    return bool(given) and any(given == normalise(name) for name in names)
+
+
+def first_line(text: str) -> str:
+    """The first line that is not blank, without surrounding blanks; "" where there is none."""
+    return next((line.strip() for line in text.splitlines() if line.strip()), "")
+
+
+def _which(output: str, new: Answer, old: Answer, found: Found) -> tuple[bool, bool]:
+    new_name, old_name = _longest(output, new, found), _longest(output, old, found)
+    return (
+        bool(new_name) and not (new_name != old_name and found(old_name, new_name)),
+        bool(old_name) and not (new_name != old_name and found(new_name, old_name)),
+    )
+
+
+def _longest(output: str, answer: Answer, found: Found) -> str:
+    """The longest folded name of the answer that the output holds; "" where it holds none."""
+    text, form = folded(output), normalise if found is _as_words else folded
+    names = [form(name) for name in (answer[0], *answer[1])]
+    return max((name for name in names if name and found(text, name)), key=len, default="")
+
+
+def _anywhere(text: str, name: str) -> bool:
+    return bool(name) and name in text
+
+
+def _as_words(text: str, name: str) -> bool:
+    start = text.find(name) if name else -1
+    while start >= 0:
+        if _bounded(text, start, start + len(name)):
+            return True
+        start = text.find(name, start + 1)
+    return False
+
+
+# Where words end
+
+_NUMBER = re.compile(r"\d{1,3}(?:[,.' ]\d{3})+(?:[.,]\d+)?|\d+[.,]\d+")
+"""A number with decimals or groups of thousands; a date such as 12.05.2004 is none."""
+_DIGITS = re.compile(r"\d+(?:[.,']\d+)*")
+_CONTRACTED = frozenset({"s", "t", "d", "m", "re", "ve", "ll"})
+"""What follows the apostrophe in "Acme's" and "don't"."""
+
+_SUFFIX = re.compile(r"[+#]+(?!\w)")
+"""C is neither C++ nor C#."""
+
+_UNSPACED = re.compile(
+    "[\u0e00-\u0eff\u0f00-\u109f\u1100-\u11ff\u1780-\u17ff\u1950-\u19df\u1a20-\u1aaf\u1b00-\u1b7f"
+    "\u3005-\u3007\u3040-\u312f\u31a0-\u31bf\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\ua980-\ua9df\uaa60-\uaadf"
+    "\uac00-\ud7ff\uf900-\ufaff\U00020000-\U0003ffff]"
+)
+"""Thai, Lao, Tibetan, Burmese, Khmer and their neighbours, Chinese and Japanese: written without spaces between words.
+Also Korean, where particles are attached to a name.
+"""
+
+
+def _bounded(text: str, start: int, end: int) -> bool:
+    """Whether text[start:end] is made of whole words of the text."""
+    before, after = text[:start], text[end:]
+    if before and _goes_on(text[start], before[-1]) and not (before[-1] == "_" and _emphasis(before[::-1])):
+        return False
+    if after and _goes_on(text[end - 1], after[0]) and not (after[0] == "_" and _emphasis(after)):
+        return False
+    if after and unicodedata.category(after[0]).startswith("M"):  # an accent that no single letter has
+        return False
+    if text[end - 1].isalpha() and _SUFFIX.match(after):
+        return False
+    if re.search(r"\w'$", before) and text[start:end] in _CONTRACTED:
+        return False
+    return not ((text[start].isdigit() or text[end - 1].isdigit()) and _inside_a_number(text, start, end))
+
+
+def _goes_on(edge: str, neighbour: str) -> bool:
+    """Whether a word with this character at its edge goes on in the neighbouring one."""
+    return _of_word(edge) and _of_word(neighbour) and not (_UNSPACED.match(edge) or _UNSPACED.match(neighbour))
+
+
+def _of_word(character: str) -> bool:
+    return character.isalnum() or character == "_" or unicodedata.category(character).startswith("M")
+
+
+def _emphasis(following: str) -> bool:
+    """Underscores that mark text, as in _Paris_: no word goes on behind them."""
+    rest = following.lstrip("_")
+    return not rest or not _of_word(rest[0])
+
+
+def _inside_a_number(text: str, start: int, end: int) -> bool:
+    """Whether the match is only a part of a number: 3 in 3.14, 000 in 1,000, 5 in -5."""
+    for number in _DIGITS.finditer(text):
+        first, last = number.span()
+        if first < end and start < last and _NUMBER.fullmatch(number[0]) and (first < start or end < last):
+            return True
+    sign = text[start - 1 : start]
+    return bool(text[start].isdigit() and sign and sign in "-+−" and not text[: start - 1][-1:].strip())

@@ -4,24 +4,30 @@ One `Metric` says which rows count and what is summed over them; `compute` does 
 uncertainty over facts, and compares methods on the probes both were asked. Nothing here depends on how the
 predictions were made, so any metric can be recomputed later from the stored table.
 
-Two words: a fact is *standing* after round r if it was learnt in an earlier round and not revised since. A chain is
+Three words. A fact is *standing* after round r if it was learnt in an earlier round and not revised since. A chain is
 asked through its latest edit, so these are the rows with learnt < trained. Where the data has an evaluation set
-(facts taught once, never revised: the temporal scenario), the standing facts are those of the evaluation set. And the
-metrics on *wordings* use the paraphrases; data without any paraphrase falls back to the edit prompts, and the result
-says so in `probe_kind`.
+(facts taught once, never revised: the temporal scenario), the standing facts are those of the evaluation set.
+
+An old answer was *displaced* if the model had it and an edit put another in its place. In a table with revised facts
+(chains), these are the revised facts whose former answer took in its own round; they count from the round that revises
+them. In a table without, they are the facts learnt in an earlier round whose new answer took then.
+
+The metrics on *wordings* use the paraphrases. A benchmark without any paraphrase falls back to its edit prompts; the
+result names these benchmarks in `fallback`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import pandas as pd
 
+from corsa.config.evaluation import ProbeKind
 from corsa.evaluation.prepared_predictions import BASE, prepared
 from corsa.evaluation.uncertainty import LEVEL, Sums, difference, interval
 
@@ -37,7 +43,9 @@ class Metric:
     better: Literal["high", "low"]
     unit: Literal["share", "change", "points", "nats"]
     count: Callable[[pd.DataFrame], Counts]
-    of: Literal["edit", "paraphrase", "wordings", "latest", "standing", "multihop", "neighbor"] = "wordings"
+    of: Literal["edit", "paraphrase", "wordings", "latest", "standing", "displaced", "multihop", "neighbor"] = (
+        "wordings"
+    )
     matched: bool = True
 
 
@@ -99,19 +107,20 @@ METRICS: dict[str, Metric] = {
     ),
     "activation": Metric(
         "Old knowledge activated",
-        "wordings of standing facts that give the old answer after later rounds",
+        "wordings of facts whose old answer was displaced that give this old answer again",
         "low",
         "share",
-        lambda rows: (rows.standing, rows.old, 1),
-        of="standing",
+        lambda rows: (rows.displaced, rows.old, 1),
+        of="displaced",
     ),
     "activation_of_right": Metric(
         "Old knowledge activated, of those once right",
-        "the same over the wordings answered right when they were learnt",
+        "the same over the wordings answered right, after its own round, by the former answer of a revised fact, or by "
+        "the new answer of one taught once",
         "low",
         "share",
-        lambda rows: (rows.standing, rows.then & rows.old, rows.then),
-        of="standing",
+        lambda rows: (rows.displaced, rows.once & rows.old, rows.once),
+        of="displaced",
     ),
     "multihop": Metric(
         "Multi-hop",
@@ -131,7 +140,7 @@ METRICS: dict[str, Metric] = {
     ),
     "agreement": Metric(
         "Neighborhood, agreement with base",
-        "questions about neighbouring facts answered as the base model answers them (first line, normalised)",
+        "questions about neighbouring facts to which the base model gives an answer, answered the same (normalised)",
         "high",
         "share",
         lambda rows: ((rows.kind == "neighbor") & rows.compared, rows.agrees, 1),
@@ -167,21 +176,32 @@ METRICS: dict[str, Metric] = {
 
 
 def compute(
-    predictions: pd.DataFrame, *, rule: str = "contains", protocol: str = "full", compare_with: str | None = None
+    predictions: pd.DataFrame,
+    *,
+    rule: str = "contains",
+    protocol: str = "full",
+    compare_with: str | None = None,
+    taught_questions: bool = False,
+    kinds: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """All metrics of a predictions table as plain JSON values.
 
     Args:
         predictions: the table described in `corsa.evaluation.predict`, one row per wording asked; the base model's
         rows are optional.
-        rule: "contains" or "exact", the match that counts.
-        protocol: "full" asks everything; "paper" counts one paraphrase an edit, the first.
+        rule: "words", "contains" or "exact", the match that counts.
+        protocol: "full" asks everything; "paper" and "authors" count one paraphrase an edit, the first.
         compare_with: the method that every other is compared with; by default each is compared with each.
+        taught_questions: forgetting and activation count the questions as taught and the other wordings (an update of
+            `corsa edit`); by default wordings alone (the paper's scenarios).
+        kinds: the kinds of probes that were asked; by default all that the data has.
 
     Returns:
-        `rule`, `protocol`, `level`, `probe_kind` ("paraphrase" | "edit"), `standing` ("evaluation" | "earlier"),
-        `rounds`, `methods`, `seeds`, `chains`, `definitions` {metric: {label, text, better, unit}}, `rows` (one per
-        method, after the last round), `series` (one per method and round), `matrices` and `comparisons`. A matrix
+        `rule`, `protocol`, `kinds`, `level`, `probe_kind` ("paraphrase" | "edit": the metrics on wordings count edit
+        prompts only), `fallback` (benchmarks without paraphrases), `standing` ("evaluation" | "earlier"), `forgotten`
+        ({method: see the function}; empty without `taught_questions`), `rounds`, `methods`, `seeds`, `chains`,
+        `draws`, `definitions` {metric: {label, text, better, unit}}, `rows` (one per method, after the last round),
+        `series` (one per method and round), `matrices` and `comparisons`. A matrix
         {method: rows} has a row for each round trained up to and in it an entry for each round whose facts are asked:
         {value: share of their wordings answered right, edits, probes}, null where none was. A row is {method, round,
         metrics: {name: value}}; a value is {value, low, high, interval, edits, probes, rule, seeds, reason}, with
@@ -191,7 +211,7 @@ def compute(
     Raises:
         CorsaError: no rows, missing columns, an unknown rule or protocol.
     """
-    rows = prepared(predictions, rule, protocol)
+    rows = prepared(predictions, rule, protocol, taught_questions=taught_questions)
     taught = [name for name in dict.fromkeys(predictions.method.astype(str)) if name != BASE]
     methods = [BASE] * bool((rows.method == BASE).any()) + taught
     rounds = sorted(int(number) for number in rows.trained.unique())
@@ -208,6 +228,7 @@ def compute(
         }
 
     series = [row(method, number) for method in methods for number in rounds]
+    _say_what_was_not_asked(series, kinds)
     pairs = [
         (a, b)
         for a, b in combinations(taught, 2)
@@ -217,15 +238,26 @@ def compute(
     return {
         "rule": rule,
         "protocol": protocol,
+        "kinds": None if kinds is None else list(kinds),
         "level": LEVEL,
         "probe_kind": "paraphrase" if (rows.kind[rows.wordings] == "paraphrase").any() else "edit",
+        "fallback": sorted(rows.benchmark[rows.wordings & (rows.kind == "edit")].unique()),
+        "forgotten": {
+            method: forgotten(cells[method, last]) for method in taught if taught_questions and (method, last) in cells
+        },
         "standing": "evaluation" if (rows.part == "evaluation").any() else "earlier",
         "rounds": rounds,
         "methods": methods,
         "seeds": sorted({int(seed) for seed in rows.seed[rows.method != BASE]}),
         "chains": int(rows.chain.nunique()),
+        "draws": int(rows.draw.max()) + 1,
         "definitions": {
-            name: {"label": metric.label, "text": metric.text, "better": metric.better, "unit": metric.unit}
+            name: {
+                "label": metric.label,
+                "text": _text(metric, taught_questions),
+                "better": metric.better,
+                "unit": metric.unit,
+            }
             for name, metric in METRICS.items()
         },
         "rows": [entry for entry in series if entry["round"] == last],
@@ -235,6 +267,32 @@ def compute(
         },
         "comparisons": [entry for entry in compared if entry],
     }
+
+
+def forgotten(cell: pd.DataFrame) -> dict[str, Any]:
+    """What `forgetting` counts, in numbers: of standing facts, {facts, taught: {right, lost}, other: {right, lost}} for
+    the questions as taught and for other wordings; right: when they were learnt, lost: wrong now. Rows of one method
+    after one round.
+    """
+    learnt = cell[cell.standing & cell.then]
+    parts = {"taught": learnt[learnt.kind == "edit"], "other": learnt[learnt.kind != "edit"]}
+    counts = {name: {"right": len(part), "lost": int((~part.right).sum())} for name, part in parts.items()}
+    return {"facts": int(learnt.chain.nunique()), **counts}
+
+
+def _text(metric: Metric, taught_questions: bool) -> str:
+    if taught_questions and metric.of == "standing":
+        return f"{metric.text}; wordings: the questions as taught, and other wordings"
+    return metric.text
+
+
+def _say_what_was_not_asked(series: list[dict[str, Any]], kinds: Sequence[str] | None) -> None:
+    """A value that is missing because its probes were not asked says so."""
+    for row in series:
+        for name, entry in row["metrics"].items():
+            kind = METRICS[name].of
+            if kinds is not None and entry["value"] is None and kind in get_args(ProbeKind) and kind not in kinds:
+                entry["reason"] = f"{kind} probes were not asked (see --evaluation.protocol and --evaluation.probes)"
 
 
 def _by_round_asked(cell: pd.DataFrame, rounds: list[int]) -> list[dict[str, Any] | None]:
@@ -351,7 +409,7 @@ def _comparison(name: str, number: int, a: str, b: str, cells: Mapping[Any, pd.D
 def _reason(name: str, cell: pd.DataFrame, counted: int, method: str, number: int) -> str:
     """Why there is nothing to count."""
     metric = METRICS[name]
-    if method == BASE and metric.of == "standing":
+    if method == BASE and metric.of in ("standing", "displaced"):
         return "the base model is taught nothing"
     if method == BASE and name == "agreement":
         return "this is the base model"
@@ -364,6 +422,10 @@ def _reason(name: str, cell: pd.DataFrame, counted: int, method: str, number: in
         return (
             "no earlier answers to compare with" if earlier else f"no fact learnt before round {number} is still valid"
         )
+    if metric.of == "displaced":
+        if counted:
+            return "of none of these wordings the model had given the answer that counts"
+        return f"no old answer had been displaced by round {number}"
     if metric.of in ("edit", "paraphrase", "multihop", "neighbor") and not (cell.kind == metric.of).any():
         return f"no {metric.of} probes in this data"
     if metric.of == "latest":

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from corsa.data.benchmarks.file import Draft
-from corsa.data.edit import normalise
 from corsa.errors import CorsaError
-from corsa.evaluation.generation import generate, newline_tokens
-from corsa.evaluation.matching import contains
+from corsa.evaluation.generation import end_tokens, generate, newline_tokens
+from corsa.evaluation.matching import several_lines, words
 from corsa.models.encoding import Encoder
+from corsa.text import folded
 
 _TRIES = 20
 
@@ -28,7 +28,8 @@ def old_answers(
         model: causal language model, as it is before the update.
         encoder: how it is asked.
         drafts: the facts.
-        new_tokens: bound on an answer's length, tokens; a newline or the end token stops earlier.
+        new_tokens: bound on an answer's length, tokens; an end token stops earlier, and a newline where the new answer
+            has one line.
         batch: prompts asked together.
         device: where the model is.
 
@@ -38,28 +39,31 @@ def old_answers(
     Raises:
         CorsaError: no other answer than the new one, or none at all, begins with one of the likeliest tokens.
     """
-    stops = newline_tokens(encoder.tokenizer)
-    stops[encoder.tokenizer.eos_token_id] = True
-    prompts = [encoder.prompt(draft.fields["prompt"]) for draft in drafts]
+    ends = end_tokens(model, encoder.tokenizer)
+    lines = newline_tokens(encoder.tokenizer) | ends
+    prompts = encoder.prompts([draft.fields["prompt"] for draft in drafts])
+    several = [several_lines((draft.fields["target_new"], *draft.fields["aliases_new"])) for draft in drafts]
     answers: dict[str, str] = {}
     known: list[str] = []
     first = _first_tokens(model, prompts, device)
     left = list(range(len(drafts)))
     for attempt in range(_TRIES):
-        begun = [[*prompts[i], int(first[i, attempt])] for i in left]
-        ids = generate(model, begun, stops=stops, new_tokens=new_tokens - 1, batch=batch, device=device)
+        texts: dict[int, str] = {}
+        for own, stops in ([i for i in left if not several[i]], lines), ([i for i in left if several[i]], ends):
+            begun = [[*prompts[i], int(first[i, attempt])] for i in own]
+            ids = generate(model, begun, stops=stops, new_tokens=new_tokens - 1, batch=batch, device=device)
+            for i, start, rest in zip(own, begun, ids, strict=True):
+                texts[i] = encoder.read([] if bool(stops[start[-1]]) else [start[-1], *rest]).strip()
         still = []
-        for i, start, rest in zip(left, begun, ids, strict=True):
-            begin = [] if bool(stops[start[-1]]) else [start[-1], *rest]
-            text = encoder.tokenizer.decode(begin, skip_special_tokens=True).strip()
+        for i in left:
             fields = drafts[i].fields
-            new = contains(text, fields["target_new"], fields["aliases_new"])
+            new = words(texts[i], fields["target_new"], fields["aliases_new"])
             if new and attempt == 0:
                 known.append(fields["prompt"])
-            if new or not normalise(text):
+            if new or not folded(texts[i]):
                 still.append(i)
             else:
-                answers[fields["prompt"]] = text
+                answers[fields["prompt"]] = texts[i]
         left = still
         if not left:
             return answers, known

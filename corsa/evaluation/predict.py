@@ -1,10 +1,13 @@
-"""Asking an edited model its probes: one row per wording, in the predictions table all metrics are computed from."""
+"""Asking an edited model its probes: one row per wording and draw, in the predictions table all metrics are computed
+from.
+"""
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Container, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import torch
@@ -14,8 +17,8 @@ from corsa.algorithm.logprobs import answer_logprobs
 from corsa.algorithm.packing import Triplet, pack
 from corsa.config import EvaluationConfig
 from corsa.data.edit import Edit, Probe
-from corsa.evaluation.generation import generate, newline_tokens
-from corsa.evaluation.matching import matches
+from corsa.evaluation.generation import end_tokens, generate, newline_tokens, sample
+from corsa.evaluation.matching import first_line, matches, plain_matches, several_lines
 from corsa.models.encoding import Encoder
 
 PREDICTIONS = pa.schema(
@@ -30,22 +33,33 @@ PREDICTIONS = pa.schema(
         ("kind", pa.string()),
         ("probe", pa.int32()),
         ("wording", pa.int32()),
+        ("draw", pa.int32()),  # from 0; greedy answers have one
         ("prompt", pa.string()),
         ("answer", pa.string()),
         ("target_old", pa.string()),
         ("output", pa.string()),
-        (
-            "logp_new",
-            pa.float64(),
-        ),  # nats, sum over the answer's tokens; the edit wording and the first paraphrase only
+        # nats, sum over the answer's tokens; the edit wording and the first paraphrase only, in the first draw
+        ("logp_new", pa.float64()),
         ("logp_old", pa.float64()),
-        ("matched_new", pa.bool_()),
+        ("words_new", pa.bool_()),  # rule `words`
+        ("words_old", pa.bool_()),
+        ("matched_new", pa.bool_()),  # rule `contains`
         ("matched_old", pa.bool_()),
-        ("exact_new", pa.bool_()),
+        ("exact_new", pa.bool_()),  # rule `exact`
         ("exact_old", pa.bool_()),
     ]
 )
-"""One row per wording asked."""
+"""One row per wording and draw."""
+
+TEMPERATURE, TOP_P = 0.7, 1.0
+"""How the protocol `authors` samples, as the published evaluation code does."""
+
+
+class Mode(NamedTuple):
+    """How an answer is generated: at most `tokens` long; `lines`: it may have several, so a newline does not end it."""
+
+    tokens: int
+    lines: bool
 
 
 @dataclass(frozen=True)
@@ -59,7 +73,9 @@ class Taught:
 
 @dataclass
 class Asker:
-    """Asks one model on one worker. `batch` bounds how many probes are generated (or scored) together."""
+    """Asks one model on one worker. `batch` bounds how many probes are generated (or scored) together; `seed` is that
+    of the draws where the protocol samples.
+    """
 
     model: Any
     encoder: Encoder
@@ -67,9 +83,10 @@ class Asker:
     device: torch.device
     batch: int
     packed: bool = True
+    seed: int = 0
 
     def __post_init__(self) -> None:
-        self._stops: tuple[Tensor, Tensor] | None = None  # of a fact's answer, of one at length
+        self._stops: tuple[Tensor, Tensor] | None = None  # of an answer of one line, of one of several
 
     def ask(self, taught: Sequence[Taught], only: Container[str] | None = None) -> list[dict[str, Any]]:
         """The rows of the predictions table for these edits, without method, seed and round.
@@ -79,55 +96,78 @@ class Asker:
         wordings = [
             (t, p, w)
             for t in taught
-            for p, probe in enumerate(t.edit.probes)
-            for w in range(self._asked(probe))
-            if only is None or probe.prompts[w] in only
+            for p, w in self._asked(t.edit)
+            if only is None or t.edit.probes[p].prompts[w] in only
         ]
-        outputs: dict[tuple[bool, str], str] = {}
-        for reasoned in (False, True):
-            probes = [
-                (t.edit.probes[p], w) for t, p, w in wordings if (t.edit.probes[p].kind == "multihop") == reasoned
-            ]
-            prompts = list(dict.fromkeys(probe.prompts[w] for probe, w in probes))  # a chain repeats its wordings
-            outputs |= {(reasoned, p): o for p, o in zip(prompts, self.answers(prompts, reasoned), strict=True)}
+        modes = [self._mode(t.edit, t.edit.probes[p]) for t, p, _ in wordings]
+        outputs: dict[tuple[Mode, str, int], str] = {}
+        for mode in dict.fromkeys(modes):
+            own = [t.edit.probes[p].prompts[w] for (t, p, w), m in zip(wordings, modes, strict=True) if m == mode]
+            prompts = list(dict.fromkeys(own))  # a chain repeats its wordings
+            for draw in range(self.config.draws):
+                found = self._generated(prompts, mode, draw if self.config.sampled else None)
+                outputs |= {(mode, p, draw): output for p, output in zip(prompts, found, strict=True)}
         scores = self._scores(wordings)
-        rows = []
-        for t, p, w in wordings:
-            probe = t.edit.probes[p]
-            rows.append(self._row(t, p, w, outputs[probe.kind == "multihop", probe.prompts[w]], scores))
-        return rows
+        return [
+            self._row(t, p, w, draw, outputs[mode, t.edit.probes[p].prompts[w], draw], scores)
+            for (t, p, w), mode in zip(wordings, modes, strict=True)
+            for draw in range(self.config.draws)
+        ]
 
-    def _asked(self, probe: Probe) -> int:
-        """How many wordings of a probe are asked."""
-        one = self.config.protocol == "paper" and probe.kind == "paraphrase"
-        return 1 if one else len(probe.prompts)
+    def _asked(self, edit: Edit) -> list[tuple[int, int]]:
+        """The probes and wordings of an edit that the protocol asks."""
+        first = next((p for p, probe in enumerate(edit.probes) if probe.kind == "paraphrase"), None)
+        return [
+            (p, w)
+            for p, probe in enumerate(edit.probes)
+            if probe.kind in self.config.kinds
+            for w in range(len(probe.prompts))
+            if self.config.protocol == "full" or probe.kind != "paraphrase" or (p, w) == (first, 0)
+        ]
 
-    def answers(self, prompts: Sequence[str], reasoned: bool = False) -> list[str]:
-        """The model's outputs; `reasoned`: at length, newlines included."""
-        if not prompts:
+    def _mode(self, edit: Edit, probe: Probe) -> Mode:
+        """How a probe is answered: a newline ends answers that are expected to have one line."""
+        if self.config.sampled:
+            return Mode(self.config.answer_tokens, lines=True)
+        if probe.kind == "multihop":
+            return Mode(self.config.reasoning_tokens, lines=True)
+        old = (edit.target_old, *edit.aliases_old) if probe.kind in ("edit", "paraphrase") else ()
+        return Mode(self.config.answer_tokens, several_lines((probe.answer, *probe.aliases, *old)))
+
+    def answers(self, prompts: Sequence[str]) -> list[str]:
+        """The model's greedy answers of one line."""
+        return self._generated(prompts, Mode(self.config.new_tokens, lines=False), draw=None)
+
+    def _generated(self, questions: Sequence[str], mode: Mode, draw: int | None) -> list[str]:
+        """The answers to questions; `draw`: which of several drawn ones, None: the greedy ones."""
+        if not questions:
             return []
-        ids = generate(
-            self.model,
-            [self.encoder.prompt(p) for p in prompts],
-            stops=self.stops(reasoned),
-            new_tokens=self.config.reasoning_tokens if reasoned else self.config.new_tokens,
-            batch=self.batch,
-            device=self.device,
-        )
-        return [self.encoder.tokenizer.decode(answer, skip_special_tokens=True).strip() for answer in ids]
+        thinking = self.config.thinking
+        prompts = self.encoder.prompts(questions, thinking)
+        how: dict[str, Any] = {
+            "stops": self.stops(mode.lines or thinking),
+            "new_tokens": mode.tokens + thinking * self.config.thinking_tokens,
+            "batch": self.batch,
+            "device": self.device,
+        }
+        if draw is None:
+            ids = generate(self.model, prompts, **how)
+        else:
+            seeds = [(self.seed, zlib.crc32(question.encode()), draw) for question in questions]
+            ids = sample(self.model, prompts, seeds=seeds, temperature=TEMPERATURE, top_p=TOP_P, **how)
+        texts = [self.encoder.read(answer, thinking).strip() for answer in ids]
+        return texts if mode.lines else [first_line(text) for text in texts]
 
-    def stops(self, reasoned: bool = False) -> Tensor:
-        """The tokens that end an answer: (V,) bool."""
+    def stops(self, lines: bool = False) -> Tensor:
+        """The tokens that end an answer: (V,) bool; `lines`: one that may have several."""
         if self._stops is None:
-            lines = newline_tokens(self.encoder.tokenizer)
-            end = torch.zeros_like(lines)
-            end[self.encoder.tokenizer.eos_token_id] = True
-            self._stops = (lines | end, end)
-        return self._stops[reasoned]
+            ends = end_tokens(self.model, self.encoder.tokenizer)
+            self._stops = (newline_tokens(self.encoder.tokenizer) | ends, ends)
+        return self._stops[lines]
 
     @torch.no_grad()
     def _scores(self, wordings: Sequence[tuple[Taught, int, int]]) -> dict[tuple[str, int, int], tuple[float, float]]:
-        """Log p of both answers (nats) for the edit wording and the first paraphrase of each edit."""
+        """Log p of both answers (nats), never after thoughts, for the edit wording and the first paraphrase."""
         scored = [(t, p, w) for t, p, w in wordings if w == 0 and t.edit.probes[p].kind in ("edit", "paraphrase")]
         triplets = [
             Triplet(
@@ -152,13 +192,22 @@ class Asker:
         return found
 
     def _row(
-        self, taught: Taught, p: int, w: int, output: str, scores: dict[tuple[str, int, int], tuple[float, float]]
+        self,
+        taught: Taught,
+        p: int,
+        w: int,
+        draw: int,
+        output: str,
+        scores: dict[tuple[str, int, int], tuple[float, float]],
     ) -> dict[str, Any]:
         edit, probe = taught.edit, taught.edit.probes[p]
         of_the_edit = probe.kind in ("edit", "paraphrase")
         old = (edit.target_old, edit.aliases_old) if of_the_edit else ("", ())
-        match = matches(output, new=(probe.answer, probe.aliases), old=old)
-        new_logp, old_logp = scores.get((edit.id, p, w), (None, None))
+        if self.config.protocol == "authors":
+            match = plain_matches(output, probe.answer, old[0])
+        else:
+            match = matches(output, new=(probe.answer, probe.aliases), old=old)
+        new_logp, old_logp = scores.get((edit.id, p, w), (None, None)) if draw == 0 else (None, None)
         return {
             "edit": edit.id,
             "chain": edit.chain,
@@ -167,12 +216,15 @@ class Asker:
             "kind": probe.kind,
             "probe": p,
             "wording": w,
+            "draw": draw,
             "prompt": probe.prompts[w],
             "answer": probe.answer,
             "target_old": old[0],
             "output": output,
             "logp_new": new_logp,
             "logp_old": old_logp,
+            "words_new": match.words_new,
+            "words_old": match.words_old,
             "matched_new": match.new,
             "matched_old": match.old,
             "exact_new": match.exact_new,

@@ -1,52 +1,82 @@
-"""The predictions table as the metrics read it: what was right, what is standing, what was right when it was learnt."""
+"""The predictions table as the metrics read it: what was right, what is standing, what was right when it was learnt,
+and where an old answer was displaced.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import get_args
 
 import numpy as np
 import pandas as pd
 
+from corsa.config.evaluation import Protocol
 from corsa.errors import CorsaError, unknown_name
 from corsa.evaluation.matching import normalise
 
 BASE = "base"
 """The unedited model, as the column `method` names it."""
 
-_RULES = {"contains": ("matched_new", "matched_old"), "exact": ("exact_new", "exact_old")}
+RULES = {
+    "words": ("words_new", "words_old"),
+    "contains": ("matched_new", "matched_old"),
+    "exact": ("exact_new", "exact_old"),
+}
+"""The columns of each rule: whether an output gives the new answer, and the old one."""
 _TEXT = ("method", "edit", "chain", "part", "kind")
-_MATCHES = tuple(column for columns in _RULES.values() for column in columns)
-_NEEDED = (*_TEXT, "seed", "trained", "learnt", "probe", "wording", "output", "logp_new", "logp_old", *_MATCHES)
+_MATCHES = tuple(column for columns in RULES.values() for column in columns)
+_NUMBERS = ("seed", "trained", "learnt", "probe", "wording", "draw")
+_NEEDED = (*_TEXT, *_NUMBERS, "output", "logp_new", "logp_old", *_MATCHES)
+_OF_THE_FACT = ("edit", "paraphrase")
 
 
-def prepared(predictions: pd.DataFrame, rule: str, protocol: str) -> pd.DataFrame:
+def check_columns(known: Iterable[str], source: str, remedy: str = "ask the model again") -> None:
+    """Raises CorsaError if a predictions table lacks columns that are needed; `source` says which table it is."""
+    if missing := [column for column in _NEEDED if column not in {"method", *known}]:
+        raise CorsaError(f"{source} lacks the columns {', '.join(missing)}: an earlier version wrote it; {remedy}")
+
+
+def prepared(predictions: pd.DataFrame, rule: str, protocol: str, *, taught_questions: bool = False) -> pd.DataFrame:
     """The rows that count under a protocol, with columns the metrics read.
 
     right, old (bool): the answer given, under the rule. item, chain_code (int): which wording of which probe, which
-    fact. wordings, standing (bool): see `corsa.evaluation.metrics`. then (bool): right when it was learnt. compared,
-    agrees (bool): the base model was asked the same, and said the same. any_right, leads (bool): some wording of the
-    probe was answered right, and this is its first row (where a probe counts once). scored (bool): has
-    log-probabilities. The base model's rows are repeated for every round, on exactly the facts the others are asked
-    after it.
+    fact; the draws of a wording share its item. wordings, standing, displaced (bool): see `corsa.evaluation.metrics`.
+    then (bool): right when it was learnt. once (bool): of a displaced answer, that it was given after its own round
+    (revised facts), or that the new one was (facts taught once). compared, agrees (bool): the base model was asked the
+    same and gave an answer, and this one is the same. any_right, leads (bool): some wording of the probe was answered
+    right, and this is its first row (where a probe counts once). scored (bool): has log-probabilities. The base model's
+    rows are repeated for every round, on exactly the facts the others are asked after it.
+
+    Args:
+        predictions: the predictions table. A column `benchmark` says which facts belong together where some have no
+            paraphrases; without it the part of an edit's id before the first "/" does.
+        rule: of `RULES`.
+        protocol: "full", "paper" or "authors"; the latter two count the first paraphrase of an edit alone.
+        taught_questions: what stands or was displaced is looked for in the questions as taught too, not in other
+            wordings alone.
 
     Raises:
         CorsaError: no rows, missing columns, an unknown rule or protocol.
     """
-    if rule not in _RULES:
-        raise unknown_name("match rule", rule, _RULES)
-    if protocol not in ("full", "paper"):
-        raise unknown_name("protocol", protocol, ("full", "paper"))
-    if missing := [column for column in _NEEDED if column not in predictions.columns]:
-        raise CorsaError(f"the predictions table lacks the columns {', '.join(missing)}: is it one of this version?")
+    if rule not in RULES:
+        raise unknown_name("match rule", rule, RULES)
+    if protocol not in get_args(Protocol):
+        raise unknown_name("protocol", protocol, get_args(Protocol))
+    if "method" not in predictions.columns:
+        raise CorsaError("the predictions table lacks the column method: it says whose answers these are")
+    check_columns(predictions.columns, "the predictions table")
     if predictions.empty:
         raise CorsaError("the predictions table is empty: no model was asked anything, so there is nothing to measure")
 
     rows = predictions[list(_NEEDED)].copy()
     for column in _TEXT:
         rows[column] = rows[column].astype(str)
-    if protocol == "paper":
+    rows["benchmark"] = _benchmark(predictions)
+    if protocol != "full":
         order = rows.probe.astype("int64") * (int(rows.wording.max()) + 1) + rows.wording
         first = order.groupby([rows.edit, rows.kind]).transform("min")
         rows = rows[(rows.kind != "paraphrase") | (order == first)]
-    new, old = _RULES[rule]
+    new, old = RULES[rule]
     rows["right"] = rows[new].eq(True).astype(bool)  # a null match (no such answer) is no match
     rows["old"] = rows[old].eq(True).astype(bool)
     rows["item"] = rows.groupby(["edit", "kind", "probe", "wording"], sort=True).ngroup()
@@ -55,28 +85,66 @@ def prepared(predictions: pd.DataFrame, rule: str, protocol: str) -> pd.DataFram
         rows[column] = pd.to_numeric(rows[column]).astype(float)
     rows["scored"] = np.isfinite(rows.logp_new) & np.isfinite(rows.logp_old)
 
-    probe = rows.groupby(["method", "seed", "trained", "edit", "probe"], sort=False)
+    probe = rows.groupby(["method", "seed", "trained", "edit", "probe", "draw"], sort=False)
     rows["any_right"] = probe.right.transform("any")
     rows["leads"] = probe.cumcount() == 0
 
-    wordings = "paraphrase" if (rows.kind == "paraphrase").any() else "edit"
-    rows["wordings"] = rows.kind == wordings
+    paraphrase = rows.kind == "paraphrase"
+    paraphrased = paraphrase.groupby(rows.benchmark).transform("any")
+    rows["wordings"] = paraphrase | ((rows.kind == "edit") & ~paraphrased)
+    asked = rows.kind.isin(_OF_THE_FACT) if taught_questions else rows.wordings
 
     rows["answered"] = rows.output.fillna("").map(normalise)
     base = rows[rows.method == BASE].drop_duplicates("item").set_index("item").answered
-    rows["compared"] = rows.item.isin(base.index)
+    rows["compared"] = rows.item.isin(base.index[base != ""])  # two empty answers do not agree on anything
     rows["agrees"] = rows.compared & (rows.answered == rows.item.map(base))
 
-    key = ["method", "seed", "item"]
+    key = ["method", "seed", "item", "draw"]
     learnt = rows[rows.trained == rows.learnt].drop_duplicates(key)[[*key, "right"]].rename(columns={"right": "then"})
-    rows = rows.merge(learnt, on=key, how="left")
-    standing = rows.wordings & (rows.learnt < rows.trained) & rows.then.notna()
+    rows = rows.assign(asked=asked).merge(learnt, on=key, how="left")
+    standing = rows.asked & (rows.learnt < rows.trained) & rows.then.notna()
     if (rows.part == "evaluation").any():
         standing &= rows.part == "evaluation"
     rows["standing"] = standing & (rows.method != BASE)
     rows["then"] = rows.then.eq(True).astype(bool)
+    rows = _with_displaced(rows)
     # In a fixed order, so that sums do not depend, to the last bit, on that of the table.
-    return _base_after_every_round(rows.sort_values(["seed", "item"], kind="stable"))
+    return _base_after_every_round(rows.sort_values(["seed", "item", "draw"], kind="stable"))
+
+
+def _benchmark(predictions: pd.DataFrame) -> pd.Series:
+    if "benchmark" in predictions.columns:
+        return predictions.benchmark.astype(str)
+    prefix = predictions.edit.astype(str).str.partition("/")
+    return prefix[0].where(prefix[1] == "/", "")
+
+
+def _with_displaced(rows: pd.DataFrame) -> pd.DataFrame:
+    """With the columns displaced and once.
+
+    An old answer is displaced where the model had it and an edit put another in its place. A revised fact counts from
+    the round that revises it, if its former answer took in its own round (some question was answered right). In a table
+    without revised facts, a fact counts after later rounds if its answer took and the old one went (some question gave
+    the new answer and not the old one).
+    """
+    own = rows[(rows.method != BASE) & (rows.trained == rows.learnt) & rows.kind.isin(_OF_THE_FACT)]
+    fact = ["method", "seed", "chain", "learnt"]
+    took = own.assign(went=own.right & ~own.old).groupby(fact)[["right", "went"]].any().reset_index()
+    before = took.groupby(fact[:3])
+    took["former"], took["former_took"] = before.learnt.shift(), before.right.shift().eq(True)
+    rows = rows.merge(took[[*fact, "went", "former", "former_took"]], on=fact, how="left")
+    wording = [*fact, "kind", "probe", "wording", "draw"]
+    former = own[[*wording, "right"]].drop_duplicates(wording)
+    former = former.rename(columns={"learnt": "former", "right": "former_right"}).astype({"former": "float64"})
+    rows = rows.astype({"former": "float64"})
+    rows = rows.merge(former, on=["former" if name == "learnt" else name for name in wording], how="left")
+    if rows.former.notna().any():
+        displaced, once = rows.former_took.eq(True), rows.former_right.eq(True)
+    else:
+        displaced, once = rows.went.eq(True) & (rows.learnt < rows.trained), rows.then
+    rows["displaced"] = (displaced & rows.asked & (rows.method != BASE)).astype(bool)
+    rows["once"] = once.astype(bool)
+    return rows.drop(columns=["went", "former", "former_took", "former_right"])
 
 
 def _base_after_every_round(rows: pd.DataFrame) -> pd.DataFrame:

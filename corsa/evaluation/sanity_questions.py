@@ -11,7 +11,7 @@ import yaml
 
 from corsa.config import Frozen
 from corsa.data.edit import Text
-from corsa.evaluation.matching import contains, exact
+from corsa.evaluation.matching import exact, words
 
 _FILE = Path(__file__).with_name("sanity_questions.yaml")
 
@@ -36,13 +36,13 @@ def digest() -> str:
 
 
 def judged(outputs: list[str]) -> list[dict[str, Any]]:
-    """One row {question, answer, output, right} for each question, from its output; right by the rule `contains`."""
+    """One row {question, answer, output, right} for each question, from its output; right by the rule `words`."""
     return [
         {
             "question": control.question,
             "answer": control.answer,
             "output": output,
-            "right": contains(output, control.answer, control.aliases),
+            "right": words(output, control.answer, control.aliases),
         }
         for control, output in zip(controls(), outputs, strict=True)
     ]
@@ -50,7 +50,7 @@ def judged(outputs: list[str]) -> list[dict[str, Any]]:
 
 def changes(base: list[dict[str, Any]], edited: list[dict[str, Any]]) -> dict[str, Any]:
     """What an edit did to the questions: {questions, right_before, right_now, same, changed: rows that lost or gained
-    the right answer}. `same` counts answers whose first line, normalised, is the base model's.
+    the right answer}. `same` counts answers that are the base model's (rule `exact`).
     """
     pairs = list(zip(base, edited, strict=True))
     return {

@@ -24,6 +24,7 @@ from corsa.config.steps import (
     QuestionsConfig,
     QuestionsPlace,
     ReferenceConfig,
+    RoundConfig,
     RoundsConfig,
     RoutingConfig,
     SpecificityConfig,
@@ -123,6 +124,7 @@ class Experiment(RunSettings):
             raise CorsaError(f"--seeds {','.join(map(str, self.seeds))}: a seed is a whole number from 0")
         if not self.methods or not self.seeds:
             raise CorsaError("nothing would be trained: name at least one of --methods and one of --seeds")
+        self.evaluation.checked(self.model)
         return self
 
 
@@ -231,8 +233,8 @@ def chain(
     steps: list[Step] = []
     for number in rounds:
         config = record.round_config(settings, seed, number)
-        facts = taught.ending(config.training.answer_end) if isinstance(config, RoundConfig) else taught
-        inputs = {**facts.tables, "schedule": schedule}
+        own = taught.ending(config.training.answer_end) if isinstance(config, RoundConfig) else taught
+        inputs = {**own.tables, "schedule": schedule}
         if previous := steps[-1] if steps else after:
             inputs["previous"] = previous
         inputs |= record.inputs(settings)

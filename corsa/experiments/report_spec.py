@@ -10,7 +10,7 @@ from corsa.experiments.base import EDITS, PART, REFERENCE, REPORT, SCHEDULE, Exp
 from corsa.flow import Kind, Step
 from corsa.report.findings import HEADLINES
 
-PAPER = Kind("report", "corsa.experiments.steps:join_reports", version=2)
+PAPER = Kind("report", "corsa.experiments.steps:join_reports", version=3)
 
 
 @dataclass
@@ -49,8 +49,9 @@ class Page:
             scenario=self.scenario,
             command=command,
             experiment=identity(experiment),
-            rule=experiment.evaluation.match,
+            rule=experiment.evaluation.rule,
             protocol=experiment.evaluation.protocol,
+            kinds=experiment.evaluation.kinds,
             headlines=tuple(self.headlines),
             shown=tuple(self.shown),
             specificity=tuple(self.specific),

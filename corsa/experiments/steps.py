@@ -34,6 +34,7 @@ from corsa.flow.step import topological
 from corsa.flow.store import Artifact
 from corsa.flow.task import Task
 from corsa.methods import method_of
+from corsa.report.facts import told_forgotten
 from corsa.report.page import Scenario, write_paper, write_report
 
 
@@ -119,7 +120,7 @@ def make_report(task: Task) -> dict[str, Any]:
     metrics = measured(task, config, predictions)
     (task.output / "metrics.json").write_text(json.dumps(metrics, indent=1, allow_nan=False))
     run = described_run(task, config.title, config.command, config.experiment) | {
-        "notes": [*_notes(task), *controls.told(metrics.get("controls"))]
+        "notes": [*_notes(task), *told_forgotten(metrics), *controls.told(metrics.get("controls"))]
     }
     (task.output / "run.json").write_text(json.dumps(run, indent=1))
     write_report(task.output, metrics=metrics, predictions=predictions, curves=curves, run=run)
@@ -191,7 +192,13 @@ def about(task: Task, config: JoinedConfig) -> dict[str, Any]:
 
 def measured(task: Task, config: ReportConfig, predictions: pd.DataFrame) -> dict[str, Any]:
     """The metrics of all answers, of each benchmark's where there are several, and of the answers to MMLU."""
-    how: dict[str, Any] = {"rule": config.rule, "protocol": config.protocol, "compare_with": config.compare_with}
+    how: dict[str, Any] = {
+        "rule": config.rule,
+        "protocol": config.protocol,
+        "compare_with": config.compare_with,
+        "taught_questions": config.taught_questions,
+        "kinds": config.kinds,
+    }
     metrics = compute(predictions, **how)
     names = [name for name, step in task.step.inputs.items() if step.kind.name == "edits"]
     if len(names) > 1:

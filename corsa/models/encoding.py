@@ -1,4 +1,6 @@
-"""How a model is asked: from the text of a question and an answer to token ids, with one tokenizer and template."""
+"""How a model is asked: from the text of a question and an answer to token ids, with one tokenizer and template; and
+back, from generated token ids to the answer in them.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +11,9 @@ from typing import Any, Literal
 
 from corsa.config import AnswerEnd
 from corsa.errors import CorsaError
+
+OPEN, CLOSE = "<think>", "</think>"
+"""What reasoning models write around their thoughts."""
 
 
 @dataclass(frozen=True)
@@ -26,17 +31,30 @@ class Encoder:
     template: Literal["qa", "chat"]
     answer_end: AnswerEnd = "end_token"
 
-    def prompt(self, question: str) -> list[int]:
+    def prompt(self, question: str, thinking: bool = False) -> list[int]:
         """Token ids of a question as the model is asked it: in the paper's template (Fig. 7) or the tokenizer's own."""
-        return self.prompts([question])[0]
+        return self.prompts([question], thinking)[0]
 
-    def prompts(self, questions: Sequence[str]) -> list[list[int]]:
-        """Of many at once: several times as fast as one by one."""
+    def prompts(self, questions: Sequence[str], thinking: bool = False) -> list[list[int]]:
+        """Of many at once: several times as fast as one by one.
+
+        `thinking`: the model may think before it answers. Otherwise the chat template is told not to let it, and
+        thoughts that the template opens all the same are closed at once.
+
+        Raises:
+            CorsaError: `thinking`, and the template knows nothing of it.
+        """
         if not questions:
             return []
+        if thinking and not self._knows_thinking:
+            raise CorsaError(
+                "the chat template of this model knows no thinking (it has neither enable_thinking nor <think>): "
+                "leave --evaluation.thinking out"
+            )
         if self.template == "chat":
-            turns = [[{"role": "user", "content": question}] for question in questions]
-            texts = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+            texts = self._turns(questions, thinking)
+            if not thinking and self._opened[False]:
+                texts = [f"{text.rstrip()}\n\n{CLOSE}\n\n" for text in texts]
             return self.tokenizer(texts, add_special_tokens=False)["input_ids"]
         end = self.tokenizer.eos_token_id
         found = self.tokenizer([f"Q: {q}\nA:" for q in questions])["input_ids"]  # begin token where there is one
@@ -82,5 +100,55 @@ class Encoder:
             )
         return text.rpartition(_ANSWER)[2]
 
+    def read(self, ids: Sequence[int], thinking: bool = False) -> str:
+        """The answer in generated token ids, without special tokens and without what the model thought before it.
+
+        `thinking`: as the prompt was made. Thoughts that do not end leave no answer: "".
+        """
+        opened = self.template == "chat" and thinking and self._opened[True]
+        first, last = self._thought_tokens
+        ids = list(ids)
+        if last is not None and last in ids:  # by token first: where they are special, decoding drops the marks alone
+            ids, opened = ids[len(ids) - ids[::-1].index(last) :], False
+        if first is not None and first in ids:
+            ids = ids[: ids.index(first)]
+        text = self.tokenizer.decode(ids, skip_special_tokens=True)
+        return without_thoughts(f"{OPEN}{text}" if opened else text)
+
+    def _turns(self, questions: Sequence[str], thinking: bool) -> list[str]:
+        if not self.tokenizer.chat_template:
+            raise CorsaError("the tokenizer of this model has no chat template: use --template qa")
+        turns = [[{"role": "user", "content": question}] for question in questions]
+        how = {"enable_thinking": thinking, "thinking": thinking}  # Qwen's, GLM's, SmolLM's; DeepSeek's, Granite's
+        return self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, **how)
+
+    @cached_property
+    def _opened(self) -> dict[bool, bool]:
+        """Whether a prompt ends inside of thoughts, with thinking off and on."""
+        prompts = {thinking: self._turns(["?"], thinking)[0] for thinking in (False, True)}
+        return {thinking: prompt.rfind(OPEN) > prompt.rfind(CLOSE) for thinking, prompt in prompts.items()}
+
+    @cached_property
+    def _knows_thinking(self) -> bool:
+        """Whether the chat template says anything of thinking."""
+        template = self.tokenizer.chat_template
+        texts = template.values() if isinstance(template, dict) else [template or ""]
+        return self.template == "chat" and any("thinking" in text or OPEN in text for text in texts)
+
+    @cached_property
+    def _thought_tokens(self) -> tuple[int | None, int | None]:
+        """The tokens that open and close thoughts, where the tokenizer has them."""
+        known = self.tokenizer.get_added_vocab()
+        return known.get(OPEN), known.get(CLOSE)
+
 
 _ANSWER = "Corsa-Answer"
+
+
+def without_thoughts(text: str) -> str:
+    """What stands after the thoughts in a text; of thoughts that do not end nothing is left.
+
+    >>> without_thoughts("<think>Paris? No.</think>Rome"), without_thoughts("<think>Paris"), without_thoughts("Rome")
+    ('Rome', '', 'Rome')
+    """
+    return text.rpartition(CLOSE)[2].partition(OPEN)[0]

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from corsa.evaluation.matching import normalise
-from corsa.evaluation.prepared_predictions import BASE
+from corsa.evaluation.prepared_predictions import BASE, RULES
 from corsa.report.findings import label
 
 OUTCOMES = ("took", "failed", "reverted", "changed", "unchanged")
@@ -22,7 +22,7 @@ _GIVES = np.array(["neither", "new", "old", "both"])
 
 def gives(rows: pd.DataFrame, rule: str) -> pd.Series:
     """What each answer of a predictions table gives under a rule: "new", "old", "both" or "neither"."""
-    new, old = ("matched_new", "matched_old") if rule == "contains" else ("exact_new", "exact_old")
+    new, old = RULES[rule]
     found = rows[new].eq(True).to_numpy(int) + 2 * rows[old].eq(True).to_numpy(int)  # a null match is no match
     return pd.Series(_GIVES[found], index=rows.index)
 
@@ -55,7 +55,7 @@ def _answers(predictions: pd.DataFrame, rule: str) -> pd.DataFrame:
     if (rows.method != BASE).any():
         rows = rows[rows.method != BASE]
     base = base[[*asked, "output", "said"]].rename(columns={"output": "base", "said": "base_said"})
-    run = ["method", "seed", *asked]
+    run = ["method", "seed", *asked, "draw"]
     then = rows[rows.trained == rows.learnt].drop_duplicates(run)[[*run, "right"]].rename(columns={"right": "then"})
     rows = rows.merge(base, on=asked, how="left").merge(then, on=run, how="left")
     # Where the base model was not asked, a neighbor's true answer stands in for what it said.

@@ -42,11 +42,12 @@ def examples(predictions: pd.DataFrame, *, rule: str, kind: str, methods: list[s
 
     Args:
         predictions: the predictions table.
-        rule: "contains" or "exact", which decides what an answer gives.
+        rule: "words", "contains" or "exact", which decides what an answer gives.
         kind: the probe kind to show ("paraphrase", "edit", "multihop"), its first wording, first seed.
         methods: in the order shown.
     """
     rows = predictions[predictions.kind == kind].reset_index(drop=True)
+    rows = rows[rows.draw == 0]
     rows = rows[rows.wording == rows.groupby("edit").wording.transform("min")]
     rows = rows[rows.seed == rows.groupby("method").seed.transform("min")]
     rows = rows.assign(gives=gives(rows, rule))

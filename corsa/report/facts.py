@@ -10,6 +10,7 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
+from corsa.evaluation.prepared_predictions import RULES
 from corsa.evaluation.sanity_questions import short, told
 
 _SHOWN = 30
@@ -20,11 +21,11 @@ def facts(predictions: pd.DataFrame, rule: str) -> list[dict[str, Any]]:
 
     Args:
         predictions: the table of a report (`corsa.evaluation.predict`), one method beside the base model.
-        rule: "contains" or "exact".
+        rule: "words", "contains" or "exact".
     """
     last = predictions[(predictions.method != "base") & (predictions.trained == predictions.trained.max())]
-    last = last[last.learnt == last.trained]
-    new = "matched_new" if rule == "contains" else "exact_new"
+    last = last[(last.learnt == last.trained) & (last.draw == 0)]
+    new, _ = RULES[rule]
     found = []
     for edit, rows in last.groupby("edit", sort=False):
         own, others = rows[rows.kind == "edit"], rows[rows.kind == "paraphrase"]
@@ -58,6 +59,21 @@ def table(rows: list[dict[str, Any]]) -> Table:
     return grid
 
 
+def told_forgotten(metrics: dict[str, Any]) -> Iterator[str]:
+    """Forgetting in a sentence, with the numbers behind it: what the console and the page of an update say."""
+    row = metrics["rows"][-1]
+    counts = metrics["forgotten"].get(row["method"])
+    if counts is None or row["metrics"]["forgetting"]["value"] is None:
+        return
+    taught, other = counts["taught"], counts["other"]
+    right, lost = (taught[name] + other[name] for name in ("right", "lost"))
+    yield (
+        f"Earlier facts: {lost} of {right} answers that were right when they were learnt are wrong now "
+        f"({100 * row['metrics']['forgetting']['value']:.0f} %): {taught['lost']} of {taught['right']} to questions as "
+        f"taught, {other['lost']} of {other['right']} to other wordings ({counts['facts']} facts)."
+    )
+
+
 def summary(metrics: dict[str, Any], predictions: pd.DataFrame) -> Iterator[str]:
     """What took, what generalises, what became of earlier facts and what else changed, a sentence each."""
     row = metrics["rows"][-1]["metrics"]
@@ -67,10 +83,7 @@ def summary(metrics: dict[str, Any], predictions: pd.DataFrame) -> Iterator[str]
         right, all_ = sum(f["right"] for f in found), sum(f["wordings"] for f in found)
         if all_:
             yield f"other wordings: {right} of {all_} answered right"
-    if row["forgetting"]["value"] is not None:
-        entry = row["forgetting"]
-        lost = round(entry["value"] * 100)
-        yield f"earlier facts: {lost} % of what was right when it was learnt is wrong now ({entry['edits']} facts)"
+    yield from told_forgotten(metrics)
     if row["neighborhood"]["value"] is not None:
         same = row["agreement"]["value"]
         agreed = "" if same is None else f", {100 * same:.0f} % answered as the base model does"

@@ -64,8 +64,17 @@ def findings(metrics: dict[str, Any]) -> list[str]:
         pairs = [pair for pair in pairs if "corsa" in pair]
     sentences = [sentence for a, b in pairs for sentence in _pair(metrics, a, b)]
     if metrics["probe_kind"] == "edit":
-        sentences.append("This data has no paraphrases: the numbers are counted on the edit prompts themselves.")
+        missing = "This data has no paraphrases" if _asked(metrics) else "Paraphrases were not asked"
+        sentences.append(f"{missing}: the numbers are counted on the edit prompts themselves.")
+    elif fallback := metrics.get("fallback"):
+        ids = _listed([f"{name}/..." for name in fallback])
+        sentences.append(f"The edits {ids} have no paraphrases: they are counted on the edit prompts themselves.")
     return sentences
+
+
+def _asked(metrics: dict[str, Any]) -> bool:
+    """Whether paraphrases were asked, of data that has them."""
+    return "paraphrase" in (metrics.get("kinds") or ("paraphrase",))
 
 
 def summary(metrics: dict[str, Any]) -> str:

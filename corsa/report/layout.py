@@ -19,6 +19,7 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from corsa.report.findings import label, shown
+from corsa.report.published import differs
 
 BUNDLE = "plotly-basic.min.js.gz"
 """From the npm package plotly.js-basic-dist-min (MIT), of the version that the Python package plotly brings whole."""
@@ -108,7 +109,7 @@ def _environment(loaders: list[FileSystemLoader]) -> Environment:
         lstrip_blocks=True,
     )
     environment.filters |= {"label": label, "duration": duration, "pairs": _pairs}
-    environment.globals["shown"] = shown
+    environment.globals |= {"shown": shown, "differs": differs}
     return environment
 
 

@@ -72,6 +72,18 @@ PUBLISHED = (
 )
 
 
+def differs(metrics: dict[str, Any]) -> str:
+    """What is measured differently in a report than in the paper; "" where the protocol is that of the paper's code."""
+    if (metrics["protocol"], metrics["rule"]) == ("authors", "contains"):
+        return ""
+    here = f"the protocol “{metrics['protocol']}” and the rule “{metrics['rule']}”"
+    return (
+        "The paper's figures come from the protocol “authors”: answers sampled at temperature 0.7 in the chat "
+        "template, up to 128 tokens, the first paraphrase, a plain lower-cased substring test of the target without "
+        f"aliases. This run has {here}, which is another measure."
+    )
+
+
 def beside(metrics: dict[str, Any]) -> list[tuple[Published, dict[str, Any] | None]]:
     """The published figures of a report's tables, each with the comparison that was measured here, if there is one."""
     found = {(c["metric"], c["a"], c["b"]): c for c in metrics["comparisons"]}

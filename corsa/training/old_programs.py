@@ -13,7 +13,7 @@ import torch
 
 from corsa.config import ModelConfig, Placement
 from corsa.config.steps import OldAnswersConfig
-from corsa.evaluation.generation import end_alone, generate
+from corsa.evaluation.generation import end_tokens, generate
 from corsa.evaluation.programs import PROGRAMS
 from corsa.flow.ray_data import map_with_model, retried
 from corsa.flow.task import Task
@@ -34,16 +34,16 @@ class Answer:
         self.model, self.new_tokens = load_model(model, self.device), new_tokens
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        rows, tokenizer = batch.to_pylist(), self.encoder.tokenizer
+        rows = batch.to_pylist()
         outputs = generate(
             self.model,
             [self.encoder.prompt(row["prompt"]) for row in rows],
-            stops=end_alone(tokenizer),
+            stops=end_tokens(self.model, self.encoder.tokenizer),
             new_tokens=self.new_tokens,
             batch=len(rows),
             device=self.device,
         )
-        texts = [tokenizer.decode(ids, skip_special_tokens=True).strip("\n") for ids in outputs]
+        texts = [self.encoder.read(ids).strip("\n") for ids in outputs]
         answers = [
             {"problem": row["id"], "sample": 0, "output": text, "tokens": len(ids)}
             for row, text, ids in zip(rows, texts, outputs, strict=True)

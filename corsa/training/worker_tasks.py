@@ -30,7 +30,7 @@ from corsa.data.benchmarks.code_prompt import asked
 from corsa.data.edit import Edit, from_table
 from corsa.data.schedule import taught_in, valid_after
 from corsa.errors import CorsaError
-from corsa.evaluation.generation import end_alone, sample
+from corsa.evaluation.generation import end_tokens, sample
 from corsa.evaluation.metrics import measure
 from corsa.evaluation.mmlu import from_questions_table
 from corsa.evaluation.multiple_choice import ANSWERS, MultipleChoice
@@ -278,7 +278,6 @@ def _write_programs(task: Task, workshop: Workshop, post: Post) -> dict[str, Any
     every = [(i, n) for i in range(len(problems)) for n in range(how.samples)]
     share = -(-len(every) // crew.size)  # in a row: the samples of one problem have their prompt in common
     own = every[crew.rank * share :][:share]
-    tokenizer = loaded.encoder.tokenizer
     told = {"described": config.described, "implementation": config.implementation}
     prompts = [asked(problem, **told) for problem in problems]
     with _edited(task, loaded, crew), crew.in_step(loaded.model):
@@ -288,12 +287,12 @@ def _write_programs(task: Task, workshop: Workshop, post: Post) -> dict[str, Any
             seeds=[(config.seed, zlib.crc32(problems[i]["id"].encode()), n) for i, n in own],
             temperature=how.temperature,
             top_p=how.top_p,
-            stops=end_alone(tokenizer),
+            stops=end_tokens(loaded.model, loaded.encoder.tokenizer),
             new_tokens=how.new_tokens,
             batch=max(1, workshop.placement.probe_batch // 8),  # programs are longer than answers
             device=crew.device,
         )
-    texts = (tokenizer.decode(ids, skip_special_tokens=True).strip("\n") for ids in outputs)
+    texts = (loaded.encoder.read(ids).strip("\n") for ids in outputs)
     rows = crew.collect(
         [
             {"problem": problems[i]["id"], "sample": n, "output": text, "tokens": len(ids)}
@@ -347,7 +346,8 @@ def _open(task: Task, workshop: Workshop, adapters: int = 1) -> tuple[_Subject, 
 
 def _asker(config: AskingConfig, loaded: Loaded, workshop: Workshop) -> Asker:
     batch = workshop.placement.probe_batch
-    return Asker(loaded.model, loaded.encoder, config.evaluation, workshop.crew.device, batch, loaded.packed)
+    device = workshop.crew.device
+    return Asker(loaded.model, loaded.encoder, config.evaluation, device, batch, loaded.packed, config.seed)
 
 
 def _ask(task: Task, lesson: _Subject, loaded: Loaded, workshop: Workshop, post: Post) -> dict[str, Any]:
@@ -363,9 +363,12 @@ def _ask(task: Task, lesson: _Subject, loaded: Loaded, workshop: Workshop, post:
 
 def _write_predictions(task: Task, rows: list[dict[str, Any]]) -> dict[str, Any]:
     labels = {"seed": task.config.seed, "trained": task.config.round}
-    predictions = [{**labels, **row} for row in sorted(rows, key=lambda r: (r["edit"], r["probe"], r["wording"]))]
+    predictions = [{**labels, **row} for row in sorted(rows, key=lambda r: [r[name] for name in _ORDER])]
     pq.write_table(pa.Table.from_pylist(predictions, schema=PREDICTIONS), task.output / "predictions.parquet")
     return {"probes": len(rows)}
+
+
+_ORDER = ("edit", "probe", "wording", "draw")
 
 
 def _write_curves(task: Task, curves: list[dict[str, Any]]) -> dict[str, Any]:

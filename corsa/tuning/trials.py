@@ -47,7 +47,7 @@ class Trials:
             rung=self.rung or 1,
             rounds=self.config.rounds.rounds,
             seeds=self.experiment.seeds,
-            rule=self.experiment.evaluation.match,
+            rule=self.experiment.evaluation.rule,
             better=METRICS[metric].better,
         )
         return [
@@ -84,7 +84,7 @@ class Trials:
                 continue
             tables = [pd.read_parquet(outcome.artifacts[s.fingerprint].local("predictions.parquet")) for s in steps]
             predictions = pd.concat(tables, ignore_index=True).assign(method="corsa")
-            how = {"rule": self.experiment.evaluation.match, "protocol": self.experiment.evaluation.protocol}
+            how = {"rule": self.experiment.evaluation.rule, "protocol": self.experiment.evaluation.protocol}
             row = compute(predictions, **how)["rows"][0]["metrics"]
             records = [outcome.artifacts[step.fingerprint].record for step in steps]
             results[number] = {

@@ -1,0 +1,23 @@
+"""What every configuration is made of."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+from tyro.conf import arg
+
+
+class Frozen(BaseModel):
+    """Base of every configuration: immutable, unknown keys refused, defaults validated."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, populate_by_name=True)
+
+    def canonical(self) -> dict[str, Any]:
+        """The configuration as plain JSON values, under the names a configuration file uses."""
+        return self.model_dump(mode="json", by_alias=True)
+
+
+def plain(name: str | None = None) -> Any:
+    """Marks a field whose option carries no group's name: `--workers`, not `--placement.workers`."""
+    return arg(name=name, prefix_name=False)
