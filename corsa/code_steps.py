@@ -11,12 +11,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from corsa.benchmarks.programs import program_in, read_problems
-from corsa.edits import Edit, normalise, to_table
+from corsa.edits import Edit, to_table
 from corsa.evaluation.passing import Tried, compared, measure, tried, unjudged
 from corsa.evaluation.uncertainty import LEVEL
 from corsa.flow.task import Task
 from corsa.identities import CodeReportConfig, ProblemsConfig
 from corsa.steps import described_run
+from corsa.text import folded
 
 PROBLEMS = pa.schema(
     [
@@ -68,7 +69,7 @@ def as_edits(task: Task) -> dict[str, Any]:
     edits, counts = [], Counter[str]()
     for id_, row in rows.items():
         verdict, new = verdicts[id_], row["solution"].strip()
-        same = normalise(program_in(answers[id_])) == normalise(new)
+        same = folded(program_in(answers[id_])) == folded(new)
         if verdict["outcome"] == "sandbox":
             why = "not_judged"
         elif verdict["outcome"] == "passed" or same:

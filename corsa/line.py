@@ -25,9 +25,10 @@ from pydantic import ConfigDict, ValidationError
 
 from corsa.benchmarks.file import Draft
 from corsa.config import Frozen, LoraConfig, ModelConfig
-from corsa.edits import Edit, FieldError, from_table, normalise
+from corsa.edits import Edit, FieldError, from_table
 from corsa.errors import CorsaError
 from corsa.models.registry import hub_name
+from corsa.text import bare, folded, same_text
 from corsa.wordings import wordings
 
 WEIGHTS = "adapter_model.safetensors"
@@ -163,9 +164,9 @@ def file_digest(path: Path) -> str:
 
 def matched(before: Sequence[Edit], draft: Draft) -> Edit | None:
     """The standing edit that a draft revises: of the same chain, or else of the same question."""
-    chain, prompt = draft.fields["chain"], normalise(draft.fields["prompt"])
-    named = [e for e in before if chain is not None and normalise(e.chain) == normalise(chain)]
-    return next(iter(named or [e for e in before if normalise(e.prompt) == prompt]), None)
+    chain, prompt = draft.fields["chain"], bare(draft.fields["prompt"])
+    named = [e for e in before if chain is not None and same_text(e.chain, chain)]
+    return next(iter(named or [e for e in before if bare(e.prompt) == prompt]), None)
 
 
 def unanswered(before: Sequence[Edit], drafts: Sequence[Draft]) -> list[Draft]:
@@ -191,10 +192,11 @@ def join(before: Sequence[Edit], drafts: Sequence[Draft], update: int, answers: 
         given, known = draft.fields, matched(before, draft)
         change: dict[str, Any] = {"id": f"{update}/{given['id']}", "round": update}
         change["chain"] = known.chain if known else given["chain"] or change["id"]
-        change["paraphrases"] = given["paraphrases"] or _paraphrases(known) or wordings(given["prompt"])
+        other = any(bare(wording) != bare(given["prompt"]) for wording in given["paraphrases"])
+        change["paraphrases"] = (given["paraphrases"] if other else _paraphrases(known)) or wordings(given["prompt"])
         if known:
             change["neighbors"] = given["neighbors"] or _neighbors(known)
-            again = normalise(known.target_new) == normalise(given["target_new"])  # taught once more
+            again = same_text(known.target_new, given["target_new"])  # taught once more
             old = (known.target_old, known.aliases_old) if again else (known.target_new, known.aliases_new)
         else:
             old = (answers.get(given["prompt"], ""), ())
@@ -215,7 +217,7 @@ def taken_back(before: Sequence[Edit], wanted: Sequence[str], update: int) -> li
     """
     edits = []
     for name in dict.fromkeys(wanted):
-        edit = next((e for e in reversed(before) if normalise(name) in _names(e)), None)
+        edit = next((e for e in reversed(before) if folded(name) in _names(e)), None)
         if edit is None:
             known = "; ".join(f"{e.id} ({e.prompt})" for e in before[:5]) + ("; ..." if len(before) > 5 else "")
             raise CorsaError(f"no standing edit is called {name!r}: give an id or the whole question. Known: {known}")
@@ -240,7 +242,7 @@ def taken_back(before: Sequence[Edit], wanted: Sequence[str], update: int) -> li
 
 def _names(edit: Edit) -> set[str]:
     """What an edit can be called by: its id, that of its file, its chain, its question."""
-    return {normalise(name) for name in (edit.id, edit.id.partition("/")[2], edit.chain, edit.prompt)}
+    return {folded(name) for name in (edit.id, edit.id.partition("/")[2], edit.chain, edit.prompt)}
 
 
 def _paraphrases(edit: Edit | None) -> tuple[str, ...]:

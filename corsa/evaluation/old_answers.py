@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from corsa.benchmarks.file import Draft
-from corsa.edits import normalise
 from corsa.errors import CorsaError
 from corsa.evaluation.generation import generate, newline_tokens
 from corsa.evaluation.matching import contains
 from corsa.models.encoding import Encoder
+from corsa.text import folded
 
 _TRIES = 20
 
@@ -56,7 +56,7 @@ def old_answers(
             new = contains(text, fields["target_new"], fields["aliases_new"])
             if new and attempt == 0:
                 known.append(fields["prompt"])
-            if new or not normalise(text):
+            if new or not folded(text):
                 still.append(i)
             else:
                 answers[fields["prompt"]] = text
