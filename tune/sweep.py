@@ -22,9 +22,11 @@ from corsa.config import plain
 from corsa.errors import CorsaError, unknown_name
 from corsa.experiment import Experiment, base, chain, dealt, facts, swept
 from corsa.flow import Artifact, Step, Store, draw
+from corsa.flow.step import topological
 from corsa.identities import RoundsConfig
 from corsa.launch import announce, bring_about, lasting, launch, repeat_command
 from corsa.page import Page
+from corsa.planning.inputs import check_files
 from corsa.tuning.space import Space, applied
 
 HEADLINES = ("edit_success", "generality", "forgetting", "retention", "neighborhood")
@@ -189,6 +191,7 @@ def main() -> int:
     command = repeat_command(program, experiment.model_copy(update={"confirm": 0}), Sweep())
     experiment = placed(experiment)
     step, store = sweep(experiment, command), Store(lasting(experiment.storage))
+    check_files(needed for needed in topological([step]) if not store.find(needed))
     if experiment.dry_run:
         console.print(draw([step], store))
         return 0
