@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from corsa.benchmarks.files import regular
 from corsa.benchmarks.programs import digest, kind_of
 from corsa.config import LoraConfig, SamplingConfig, TrainingConfig, plain
 from corsa.errors import CorsaError, unknown_name
@@ -139,10 +140,10 @@ def _problems(name: str, path: str, limit: int | None, offset: int, *, taught: b
     if limit is not None and limit < 1:
         raise CorsaError(f"--limit {limit}: nothing would be taught; give 1 or more, or leave it out to take all")
     if (kind := kind_of(path)) != name:
-        records = {"updates": "CodeUpdateArena's record (--data)", "humaneval": "HumanEval (--humaneval)"}
-        raise CorsaError(f"{path} holds {records[kind]}, and is given as {records[name]}: exchange the two")
+        options = {"updates": "CodeUpdateArena's record (--data)", "humaneval": "HumanEval (--humaneval)"}
+        raise CorsaError(f"{path} holds {options[kind]}, and stands where {options[name]} belongs")
     config = ProblemsConfig(digest=digest(path), limit=limit, offset=offset, taught=taught)
-    place = ProblemsPlace(data=str(Path(path).expanduser().absolute()))
+    place = ProblemsPlace(data=str(regular(path).absolute()))
     return Step(f"problems/{name}", PROBLEMS, config, placement=place)
 
 

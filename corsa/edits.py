@@ -15,17 +15,17 @@ from pydantic_core import ErrorDetails, PydanticCustomError
 
 from corsa.config import Frozen
 from corsa.errors import CorsaError
-from corsa.text import composed, fault, folded, same_text, shown, templated
+from corsa.text import composed, fault, folded, same_text, shown, templated, visible
 
 
 def _sound(text: str) -> str:
-    if wrong := fault(text):
-        raise PydanticCustomError("unsound", "{wrong}", {"wrong": wrong})
+    if not visible(text):
+        raise PydanticCustomError("invisible", "has no visible character")
     return composed(text)
 
 
 Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1), AfterValidator(_sound)]
-"""A string that can be read: in composed form (`corsa.text`), with a visible character and no control characters."""
+"""A string in composed form (`corsa.text`) that has a visible character."""
 
 Question = tuple[str, str, Sequence[str]]
 """A prompt, its answer, and aliases of the answer."""
@@ -111,18 +111,16 @@ class Edit(Frozen):
 
         Raises FieldError for the first field that is not valid.
         """
-        if isinstance(target_old, str) and (wrong := fault(target_old)):
-            raise FieldError("target_old", wrong)
         neighbors = list(neighbors)
-        for field, asked in (
-            ("prompt", [prompt]),
-            ("paraphrases", paraphrases),
-            ("neighbors", [question for question, _, _ in neighbors]),
-            ("history", history),
-        ):
-            if wrapped := next((text for text in asked if isinstance(text, str) and templated(text)), None):
-                reason = f"stands in a template already: {shown(wrapped)!r}"
-                raise FieldError(field, reason, "give the question alone, the template is added to it")
+        if isinstance(target_old, str) and not target_old.strip():
+            raise FieldError("target_old", "is blank")
+        _readable("target_new", [target_new])
+        _readable("target_old", [target_old])
+        _readable("neighbors", [answer for _, answer, _ in neighbors])
+        _readable("prompt", [prompt], question=True)
+        _readable("paraphrases", paraphrases, question=True)
+        _readable("neighbors", [question for question, _, _ in neighbors], question=True)
+        _readable("history", history, question=True)
         new = _distinct(aliases_new, target_new, target_old)
         old = _distinct(aliases_old, target_old, target_new)
         both = {folded(alias) for alias in new} & {folded(alias) for alias in old}
@@ -156,6 +154,20 @@ class Edit(Frozen):
             return edit.model_copy(update={"probes": tuple(probes)})
         except ValidationError as error:
             raise field_error(error) from None
+
+
+def _readable(field: str, texts: Sequence[str], *, question: bool = False) -> None:
+    """Raises FieldError for a text that is none (`corsa.text.fault`), or for a question that stands in a template
+    already. What is blank, or no string, is left to the field itself.
+    """
+    for text in texts:
+        if not isinstance(text, str) or not text.strip():
+            continue
+        if wrong := fault(text):
+            raise FieldError(field, wrong)
+        if question and templated(text):
+            reason = f"stands in a template already: {shown(text)!r}"
+            raise FieldError(field, reason, "give the question alone, the template is added to it")
 
 
 def _distinct(names: Sequence[str], *taken: str) -> list[str]:

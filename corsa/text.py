@@ -76,12 +76,10 @@ def fault(text: str) -> str | None:
     >>> fault("\u200b"), fault("a\0b"), fault("Ada")
     ('has no visible character', 'holds the control character U+0000', None)
     """
-    if not text.strip():
-        return "is blank"
+    if not visible(text):
+        return "has no visible character" if text.strip() else "is blank"
     if len(text) > LONGEST:
         return f"has {len(text):,} characters, and {LONGEST:,} are the most"
-    if all(map(_blank, text)):
-        return "has no visible character"
     if text.isprintable():
         return None
     for character in text:
@@ -91,6 +89,11 @@ def fault(text: str) -> str | None:
         if category == "Cs":
             return f"holds U+{ord(character):04X}, half of a character"
     return None
+
+
+def visible(text: str) -> bool:
+    """Whether something of the text can be seen."""
+    return not all(map(_blank, text))
 
 
 def invisible(text: str) -> bool:

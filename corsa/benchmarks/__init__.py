@@ -160,8 +160,8 @@ BENCHMARKS: dict[str, Benchmark] = {
         ),
         Benchmark(
             "file",
-            "your own edits: JSONL, CSV or Parquet with the columns prompt, target_new, target_old; or as EasyEdit, UnKE "
-            "or WikiBigEdit have them",
+            "your own edits: JSONL, CSV or Parquet with the columns prompt, target_new, target_old, or in the format "
+            "of EasyEdit, UnKE or WikiBigEdit",
             "corsa.benchmarks.file",
             signatures=(_keys("prompt", "target_new", "target_old"),),
             on_bad_record="stop",

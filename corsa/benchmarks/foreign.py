@@ -143,23 +143,21 @@ FORMATS = (
     Format(
         "the format of RippleEdits",
         _marks("edit example_type", "edit Relation_Specificity", "edit Logical_Generalization"),
-        "it has statements and no questions. Write for each edit: edit.prompt without its last words -> prompt, those "
-        "words -> target_new, the last words of edit.original_fact.prompt -> target_old, the queries of "
+        "it has statements and no questions. Write a file of your own: edit.prompt without its last words -> prompt, "
+        "those words -> target_new, the last words of edit.original_fact.prompt -> target_old, the queries of "
         "Relation_Specificity -> neighbors",
     ),
     Format(
         "the format of PEAK",
-        _marks(
-            "requested_rewrite para_add_prompts", "requested_rewrite answers_add", "requested_rewrite neighbors_add"
-        ),
-        "it appends answers to those that stand. Write for each edit: requested_rewrite.prompt with its subject -> "
-        "prompt, target_new.str -> target_new, target_true.str -> target_old, its paraphrases (para_...) -> "
+        _marks("requested_rewrite para_add_prompts"),
+        "it appends answers to those that stand. Write a file of your own: requested_rewrite.prompt with its subject "
+        "-> prompt, target_new.str -> target_new, target_true.str -> target_old, its paraphrases (para_...) -> "
         "paraphrases, each pair of neighborhood_prompts -> neighbors {prompt, answer}",
     ),
     Format(
         "a relative of CounterFact",
         _marks("requested_rewrite"),
-        "write for each edit: requested_rewrite.prompt with its subject -> prompt, target_new.str -> target_new, "
+        "write a file of your own: requested_rewrite.prompt with its subject -> prompt, target_new.str -> target_new, "
         "target_true.str -> target_old, paraphrase_prompts -> paraphrases, neighborhood_prompts -> neighbors",
     ),
     Format(
@@ -182,7 +180,9 @@ FORMATS = (
     ),
     Format("questions and answers", _marks("question answer"), f"question -> prompt, answer -> target_new; {_ASK}"),
     Format(
-        "a file of chats", _marks("messages"), "write for each edit: the question -> prompt, the answer -> target_new"
+        "a file of chats",
+        _marks("messages"),
+        "write a file of your own: the question -> prompt, the answer -> target_new",
     ),
 )
 """In the order in which they are tried."""

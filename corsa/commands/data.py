@@ -208,7 +208,7 @@ def _remarks(found: Found, encoder: Encoder, new_tokens: int) -> list[str]:
 
 
 def _refuse_what_no_context_holds(found: Found, encoder: Encoder, model: ModelConfig) -> None:
-    """Raises CorsaError for a user's fact that is longer than the model's context; a benchmark's is skipped in a run."""
+    """Raises CorsaError for a user's fact that is longer than the model's context; a benchmark's is skipped."""
     from corsa.models.shapes import architecture
     from corsa.planning.inputs import beyond_context
 

@@ -1,5 +1,5 @@
-"""What a run reads, looked through before it starts: files that are not what they are taken for, and answers that cannot
-count as they are asked for.
+"""What a run reads, looked through before it starts: files that are not what they are taken for, and answers that
+cannot count as they are asked for.
 
 Imports nothing heavy unless an answer is so long that a tokenizer has to count it.
 """
@@ -118,8 +118,8 @@ def too_long(facts: Sequence[Fact], new_tokens: int, encoder: Callable[[], Encod
     several = [fact for fact in facts if "\n" in fact["target_new"]]
     if several:
         lines.append(
-            f"{len(several)} of {len(facts)} new answers have several lines ({several[0]['id']}): an output ends at its "
-            "first line, and cannot give them; write each on one line"
+            f"{len(several)} of {len(facts)} new answers have several lines ({several[0]['id']}): an output ends at "
+            "its first line, and cannot give them; write each on one line"
         )
     return lines
 

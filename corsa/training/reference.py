@@ -43,8 +43,8 @@ MARKED = REFERENCE.append(pa.field("bad", pa.string())).append(pa.field("reason"
 
 
 class Score:
-    """Turns edit rows into token ids with the reference column. Rows whose answer has no tokens, or that do not fit into
-    the model's context, are marked, not dropped.
+    """Turns edit rows into token ids with the reference column. Rows whose answer has no tokens, or that do not fit
+    into the model's context, are marked, not dropped.
     """
 
     context: int | None = None
