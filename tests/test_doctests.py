@@ -13,7 +13,7 @@ pytestmark = pytest.mark.process
 
 MODULES = (
     "corsa.errors",
-    "corsa.edits",
+    "corsa.text",
     "corsa.wordings",
     "corsa.evaluation.matching",
     "corsa.benchmarks.world_facts",

@@ -12,7 +12,7 @@ from corsa.benchmarks.files import Found, records
 from corsa.benchmarks.foreign import FORMATS, Format
 from corsa.edits import Edit, FieldError
 from corsa.errors import CorsaError
-from corsa.text import composed, fault, shown
+from corsa.text import LONGEST, composed, fault, shown
 
 
 @dataclass(frozen=True)
@@ -72,6 +72,8 @@ def _string(value: Any, path: str) -> str:
     """In composed form, whatever the file has."""
     if not isinstance(value, str):
         raise FieldError(path, f"is not a string but {shown(repr(value))}")
+    if len(value) > LONGEST:
+        raise FieldError(path, fault(value) or "is too long")
     return composed(value)
 
 
