@@ -279,7 +279,7 @@ def test_other_formats_are_named_with_their_mapping(tmp_path: Path, record: dict
 
 def test_a_format_of_edits_is_named_where_a_benchmark_is_asked_for(tmp_path: Path) -> None:
     with pytest.raises(
-        CorsaError, match="EasyEdit and KnowEdit: read it with --benchmark file: .*ground_truth -> target_old"
+        CorsaError, match=r"EasyEdit and KnowEdit: read it with --benchmark file: .*ground_truth -> target_old"
     ):
         read("counterfact", written(tmp_path / "f.json", KNOWEDIT))
 
@@ -318,7 +318,7 @@ def test_a_question_that_is_given_twice_is_refused_by_every_reader(tmp_path: Pat
 def test_without_an_old_answer_the_command_that_asks_is_named(tmp_path: Path) -> None:
     path = written(tmp_path / "f.jsonl", {"prompt": "Who?", "target_new": "Bo"})
     assert len(drafts_of(path)) == 1
-    with pytest.raises(CorsaError, match="line 1: target_old: is missing.*`corsa edit` needs none"):
+    with pytest.raises(CorsaError, match=r"line 1: target_old: is missing.*`corsa edit` needs none"):
         read("file", path)
 
 

@@ -115,7 +115,7 @@ def test_excels_first_line_and_a_header_of_one_name(tmp_path: Path) -> None:
         read("file", str(path))
     path.write_text("prompt|target_new|target_old\nWho?|a|b\n")
     with pytest.raises(
-        CorsaError, match="one column alone, 'prompt.target_new.target_old'.*a comma, a semicolon or a tab"
+        CorsaError, match=r"one column alone, 'prompt.target_new.target_old'.*a comma, a semicolon or a tab"
     ):
         read("file", str(path))
     path.write_text(",prompt,target_new,target_old\n0,Who?,a,b\n")
@@ -233,7 +233,7 @@ def test_a_prompt_in_a_template_is_refused(tmp_path: Path, prompt: str) -> None:
         fact(paraphrases=["Who?", prompt]),
         fact(neighbors=[{"prompt": prompt, "answer": "x"}]),
     ):
-        with pytest.raises(CorsaError, match="line 1: .*stands in a template already.*give the question alone"):
+        with pytest.raises(CorsaError, match=r"line 1: .*stands in a template already.*give the question alone"):
             read("file", written(tmp_path / "f.jsonl", row))
 
 
