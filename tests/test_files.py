@@ -345,13 +345,15 @@ def test_tables_from_a_program_are_named() -> None:
     import pandas as pd
 
     rows = [fact()]
-    assert load_edits(pd.DataFrame(rows).to_dict("records"))[0].target_new == "Bo Lind"
+    frame: Any = pd.DataFrame(rows)
+    assert load_edits(frame.to_dict("records"))[0].target_new == "Bo Lind"
     with pytest.raises(CorsaError, match="to_dict"):
-        load_edits(pd.DataFrame(rows))
+        load_edits(frame)
     split = datasets.Dataset.from_list(rows)
+    splits: Any = datasets.DatasetDict({"train": split})
     assert load_edits(split)[0].target_new == "Bo Lind"
     with pytest.raises(CorsaError, match="choose one split"):
-        load_edits(datasets.DatasetDict(train=split))
+        load_edits(splits)
 
 
 def test_an_absent_file_is_named_as_what_it_is() -> None:
