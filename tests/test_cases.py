@@ -12,10 +12,10 @@ from test_mquake import rewrite
 from test_mquake import written as cases_file
 from test_reading import case, fact, wordings, written
 
-from corsa.benchmarks import read
-from corsa.benchmarks.cases import asked_once
-from corsa.benchmarks.file import drafts_of
-from corsa.edits import Edit
+from corsa.data.benchmarks import read
+from corsa.data.benchmarks.cases import asked_once
+from corsa.data.benchmarks.file import drafts_of
+from corsa.data.edit import Edit
 from corsa.errors import CorsaError
 
 
@@ -55,12 +55,12 @@ def test_a_neighbor_belongs_to_the_first_fact_that_has_it() -> None:
 
 
 def test_the_counts_are_in_the_record_of_the_step(tmp_path: Path) -> None:
-    from corsa.benchmarks import digest
-    from corsa.benchmarks.cases import told
-    from corsa.experiment import EDITS
+    from corsa.config.steps import EditsConfig, EditsPlace
+    from corsa.data.benchmarks import digest
+    from corsa.data.benchmarks.cases import told
+    from corsa.experiments.base import EDITS
+    from corsa.experiments.steps import read_edits
     from corsa.flow import Step, Store, Task
-    from corsa.identities import EditsConfig, EditsPlace
-    from corsa.steps import read_edits
 
     path = written(tmp_path / "f.jsonl", fact(paraphrases=["Who leads Acme", "x", "X"]))
     how = {"on_bad_record": "stop", "on_contradiction": "refuse", "whole_cases": True}

@@ -18,9 +18,9 @@ from typing import Any
 import pytest
 
 from corsa.api import load_edits
-from corsa.benchmarks import read
-from corsa.benchmarks.file import drafts_of
-from corsa.edits import Edit
+from corsa.data.benchmarks import read
+from corsa.data.benchmarks.file import drafts_of
+from corsa.data.edit import Edit
 from corsa.errors import CorsaError
 
 CASES = Path(__file__).parents[2] / "shared" / "cases"
@@ -128,7 +128,7 @@ def test_gzipped_files_are_read(tmp_path: Path) -> None:
 def test_standard_input_and_pipes_are_read_as_often_as_needed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    from corsa.benchmarks import digest, files
+    from corsa.data.benchmarks import digest, files
 
     rows = {
         "jsonl": json.dumps(fact()),
@@ -151,7 +151,7 @@ def test_standard_input_and_pipes_are_read_as_often_as_needed(
 
 
 def test_faults_of_standard_input_name_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    from corsa.benchmarks import files
+    from corsa.data.benchmarks import files
 
     monkeypatch.setattr(files, "_kept", {})
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b'{"prompt": "Who?"}\n')))

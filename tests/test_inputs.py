@@ -15,14 +15,14 @@ from rich.console import Console
 from test_files import EASYEDIT
 from test_reading import case, fact, written
 
-from corsa.cli import main
-from corsa.code_experiment import CodeExperiment, code_report
+from corsa.cli.main import main
 from corsa.config import EvaluationConfig, ModelConfig
+from corsa.config.steps import RoundsConfig
 from corsa.errors import CorsaError
-from corsa.experiment import Experiment, base, dealt, facts
+from corsa.experiments.base import Experiment, base, dealt, facts
+from corsa.experiments.code.base import CodeExperiment, code_report
+from corsa.experiments.runner import start
 from corsa.flow import Step
-from corsa.identities import RoundsConfig
-from corsa.launch import start
 from corsa.models.encoding import Encoder
 from corsa.planning.inputs import beyond_context, remarks, say_what_cannot_count, too_long
 
@@ -266,9 +266,9 @@ def test_a_run_says_which_answers_cannot_count(tmp_path: Path) -> None:
 
 
 def test_corsa_edit_says_it_too(tmp_path: Path) -> None:
+    from corsa.editing.options import EditOptions
+    from corsa.editing.plan import plan_edit
     from corsa.flow.step import topological
-    from corsa.options import EditOptions
-    from corsa.update import plan_edit
 
     path = written(tmp_path / "f.jsonl", fact(target_new="a b c d e f"))
     how = {"model": TINY, "evaluation": {"new_tokens": 4}, "storage": str(tmp_path / "runs")}

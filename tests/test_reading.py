@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 
 from corsa.api import load_edits
-from corsa.benchmarks import read
-from corsa.benchmarks.file import drafts_of
-from corsa.edits import Edit, FieldError
+from corsa.data.benchmarks import read
+from corsa.data.benchmarks.file import drafts_of
+from corsa.data.edit import Edit, FieldError
 from corsa.errors import CorsaError
 from corsa.text import bare, composed, fault, folded, same_text, templated
 

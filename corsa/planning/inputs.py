@@ -11,11 +11,8 @@ from contextlib import suppress
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from corsa.benchmarks import Reading, read
-from corsa.benchmarks.programs import read_problems
 from corsa.config import ModelConfig
-from corsa.errors import CorsaError
-from corsa.identities import (
+from corsa.config.steps import (
     AskingConfig,
     EditsConfig,
     EditsPlace,
@@ -27,6 +24,9 @@ from corsa.identities import (
     QuestionsConfig,
     QuestionsPlace,
 )
+from corsa.data.benchmarks import Reading, read
+from corsa.data.benchmarks.programs import read_problems
+from corsa.errors import CorsaError
 from corsa.text import folded, invisible, shown
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def _facts(step: Step) -> list[Fact]:
     if isinstance(config, EditsConfig) and isinstance(place, EditsPlace):
         return [edit.model_dump(include=_FIELDS) for edit in _reading(config, place.data).edits]
     if isinstance(config, FactsConfig) and isinstance(place, FactsPlace):
-        from corsa.benchmarks.file import drafts_of
+        from corsa.data.benchmarks.file import drafts_of
 
         return [draft.fields for draft in drafts_of(place.data)]
     return []
