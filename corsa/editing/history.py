@@ -183,6 +183,11 @@ def unanswered(before: Sequence[Edit], drafts: Sequence[Draft]) -> list[Draft]:
     return [draft for draft in drafts if not draft.fields["target_old"] and matched(before, draft) is None]
 
 
+def reworded(draft: Draft) -> bool:
+    """Whether a draft has a wording that is not its prompt again."""
+    return any(bare(wording) != bare(draft.fields["prompt"]) for wording in draft.fields["paraphrases"])
+
+
 def join(before: Sequence[Edit], drafts: Sequence[Draft], update: int, answers: Mapping[str, str]) -> list[Edit]:
     """The edits that an update teaches.
 
@@ -201,8 +206,8 @@ def join(before: Sequence[Edit], drafts: Sequence[Draft], update: int, answers: 
         given, known = draft.fields, matched(before, draft)
         change: dict[str, Any] = {"id": f"{update}/{given['id']}", "round": update}
         change["chain"] = known.chain if known else given["chain"] or change["id"]
-        other = any(bare(wording) != bare(given["prompt"]) for wording in given["paraphrases"])
-        change["paraphrases"] = (given["paraphrases"] if other else _paraphrases(known)) or wordings(given["prompt"])
+        own = given["paraphrases"] if reworded(draft) else _paraphrases(known)
+        change["paraphrases"] = own or wordings(given["prompt"])
         if known:
             change["neighbors"] = given["neighbors"] or _neighbors(known)
             again = same_text(known.target_new, given["target_new"])  # taught once more
