@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from corsa.data.edit import Edit, to_table
+from corsa.data.text import shown
 from corsa.editing.options import EditOptions, EvaluateOptions
 from corsa.errors import CorsaError
 
@@ -139,14 +140,50 @@ def _options(kind: type[Any], **fields: Any) -> Any:
 @contextmanager
 def _as_file(facts: Any) -> Iterator[Path]:
     """The facts as a file of `corsa.data.benchmarks.file`; what it holds is its identity, not where it lies."""
+    from corsa.data.benchmarks.files import call
+
     if isinstance(facts, str | Path):
         yield Path(facts).expanduser()
         return
+    rows = _rows(facts)
     with tempfile.TemporaryDirectory(prefix="corsa-") as folder:
-        path = Path(folder) / "edits.jsonl"
-        rows = [json.dumps(_row(fact), ensure_ascii=False) for fact in facts]
-        path.write_text("".join(f"{row}\n" for row in rows), encoding="utf-8")
+        path = Path(folder) / "edits.json"
+        call(path, "the facts given")
+        path.write_text(json.dumps(rows), encoding="utf-8")
         yield path
+
+
+def _rows(facts: Any) -> list[dict[str, Any]]:
+    """The facts as rows that JSON can hold.
+
+    Raises:
+        CorsaError: they are no list of records.
+    """
+    if isinstance(facts, Edit | Mapping):
+        what = "a mapping: choose one split of it, or" if _holds_tables(facts) else "one record:"
+        raise CorsaError(f"the facts given are {what} give a list of records, such as [{{'prompt': ...}}]")
+    if hasattr(facts, "to_dict") and hasattr(facts, "columns"):
+        raise CorsaError("the facts given are a table: give its rows, frame.to_dict('records')")
+    try:
+        given = list(facts)
+    except TypeError:
+        raise CorsaError(
+            f"the facts given are {type(facts).__name__}: give a path, or a list of records with prompt and target_new"
+        ) from None
+    rows = []
+    for index, fact in enumerate(given):
+        if not isinstance(fact, Edit | Mapping):
+            raise CorsaError(f"the facts given, record [{index}]: is no record but {shown(repr(fact))}")
+        rows.append(row := _row(fact))
+        try:
+            json.dumps(row)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise CorsaError(f"the facts given, record [{index}]: {error}; give plain strings and lists") from None
+    return rows
+
+
+def _holds_tables(facts: Any) -> bool:
+    return isinstance(facts, Mapping) and any(hasattr(value, "column_names") for value in facts.values())
 
 
 def _row(fact: Edit | Mapping[str, Any]) -> dict[str, Any]:

@@ -51,13 +51,19 @@ def test_the_registry_imports_nothing_heavy() -> None:
 
 
 def test_counterfact_published() -> None:
-    reading = read("counterfact", published("counterfact/counterfact.json"))
+    path = published("counterfact/counterfact.json")
+    reading = read("counterfact", path)
     assert (len(reading.edits), reading.skipped) == (1031, [])
-    assert all(
-        Counter(probe.kind for probe in edit.probes) == {"edit": 1, "paraphrase": 1, "neighbor": 10}
-        for edit in reading.edits
-    )
+    kinds = Counter(probe.kind for edit in reading.edits for probe in edit.probes)
+    assert (kinds["edit"], kinds["paraphrase"]) == (1031, 1031)
     assert reading.edits[0].id == "counterfact/4482"
+    # Each neighbor question once, by the first fact that has it, and none that is taught; counted on the file itself.
+    records = json.loads(Path(path).read_text(encoding="utf-8"))
+    rewrites = [record["requested_rewrite"] for record in records]
+    taught = {rewrite["prompt"].replace("{}", rewrite["subject"]).casefold() for rewrite in rewrites}
+    asked = [question.strip().casefold() for record in records for question in record["neighborhood_prompts"]]
+    assert kinds["neighbor"] == len(set(asked) - taught) < len(asked) == 10310
+    assert reading.repeats.neighbors == len(asked) - kinds["neighbor"]
 
 
 def test_zsre_published() -> None:
@@ -87,13 +93,20 @@ def test_atoke_published(name: str, rounds: int | None, chains: int, edits: int,
 def test_world_facts() -> None:
     reading = read("world_facts")
     assert reading.skipped == []
+    homes: dict[str, set[str]] = {}
+    for edit in reading.edits:
+        for probe in edit.probes:
+            if probe.kind == "neighbor":
+                homes.setdefault(probe.prompts[0], set()).add(edit.chain)
+    assert all(len(facts) == 1 for facts in homes.values())
     chains = Counter(edit.chain for edit in reading.edits)
     assert len(chains) >= 96
     assert set(chains.values()) == {3}
     assert len({edit.relation for edit in reading.edits}) >= 8
     for edit in reading.edits:
         kinds = Counter(probe.kind for probe in edit.probes)
-        assert (kinds["edit"], kinds["paraphrase"], kinds["neighbor"]) == (1, 1, 2)
+        assert (kinds["edit"], kinds["paraphrase"]) == (1, 1)
+        assert kinds["neighbor"] <= 2
         assert len(edit.probes[1].prompts) >= 3
         assert edit.prompt not in {probe.prompts[0] for probe in edit.probes if probe.kind == "neighbor"}
     few = read("world_facts", limit=8, rounds=2).edits
@@ -409,7 +422,8 @@ def test_the_same_edits_from_every_format(tmp_path: Path) -> None:
 
 def test_default_ids_and_chains(tmp_path: Path) -> None:
     later = mine(chain="c", round=2, target_new="Cy", target_old="Bo")
-    records = [later, mine(), mine(chain="c", round=1), mine(chain="d", round=1), mine(id=12)]
+    own = mine(prompt="Who leads Initech?")
+    records = [later, own, mine(chain="c", round=1), mine(prompt="?", chain="d", round=1), mine(prompt="Who?", id=12)]
     path = write(tmp_path / "facts.jsonl", records)
     edits = read("file", path).edits
     assert [edit.id for edit in edits] == ["facts/2", "facts/0", "facts/1", "facts/3", "12"]
@@ -432,7 +446,8 @@ def test_default_ids_and_chains(tmp_path: Path) -> None:
         ([mine(paraphrases=["Who?", 7])], r"line 1: paraphrases\[1\]: is not a string but 7"),
         ([mine(paraphrases={"a": 1})], "line 1: paraphrases: is not a list but"),
         ([mine(paraphrases=["Who?", " "])], r"line 1: paraphrases\[1\]: is blank"),
-        ([mine(id="a"), mine(), mine(id="a")], "line 3: id: 'a' was used before, by line 1"),
+        ([mine(id="a"), mine(prompt="Why?", id="a")], "line 2: id: 'a' was used before, by line 1"),
+        ([mine(), mine(id="b")], "line 2: prompt: 'who leads acme.' was used before, by line 1; give each fact once"),
         ([mine(targt_old="Cy")], "line 1: targt_old: unknown column 'targt_old': did you mean 'target_old'"),
         ([mine(chain="c", round=1), mine(chain="c", round=1)], "line 2: round: round 1 of .*'c' was given .*by line 1"),
         ([mine(chain="c", round=1), mine(chain="c", round=3)], "line 2: round: chain 'c' has round 3 but no round 2"),
@@ -473,7 +488,8 @@ def test_csv_lines_are_those_of_the_file(tmp_path: Path) -> None:
 
 
 def test_bad_records_of_a_user_can_be_skipped(tmp_path: Path) -> None:
-    records = [mine(), mine(target_new=...), mine(chain="c", round=1), mine(chain="c", round=3), mine(id="z")]
+    later = mine(prompt="Why?", id="z")
+    records = [mine(), mine(target_new=...), mine(chain="c", round=1), mine(chain="c", round=3), later]
     reading = read("file", write(tmp_path / "m.jsonl", records), on_bad_record="skip")
     assert [edit.id for edit in reading.edits] == ["m/0", "z"]
     assert [(bad.where, bad.field) for bad in reading.skipped] == [("line 2", "target_new"), ("line 4", "round")]

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.process
 
 MODULES = (
     "corsa.errors",
-    "corsa.data.edit",
+    "corsa.data.text",
     "corsa.data.paraphrase_templates",
     "corsa.evaluation.matching",
     "corsa.data.benchmarks.world_facts",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gzip
 import importlib
 import json
 import re
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from code_files import task, update
 from documents import DOCUMENTS, ROOT, Block, blocks, inline_commands, wrong_links
 from tiny import Bench, round_config, triplets
 from tyro.extras import SubcommandApp
@@ -76,7 +78,9 @@ def laid_out(words: list[str]) -> None:
     """Make the files that a command names, for its plan to take their digests."""
     for option, value in pairwise(words):
         if option in FILES:
-            Path(value).write_text("{}\n")
+            problems = {"--humaneval": task(0), "--data": update("sin")}
+            text = json.dumps(problems.get(option, {})).encode()
+            Path(value).write_bytes(gzip.compress(text) if value.endswith(".gz") else text)
         if option == "--config":
             Path(value).write_text("limit: 3\n")
         if option == "--mmlu" and value != "hub":
@@ -89,6 +93,8 @@ def planned(words: list[str], monkeypatch: pytest.MonkeyPatch, storage: Path) ->
     """Run a scenario's own main up to the drawing of its steps."""
     script, *options = words[words.index("python") + 1 :] if "python" in words else words
     laid_out(options)
+    for module in ("corsa.experiments.runner", "sweep"):  # a document names files that are not here
+        monkeypatch.setattr(importlib.import_module(module), "check_files", lambda _: None)
     if "--help" not in options:
         options = [*options, "--dry-run", "--storage", str(storage)]
     monkeypatch.setattr(sys, "argv", [script, *options])

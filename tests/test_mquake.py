@@ -115,7 +115,9 @@ def test_a_persons_own_file_is_looked_through_as_well(tmp_path: Path) -> None:
     path = tmp_path / "facts.jsonl"
     rows = [{"prompt": "Who leads Acme?", "target_new": new, "target_old": "Cy"} for new in ("Al", "Bo")]
     path.write_text("".join(json.dumps(row | {"id": str(i)}) + "\n" for i, row in enumerate(rows)))
-    assert len(read("file", str(path)).contradictions) == 1
+    assert len(read("file", str(path), on_contradiction="report").contradictions) == 1
+    with pytest.raises(CorsaError, match=r"is taught 'Al' \(0\) and 'Bo' \(1\)"):  # as `corsa edit` refuses it
+        read("file", str(path))
 
 
 @pytest.mark.parametrize(

@@ -118,7 +118,7 @@ def test_another_file_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CorsaError, match="neither HumanEval"):
         read_problems(str(write_lines(tmp_path / "x.jsonl", [{"prompt": "x"}])))
     (tmp_path / "x.jsonl").write_text("{")
-    with pytest.raises(CorsaError, match="not JSON lines"):
+    with pytest.raises(CorsaError, match="line 1: column 2: this is not JSON"):
         read_problems(str(tmp_path / "x.jsonl"))
 
 

@@ -25,6 +25,8 @@ from corsa.experiments.base import Experiment, base, chain, dealt, facts, swept
 from corsa.experiments.report_spec import Page
 from corsa.experiments.runner import announce, bring_about, lasting, launch, repeat_command
 from corsa.flow import Artifact, Step, Store, draw
+from corsa.flow.step import topological
+from corsa.planning.inputs import check_files
 from corsa.tuning.space import Space, applied
 
 HEADLINES = ("edit_success", "generality", "forgetting", "retention", "neighborhood")
@@ -189,6 +191,7 @@ def main() -> int:
     command = repeat_command(program, experiment.model_copy(update={"confirm": 0}), Sweep())
     experiment = placed(experiment)
     step, store = sweep(experiment, command), Store(lasting(experiment.storage))
+    check_files(needed for needed in topological([step]) if not store.find(needed))
     if experiment.dry_run:
         console.print(draw([step], store))
         return 0

@@ -10,14 +10,22 @@ from collections.abc import Iterable, Sequence
 from typing import Annotated, Literal
 
 import pyarrow as pa
-from pydantic import Field, StringConstraints, ValidationError, ValidationInfo, field_validator
+from pydantic import AfterValidator, Field, StringConstraints, ValidationError, ValidationInfo, field_validator
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from corsa.config import Frozen
+from corsa.data.text import composed, fault, folded, same_text, shown, templated, visible
 from corsa.errors import CorsaError
 
-Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
-"""A string with something in it; surrounding blanks are taken off."""
+
+def _sound(text: str) -> str:
+    if not visible(text):
+        raise PydanticCustomError("invisible", "has no visible character")
+    return composed(text)
+
+
+Text = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1), AfterValidator(_sound)]
+"""A string in composed form (`corsa.data.text`) that has a visible character."""
 
 Question = tuple[str, str, Sequence[str]]
 """A prompt, its answer, and aliases of the answer."""
@@ -69,8 +77,8 @@ class Edit(Frozen):
     @classmethod
     def _differs(cls, old: str, info: ValidationInfo) -> str:
         new = info.data.get("target_new")
-        if old and new is not None and normalise(new) == normalise(old):
-            raise PydanticCustomError("same_target", "is the same as target_new ({old})", {"old": repr(old)})
+        if old and new is not None and same_text(new, old):
+            raise PydanticCustomError("same_target", "is the same as target_new ({old})", {"old": shown(repr(old))})
         return old
 
     @classmethod
@@ -98,14 +106,25 @@ class Edit(Frozen):
         Aliases that are blank, repeat the target or name the other target as well are left out: under the rule
         `contains` a blank one would match any output, and an ambiguous one both targets.
 
+        New and old answers that differ only in form (`corsa.data.text.same_text`) are the same and are refused. So is a
+        question that is already in a template.
+
         Raises FieldError for the first field that is not valid.
         """
+        neighbors = list(neighbors)
         if isinstance(target_old, str) and not target_old.strip():
             raise FieldError("target_old", "is blank")
+        _readable("target_new", [target_new])
+        _readable("target_old", [target_old])
+        _readable("neighbors", [answer for _, answer, _ in neighbors])
+        _readable("prompt", [prompt], question=True)
+        _readable("paraphrases", paraphrases, question=True)
+        _readable("neighbors", [question for question, _, _ in neighbors], question=True)
+        _readable("history", history, question=True)
         new = _distinct(aliases_new, target_new, target_old)
         old = _distinct(aliases_old, target_old, target_new)
-        both = {normalise(alias) for alias in new} & {normalise(alias) for alias in old}
-        new, old = ([a for a in names if normalise(a) not in both] for names in (new, old))
+        both = {folded(alias) for alias in new} & {folded(alias) for alias in old}
+        new, old = ([a for a in names if folded(a) not in both] for names in (new, old))
         try:
             edit = cls(
                 id=id,
@@ -137,23 +156,28 @@ class Edit(Frozen):
             raise field_error(error) from None
 
 
-def normalise(text: str) -> str:
-    """The text as it is compared: single spaces, case folded.
-
-    >>> normalise("  New   YORK ")
-    'new york'
+def _readable(field: str, texts: Sequence[str], *, question: bool = False) -> None:
+    """Raises FieldError for a text that is none (`corsa.data.text.fault`), or for a question that stands in a template
+    already. What is blank, or no string, is left to the field itself.
     """
-    return " ".join(text.split()).casefold()
+    for text in texts:
+        if not isinstance(text, str) or not text.strip():
+            continue
+        if wrong := fault(text):
+            raise FieldError(field, wrong)
+        if question and templated(text):
+            reason = f"stands in a template already: {shown(text)!r}"
+            raise FieldError(field, reason, "give the question alone, the template is added to it")
 
 
 def _distinct(names: Sequence[str], *taken: str) -> list[str]:
     """The names that are not blank and whose normal form is neither taken nor repeated, in their order."""
     if not names:  # most have none, and a benchmark has some 10 neighbors an edit
         return []
-    seen = {"", *map(normalise, taken)}
+    seen = {"", *map(folded, taken)}
     kept = []
     for name in names:
-        if (normal := normalise(name)) not in seen:
+        if (normal := folded(name)) not in seen:
             seen.add(normal)
             kept.append(name)
     return kept
@@ -161,20 +185,20 @@ def _distinct(names: Sequence[str], *taken: str) -> list[str]:
 
 def field_error(error: ValidationError) -> FieldError:
     """The first fault that pydantic found, as field and reason in plain words."""
-    fault = error.errors()[0]
-    return FieldError(".".join(map(str, fault["loc"])), _reason(fault))
+    first = error.errors()[0]
+    return FieldError(".".join(map(str, first["loc"])), _reason(first))
 
 
-def _reason(fault: ErrorDetails) -> str:
-    match fault["type"]:
+def _reason(error: ErrorDetails) -> str:
+    match error["type"]:
         case "missing":
             return "is missing"
         case "string_too_short":
             return "is blank"
         case "string_type":
-            return f"is not a string but {fault['input']!r}"
+            return f"is not a string but {shown(repr(error['input']))}"
         case _:
-            return fault["msg"][:1].lower() + fault["msg"][1:]
+            return error["msg"][:1].lower() + error["msg"][1:]
 
 
 _NAMES = pa.list_(pa.string())
@@ -221,8 +245,8 @@ def from_table(table: pa.Table) -> list[Edit]:
         try:
             edits.append(Edit.model_validate(row))
         except ValidationError as error:
-            fault = field_error(error)
+            wrong = field_error(error)
             raise CorsaError(
-                f"row {index} of the table of edits: {fault}; write it with corsa.data.edit.to_table"
+                f"row {index} of the table of edits: {wrong}; write it with corsa.data.edit.to_table"
             ) from None
     return edits

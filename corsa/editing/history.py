@@ -27,8 +27,9 @@ from pydantic import ConfigDict, ValidationError
 
 from corsa.config import Frozen, LoraConfig, ModelConfig
 from corsa.data.benchmarks.file import Draft
-from corsa.data.edit import Edit, FieldError, from_table, normalise
+from corsa.data.edit import Edit, FieldError, from_table
 from corsa.data.paraphrase_templates import wordings
+from corsa.data.text import bare, folded, same_text
 from corsa.errors import CorsaError
 from corsa.models.registry import hub_name
 
@@ -186,14 +187,19 @@ def file_digest(path: Path) -> str:
 
 def matched(before: Sequence[Edit], draft: Draft) -> Edit | None:
     """The standing edit that a draft revises: of the same chain, or else of the same question."""
-    chain, prompt = draft.fields["chain"], normalise(draft.fields["prompt"])
-    named = [e for e in before if chain is not None and normalise(e.chain) == normalise(chain)]
-    return next(iter(named or [e for e in before if normalise(e.prompt) == prompt]), None)
+    chain, prompt = draft.fields["chain"], bare(draft.fields["prompt"])
+    named = [e for e in before if chain is not None and same_text(e.chain, chain)]
+    return next(iter(named or [e for e in before if bare(e.prompt) == prompt]), None)
 
 
 def unanswered(before: Sequence[Edit], drafts: Sequence[Draft]) -> list[Draft]:
     """The drafts whose old answer neither their file nor the line knows: the model has to be asked."""
     return [draft for draft in drafts if not draft.fields["target_old"] and matched(before, draft) is None]
+
+
+def reworded(draft: Draft) -> bool:
+    """Whether a draft has a wording that is not its prompt again."""
+    return any(bare(wording) != bare(draft.fields["prompt"]) for wording in draft.fields["paraphrases"])
 
 
 def join(before: Sequence[Edit], drafts: Sequence[Draft], update: int, answers: Mapping[str, str]) -> list[Edit]:
@@ -214,10 +220,11 @@ def join(before: Sequence[Edit], drafts: Sequence[Draft], update: int, answers: 
         given, known = draft.fields, matched(before, draft)
         change: dict[str, Any] = {"id": f"{update}/{given['id']}", "round": update}
         change["chain"] = known.chain if known else given["chain"] or change["id"]
-        change["paraphrases"] = given["paraphrases"] or _paraphrases(known) or wordings(given["prompt"])
+        own = given["paraphrases"] if reworded(draft) else _paraphrases(known)
+        change["paraphrases"] = own or wordings(given["prompt"])
         if known:
             change["neighbors"] = given["neighbors"] or _neighbors(known)
-            again = normalise(known.target_new) == normalise(given["target_new"])  # taught once more
+            again = same_text(known.target_new, given["target_new"])  # taught once more
             old = (known.target_old, known.aliases_old) if again else (known.target_new, known.aliases_new)
         else:
             old = (answers.get(given["prompt"], ""), ())
@@ -238,7 +245,7 @@ def taken_back(before: Sequence[Edit], wanted: Sequence[str], update: int) -> li
     """
     edits = []
     for name in dict.fromkeys(wanted):
-        edit = next((e for e in reversed(before) if normalise(name) in _names(e)), None)
+        edit = next((e for e in reversed(before) if folded(name) in _names(e)), None)
         if edit is None:
             known = "; ".join(f"{e.id} ({e.prompt})" for e in before[:5]) + ("; ..." if len(before) > 5 else "")
             raise CorsaError(f"no standing edit is called {name!r}: give an id or the whole question. Known: {known}")
@@ -263,7 +270,7 @@ def taken_back(before: Sequence[Edit], wanted: Sequence[str], update: int) -> li
 
 def _names(edit: Edit) -> set[str]:
     """What an edit can be called by: its id, that of its file, its chain, its question."""
-    return {normalise(name) for name in (edit.id, edit.id.partition("/")[2], edit.chain, edit.prompt)}
+    return {folded(name) for name in (edit.id, edit.id.partition("/")[2], edit.chain, edit.prompt)}
 
 
 def _paraphrases(edit: Edit | None) -> tuple[str, ...]:

@@ -27,6 +27,7 @@ from corsa.config.steps import (
 )
 from corsa.data.benchmarks import BENCHMARKS
 from corsa.data.benchmarks.file import Draft, drafts_of
+from corsa.data.benchmarks.files import regular, stem
 from corsa.editing.history import FILE, Line, file_digest, join, open_line, taken_back, unanswered
 from corsa.editing.options import TEACHING, EditOptions, EvaluateOptions, Options, Teaching, UndoOptions, differences
 from corsa.errors import CorsaError, unknown_name
@@ -37,8 +38,8 @@ from corsa.methods import METHODS
 from corsa.models.registry import pin
 
 LINE = Kind("line", "corsa.editing.steps:bring_in", version=1)
-FACTS = Kind("edits", "corsa.editing.steps:read_facts", version=1)
-ASKED_FACTS = Kind("edits", "corsa.editing.old_answers:complete", version=2, on_cluster=True)
+FACTS = Kind("edits", "corsa.editing.steps:read_facts", version=3)
+ASKED_FACTS = Kind("edits", "corsa.editing.old_answers:complete", version=3, on_cluster=True)
 STANDING = Kind("edits", "corsa.editing.steps:take_standing", version=1)
 TAKEN_BACK = Kind("edits", "corsa.editing.steps:take_back", version=1)
 
@@ -65,11 +66,11 @@ def plan_edit(options: EditOptions) -> Plan:
         CorsaError: a file, a name or a fact is wrong, or `out` is not free.
     """
     line = open_line(options.adapter) if options.adapter else None
-    path = Path(options.edits).expanduser().absolute()
+    path = regular(options.edits).absolute()
     drafts = drafts_of(path)
     experiment = _experiment(options, line)
     edits = facts_step(experiment, path, drafts, line, options)
-    return _plan(options, experiment, line, edits, len(drafts), f"{path.stem}")
+    return _plan(options, experiment, line, edits, len(drafts), stem(path))
 
 
 def plan_undo(options: UndoOptions) -> Plan:
@@ -113,8 +114,8 @@ def plan_evaluation(options: EvaluateOptions) -> tuple[Experiment, Step]:
     if options.edits and options.benchmark:
         raise CorsaError("give --edits or --benchmark, not both")
     if options.edits:
-        path = Path(options.edits).expanduser().absolute()
-        name, edits = path.stem, facts_step(experiment, path, drafts_of(path), None, options)
+        path = regular(options.edits).absolute()
+        name, edits = stem(path), facts_step(experiment, path, drafts_of(path), None, options)
         taught = with_reference(experiment, name, edits)
     elif options.benchmark:
         if options.benchmark not in BENCHMARKS:
@@ -156,14 +157,14 @@ def facts_step(
     before = line.standing if line else []
     missing = unanswered(before, drafts)
     join(before, drafts, number, {d.fields["prompt"]: f"not {d.fields['target_new']}" for d in missing})  # checked now
-    known: dict[str, Any] = {"benchmark": path.stem, "digest": f"{path.stem}:{file_digest(path)}", "update": number}
+    known: dict[str, Any] = {"benchmark": stem(path), "digest": f"{stem(path)}:{file_digest(path)}", "update": number}
     inputs = {"line": _line_step(line, options)} if line else {}
     place = FactsPlace(**dict(experiment.placement), data=str(path))
     kind, config = FACTS, FactsConfig(**known)
     if missing:
         tokens = experiment.evaluation.new_tokens
         kind, config = ASKED_FACTS, AskedFactsConfig(**known, model=pin(experiment.model), new_tokens=tokens)
-    return Step(f"edits/{path.stem}/update{number}", kind, config, inputs, place)
+    return Step(f"edits/{stem(path)}/update{number}", kind, config, inputs, place)
 
 
 def _line_step(line: Line, options: Options) -> Step:

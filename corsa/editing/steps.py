@@ -12,9 +12,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from corsa.config.steps import FactsConfig, LineConfig
+from corsa.data.benchmarks.cases import asked_once
 from corsa.data.benchmarks.file import Draft, drafts_of
 from corsa.data.edit import Edit, from_table, to_table
-from corsa.editing.history import WEIGHTS, join, matched, taken_back
+from corsa.editing.history import WEIGHTS, join, matched, reworded, taken_back
 from corsa.flow.task import Task
 
 
@@ -48,9 +49,9 @@ def write_edits(task: Task, drafts: Sequence[Draft], answers: dict[str, str]) ->
     config: FactsConfig = task.config
     line = line_edits(task)
     before = standing(line)
-    edits = join(before, drafts, config.update, answers)
-    templated = sum(not d.fields["paraphrases"] and matched(before, d) is None for d in drafts)
-    return _write(task, [*line, *edits]) | {"edits": len(edits), "templated": templated}
+    edits, repeats = asked_once(join(before, drafts, config.update, answers), before)
+    templated = sum(not reworded(d) and matched(before, d) is None for d in drafts)
+    return _write(task, [*line, *edits]) | {"edits": len(edits), "templated": templated} | repeats.counts
 
 
 def take_back(task: Task) -> dict[str, Any]:

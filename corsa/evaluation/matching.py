@@ -2,8 +2,8 @@
 
 `words` finds the target as whole words: "Iran" is not in "Tirana", "4" is neither in "2004" nor in "3.4". It is the
 rule of the protocol `full`. `contains` finds it anywhere, inside words too; it is the rule of the protocols `paper` and
-`authors`. `exact` asks for the target alone. All three compare folded text (`corsa.text.folded`: NFKC, case, quotes,
-spaces), and all three are stored for every output.
+`authors`. `exact` accepts only the target itself. All three compare folded text (`corsa.data.text.folded`: NFKC, case,
+quotes, spaces), and all three are stored for every output.
 
 The protocol `authors` judges as the published evaluation code does: a plain lower-cased substring test of the target
 alone, without folding, aliases, or regard to a longer name (`plain_matches`).
@@ -120,7 +120,7 @@ def several_lines(names: Sequence[str]) -> bool:
 
 @lru_cache(maxsize=4096)  # each output is compared with several names, under several rules
 def folded(text: str) -> str:
-    """The text as every rule compares it (`corsa.text.folded`)."""
+    """The text as every rule compares it (`corsa.data.text.folded`)."""
     return forms.folded(text)
 
 

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from corsa.data.benchmarks.file import Draft
+from corsa.data.text import folded
 from corsa.errors import CorsaError
 from corsa.evaluation.generation import end_tokens, generate, newline_tokens
 from corsa.evaluation.matching import several_lines, words
 from corsa.models.encoding import Encoder
-from corsa.text import folded
 
 _TRIES = 20
 

@@ -31,14 +31,14 @@ from corsa.config.steps import (
     SweepConfig,
     SweepPlace,
 )
-from corsa.data.benchmarks import BENCHMARKS, digest
+from corsa.data.benchmarks import BENCHMARKS, contradiction_rule, locate
 from corsa.errors import CorsaError, unknown_name
 from corsa.evaluation import mmlu
 from corsa.flow import Kind, Step
 from corsa.methods import METHODS, known_method
 from corsa.models.registry import pin
 
-EDITS = Kind("edits", "corsa.experiments.steps:read_edits", version=2)
+EDITS = Kind("edits", "corsa.experiments.steps:read_edits", version=3)
 PART = Kind("part", "corsa.experiments.steps:take_part", version=1)
 REFERENCE = Kind("reference", "corsa.training.reference:compute", version=2, on_cluster=True)
 SCHEDULE = Kind("schedule", "corsa.experiments.steps:deal_rounds", version=1)
@@ -73,9 +73,10 @@ class Experiment(RunSettings):
         default=None,
         description="bad records: skip and list them, or stop at the first; default: published files skip, yours stop",
     )
-    on_contradiction: Literal["report", "refuse", "keep-first"] = Field(
-        default="report",
-        description="edits that give one question different new answers: report them, refuse, or keep the first",
+    on_contradiction: Literal["report", "refuse", "keep-first"] | None = Field(
+        default=None,
+        description="edits that give one question different new answers: report them, refuse, or keep the first; "
+        "default: published files report, yours refuse",
     )
     methods: Methods = ("lora", "corsa")
     seeds: Annotated[tuple[int, ...], listed(int, "N,N")] = Field(
@@ -166,18 +167,20 @@ def facts(experiment: Experiment, rounds: int) -> Facts:
         raise CorsaError(
             f"--limit {limit}: nothing would be edited; give 1 or more, or leave it out to take every fact"
         )
+    source = locate(experiment.benchmark, experiment.data)
     config = EditsConfig(
         benchmark=experiment.benchmark,
-        digest=digest(experiment.benchmark, experiment.data),
+        digest=source.digest(),
         limit=limit,
         offset=experiment.offset,
         rounds=rounds,
         on_bad_record=_on_bad_record(experiment),
-        on_contradiction=experiment.on_contradiction,
+        on_contradiction=experiment.on_contradiction or contradiction_rule(experiment.benchmark),
         whole_cases=experiment.evaluation.protocol == "full" or not BENCHMARKS[experiment.benchmark].repeats,
     )
     name = experiment.benchmark if rounds == 1 else f"{experiment.benchmark}-x{rounds}"
-    edits = Step(f"edits/{name}", EDITS, config, placement=EditsPlace(data=_absolute(experiment.data)))
+    place = str(source.path.absolute()) if experiment.data and source.path else None  # of a pipe, where it is kept
+    edits = Step(f"edits/{name}", EDITS, config, placement=EditsPlace(data=place))
     return with_reference(experiment, name, edits)
 
 

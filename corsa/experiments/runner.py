@@ -24,6 +24,7 @@ from corsa.flow import Outcome, Step, Store, draw, run
 from corsa.flow.cluster import connect, disconnect, submitted
 from corsa.flow.step import topological
 from corsa.flow.store import Artifact
+from corsa.planning.inputs import check_files, say_what_cannot_count
 from corsa.planning.preflight import refuse_what_memory_cannot_hold
 from corsa.training.resources import groups_side_by_side, refuse_what_cannot_fit
 
@@ -66,6 +67,8 @@ def launch(experiment: Experiment, planned: Step | Branches, console: Console) -
     store = Store(lasting(experiment.storage))
     branches = planned if isinstance(planned, Branches) else None
     targets = list(branches.reports.values()) if branches else [cast(Step, planned)]
+    if experiment.dry_run or not branches:  # a branch whose file is wrong fails by itself
+        check_files(step for step in topological(targets) if not store.find(step))
     if experiment.dry_run:
         console.print(draw([branches.join(branches.reports, {})] if branches else targets, store))
         return 0
@@ -132,6 +135,7 @@ def _attempt(targets: Sequence[Step], store: Store, console: Console) -> Outcome
 
     refuse()  # at once where no cluster is to be joined, else as soon as it is
     refuse_what_memory_cannot_hold(pending, console)
+    say_what_cannot_count(pending, console)
 
     def join() -> None:
         connect(console)

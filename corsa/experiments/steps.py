@@ -23,6 +23,7 @@ from corsa.config.steps import (
     Shown,
 )
 from corsa.data.benchmarks import read
+from corsa.data.benchmarks.cases import told
 from corsa.data.edit import from_table, to_table
 from corsa.data.schedule import deal
 from corsa.data.splits import describe, split
@@ -58,7 +59,7 @@ def read_edits(task: Task) -> dict[str, Any]:
     (task.output / "skipped.json").write_text(json.dumps(skipped, indent=1))
     facts = len({e.chain for e in found.edits})
     counts = {"skipped": len(skipped), "short": found.short, "contradictions": len(against)}
-    return {"edits": len(found.edits), "facts": facts} | counts
+    return {"edits": len(found.edits), "facts": facts} | counts | found.repeats.counts
 
 
 def deal_rounds(task: Task) -> dict[str, Any]:
@@ -251,6 +252,8 @@ def _notes(task: Task) -> list[str]:
             kept = step.config.canonical()["on_contradiction"] == "keep-first"
             dealt = "their cases are left out" if kept else "all are taught"
             notes.append(f"{step.name}: {found['contradictions']} edits contradict an earlier one ({dealt}).")
+        if said := told(found):
+            notes.append(f"{step.name}: {said}.")
         if step.kind.name == "merge":
             error = f"relative error {found['error']:.2g} against the adapters' sum"
             notes.append(f"{step.name}: rank {found['rank']}, {error}.")

@@ -1,5 +1,8 @@
 """How a model is asked: from the text of a question and an answer to token ids, with one tokenizer and template; and
 back, from generated token ids to the answer in them.
+
+The text of a fact is text: where it contains what the tokenizer takes for a special token (`<|im_end|>`), that is split
+into plain tokens. Only the template and this module set special tokens.
 """
 
 from __future__ import annotations
@@ -9,7 +12,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
+from jinja2 import TemplateError
+
 from corsa.config import AnswerEnd
+from corsa.data.text import shown
 from corsa.errors import CorsaError
 
 OPEN, CLOSE = "<think>", "</think>"
@@ -31,6 +37,19 @@ class Encoder:
     template: Literal["qa", "chat"]
     answer_end: AnswerEnd = "end_token"
 
+    def __post_init__(self) -> None:
+        if self.template == "chat" and not self.tokenizer.chat_template:
+            raise CorsaError(
+                f"the tokenizer of {self.tokenizer.name_or_path} has no chat template: use --template qa, or name a "
+                "model that was trained to chat"
+            )
+
+    @cached_property
+    def special(self) -> tuple[str, ...]:
+        """The texts that the tokenizer takes for special tokens."""
+        added = self.tokenizer.added_tokens_decoder.values()
+        return tuple(token.content for token in added if token.special)
+
     def prompt(self, question: str, thinking: bool = False) -> list[int]:
         """Token ids of a question as the model is asked it: in the paper's template (Fig. 7) or the tokenizer's own."""
         return self.prompts([question], thinking)[0]
@@ -42,23 +61,37 @@ class Encoder:
         thoughts that the template opens all the same are closed at once.
 
         Raises:
-            CorsaError: `thinking`, and the template knows nothing of it.
+            CorsaError: `thinking`, and the template does not support it.
         """
         if not questions:
             return []
         if thinking and not self._knows_thinking:
             raise CorsaError(
-                "the chat template of this model knows no thinking (it has neither enable_thinking nor <think>): "
-                "leave --evaluation.thinking out"
+                "the chat template of this model does not support thinking (it has neither enable_thinking nor "
+                "<think>): leave --evaluation.thinking out"
             )
         if self.template == "chat":
-            texts = self._turns(questions, thinking)
-            if not thinking and self._opened[False]:
-                texts = [f"{text.rstrip()}\n\n{CLOSE}\n\n" for text in texts]
-            return self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+            return self._chats(questions, thinking)
         end = self.tokenizer.eos_token_id
-        found = self.tokenizer([f"Q: {q}\nA:" for q in questions])["input_ids"]  # begin token where there is one
+        # With a begin token where there is one.
+        found = self.tokenizer([f"Q: {q}\nA:" for q in questions], split_special_tokens=True)["input_ids"]
         return [ids[:-1] if ids and ids[-1] == end else ids for ids in found]
+
+    def _chats(self, questions: Sequence[str], thinking: bool) -> list[list[int]]:
+        texts = self._turns(questions, thinking)
+        if not thinking and self._opened[False]:
+            texts = [f"{text.rstrip()}\n\n{CLOSE}\n\n" for text in texts]
+        found = self._ids(texts)
+        for i, question in enumerate(questions):
+            if self._has_special(question):
+                before, at, after = texts[i].rpartition(question)
+                if not at:
+                    raise CorsaError(
+                        f"{shown(question)!r} contains a special token, and the chat template of "
+                        f"{self.tokenizer.name_or_path} changes the question: write it without"
+                    )
+                found[i] = [*self._ids([before])[0], *self._plain_ids(question), *self._ids([after])[0]]
+        return found
 
     def answer(self, text: str) -> list[int]:
         """Token ids of `" " + text` tokenized on its own (chat: `text`), and of its end, which is part of y.
@@ -77,7 +110,18 @@ class Encoder:
         if not texts:
             return []
         lead, end = "" if self.template == "chat" else " ", self.tokenizer.eos_token_id
-        return [[*ids, end] for ids in self._ids([lead + text + self._turn_end for text in texts])]
+        found = self._ids([lead + text + self._turn_end for text in texts])
+        for i, text in enumerate(texts):
+            if self._has_special(text):
+                found[i] = [*self._plain_ids(lead + text), *self._ids([self._turn_end])[0]]
+        return [[*ids, end] for ids in found]
+
+    def _has_special(self, text: str) -> bool:
+        return any(token in text for token in self.special)
+
+    def _plain_ids(self, text: str) -> list[int]:
+        """Token ids of a text in which special tokens are plain text."""
+        return self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
 
     def _ids(self, texts: Sequence[str]) -> list[list[int]]:
         return self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
@@ -116,11 +160,12 @@ class Encoder:
         return without_thoughts(f"{OPEN}{text}" if opened else text)
 
     def _turns(self, questions: Sequence[str], thinking: bool) -> list[str]:
-        if not self.tokenizer.chat_template:
-            raise CorsaError("the tokenizer of this model has no chat template: use --template qa")
         turns = [[{"role": "user", "content": question}] for question in questions]
         how = {"enable_thinking": thinking, "thinking": thinking}  # Qwen's, GLM's, SmolLM's; DeepSeek's, Granite's
-        return self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, **how)
+        try:
+            return self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, **how)
+        except TemplateError as error:
+            raise CorsaError(f"the chat template of {self.tokenizer.name_or_path} fails: {error}") from error
 
     @cached_property
     def _opened(self) -> dict[bool, bool]:

@@ -38,14 +38,17 @@ EDITS_PER_BATCH = 32
 COLUMNS = ["id", "prompt", "target_new", "target_old"]
 """What is read of the edits."""
 
-MARKED = REFERENCE.append(pa.field("bad", pa.string()))
-"""The reference table with the name of the field that makes a row useless, where one does."""
+MARKED = REFERENCE.append(pa.field("bad", pa.string())).append(pa.field("reason", pa.string()))
+"""The reference table with the name of the field that makes a row useless, where one does, and why."""
 
 
 class Score:
-    """Turns edit rows into token ids with the reference column. Rows whose answer has no tokens are marked, not
-    dropped.
+    """Turns edit rows into token ids with the reference column. Rows whose answer has no tokens, or that do not fit
+    into the model's context, are marked, not dropped.
     """
+
+    context: int | None = None
+    """Positions that the model has; None where its architecture sets no bound."""
 
     def __init__(
         self, model: ModelConfig, placement: Placement, answer_end: AnswerEnd, crew: Crew | None = None
@@ -55,12 +58,17 @@ class Score:
         self.device = crew.device if crew else torch.device("cuda" if placement.gpu else "cpu")
         self.encoder = Encoder(load_tokenizer(model), model.template, answer_end)
         self.model = crew.place(model) if crew else load_model(model, self.device)
+        self.context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         self.packed, self.longest = True, 0
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         rows = token_rows(self.encoder, batch.to_pylist())
         for row in rows:
-            row["bad"] = without_tokens(row, len(self.encoder.end))
+            row["bad"], row["reason"] = without_tokens(row, len(self.encoder.end)), "has no tokens"
+            tokens = len(row["prompt"]) + max(len(row["new"]), len(row["old"]))
+            if row["bad"] is None and self.context is not None and tokens > self.context:
+                row["bad"] = "prompt"
+                row["reason"] = f"and its answer have {tokens} tokens, and the model's context holds {self.context}"
         good = [row for row in rows if row["bad"] is None]
         if good:
             logp = self.score([Triplet(row["prompt"], row["new"], row["old"]) for row in good])
@@ -84,7 +92,7 @@ def compute(task: Task) -> dict[str, Any]:
     """Step function: edits.parquet -> reference.parquet (`REFERENCE`), in the order of the edits.
 
     Raises:
-        CorsaError: an answer has no tokens (unless such records are skipped), or none is left.
+        CorsaError: an answer has no tokens or is beyond the context (unless such records are skipped), or none is left.
     """
     config: ReferenceConfig = task.config
     placement: Placement = task.placement
@@ -95,11 +103,11 @@ def compute(task: Task) -> dict[str, Any]:
         kept, bad = retried(placement, lambda: _write(task, _scored(task, config, placement)))
     if bad and config.on_bad_record == "stop":
         raise CorsaError(
-            f"{bad[0]['where']}: {bad[0]['field']} has no tokens under the tokenizer of {config.model.name} "
+            f"{bad[0]['where']}: {bad[0]['field']} {bad[0]['reason']} under the tokenizer of {config.model.name} "
             f"({len(bad)} such in all): correct the answer, or pass --on-bad-record skip"
         )
     if not kept:
-        raise CorsaError("no edit is left: every answer has no tokens under this tokenizer")
+        raise CorsaError("no edit is left: every answer has no tokens under this tokenizer, or is beyond the context")
     (task.output / "skipped.json").write_text(json.dumps(bad))
     return {"edits": kept, "skipped": len(bad), "reference_forwards": kept}
 
@@ -139,9 +147,7 @@ def _write(task: Task, scored: Iterable[pa.Table]) -> tuple[int, list[dict[str, 
     kept = 0
     with pq.ParquetWriter(task.output / "reference.parquet", REFERENCE) as writer:
         for table in scored:
-            bad += [
-                {"where": r["id"], "field": r["bad"], "reason": "has no tokens"} for r in table.to_pylist() if r["bad"]
-            ]
+            bad += [{"where": r["id"], "field": r["bad"], "reason": r["reason"]} for r in table.to_pylist() if r["bad"]]
             good = table.filter(pc.field("bad").is_null()).select(REFERENCE.names)
             kept += len(good)
             writer.write_table(good)

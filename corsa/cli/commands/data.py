@@ -3,25 +3,40 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
 from corsa.cli.commands import AsJson, app
-from corsa.config import ModelConfig
+from corsa.config import EvaluationConfig, ModelConfig
 from corsa.errors import CorsaError
+
+if TYPE_CHECKING:
+    from corsa.data.edit import Edit
+    from corsa.models.encoding import Encoder
+
+PIECES = 200
+"""Tokens of a prompt or an answer that are shown."""
 
 
 @app.command(name="data")
 def data(
     file: Annotated[
         Positional[str | None],
-        arg(metavar="[FILE]", help="a file of facts, or a benchmark's; without it, the benchmarks are listed"),
+        arg(
+            metavar="[FILE]",
+            help="a file of facts, or a benchmark's, gzipped or not; -: standard input; without it, the benchmarks are "
+            "listed",
+        ),
     ] = None,
     benchmark: Annotated[str, arg(help="what the file is; file: facts of your own")] = "file",
-    model: Annotated[str, arg(help="whose tokenizer is shown")] = "smollm2-135m",
+    model: Annotated[str, arg(help="whose tokenizer is shown, and whose context must hold a fact")] = "smollm2-135m",
     template: Annotated[Literal["qa", "chat"], arg(help="qa: 'Q: ...' and 'A:'; chat: the tokenizer's")] = "qa",
+    new_tokens: Annotated[
+        int, arg(help="tokens generated per probe (--evaluation.new-tokens): longer answers are named")
+    ] = EvaluationConfig().new_tokens,
     show: Annotated[int, arg(help="edits shown as the model will see them")] = 3,
     limit: Annotated[int | None, arg(help="facts read; all by default")] = None,
     as_json: AsJson = False,
@@ -44,10 +59,17 @@ def data(
         return _list(as_json)
     if show < 0:
         raise CorsaError(f"--show {show}: give 0 or more")
-    found, records = _checked(file, benchmark, limit)
-    shown = _as_tokens(records[:show], ModelConfig(name=model, template=template)) if show else []
+    if new_tokens < 1:
+        raise CorsaError(f"--new-tokens {new_tokens}: give 1 or more")
+    if limit is not None and limit < 1:
+        raise CorsaError(f"--limit {limit}: nothing would be read; give 1 or more, or leave it out to read every fact")
+    found = _checked(file, benchmark, limit)
+    encoder = _encoder(ModelConfig(name=model, template=template))
+    found.remarks += _remarks(found, encoder, new_tokens)
+    _refuse_what_no_context_holds(found, encoder, ModelConfig(name=model))
+    shown = _as_tokens(found.records[:show], encoder)
     if as_json:
-        print(json.dumps({**found, "edits": shown}, indent=1, ensure_ascii=False))
+        print(json.dumps({**found.counts, "remarks": found.remarks, "edits": shown}, indent=1, ensure_ascii=False))
         return 0
     _print(found, shown)
     return 0
@@ -81,46 +103,135 @@ def _origin(name: str) -> str:
     return "ships with the project" if not known.needs_data else str(known.hub) if known.hub else "needs its file"
 
 
-def _checked(file: str | None, benchmark: str, limit: int | None) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """What the file holds, and its records as {id, prompt, target_new, target_old or ""}."""
-    if benchmark == "file":
-        from corsa.data.benchmarks.file import drafts_of
+@dataclass
+class Found:
+    """What a file holds.
 
-        drafts = drafts_of(Path(file or "").expanduser())[:limit]
-        fields = [draft.fields for draft in drafts]
-        return {
-            "source": str(file),
-            "facts": len(fields),
-            "with_old_answer": sum(bool(f["target_old"]) for f in fields),
-            "with_wordings": sum(bool(f["paraphrases"]) for f in fields),
-            "with_neighbors": sum(bool(f["neighbors"]) for f in fields),
-            "skipped": [],
-        }, fields
+    Attributes:
+        counts: for a program to read.
+        records: of each fact `id`, `prompt`, `target_new`, `target_old` or "", aliases and `paraphrases`.
+        remarks: what a person should know of it.
+        bad: what happens to a fact that cannot be used: "stop" or "skip".
+    """
+
+    counts: dict[str, Any]
+    records: list[dict[str, Any]]
+    remarks: list[str] = field(default_factory=list)
+    bad: Literal["stop", "skip"] = "stop"
+
+
+def _checked(file: str | None, benchmark: str, limit: int | None) -> Found:
+    return _own(file, limit) if benchmark == "file" else _published(file, benchmark, limit)
+
+
+def _own(file: str | None, limit: int | None) -> Found:
+    """A user's file: refused where `corsa edit` refuses it, and what a pipeline makes of it is said."""
     from corsa.data.benchmarks import read
+    from corsa.data.benchmarks.cases import asked_once
+    from corsa.data.benchmarks.file import drafts, source_of
+    from corsa.data.benchmarks.rows import rows_of
+
+    source = source_of(file or "")
+    given = drafts(source)
+    fields = [draft.fields for draft in given[:limit]]
+    edits, repeats = asked_once([d.edit(target_old=d.fields["target_old"] or "?") for d in given[:limit]])
+    remarks = []
+    if known := rows_of(source).format:
+        remarks.append(f"read as {known.name}: {known.mapping}")
+    if missing := sum(not f["target_old"] for f in fields):
+        remarks.append(
+            f"{missing} without target_old: `corsa edit` asks the model what it says today; a pipeline "
+            "(--benchmark file) refuses them"
+        )
+    else:
+        try:
+            read("file", str(source.path))
+        except CorsaError as error:
+            remarks.append(f"`corsa edit` takes this file, a pipeline (--benchmark file) refuses it: {error}")
+    counts = {
+        "source": str(source),
+        "facts": len(fields),
+        "with_old_answer": sum(bool(f["target_old"]) for f in fields),
+        "with_aliases": sum(bool(f["aliases_new"] or f["aliases_old"]) for f in fields),
+        **_kinds(edits),
+        "skipped": [],
+        **repeats.counts,
+    }
+    return Found(counts, fields, remarks)
+
+
+def _published(file: str | None, benchmark: str, limit: int | None) -> Found:
+    from corsa.data.benchmarks import BENCHMARKS, read
 
     reading = read(benchmark, file, limit=limit)
     edits = reading.edits
-    kinds = [{probe.kind for probe in edit.probes} for edit in edits]
-    return {
+    counts = {
         "source": reading.source,
         "facts": len({edit.chain for edit in edits}),
         "with_old_answer": len(edits),
-        "with_wordings": sum("paraphrase" in k for k in kinds),
-        "with_neighbors": sum("neighbor" in k for k in kinds),
+        "with_aliases": sum(bool(edit.aliases_new or edit.aliases_old) for edit in edits),
+        **_kinds(edits),
         "skipped": [str(bad) for bad in reading.skipped],
         "contradictions": [str(c) for c in reading.contradictions],
-    }, [edit.model_dump() for edit in edits]
+        **reading.repeats.counts,
+    }
+    return Found(counts, [_record(edit) for edit in edits], bad=BENCHMARKS[benchmark].on_bad_record)
 
 
-def _as_tokens(records: list[dict[str, Any]], model: ModelConfig) -> list[dict[str, Any]]:
-    """Each record with the tokens of its prompt and of its answers; the answers are what the losses are taken over."""
+def _kinds(edits: Sequence[Edit]) -> dict[str, int]:
+    kinds = [{probe.kind for probe in edit.probes} for edit in edits]
+    return {f"with_{name}s": sum(kind in k for k in kinds) for name, kind in _SHOWN.items()}
+
+
+_SHOWN = {"wording": "paraphrase", "neighbor": "neighbor"}
+
+
+def _record(edit: Edit) -> dict[str, Any]:
+    names = ("id", "prompt", "target_new", "target_old", "aliases_new", "aliases_old")
+    paraphrases = [text for probe in edit.probes if probe.kind == "paraphrase" for text in probe.prompts]
+    return {**{name: getattr(edit, name) for name in names}, "paraphrases": paraphrases}
+
+
+def _encoder(model: ModelConfig) -> Encoder:
     from corsa.models.encoding import Encoder
     from corsa.models.loading import load_tokenizer
 
-    encoder = Encoder(load_tokenizer(model), model.template)
+    return Encoder(load_tokenizer(model), model.template)
+
+
+def _remarks(found: Found, encoder: Encoder, new_tokens: int) -> list[str]:
+    from corsa.data.benchmarks.cases import told
+    from corsa.planning.inputs import remarks
+
+    asked_once = told(found.counts)
+    return [*([asked_once] if asked_once else []), *remarks(found.records, encoder, new_tokens)]
+
+
+def _refuse_what_no_context_holds(found: Found, encoder: Encoder, model: ModelConfig) -> None:
+    """Raises CorsaError for a user's fact that is longer than the model's context; a benchmark's is skipped."""
+    from corsa.models.shapes import architecture
+    from corsa.planning.inputs import beyond_context
+
+    try:
+        context = getattr(architecture(model), "max_position_embeddings", None)
+    except CorsaError:  # a directory with a tokenizer alone: its context is not known
+        return
+    beyond = beyond_context(found.records, encoder, context)
+    if not beyond:
+        return
+    fact, tokens = beyond[0]
+    reason = f"prompt and answer have {tokens} tokens, and the context of {model.name} holds {context}"
+    if found.bad == "stop":
+        raise CorsaError(f"{found.counts['source']}, {fact['id']}: {reason} ({len(beyond)} such in all); shorten them")
+    found.remarks.append(f"{len(beyond)} facts are skipped in a run, such as {fact['id']}: {reason}")
+
+
+def _as_tokens(records: Sequence[dict[str, Any]], encoder: Encoder) -> list[dict[str, Any]]:
+    """Each record with the tokens of its prompt and of its answers; the answers are what the losses are taken over."""
     shown = []
     for record in records:
         row: dict[str, Any] = {"id": record["id"]}
+        row |= {name: list(record[name]) for name in ("paraphrases", "aliases_new", "aliases_old")}
         row["prompt"] = _pieces(encoder, encoder.prompt(record["prompt"]))
         for side in ("target_new", "target_old"):
             row[side] = _pieces(encoder, encoder.answer(record[side])) if record[side] else None
@@ -130,44 +241,53 @@ def _as_tokens(records: list[dict[str, Any]], model: ModelConfig) -> list[dict[s
     return shown
 
 
-def _pieces(encoder: Any, ids: list[int]) -> list[dict[str, Any]]:
+def _pieces(encoder: Encoder, ids: list[int]) -> list[dict[str, Any]]:
     return [{"id": i, "text": encoder.tokenizer.decode([i])} for i in ids]
 
 
-def _print(found: dict[str, Any], shown: list[dict[str, Any]]) -> None:
+def _print(found: Found, shown: Sequence[dict[str, Any]]) -> None:
     from rich.console import Console
     from rich.text import Text
 
-    console = Console()
+    from corsa.data.text import shown as plain
+
+    console, counts = Console(), found.counts
 
     def say(line: str) -> None:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
+    sound = not (counts["skipped"] or counts.get("contradictions") or found.remarks)
+    say(f"{counts['source']}: {counts['facts']} facts" + ", no fault found" * sound)
     say(
-        f"{found['source']}: {found['facts']} facts, no fault found"
-        if not found["skipped"]
-        else f"{found['source']}: {found['facts']} facts"
+        f"  {counts['with_wordings']} with other wordings, {counts['with_aliases']} with aliases, "
+        f"{counts['with_neighbors']} with neighbors"
     )
-    if missing := found["facts"] - found["with_old_answer"]:
-        say(f"  {missing} without target_old: `corsa edit` asks the model what it says today")
-    say(f"  {found['with_wordings']} with other wordings, {found['with_neighbors']} with neighbors")
-    for bad in found["skipped"][:10]:
+    for line in found.remarks:
+        say(f"  {line}")
+    for bad in counts["skipped"][:10]:
         say(f"  skipped: {bad}")
-    if len(found["skipped"]) > 10:
-        say(f"  and {len(found['skipped']) - 10} more skipped: all of them with --json")
-    for line in found.get("contradictions", [])[:10]:
+    if len(counts["skipped"]) > 10:
+        say(f"  and {len(counts['skipped']) - 10} more skipped: all of them with --json")
+    for line in counts.get("contradictions", [])[:10]:
         say(f"  contradiction: {line}")
     for row in shown:
-        say(f"\n{row['id']}")
+        say(f"\n{plain(row['id'], 200)}")
         for name in ("prompt", "target_new", "target_old"):
             if row[name] is None:
-                say(f"  {name:<10}  (asked of the model)")
+                say(f"  {name:<11}  (asked of the model)")
                 continue
-            pieces = Text("·", style="dim").join(Text(_visible(p["text"])) for p in row[name])
-            console.print(Text(f"  {name:<10}  ").append_text(pieces), soft_wrap=True, highlight=False)
+            pieces = Text("·", style="dim").join(Text(_visible(p["text"])) for p in row[name][:PIECES])
+            if len(row[name]) > PIECES:
+                pieces.append(f" ... and {len(row[name]) - PIECES} more tokens", style="dim")
+            console.print(Text(f"  {name:<11}  ").append_text(pieces), soft_wrap=True, highlight=False)
+        for name in ("aliases_new", "aliases_old", "paraphrases"):
+            if row[name]:
+                words = " | ".join(plain(text, 200) for text in row[name][:10])
+                say(f"  {name:<11}  {words}" + f" | and {len(row[name]) - 10} more" * (len(row[name]) > 10))
         first, end = row["answer_span"]
-        say(f"  answer      tokens {first + 1} to {end} of {end}: what is learnt, its end token included")
+        say(f"  answer       tokens {first + 1} to {end} of {end}: what is learnt, its end token included")
 
 
 def _visible(text: str) -> str:
-    return text.replace("\n", "⏎").replace(" ", "␣")
+    text = text.replace("\n", "⏎").replace(" ", "␣")
+    return text if text.isprintable() else text.encode("unicode_escape").decode()

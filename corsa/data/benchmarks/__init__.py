@@ -20,10 +20,17 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 from corsa.errors import CorsaError, unknown_name
 
 if TYPE_CHECKING:
-    from corsa.data.benchmarks.cases import Contradiction, OnContradiction
+    from corsa.data.benchmarks.cases import Contradiction, OnContradiction, Repeats
     from corsa.data.edit import Edit
 
 OnBadRecord = Literal["skip", "stop"]
+
+REQUIRED = ("prompt", "target_new", "target_old")
+COLUMNS = (
+    *REQUIRED,
+    *("id", "subject", "relation", "aliases_new", "aliases_old", "paraphrases", "neighbors", "chain", "round"),
+)
+"""The columns of a user's file (`corsa.data.benchmarks.file`)."""
 
 
 class Hub(NamedTuple):
@@ -63,7 +70,7 @@ class Benchmark:
     hub: Hub | None = None
     """Read from here when no `--data` is given."""
     on_bad_record: OnBadRecord = "skip"
-    """skip: list the record and go on; stop: raise at the first one."""
+    """skip: list the bad records and go on; stop: name them and refuse the file."""
     repeats: bool = False
     """Cases share edits: each is taught once, and asks what all of them ask."""
 
@@ -77,7 +84,9 @@ class Source:
     path: Path | None = None
 
     def __str__(self) -> str:
-        return str(self.path or self.benchmark.hub)
+        from corsa.data.benchmarks.files import name_of
+
+        return name_of(self.path) if self.path else str(self.benchmark.hub)
 
     def digest(self) -> str:
         """What the edits depend on: the bytes of the file and the first part of the ids; or the data set of the hub."""
@@ -87,9 +96,7 @@ class Source:
             with self.path.open("rb") as file:
                 return f"{self.prefix}:{hashlib.file_digest(file, 'sha256').hexdigest()}"
         except OSError as error:
-            raise CorsaError(
-                f"{self.path} cannot be read: {error.strerror}; check the path and its permissions"
-            ) from error
+            raise CorsaError(f"{self} cannot be read: {error.strerror}; check the path and its permissions") from error
 
 
 class Reading(NamedTuple):
@@ -101,10 +108,12 @@ class Reading(NamedTuple):
     """Bad records met before `limit` was reached."""
     source: str
     """Path or hub id."""
+    repeats: Repeats
+    """How many questions are not asked because they are taught, or are asked already."""
     short: int = 0
     """Chains left out for having fewer updates than `rounds`."""
     contradictions: Sequence[Contradiction] = ()
-    """Edits that give one question different new answers."""
+    """Questions that are given different new answers."""
 
 
 def _keys(*names: str) -> frozenset[str]:
@@ -151,7 +160,8 @@ BENCHMARKS: dict[str, Benchmark] = {
         ),
         Benchmark(
             "file",
-            "your own edits: JSONL, CSV or Parquet with the columns prompt, target_new, target_old",
+            "your own edits: JSONL, CSV or Parquet with the columns prompt, target_new, target_old, or in the format "
+            "of EasyEdit, UnKE or WikiBigEdit",
             "corsa.data.benchmarks.file",
             signatures=(_keys("prompt", "target_new", "target_old"),),
             on_bad_record="stop",
@@ -168,7 +178,7 @@ def read(
     offset: int = 0,
     rounds: int | None = None,
     on_bad_record: OnBadRecord | None = None,
-    on_contradiction: OnContradiction = "report",
+    on_contradiction: OnContradiction | None = None,
     whole_cases: bool = True,
 ) -> Reading:
     """The edits of benchmark `name`, from the file `data` (else the hub, or the copy that ships with the project).
@@ -176,9 +186,11 @@ def read(
     `rounds`: of a chain only the first `rounds` updates are kept, and chains with fewer are left out; it does not touch
     facts without a chain. `limit`: the number of facts (chains, cases), taken in file order from those that are left,
     after the first `offset`. `whole_cases`: all edits of a case, or its first alone (as the paper counts MQuAKE).
+    `on_contradiction`: by default a user's file is refused, and a benchmark's contradictions are reported. Each
+    question is asked once (`corsa.data.benchmarks.cases.asked_once`).
 
     Raises CorsaError if nothing would be left, if the file is absent or not the benchmark's, with
-    `on_bad_record="stop"` at the first bad record, and with `on_contradiction="refuse"` if edits contradict each other.
+    `on_bad_record="stop"` if records are bad, and with `on_contradiction="refuse"` if edits contradict each other.
     """
     if limit is not None and limit < 1:
         raise CorsaError(f"limit {limit}: nothing would be edited; give 1 or more, or leave it out to take every fact")
@@ -186,7 +198,7 @@ def read(
         raise CorsaError(
             f"rounds {rounds}: nothing would be edited; give 1 or more, or leave it out to take every update"
         )
-    from corsa.data.benchmarks.cases import resolved, without_repeats
+    from corsa.data.benchmarks.cases import asked_once, resolved, without_repeats
 
     source = locate(name, data)
     stop = (on_bad_record or source.benchmark.on_bad_record) == "stop"
@@ -198,8 +210,6 @@ def read(
     taken, short = 0, 0
     for fact in facts(source, rounds):
         if isinstance(fact, BadRecord):
-            if stop:
-                raise CorsaError(f"{source}, {fact}")
             skipped.append(fact)
         elif not fact:
             short += 1
@@ -209,11 +219,28 @@ def read(
                 chosen.append(fact if whole_cases else fact[:1])
             if limit is not None and taken == offset + limit:
                 break
+    if skipped and stop:
+        raise refused(source, skipped)
     if not chosen:
         raise CorsaError(_nothing_left(source, skipped, short, rounds, taken))
-    taught, contradicting = resolved(chosen, on_contradiction)
-    edits = [edit for fact in (without_repeats(taught) if source.benchmark.repeats else taught) for edit in fact]
-    return Reading(edits, skipped, str(source), short, contradicting)
+    taught, contradicting = resolved(chosen, on_contradiction or contradiction_rule(name))
+    once = [edit for fact in (without_repeats(taught) if source.benchmark.repeats else taught) for edit in fact]
+    edits, repeats = asked_once(once)
+    return Reading(edits, skipped, str(source), repeats, short, contradicting)
+
+
+def contradiction_rule(name: str) -> OnContradiction:
+    """What happens to the contradictions of a benchmark where nothing is said: a user's file is to be corrected."""
+    return "refuse" if BENCHMARKS[name].on_bad_record == "stop" else "report"
+
+
+def refused(source: Source, bad: Sequence[BadRecord]) -> CorsaError:
+    """The error that names the bad records of a source: how many they are, and the first few."""
+    if len(bad) == 1:
+        return CorsaError(f"{source}, {bad[0]}")
+    more = f", and {len(bad) - 4} more" if len(bad) > 4 else ""
+    others = ", ".join(f"{b.where}: {b.field}: {b.reason}" for b in bad[1:4])
+    return CorsaError(f"{source}, {bad[0]} ({len(bad)} bad records in all: also {others}{more})")
 
 
 def _nothing_left(source: Source, skipped: list[BadRecord], short: int, rounds: int | None, passed: int) -> str:
@@ -246,15 +273,20 @@ def locate(name: str, data: str | None = None) -> Source:
                 f"benchmark {name!r} is not on the hub and does not ship with the project: give its file with --data"
             )
         return Source(benchmark, name)
-    path = Path(data).expanduser()
+    from corsa.data.benchmarks.files import regular
+
+    path = regular(data)
     if not path.is_file():
         kind = "is a directory, not a file" if path.is_dir() else "does not exist"
-        raise CorsaError(f"data file {path} {kind}; --data takes the path of the {name} file (seen from {Path.cwd()})")
+        what = "facts" if name == "file" else name
+        raise CorsaError(f"data file {path} {kind}; --data takes the path of a file of {what} (seen from {Path.cwd()})")
     return Source(benchmark, _prefix(name, path), path)
 
 
 def _prefix(name: str, path: Path) -> str:
+    from corsa.data.benchmarks.files import stem
+
     if name == "file":
-        return path.stem
-    part = re.search(r"(?<![a-z])(me|se)(?![a-z])", path.stem.lower()) if name == "atoke" else None
+        return stem(path)
+    part = re.search(r"(?<![a-z])(me|se)(?![a-z])", stem(path).lower()) if name == "atoke" else None
     return f"{name}-{part[1]}" if part else name

@@ -1,4 +1,5 @@
-"""A user's own edits: one record an edit, in JSONL (or a JSON list), CSV or Parquet.
+"""A user's own edits: one record an edit, in JSONL (or a JSON list), CSV (also with semicolons or tabs) or Parquet,
+gzipped or not.
 
 | column | | |
 |---|---|---|
@@ -6,34 +7,38 @@
 | target_old | required (`drafts` does without) | the answer to give up |
 | id | `<file name>/<position>` | unique |
 | subject, relation | "" | |
-| aliases_new, aliases_old | none | list of strings; in CSV with a bar between them |
-| paraphrases | none | list of strings; in CSV with a bar between them: `Who leads X? | X is led by` |
+| aliases_new, aliases_old | none | list of strings; in CSV a JSON list, or with bars between them |
+| paraphrases | none | list of strings; in CSV a JSON list, or with bars between them: `Who leads X? | X is led by` |
 | neighbors | none | list of {prompt, answer, aliases}; in CSV as JSON: questions that the edit must not touch |
 | chain, round | none | updates of one fact that follow each other: the same `chain`, `round` from 1 without a gap |
+
+Columns of a format that is known from elsewhere are mapped to these (`corsa.data.benchmarks.foreign`). One function,
+`checked`, finds what is wrong with a file, whichever command reads it.
 """
 
 from __future__ import annotations
 
+import ast
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from corsa.data.benchmarks import BENCHMARKS, BadRecord, Source
+from corsa.data.benchmarks import BENCHMARKS, COLUMNS, REQUIRED, BadRecord, Source, refused
+from corsa.data.benchmarks.cases import contradictions
+from corsa.data.benchmarks.files import regular, stem
+from corsa.data.benchmarks.foreign import Format
 from corsa.data.benchmarks.rows import Row, rows_of
-from corsa.data.edit import Edit, FieldError, Question, normalise
+from corsa.data.edit import Edit, FieldError, Question
+from corsa.data.text import bare, folded, shown
 from corsa.errors import CorsaError, unknown_name
-
-REQUIRED = ("prompt", "target_new", "target_old")
-COLUMNS = (
-    *REQUIRED,
-    *("id", "subject", "relation", "aliases_new", "aliases_old", "paraphrases", "neighbors", "chain", "round"),
-)
 
 _REMEDIES = {
     "prompt": "give the question or cloze that is asked",
     "target_new": "give the answer that the model shall learn",
-    "target_old": "give the answer that the model shall give up: L_DPO contrasts the two",
+    "target_old": "give the answer that the model shall give up, L_DPO contrasts the two; `corsa edit` needs none, it "
+    "asks the model",
 }
 
 
@@ -48,72 +53,116 @@ class Draft(NamedTuple):
         return Edit.build(**{**self.fields, **change})
 
 
+class Checked(NamedTuple):
+    """What a file holds."""
+
+    drafts: list[Draft]
+    """The sound records, in file order."""
+    faults: list[BadRecord]
+    """The others."""
+    format: Format | None
+    """Whose columns they are, if not our own."""
+
+
+def checked(
+    source: Source, required: Sequence[str] = ("prompt", "target_new"), *, contradicting: bool = False
+) -> Checked:
+    """The records of a file, each by itself and beside the others.
+
+    Args:
+        source: the file.
+        required: columns that no record may lack.
+        contradicting: a question that is asked twice is sound if its answers differ: `corsa.data.benchmarks.cases` has
+            the say on those.
+
+    Raises:
+        CorsaError: the file cannot be read.
+    """
+    found = Checked([], [], (rows := rows_of(source)).format)
+    asked: dict[tuple[str, ...], str] = {}
+    ids: dict[str, str] = {}
+    for row in rows.rows:
+        if isinstance(row, BadRecord):
+            found.faults.append(row)
+            continue
+        try:
+            draft = Draft(row.where, _fields(row, source.prefix, required))
+            edit = draft.edit(target_old=draft.fields["target_old"] or f"not {draft.fields['target_new']}")
+            _once("id", edit.id, (edit.id,), ids, row.where)
+            if draft.fields["chain"] is None:
+                question = (bare(edit.prompt), *([bare(edit.target_new)] if contradicting else []))
+                _once("prompt", folded(edit.prompt), question, asked, row.where)
+            else:
+                _once("round", edit.chain, ("", edit.chain, str(edit.round)), asked, row.where, edit.round)
+        except FieldError as error:
+            found.faults.append(BadRecord(row.where, error.field, error.reason, error.remedy))
+        else:
+            found.drafts.append(draft)
+    return found
+
+
+_ONCE = {
+    "id": ("{0!r} was used before, by {1}", "give each edit an id of its own"),
+    "prompt": ("{0!r} was used before, by {1}", "give each fact once"),
+    "round": ("round {2} of chain {0!r} was given before, by {1}", "give each update of a chain a round of its own"),
+}
+
+
+def _once(field: str, value: str, key: tuple[str, ...], seen: dict[Any, str], where: str, round_: int = 1) -> None:
+    if before := seen.get(key):
+        reason, remedy = _ONCE[field]
+        raise FieldError(field, reason.format(shown(value), before, round_), remedy)
+    seen[key] = where
+
+
 def drafts(source: Source) -> list[Draft]:
     """The records in file order, of a chain the last one alone: what holds now is what a model is to be told.
 
-    Raises CorsaError at the first record that is bad, is given twice, or contradicts another; and if there is none.
+    Raises CorsaError if records are bad, are given twice, or contradict each other; and if there is none.
     """
+    found = checked(source)
+    if found.faults:
+        raise refused(source, found.faults)
     latest: dict[str, Draft] = {}
-    asked: dict[str, str] = {}
-    ids: dict[str, str] = {}
-    for row in rows_of(source):
-        try:
-            if isinstance(row, BadRecord):
-                raise FieldError(row.field, row.reason, row.remedy)
-            draft = Draft(row.where, _fields(row, source.prefix, ("prompt", "target_new")))
-            edit = draft.edit(target_old=draft.fields["target_old"] or f"not {draft.fields['target_new']}")
-            _once("id", edit.id, ids, row.where)
-            if draft.fields["chain"] is None:
-                _once("prompt", normalise(edit.prompt), asked, row.where)
-            else:
-                _once("round", f"{edit.round} of chain {edit.chain}", asked, row.where)
-        except FieldError as error:
-            raise CorsaError(f"{source}, {row.where}: {error}") from None
-        if edit.round >= latest.setdefault(edit.chain, draft).fields["round"]:
-            latest[edit.chain] = draft
+    for draft in found.drafts:
+        chain = draft.fields["chain"] or draft.fields["id"]
+        if draft.fields["round"] >= latest.setdefault(chain, draft).fields["round"]:
+            latest[chain] = draft
     if not latest:
         raise CorsaError(f"{source} is empty: it holds no fact; give a file with at least one")
+    now = [draft.edit(target_old=draft.fields["target_old"] or "?", round=1) for draft in latest.values()]
+    if contradicting := contradictions(now):
+        raise CorsaError(f"{source}: {contradicting[0]} ({len(contradicting)} such in all): correct the file")
     return list(latest.values())
 
 
-def _once(field: str, value: str, seen: dict[str, str], where: str) -> None:
-    if value in seen:
-        raise FieldError(field, f"{value!r} was used before, by {seen[value]}", "give each fact once")
-    seen[value] = where
+def source_of(path: str | Path) -> Source:
+    """A user's file, or standard input (`-`). Raises CorsaError if it does not exist."""
+    place = regular(path)
+    if not place.is_file():
+        kind = "is a directory, not a file" if place.is_dir() else "does not exist"
+        raise CorsaError(f"the file of facts {place} {kind} (seen from {Path.cwd()})")
+    return Source(BENCHMARKS["file"], stem(place), place)
 
 
-def drafts_of(path: Path) -> list[Draft]:
+def drafts_of(path: str | Path) -> list[Draft]:
     """The records of a user's file, see `drafts`."""
-    if not path.is_file():
-        kind = "is a directory, not a file" if path.is_dir() else "does not exist"
-        raise CorsaError(f"the file of facts {path} {kind} (seen from {Path.cwd()})")
-    return drafts(Source(BENCHMARKS["file"], path.stem, path))
+    return drafts(source_of(path))
 
 
 def facts(source: Source, rounds: int | None = None) -> Iterator[list[Edit] | BadRecord]:
     """First the records that are bad by themselves, then the facts; a chain has the place of its first record."""
+    found = checked(source, REQUIRED, contradicting=True)
+    yield from found.faults
     chains: dict[str, list[tuple[str, Edit]]] = {}
-    ids: dict[str, str] = {}
-    for row in rows_of(source):
-        if isinstance(row, BadRecord):
-            yield row
-            continue
-        try:
-            edit = _edit(row, source.prefix)
-            if edit.id in ids:
-                raise FieldError(
-                    "id", f"{edit.id!r} was used before, by {ids[edit.id]}", "give each edit an id of its own"
-                )
-        except FieldError as error:
-            yield BadRecord(row.where, error.field, error.reason, error.remedy)
-            continue
-        ids[edit.id] = row.where
-        chains.setdefault(edit.chain, []).append((row.where, edit))
+    for draft in found.drafts:
+        edit = draft.edit()
+        chains.setdefault(edit.chain, []).append((draft.where, edit))
     for members in chains.values():
         members.sort(key=lambda member: member[1].round)
-        fault = _chain_fault(members)
-        if fault:
-            yield fault
+        gap = _chain_fault(members)
+        if gap:
+            yield gap
             continue
         edits = [edit for _, edit in members]
         chained = edits[0].chain != edits[0].id
@@ -123,27 +172,16 @@ def facts(source: Source, rounds: int | None = None) -> Iterator[list[Edit] | Ba
 
 def _chain_fault(members: list[tuple[str, Edit]]) -> BadRecord | None:
     """What is wrong with the rounds of a chain, whose members are sorted by round; None where they are 1, 2, 3, ..."""
-    before, expected = "", 1
-    for where, edit in members:
-        if edit.round < expected:
-            reason = f"round {edit.round} of chain {edit.chain!r} was given before, by {before}"
-            return BadRecord(where, "round", reason, "give each update of a chain a round of its own")
+    for expected, (where, edit) in enumerate(members, start=1):
         if edit.round > expected:
             reason = f"chain {edit.chain!r} has round {edit.round} but no round {expected}"
             return BadRecord(where, "round", reason, "number the updates of a chain 1, 2, 3, ... without a gap")
-        before, expected = where, expected + 1
     return None
-
-
-def _edit(row: Row, prefix: str) -> Edit:
-    return Edit.build(**_fields(row, prefix, REQUIRED))
 
 
 def _fields(row: Row, prefix: str, required: Sequence[str]) -> dict[str, Any]:
     """The arguments of `Edit.build` that a record gives; a column that is not required may be absent."""
-    for column in row.values:
-        if column not in COLUMNS:
-            raise FieldError(str(column), str(unknown_name("column", str(column), COLUMNS)))
+    _known(row.values, required)
     texts = {column: row.optional(column) for column in REQUIRED}
     texts |= {column: row.text(column, _REMEDIES[column]) for column in required}
     chain = _name(row, "chain")
@@ -163,12 +201,52 @@ def _fields(row: Row, prefix: str, required: Sequence[str]) -> dict[str, Any]:
     }
 
 
+def _known(values: Mapping[str, Any], required: Sequence[str]) -> None:
+    """Raises FieldError if there are columns that are not ours: all of them at once, with what is missing."""
+    unknown = [str(column) for column in values if column not in COLUMNS]
+    if not unknown:
+        return
+    if len(unknown) == 1:
+        raise FieldError(shown(unknown[0]), str(unknown_name("column", shown(unknown[0]), COLUMNS)))
+    missing = [column for column in required if values.get(column) is None]
+    reason = f"{shown(', '.join(unknown), 120)} are unknown" + (f" and {', '.join(missing)} missing" * bool(missing))
+    raise FieldError("columns", reason, f"known are {', '.join(COLUMNS)}")
+
+
 def _texts(row: Row, column: str) -> list[str]:
-    """A list of strings; a single string is a CSV cell, or a list of one."""
+    """A list of strings. A single string is a cell of a table: a JSON list, or items with bars between them."""
     value = row.get(column)
     if isinstance(value, str):
-        row = Row({column: value.split(" | ")}, row.index, row.where)
+        items = _json_list(value, column)
+        cells = [text for item in value.split("|") if (text := item.strip())] if items is None else items
+        row = Row({column: cells}, row.index, row.where)
     return row.texts(column)
+
+
+def _json_list(cell: str, column: str) -> list[Any] | None:
+    """The JSON list in a cell; None if it holds none. Raises FieldError for a list that is not JSON."""
+    cell = cell.strip()
+    try:
+        value = json.loads(cell) if cell.startswith("[") else None
+        if isinstance(value, list):
+            return value
+    except (ValueError, RecursionError):
+        pass
+    if (cell[:1], cell[-1:]) in (("[", "]"), ("(", ")"), ("{", "}")) and _is_python(cell):
+        raise FieldError(column, f"is a Python list, no JSON: {shown(cell)}", _PYTHON.format(column))
+    return None
+
+
+_PYTHON = "write JSON (pandas: df[{0!r}] = df[{0!r}].map(json.dumps) before to_csv), or put a bar between items: a | b"
+
+
+def _is_python(cell: str) -> bool:
+    """Whether a cell is what Python or NumPy prints of a list, a tuple or a set of strings."""
+    try:
+        value = ast.literal_eval(cell)
+    except (ValueError, SyntaxError, MemoryError, RecursionError, TypeError):
+        return re.match(r"""\[\s*['"]""", cell) is not None  # a list that is cut, or as NumPy prints an array
+    return isinstance(value, list | tuple | set)
 
 
 def _name(row: Row, column: str) -> str:
@@ -185,27 +263,32 @@ def _round(row: Row) -> int:
     if value is None:
         raise FieldError("round", "is missing, though there is a chain", "number the updates of a chain 1, 2, 3, ...")
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise FieldError("round", f"is not a whole number from 1 but {value!r}")
+        raise FieldError("round", f"is not a whole number from 1 but {shown(repr(value))}")
     return value
 
 
 def _neighbors(row: Row) -> list[Question]:
     value: Any = row.get("neighbors")
     if isinstance(value, str):
+        items = _json_list(value, "neighbors")
         try:
-            value = json.loads(value)
+            value = json.loads(value) if items is None else items
         except json.JSONDecodeError as error:
             raise FieldError("neighbors", f"is not JSON: {error.msg} at character {error.pos + 1}") from None
+        except (ValueError, RecursionError):
+            raise FieldError("neighbors", f"is not JSON that can be read: {shown(value)}") from None
     if value is None:
         return []
     example = 'give a list such as [{"prompt": "...", "answer": "..."}]'
     if not isinstance(value, list):
-        raise FieldError("neighbors", f"is not a list but {value!r}", example)
+        raise FieldError("neighbors", f"is not a list but {shown(repr(value))}", example)
     questions = []
     for index, item in enumerate(value):
         name = f"neighbors[{index}]"
         if not isinstance(item, Mapping) or not item.keys() <= {"prompt", "answer", "aliases"}:
-            raise FieldError(name, f"is not an object with prompt, answer and perhaps aliases: {item!r}", example)
+            raise FieldError(
+                name, f"is not an object with prompt, answer and perhaps aliases: {shown(repr(item))}", example
+            )
         neighbor = Row({name: item}, row.index, row.where)
         question = neighbor.text(f"{name}.prompt"), neighbor.text(f"{name}.answer"), neighbor.texts(f"{name}.aliases")
         questions.append(question)

@@ -7,9 +7,7 @@ file is JSONL of CodeUpdateArena's record, an update and its program-synthesis p
 from __future__ import annotations
 
 import ast
-import gzip
 import hashlib
-import json
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,9 +17,12 @@ from typing import Literal
 from pydantic import Field
 
 from corsa.config import Frozen
+from corsa.data.benchmarks import BadRecord
 from corsa.data.benchmarks.code_prompt import TEMPLATE, question
+from corsa.data.benchmarks.files import name_of, records, regular
 from corsa.data.benchmarks.rows import Row
 from corsa.data.edit import FieldError
+from corsa.data.text import shown
 from corsa.errors import CorsaError
 from corsa.sandbox.worker import Program
 
@@ -71,7 +72,9 @@ class Problem(Frozen):
 
 def kind_of(path: str) -> Kind:
     """Which benchmark a file is of, by its first record. Raises CorsaError if it is neither."""
-    row = next(_rows(path))
+    row = next(_rows(path), None)
+    if row is None:
+        raise CorsaError(f"{path} is empty: it holds no record")
     if {"task_id", "prompt", "entry_point", "canonical_solution", "test"} <= row.values.keys():
         return "humaneval"
     if {"update", "prog_syn_examples"} <= row.values.keys():
@@ -85,7 +88,7 @@ def kind_of(path: str) -> Kind:
 def digest(path: str) -> str:
     """What identifies a file's content. Raises CorsaError if it cannot be read."""
     try:
-        return hashlib.sha256(Path(path).expanduser().read_bytes()).hexdigest()
+        return hashlib.sha256(regular(path).read_bytes()).hexdigest()
     except OSError as error:
         raise CorsaError(f"{path} cannot be read: {error.strerror} (seen from {Path.cwd()})") from error
 
@@ -119,25 +122,25 @@ def read_problems(path: str, *, limit: int | None = None, offset: int = 0, templ
 
 
 def _rows(path: str) -> Iterator[Row]:
-    file = Path(path).expanduser()
-    try:
-        with gzip.open(file, "rt", encoding="utf-8") if file.suffix == ".gz" else file.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    values = json.loads(line)
-                    if not isinstance(values, Mapping):
-                        raise CorsaError(f"{path}, line {number}: not a record but {type(values).__name__}")
-                    yield Row(values, number - 1, f"line {number}")
-    except OSError as error:
-        raise CorsaError(f"{path} cannot be read: {error.strerror or error} (seen from {Path.cwd()})") from error
-    except ValueError as error:
-        raise CorsaError(f"{path} is not JSON lines: {error}") from error
+    file = regular(path)
+    if not file.is_file():
+        kind = "is a directory" if file.is_dir() else "does not exist"
+        raise CorsaError(f"{name_of(file)} cannot be read: it {kind} (seen from {Path.cwd()})")
+    for index, item in enumerate(records(file, ())):
+        if isinstance(item, BadRecord):
+            raise CorsaError(f"{name_of(file)}, {item}")
+        values, where = item
+        yield Row(values, index, where)
 
 
 def _raw(row: Row, path: str) -> str:
     """The string at a path as it is: indentation at a program's start counts."""
-    row.text(path)
-    return str(row.get(path))
+    value = row.get(path)
+    if value is None:
+        raise FieldError(path, "is missing")
+    if not isinstance(value, str) or not value.strip():
+        raise FieldError(path, "is blank" if isinstance(value, str) else f"is not a string but {shown(repr(value))}")
+    return value
 
 
 # HumanEval

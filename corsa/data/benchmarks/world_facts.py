@@ -17,7 +17,8 @@ from pydantic import Field, ValidationError, field_validator
 
 from corsa.config import Frozen
 from corsa.data.benchmarks import BadRecord, Source
-from corsa.data.edit import Edit, FieldError, Question, Text, field_error, normalise
+from corsa.data.edit import Edit, FieldError, Question, Text, field_error
+from corsa.data.text import folded
 from corsa.errors import CorsaError
 
 
@@ -134,8 +135,8 @@ def _chain(relation: Relation, position: int, chain: str) -> list[Edit]:
 
 
 def _neighbors(relation: Relation, position: int) -> list[Question]:
-    subject = normalise(relation.facts[position].subject)
-    pool = [neighbor for neighbor in relation.neighbors if normalise(neighbor.subject) != subject]
+    subject = folded(relation.facts[position].subject)
+    pool = [neighbor for neighbor in relation.neighbors if folded(neighbor.subject) != subject]
     chosen = [pool[(2 * position + i) % len(pool)] for i in range(min(2, len(pool)))]
     return [(relation.prompt.replace("{}", item.subject), item.answer, item.aliases) for item in chosen]
 

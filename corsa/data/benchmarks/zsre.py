@@ -2,8 +2,8 @@
 
 In MEND's file `alt` is the counterfactual new answer and `answers` are the true ones: the first is the old target, the
 others its aliases (`pred`, the answer of the model MEND was built on, is not used). The first of `answers` equals `alt`
-in 28 of the 1,037 records, and in one more but for a blank; those are bad records. `rephrase` equals `src` in 161: it
-is asked all the same, since it is the benchmark's paraphrase.
+in 28 of the 1,037 records, and in one more but for a blank; those are bad records. A `rephrase` that is
+the `src` of this or another record is a taught question, and is not asked as a paraphrase.
 
 In the hub's rows the new answer is the first of `alternatives`, the old one the first `output[].answer`. They have no
 subject and no neighbor question.

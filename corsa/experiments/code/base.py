@@ -26,7 +26,8 @@ from corsa.config.steps import (
     SamplesConfig,
 )
 from corsa.data.benchmarks.code_prompt import digest_of, read_template
-from corsa.data.benchmarks.programs import digest
+from corsa.data.benchmarks.files import regular
+from corsa.data.benchmarks.programs import digest, kind_of
 from corsa.errors import CorsaError, unknown_name
 from corsa.experiments.base import ROUND, Experiment, Facts, Methods, chain, dealt, identity, with_reference
 from corsa.flow import Kind, Step
@@ -162,9 +163,12 @@ def _problems(
 ) -> Step:
     if limit is not None and limit < 1:
         raise CorsaError(f"--limit {limit}: nothing would be taught; give 1 or more, or leave it out to take all")
+    if (kind := kind_of(path)) != name:
+        options = {"updates": "CodeUpdateArena's record (--data)", "humaneval": "HumanEval (--humaneval)"}
+        raise CorsaError(f"{path} holds {options[kind]}, and stands where {options[name]} belongs")
     wording = digest_of(read_template(template)) if taught else None
     config = ProblemsConfig(digest=digest(path), limit=limit, offset=offset, taught=taught, template=wording)
-    place = ProblemsPlace(data=_absolute(path), template=_absolute(template) if template else None)
+    place = ProblemsPlace(data=str(regular(path).absolute()), template=_absolute(template) if template else None)
     return Step(f"problems/{name}", PROBLEMS, config, placement=place)
 
 

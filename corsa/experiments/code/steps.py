@@ -13,7 +13,8 @@ import pyarrow.parquet as pq
 from corsa.config.steps import CodeReportConfig, ProblemsConfig
 from corsa.data.benchmarks.code_prompt import read_template
 from corsa.data.benchmarks.programs import program_in, read_problems
-from corsa.data.edit import Edit, normalise, to_table
+from corsa.data.edit import Edit, to_table
+from corsa.data.text import folded
 from corsa.evaluation.pass_at_k import Tried, compared, measure, tried, unjudged
 from corsa.evaluation.uncertainty import LEVEL
 from corsa.experiments.steps import described_run
@@ -70,7 +71,7 @@ def as_edits(task: Task) -> dict[str, Any]:
     edits, counts = [], Counter[str]()
     for id_, row in rows.items():
         verdict, new = verdicts[id_], row["solution"].strip()
-        same = normalise(program_in(answers[id_])) == normalise(new)
+        same = folded(program_in(answers[id_])) == folded(new)
         if verdict["outcome"] == "sandbox":
             why = "not_judged"
         elif verdict["outcome"] == "passed" or same:

@@ -1,0 +1,309 @@
+"""The records of a file, whatever its kind: JSON, JSON lines, CSV or Parquet, plain or gzipped, or standard input."""
+
+from __future__ import annotations
+
+import atexit
+import csv
+import gzip
+import io
+import json
+import shutil
+import sys
+import tempfile
+import zlib
+from collections.abc import Callable, Collection, Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from corsa.data.benchmarks import BadRecord
+from corsa.data.text import shown
+from corsa.errors import CorsaError
+
+Found = tuple[Any, str]
+"""The values of a record, and where a person finds it in the file."""
+
+SEPARATORS = {",": "a comma", ";": "a semicolon", "\t": "a tab"}
+
+
+# Where a file is
+
+
+_kept: dict[str, Path] = {}
+_names: dict[Path, str] = {}
+
+
+def regular(path: str | Path) -> Path:
+    """The path of a file that can be read more than once: what comes through a pipe is kept until the process ends.
+
+    `-` is standard input. What a pipe holds is told by its first bytes: Parquet, a JSON list, JSON lines, or CSV.
+
+    Raises:
+        CorsaError: standard input is a terminal, or cannot be read.
+    """
+    given = str(path)
+    place = Path(given).expanduser()
+    piped = place.exists() and not place.is_file() and not place.is_dir()
+    if given != "-" and not piped and not given.startswith(("/dev/", "/proc/")):
+        return place
+    if given not in _kept:
+        try:
+            if given == "-" and sys.stdin.isatty():
+                raise CorsaError("- is standard input, and that is a terminal: pipe a file into it, or name one")
+            content = sys.stdin.buffer.read() if given == "-" else place.read_bytes()
+        except OSError as error:
+            raise CorsaError(f"{given} cannot be read: {error.strerror or error}") from error
+        folder = Path(tempfile.mkdtemp(prefix="corsa-"))
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        _kept[given] = folder / f"stdin{_kind(content)}"
+        _kept[given].write_bytes(content)
+        call(_kept[given], "standard input" if given in ("-", "/dev/stdin") else given)
+    return _kept[given]
+
+
+def call(path: Path, name: str) -> None:
+    """Name a temporary file in messages by what it stands for."""
+    _names[path] = name
+
+
+def name_of(path: Path) -> str:
+    """A file as messages name it."""
+    return _names.get(path, str(path))
+
+
+def stem(path: Path) -> str:
+    """The name of a file without what tells its kind: `facts` of facts.csv.gz."""
+    return Path(path.name.removesuffix(".gz")).stem
+
+
+def _kind(content: bytes) -> str:
+    if content.startswith(b"\x1f\x8b"):
+        with gzip.GzipFile(fileobj=io.BytesIO(content)) as file:
+            try:
+                return f"{_kind(file.read(4096))}.gz"
+            except (OSError, EOFError, zlib.error):
+                return ".jsonl.gz"  # what is wrong with it is said when it is read
+    if content.startswith(b"PAR1"):
+        return ".parquet"
+    first = content.removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
+    return {b"[": ".json", b"{": ".jsonl", b"": ".jsonl"}.get(first, ".csv")
+
+
+# What it holds
+
+
+def records(path: Path, columns: Collection[str]) -> Iterator[Found | BadRecord]:
+    """The records of a file in order. `columns`: names by which the separator of a CSV file is told.
+
+    Raises:
+        CorsaError: the file cannot be read, or is not of the kind that its name says.
+    """
+    readers: dict[str, Callable[[Path], Iterator[Found | BadRecord]]] = {
+        ".json": _json,
+        ".jsonl": _jsonl,
+        ".ndjson": _jsonl,
+        ".csv": lambda path: _csv(path, columns),
+        ".tsv": lambda path: _csv(path, columns),
+        ".parquet": _parquet,
+    }
+    name = name_of(path)
+    suffix = Path(path.name.lower().removesuffix(".gz")).suffix
+    if suffix not in readers:
+        raise CorsaError(f"{name}: unknown kind of file {suffix!r}; give one of {', '.join(readers)}, gzipped or not")
+    try:
+        yield from readers[suffix](path)
+    except UnicodeDecodeError as error:
+        raise CorsaError(_not_utf8(path, error)) from error
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise CorsaError(f"{name} is not a whole gzip file: {error}; compress it again") from error
+    except OSError as error:
+        raise CorsaError(f"{name} cannot be read: {error.strerror or error}; check its permissions") from error
+
+
+def _bytes(path: Path) -> gzip.GzipFile | io.BufferedReader:
+    return gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb")
+
+
+def _text(path: Path, newline: str | None = None) -> io.TextIOWrapper:
+    return io.TextIOWrapper(_bytes(path), encoding="utf-8-sig", newline=newline)
+
+
+def _not_utf8(path: Path, error: UnicodeDecodeError) -> str:
+    with _bytes(path) as file:
+        start = file.read(4)
+        if start.startswith((b"\xff\xfe", b"\xfe\xff")):
+            return f"{name_of(path)} is not UTF-8 text but UTF-16; save it as UTF-8"
+        for number, line in enumerate((start + file.read()).split(b"\n"), start=1):
+            try:
+                line.decode()
+            except UnicodeDecodeError as found:
+                byte = f"byte 0x{line[found.start]:02x} at position {found.start + 1}"
+                return f"{name_of(path)} is not UTF-8 text (line {number}: {byte}); save it as UTF-8"
+    return f"{name_of(path)} is not UTF-8 text ({error.reason}); save it as UTF-8"
+
+
+class _Repeated(dict[str, Any]):
+    """An object of JSON that gives one key twice: Python would keep the last value and say nothing."""
+
+    key: str
+
+
+def _parsed(text: str) -> tuple[Any, bool]:
+    """A JSON value, and whether an object in it gives a key twice.
+
+    Raises:
+        ValueError: it is not JSON (JSONDecodeError, which has a place), or cannot be held.
+    """
+    repeated = False
+
+    def pairs(found: list[tuple[str, Any]]) -> dict[str, Any]:
+        nonlocal repeated
+        values = dict(found)
+        if len(values) == len(found):
+            return values
+        repeated = True
+        keys = [key for key, _ in found]
+        values = _Repeated(values)
+        values.key = next(key for key in keys if keys.count(key) > 1)
+        return values
+
+    try:
+        return json.loads(text, object_pairs_hook=pairs), repeated
+    except json.JSONDecodeError:
+        raise
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    except ValueError as error:  # Python's bound on the digits of an integer
+        raise ValueError(str(error).partition(":")[0].lower()) from None
+
+
+def _checked(values: Any, where: str, repeated: bool) -> Found | BadRecord:
+    if not isinstance(values, Mapping):
+        return BadRecord(where, "record", f"is not an object but {shown(repr(values))}")
+    twice = _twice(values) if repeated else None
+    return (
+        BadRecord(where, shown(twice), "is given twice", "give each key once") if twice is not None else (values, where)
+    )
+
+
+def _twice(value: Any) -> str | None:
+    """A key that is given twice somewhere in a value."""
+    if isinstance(value, _Repeated):
+        return value.key
+    inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
+    return next((key for item in inner if (key := _twice(item)) is not None), None)
+
+
+def _json(path: Path) -> Iterator[Found | BadRecord]:
+    with _text(path) as file:
+        text = file.read()
+    if not text.strip():
+        return
+    try:
+        found, repeated = _parsed(text)
+    except json.JSONDecodeError as error:
+        hint = "is the file whole? one object a line belongs into a .jsonl file"
+        raise CorsaError(f"{name_of(path)}, line {error.lineno}: this is not JSON: {error.msg}; {hint}") from error
+    except ValueError as error:
+        raise CorsaError(f"{name_of(path)}: this JSON cannot be read: {error}") from error
+    if not isinstance(found, list):
+        raise CorsaError(f"{name_of(path)}: expected a JSON list of records, found {shown(repr(found))}")
+    for index, values in enumerate(found):
+        yield _checked(values, f"record [{index}]", repeated)
+
+
+def _jsonl(path: Path) -> Iterator[Found | BadRecord]:
+    with _text(path) as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            where = f"line {number}"
+            try:
+                values, repeated = _parsed(line)
+                if number == 1 and isinstance(values, list) and any(isinstance(item, Mapping) for item in values):
+                    raise CorsaError(_LIST.format(name_of(path)))
+                yield _checked(values, where, repeated)
+            except json.JSONDecodeError as error:
+                if number == 1 and line.strip() == "[":
+                    raise CorsaError(_LIST.format(name_of(path))) from error
+                yield BadRecord(where, f"column {error.colno}", f"this is not JSON: {error.msg}")
+            except ValueError as error:
+                yield BadRecord(where, "record", f"this JSON cannot be read: {error}")
+
+
+_LIST = "{} holds one JSON list and not one object a line; call it .json"
+
+
+def _csv(path: Path, columns: Collection[str]) -> Iterator[Found | BadRecord]:
+    with _text(path, newline="") as file:
+        separator, names, before = _header(path, file, columns)
+        reader = csv.reader(file, delimiter=separator, strict=True)
+        line = before + 1
+        try:
+            for cells in reader:
+                where, line = f"line {line}", before + reader.line_num + 1
+                if not any(cells):
+                    continue
+                if len(cells) != len(names):
+                    reason = f"has {len(cells)} cells, the header {len(names)}"
+                    remedy = f"quote cells that hold {SEPARATORS.get(separator, separator)} or line breaks"
+                    yield BadRecord(where, "record", reason, remedy.replace("a comma", "commas"))
+                else:
+                    # An empty cell is an absent value.
+                    yield {key: cell or None for key, cell in zip(names, cells, strict=True)}, where
+        except csv.Error as error:
+            line = before + reader.line_num
+            raise CorsaError(f"{name_of(path)}, line {line}: this is not CSV: {error}; check its quotes") from error
+
+
+def _header(path: Path, file: IO[str], columns: Collection[str]) -> tuple[str, list[str], int]:
+    """The separator, the names of the columns, and how many lines they take.
+
+    The separator is the one under which most names are known, and where none is, the one that makes most columns.
+    """
+    first, lines = file.readline(), 1
+    if first.lower().startswith("sep=") and len(first.rstrip("\r\n")) == 5:  # Excel's own first line
+        given, first, lines = first[4], file.readline(), 2
+        return given, _names_of(path, first, given, lines), lines
+    found = {
+        separator: [cell.strip() for cell in next(csv.reader([first], delimiter=separator), [])]
+        for separator in SEPARATORS
+    }
+    best = max(found, key=lambda separator: (len(set(found[separator]) & set(columns)), len(found[separator])))
+    names = _names_of(path, first, best, lines)
+    if len(names) == 1 and not set(names) & set(columns):
+        raise CorsaError(
+            f"{name_of(path)}, line {lines}: there is one column alone, {shown(names[0])!r}: columns are separated by "
+            f"{', '.join(list(SEPARATORS.values())[:-1])} or {list(SEPARATORS.values())[-1]}"
+        )
+    return best, names, lines
+
+
+def _names_of(path: Path, line: str, separator: str, number: int) -> list[str]:
+    names = [cell.strip() for cell in next(csv.reader([line], delimiter=separator), [])]
+    if len(set(names)) < len(names):
+        raise CorsaError(
+            f"{name_of(path)}, line {number}: a column name occurs twice in {shown(repr(names))}; rename one"
+        )
+    if "" in names and len(names) > 1:
+        raise CorsaError(
+            f"{name_of(path)}, line {number}: column {names.index('') + 1} has no name; name it or leave it out "
+            "(pandas: to_csv(..., index=False))"
+        )
+    return names
+
+
+def _parquet(path: Path) -> Iterator[Found | BadRecord]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    with _bytes(path) as file:
+        try:
+            table = pq.read_table(io.BytesIO(file.read()) if path.suffix.lower() == ".gz" else file)
+            rows = table.to_pylist()
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError, UnicodeDecodeError, OSError) as error:
+            raise CorsaError(
+                f"{name_of(path)} is not a whole Parquet file: {shown(str(error), 200)}; write it again, or name it by "
+                "what it is"
+            ) from error
+    for index, values in enumerate(rows):
+        yield values, f"row [{index}]"

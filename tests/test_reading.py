@@ -1,0 +1,244 @@
+"""What a file may look like: its kind, its cells, its characters, its format; and questions that are asked twice.
+
+The files are invented; those of ../shared/cases are read where they are at hand.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import unicodedata
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from corsa.api import load_edits
+from corsa.data.benchmarks import read
+from corsa.data.benchmarks.file import drafts_of
+from corsa.data.edit import Edit, FieldError
+from corsa.data.text import bare, composed, fault, folded, same_text, templated
+from corsa.errors import CorsaError
+
+CASES = Path(__file__).parents[2] / "shared" / "cases"
+
+
+def case(name: str) -> str:
+    """Path of a shared case, or skip."""
+    if not (CASES / name).is_file():
+        pytest.skip(f"{CASES / name} is not here")
+    return str(CASES / name)
+
+
+def fact(**values: Any) -> dict[str, Any]:
+    return {"prompt": "Who leads Acme?", "target_new": "Bo Lind", "target_old": "Cy Moss", **values}
+
+
+def written(path: Path, *rows: Any) -> str:
+    """The rows as JSON lines, or as one list."""
+    text = json.dumps(list(rows)) if path.suffix == ".json" else "".join(json.dumps(row) + "\n" for row in rows)
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+def table(path: Path, *rows: dict[str, str], separator: str = ",") -> str:
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, rows[0].keys(), delimiter=separator)
+        writer.writeheader()
+        writer.writerows(rows)
+    return str(path)
+
+
+def wordings(edit: Edit, kind: str = "paraphrase") -> list[str]:
+    return [wording for probe in edit.probes if probe.kind == kind for wording in probe.prompts]
+
+
+# -- cells of a table -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("cell", "items"),
+    [
+        ('["A is led by", "Who heads A?"]', ["A is led by", "Who heads A?"]),
+        (' [ "A is led by" , "Who, of A|B?" ] ', ["A is led by", "Who, of A|B?"]),
+        ("A is led by|Who heads A?", ["A is led by", "Who heads A?"]),
+        ("A is led by | Who heads A?", ["A is led by", "Who heads A?"]),
+        ("A is led by |Who heads A?|", ["A is led by", "Who heads A?"]),
+        ("[sic] Who heads A?", ["[sic] Who heads A?"]),
+        ("The head (of A)", ["The head (of A)"]),
+        ("[]", []),
+        ("", []),
+    ],
+)
+def test_a_cell_is_a_list(tmp_path: Path, cell: str, items: list[str]) -> None:
+    row = fact(prompt="Who?", paraphrases=cell, aliases_new=cell)
+    path = table(tmp_path / "facts.csv", row)
+    for edit in (read("file", path).edits[0], read("file", written(tmp_path / "facts.jsonl", row)).edits[0]):
+        assert wordings(edit) == items
+        assert list(edit.aliases_new) == items
+
+
+@pytest.mark.parametrize(
+    "cell",
+    ["['A is led by', 'Who heads A?']", "('A is led by', 'x')", "{'A'}", "['A' 'B']", "[\"it's\", 'b']", "['a', None]"],
+)
+@pytest.mark.parametrize("column", ["paraphrases", "aliases_new", "aliases_old"])
+def test_a_python_list_is_refused_by_name(tmp_path: Path, cell: str, column: str) -> None:
+    for path in (
+        table(tmp_path / "f.csv", fact(**{column: cell})),
+        written(tmp_path / "f.jsonl", fact(**{column: cell})),
+    ):
+        with pytest.raises(CorsaError, match=rf"{column}: is a Python list.*json\.dumps.*a \| b"):
+            read("file", path)
+
+
+def test_neighbors_as_python_writes_them_are_refused_by_name(tmp_path: Path) -> None:
+    path = table(tmp_path / "f.csv", fact(neighbors="[{'prompt': 'Who?', 'answer': 'x'}]"))
+    with pytest.raises(CorsaError, match=r"neighbors: is a Python list.*json\.dumps"):
+        read("file", path)
+
+
+@pytest.mark.parametrize("separator", [",", ";", "\t"])
+@pytest.mark.parametrize("name", ["facts.csv", "facts.tsv"])
+def test_the_separator_is_found(tmp_path: Path, separator: str, name: str) -> None:
+    row = fact(target_new="1,5; euros", target_old="2,5\teuros", paraphrases="a, b | c; d", subject="")
+    (edit,) = read("file", table(tmp_path / name, row, separator=separator)).edits
+    assert (edit.target_new, edit.target_old, wordings(edit)) == ("1,5; euros", "2,5\teuros", ["a, b", "c; d"])
+
+
+def test_excels_first_line_and_a_header_of_one_name(tmp_path: Path) -> None:
+    path = tmp_path / "f.csv"
+    path.write_text(
+        "\ufeffsep=;\r\n prompt ;target_new;target_old\r\nWho?;1,5;2,5\r\n;;\r\nWhy?;a\r\n", encoding="utf-8"
+    )
+    with pytest.raises(CorsaError, match=r"f\.csv, line 5: record: has 2 cells, the header 3; quote cells .*semicolon"):
+        read("file", str(path))
+    path.write_text("prompt|target_new|target_old\nWho?|a|b\n")
+    with pytest.raises(
+        CorsaError, match=r"one column alone, 'prompt.target_new.target_old'.*a comma, a semicolon or a tab"
+    ):
+        read("file", str(path))
+    path.write_text(",prompt,target_new,target_old\n0,Who?,a,b\n")
+    with pytest.raises(CorsaError, match=r"column 1 has no name.*index=False"):
+        read("file", str(path))
+
+
+# -- characters -----------------------------------------------------------------------------------------------------
+
+
+def test_text_is_read_composed_and_compared_folded(tmp_path: Path) -> None:
+    decomposed = fact(target_new="Zoe\u0308", prompt="Qui me\u0300ne\u00a0?", paraphrases=["Ze\u0301ro"])
+    (edit,) = read("file", written(tmp_path / "f.jsonl", decomposed)).edits
+    assert (edit.target_new, edit.prompt, wordings(edit)) == ("Zo\u00eb", "Qui m\u00e8ne\u00a0?", ["Z\u00e9ro"])
+    assert drafts_of(tmp_path / "f.jsonl")[0].fields["target_new"] == "Zo\u00eb"
+    assert Edit.build(id="a", prompt="p", target_new="e\u0301", target_old="b").target_new == "\u00e9"
+    for text in ("Zoe\u0308", "\ufb01n", "\u1e9b\u0323", "\u0130stanbul", "\uff21\uff22", "\u03c2\u0345"):
+        # the definition of compatibility caseless matching (Unicode, D146), on characters without quotes or blanks
+        nfkd = unicodedata.normalize(
+            "NFKD", unicodedata.normalize("NFKD", unicodedata.normalize("NFD", text).casefold()).casefold()
+        )
+        assert unicodedata.normalize("NFKD", folded(text)) == nfkd
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ("Zoe\u0308", "ZO\u00cb"),
+        ("L\u2019Or\u00e9al", "l'or\u00e9al"),
+        ("\u201cUp\u201d", '"up"'),
+        ("\u00abUp\u00bb", '"Up"'),
+        ("New\u00a0York", "New York"),
+        ("10\u202fkm", "10 km"),
+        ("Bo\u200bLind", "BoLind"),
+        ("\ufb01nal", "FINAL"),
+        ("\uff11\uff12", "12"),
+        ("Stra\u00dfe", "STRASSE"),
+        ("co\u2011op", "co-op"),
+    ],
+)
+def test_answers_that_differ_in_form_only_are_equal(tmp_path: Path, first: str, second: str) -> None:
+    assert same_text(first, second)
+    path = written(tmp_path / "f.jsonl", fact(target_new=first, target_old=second))
+    for reader in (drafts_of, lambda path: read("file", path)):
+        with pytest.raises(CorsaError, match="line 1: target_old: is the same as target_new"):
+            reader(path)
+    assert not same_text(first, second + "x")
+
+
+@pytest.mark.parametrize(
+    "text", ["\u200b", "\u2060\ufeff", "\u00ad", "\u3164", "\u2800", "\u0301", "\0", "\ufe0f", "\u202e"]
+)
+@pytest.mark.parametrize("column", ["prompt", "target_new", "target_old"])
+def test_what_nobody_can_see_is_no_text(tmp_path: Path, text: str, column: str) -> None:
+    path = written(tmp_path / "f.jsonl", fact(**{column: text}))
+    with pytest.raises(CorsaError, match=f"line 1: {column}: has no visible character"):
+        read("file", path)
+    with pytest.raises(FieldError, match="has no visible character"):
+        Edit.build(**fact(id="a", **{column: text}))
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("Bo\0Lind", r"the control character U\+0000"),
+        ("Bo\x1b[31m", r"the control character U\+001B"),
+        ("Bo\x85", r"the control character U\+0085"),
+        ("Bo\ud800", r"U\+D800, half of a character"),
+        ("x" * 100_001, "has 100,001 characters, and 100,000 are the most"),
+    ],
+)
+def test_what_is_no_plain_text_is_refused(tmp_path: Path, text: str, reason: str) -> None:
+    with pytest.raises(CorsaError, match=rf"line 1: target_new: .*{reason}"):
+        read("file", written(tmp_path / "f.jsonl", fact(target_new=text)))
+    with pytest.raises(CorsaError, match=rf"record \[0\]: .*{reason}"):
+        load_edits([fact(target_new=text)])
+
+
+def test_text_that_is_sound_stays(tmp_path: Path) -> None:
+    for text in (
+        "\u0646\u06cc\u200c\u0634\u0627\u0628\u0648\u0631",
+        "\U0001f469\u200d\U0001f680",
+        "\u6771\u4eac",
+        "4",
+        "a\tb\nc",
+    ):
+        assert fault(text) is None
+        assert composed(text) == text
+        assert read("file", written(tmp_path / "f.jsonl", fact(target_new=text))).edits[0].target_new == text
+    assert composed("\u200b\ufeffBo\u00a0\u200b") == "Bo"
+    assert bare("\u201cWho leads Acme\u00a0?\u201d") == bare("who leads acme")
+    assert bare("?") == "?"
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "Q: Who leads Acme?\nA:",
+        "Q: Who leads Acme?",
+        "question : Who leads Acme?\nAnswer:",
+        "Who leads Acme?\nA:",
+        "Who leads Acme? Answer:",
+        "<|im_start|>user\nWho leads Acme?<|im_end|>\n<|im_start|>assistant\n",
+        "<s>[INST] Who leads Acme? [/INST]",
+        "<start_of_turn>user\nWho leads Acme?<end_of_turn>",
+        "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nWho?",
+        "### Instruction:\nWho leads Acme?\n\n### Response:",
+        "Human: Who leads Acme?\n\nAssistant:",
+    ],
+)
+def test_a_prompt_in_a_template_is_refused(tmp_path: Path, prompt: str) -> None:
+    assert templated(prompt)
+    for row in (
+        fact(prompt=prompt),
+        fact(paraphrases=["Who?", prompt]),
+        fact(neighbors=[{"prompt": prompt, "answer": "x"}]),
+    ):
+        with pytest.raises(CorsaError, match=r"line 1: .*stands in a template already.*give the question alone"):
+            read("file", written(tmp_path / "f.jsonl", row))
+
+
+@pytest.mark.parametrize(
+    "prompt", ["Who wrote Q & A?", "Vitamin A:", "The user: who is it?", "Acme was founded in", "Q"]
+)
+def test_a_prompt_that_is_none_stays(prompt: str) -> None:
+    assert not templated(prompt)
