@@ -36,7 +36,7 @@ PROBLEMS = Kind("problems", "corsa.code_steps:read", version=1)
 OLD_ANSWERS = Kind("old-answers", "corsa.training.old_answers:compute", version=1, on_cluster=True)
 JUDGING = Kind("judging", "corsa.training.judging:compute", version=1, on_cluster=True)
 PROGRAM_EDITS = Kind("program-edits", "corsa.code_steps:as_edits", version=1)
-REPORT = Kind("report", "corsa.code_steps:make_report", version=1)
+REPORT = Kind("report", "corsa.code_steps:make_report", version=2)
 
 TAUGHT = ("lora", "f-learning", "corsa")
 CODE_METHODS = ("prepend", *TAUGHT)
@@ -143,7 +143,9 @@ def _problems(name: str, path: str, limit: int | None, offset: int, *, taught: b
     return Step(f"problems/{name}", PROBLEMS, config, placement=place)
 
 
-def code_report(experiment: CodeExperiment, command: str, published: Sequence[str] = ()) -> Step:
+def code_report(
+    experiment: CodeExperiment, command: str, *, primary: Sequence[str], published: Sequence[str] = ()
+) -> Step:
     """Base, prepend and every taught method on the problems that no method was taught, and on HumanEval."""
     domain = _Domain(experiment)
     facts = domain.taught()
@@ -168,6 +170,7 @@ def code_report(experiment: CodeExperiment, command: str, published: Sequence[st
         command=command,
         experiment=identity(experiment),
         shown=tuple(shown),
+        primary=tuple(primary),
         subset=_subset(experiment),
         published=tuple(published),
     )

@@ -14,6 +14,7 @@ from corsa.benchmarks.programs import program_in, read_problems
 from corsa.edits import Edit, normalise, to_table
 from corsa.evaluation.passing import Tried, compared, measure, tried, unjudged
 from corsa.evaluation.uncertainty import LEVEL
+from corsa.evaluation.verdicts import judged, planned_pairs
 from corsa.flow.task import Task
 from corsa.identities import CodeReportConfig, ProblemsConfig
 from corsa.steps import described_run
@@ -134,18 +135,24 @@ def measured(task: Task, config: CodeReportConfig) -> dict[str, Any]:
     for method, sets in found.items():
         for name, (_, of, k) in rates.items():
             cells[method, name], sums[method, name] = measure(name, sets.get(of, []), k)
-    comparisons = [
+    made = [
         entry
         for a in found
         for b in list(found)[list(found).index(a) + 1 :]
         for name, (_, of, _) in rates.items()
         if (entry := compared(name, a, b, sums[a, name], sums[b, name], cells[a, name]["probes"]))
     ]
+    # A rate that this run does not measure (HumanEval without its file) is no rate to judge.
+    primary = [name for name in config.primary if name in rates or name not in RATES]
+    edited = [name for name in found if name != "base"]
+    better = dict.fromkeys(rates, "high")
+    comparisons = judged(made, primary=primary, pairs=planned_pairs(edited), better=better)
     kinds = [step.kind.name for step in task.step.inputs.values()]
     notes = _notes(task, lost)
     return {
         "title": config.title,
         "over": "updates",
+        "primary": primary,
         "rule": "tests passed",
         "protocol": "unbiased",
         "level": LEVEL,
@@ -189,7 +196,7 @@ def _against_base(comparisons: list[dict[str, Any]]) -> dict[str, dict[str, Any]
         if entry["a"] == "base" and entry["metric"].startswith("spass"):
             low, high = entry["low"], entry["high"]
             ends = {"low": None if high is None else -high, "high": None if low is None else -low}
-            found.setdefault(entry["b"], {})[entry["metric"]] = {"value": -entry["difference"], "p": entry["p"]} | ends
+            found.setdefault(entry["b"], {})[entry["metric"]] = {"value": -entry["difference"]} | ends
     return found
 
 

@@ -20,8 +20,8 @@ _NEEDED = (*_TEXT, "seed", "trained", "learnt", "probe", "wording", "output", "l
 def prepared(predictions: pd.DataFrame, rule: str, protocol: str) -> pd.DataFrame:
     """The rows that count under a protocol, with columns the metrics read.
 
-    right, old (bool): the answer given, under the rule. item, chain_code (int): which wording of which probe, which
-    fact. wordings, standing (bool): see `corsa.evaluation.metrics`. then (bool): right when it was learnt. compared,
+    right, old (bool): the answer given, under the rule. item (int): which wording of which probe. case (text), unit_code
+    (int): what an interval resamples: the case of the optional column `case`, where that is blank the chain. wordings, standing (bool): see `corsa.evaluation.metrics`. then (bool): right when it was learnt. compared,
     agrees (bool): the base model was asked the same, and said the same. any_right, leads (bool): some wording of the
     probe was answered right, and this is its first row (where a probe counts once). scored (bool): has
     log-probabilities. The base model's rows are repeated for every round, on exactly the facts the others are asked
@@ -42,6 +42,8 @@ def prepared(predictions: pd.DataFrame, rule: str, protocol: str) -> pd.DataFram
     rows = predictions[list(_NEEDED)].copy()
     for column in _TEXT:
         rows[column] = rows[column].astype(str)
+    case = predictions["case"].fillna("").astype(str) if "case" in predictions.columns else rows.chain
+    rows["case"] = np.where(case == "", rows.chain, case)
     if protocol == "paper":
         order = rows.probe.astype("int64") * (int(rows.wording.max()) + 1) + rows.wording
         first = order.groupby([rows.edit, rows.kind]).transform("min")
@@ -50,7 +52,7 @@ def prepared(predictions: pd.DataFrame, rule: str, protocol: str) -> pd.DataFram
     rows["right"] = rows[new].eq(True).astype(bool)  # a null match (no such answer) is no match
     rows["old"] = rows[old].eq(True).astype(bool)
     rows["item"] = rows.groupby(["edit", "kind", "probe", "wording"], sort=True).ngroup()
-    rows["chain_code"] = rows.groupby("chain", sort=True).ngroup()
+    rows["unit_code"] = rows.groupby("case", sort=True).ngroup()
     for column in ("logp_new", "logp_old"):
         rows[column] = pd.to_numeric(rows[column]).astype(float)
     rows["scored"] = np.isfinite(rows.logp_new) & np.isfinite(rows.logp_old)

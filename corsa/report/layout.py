@@ -18,7 +18,7 @@ from jinja2 import ChoiceLoader, Environment, FileSystemLoader, PackageLoader, S
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from corsa.report.findings import label, shown
+from corsa.report.findings import difference, drawn, label, shown, undecided
 
 BUNDLE = "plotly-basic.min.js.gz"
 """From the npm package plotly.js-basic-dist-min (MIT), of the version that the Python package plotly brings whole."""
@@ -108,7 +108,7 @@ def _environment(loaders: list[FileSystemLoader]) -> Environment:
         lstrip_blocks=True,
     )
     environment.filters |= {"label": label, "duration": duration, "pairs": _pairs}
-    environment.globals["shown"] = shown
+    environment.globals |= {"shown": shown, "drawn": drawn, "difference": difference, "undecided": undecided}
     return environment
 
 
