@@ -11,13 +11,13 @@ from typing import Annotated, get_args
 
 from pydantic import Field
 
-from corsa.commandline import exit_with, listed
+from corsa.config.command_line import exit_with, listed
+from corsa.config.steps import MergeConfig, MergeMethod, RoundsConfig
 from corsa.errors import CorsaError, unknown_name
-from corsa.experiment import Experiment, asked, base, chain, dealt, facts, merged
+from corsa.experiments.base import Experiment, asked, base, chain, dealt, facts, merged
+from corsa.experiments.report_spec import Page
+from corsa.experiments.runner import start
 from corsa.flow import Step
-from corsa.identities import MergeConfig, MergeMethod, RoundsConfig
-from corsa.launch import start
-from corsa.page import Page
 
 MERGES = get_args(MergeMethod)
 
@@ -48,7 +48,9 @@ def merging(experiment: Merging, command: str) -> Step:
     one = facts(experiment, 1)
     other = facts(experiment.model_copy(update={"benchmark": experiment.other, "data": experiment.other_data}), 1)
     schedules = {taught: dealt(taught, RoundsConfig(rounds=1)) for taught in (one, other)}
-    page = Page("merging", primary=PRIMARY, headlines=("generality", "forgetting", "edit_success"), published=("Figure 6",))
+    page = Page(
+        "merging", primary=PRIMARY, headlines=("generality", "forgetting", "edit_success"), published=("Figure 6",)
+    )
     for taught in schedules:
         page.add(base(experiment, taught), "base")
     for method, seed in experiment.runs:

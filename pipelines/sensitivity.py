@@ -13,12 +13,12 @@ from typing import Annotated
 
 from pydantic import Field
 
-from corsa.commandline import exit_with, listed
-from corsa.experiment import Experiment, base, chain, dealt, facts
+from corsa.config.command_line import exit_with, listed
+from corsa.config.steps import Axis, RoundsConfig
+from corsa.experiments.base import Experiment, base, chain, dealt, facts
+from corsa.experiments.report_spec import Page
+from corsa.experiments.runner import start
 from corsa.flow import Step
-from corsa.identities import Axis, RoundsConfig
-from corsa.launch import start
-from corsa.page import Page
 
 Values = Annotated[tuple[float, ...], listed(float, "V,V")]
 
@@ -42,9 +42,7 @@ def sensitivity(experiment: Sensitivity, command: str) -> Step:
     taught = facts(experiment.model_copy(update={"limit": experiment.development}), 1, "development")
     schedule = dealt(taught, RoundsConfig(rounds=1))
     headlines = ("edit_success", "generality", "retention", "neighborhood")
-    page = Page(
-        "sensitivity", primary=PRIMARY, headlines=headlines, published=("Figure 5",), compare_with="corsa"
-    )
+    page = Page("sensitivity", primary=PRIMARY, headlines=headlines, published=("Figure 5",), compare_with="corsa")
     page.add(base(experiment, taught), "base")
     for seed in experiment.seeds:
         page.add(chain(experiment, "corsa", seed, taught, schedule)[0], "corsa")

@@ -58,7 +58,18 @@ def together(cluster: Cluster, other: Path, questions: Path, tmp_path_factory: p
     """pipelines/paper.py over all scenarios, from an empty storage."""
     storage = tmp_path_factory.mktemp("paper")
     arguments = [*SHAPE, *TEACH, *MEMIT, *BOTH, "--then", "zsre", "--then-data", other, "--mmlu", questions]
-    arguments += ["--development", str(CHOSEN_ON), "--fractions", "0.5,1.0", "--rounds", "2", "--parts", "2", "--storage", storage]
+    arguments += [
+        "--development",
+        str(CHOSEN_ON),
+        "--fractions",
+        "0.5,1.0",
+        "--rounds",
+        "2",
+        "--parts",
+        "2",
+        "--storage",
+        storage,
+    ]
     return Run(storage, run(arguments, cluster.environment, pipeline="pipelines/paper.py", limit=700))
 
 

@@ -25,7 +25,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import pandas as pd
 
-from corsa.evaluation.rows import BASE, prepared
+from corsa.evaluation.prepared_predictions import BASE, prepared
 from corsa.evaluation.uncertainty import LEVEL, Difference, Sums, difference, interval
 from corsa.evaluation.verdicts import comparison, judged, planned_pairs
 
@@ -181,7 +181,7 @@ def compute(
     """All metrics of a predictions table as plain JSON values.
 
     Args:
-        predictions: the table described in `corsa.evaluation.asking`, one row per wording asked; the base model's
+        predictions: the table described in `corsa.evaluation.predict`, one row per wording asked; the base model's
         rows are optional.
         rule: "contains" or "exact", the match that counts.
         protocol: "full" asks everything; "paper" counts one paraphrase an edit, the first.
@@ -351,8 +351,7 @@ def _comparison(
     both = [_Counted.of(metric, cells[method, number]) for method in (a, b)]
     items = np.intersect1d(both[0].item, both[1].item)
     both = [counted.only(np.isin(counted.item, items)) for counted in both]
-    counting = (np.unique(counted.seed[counted.denominator > 0]) for counted in both)
-    seeds = np.intersect1d(*counting)
+    seeds = np.intersect1d(both[0].seed[both[0].denominator > 0], both[1].seed[both[1].denominator > 0])
     both = [counted.only(np.isin(counted.seed, seeds)) for counted in both]
     units = np.union1d(both[0].unit, both[1].unit)
     ours, theirs = (counted.sums(units) for counted in both)

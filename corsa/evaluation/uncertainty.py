@@ -6,10 +6,10 @@ on the ratio (linearisation: Cochran, Sampling Techniques, 1977, section 6.3), t
     cell = value + fact + seed + rest,    Var(value) = fact / F + seed / S + rest / (F S)
 
 The mean squares of the two-way table estimate this variance. As in studies of several readers and cases (Obuchowski and
-Rockette 1995; Hillis 2007), what facts add is not let below zero. Hillis's degrees of freedom are (S - 1) / w^2, where w
-is the share of the estimate that seeds bring. Where w is near a half that gives up to 7.8 % false positives at a level
-of 5 % with three seeds; (S - 1) / w gives at most 5.8 %, and is used here. `tests/test_uncertainty.py` simulates both
-error rates and coverage.
+Rockette 1995; Hillis 2007), what facts add is not let below zero. Hillis's degrees of freedom are (S - 1) / w^2, where
+w is the share of the estimate that seeds bring. With three seeds that gives up to 7.8 % false positives at a level of
+5 % where facts and seeds matter alike; (S - 1) / w gives at most 5.8 %, and is used here.
+`tests/test_uncertainty.py` simulates error rates and coverage.
 
 With one seed the error is that of the facts alone: it says how sure the number of this adapter is, not that of the
 method.
@@ -21,6 +21,7 @@ have anything in common.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -143,8 +144,8 @@ def contrast(a: Sums, b: Sums) -> Estimate:
 def interval(sums: Sums, *, share: bool) -> Interval:
     """95 % interval of `sums.ratio`.
 
-    Where all facts agree there is no spread to go by: 8 of 8 right would give 1.0 to 1.0. There a `share` gets the exact
-    binomial (Clopper-Pearson) interval over facts instead, and any other value none.
+    Where all facts agree there is no spread to go by: 8 of 8 right would give 1.0 to 1.0. There a `share` gets the
+    exact binomial (Clopper-Pearson) interval over facts instead, and any other value none.
     """
     counted = sums.counted
     facts, seeds = counted.denominator.shape
@@ -192,7 +193,7 @@ def difference(a: Sums, b: Sums, *, share: bool = False) -> Difference:
 
 
 def holm(ps: Sequence[float]) -> list[float]:
-    """p values corrected for their number: Holm's step-down method (1979), which keeps the chance of any false verdict
+    """P values corrected for their number: Holm's step-down method (1979), which keeps the chance of any false verdict
     below the level whatever the dependence.
 
     >>> holm([0.01, 0.04, 0.03])
@@ -228,10 +229,16 @@ def designed(spread: Spread, facts: int, seeds: int) -> Estimate:
 
 def _behrens_fisher(t: Any, share: Any, seeds: int) -> Any:
     """Mean over q, uniform in (0, 1), of the two-sided normal p at variance 1 - share + share (S - 1) / chi2(q)."""
-    steps = (np.arange(_STEPS) + 0.5) / _STEPS
-    ratio = (seeds - 1) / chi2.ppf(steps**3, seeds - 1)  # q = steps^3: densest where the variance is largest
+    ratio, weight = _between_seeds(seeds)
     t, share = np.asarray(t)[..., None], np.asarray(share)[..., None]
-    return (2 * ndtr(-t / np.sqrt(1 - share + share * ratio)) * 3 * steps**2).mean(-1)
+    return (2 * ndtr(-t / np.sqrt(1 - share + share * ratio)) * weight).mean(-1)
+
+
+@lru_cache(maxsize=32)
+def _between_seeds(seeds: int) -> tuple[Array, Array]:
+    """(S - 1) / chi2 at points that are densest where it is largest, and their weights."""
+    steps = (np.arange(_STEPS) + 0.5) / _STEPS
+    return (seeds - 1) / chi2.ppf(steps**3, seeds - 1), 3 * steps**2
 
 
 def _root(rising: Callable[[float], float]) -> float:

@@ -19,8 +19,8 @@ FOCUS = "corsa"
 
 
 def planned_pairs(methods: Sequence[str], compare_with: str | None = None) -> list[tuple[str, str]]:
-    """The pairs a report is about, in the order of the methods: each method with `compare_with`; without one, CoRSA with
-    every other method at the same setting (what follows a method's name); where there is no CoRSA, all.
+    """The pairs a report is about, in the order of the methods: each method with `compare_with`; without one, CoRSA
+    with every other method at the same setting (what follows a method's name); where there is no CoRSA, all.
     """
 
     def about(pair: tuple[str, str]) -> bool:

@@ -44,8 +44,9 @@ class Need:
 def assumed(run_sd: float) -> Assumed:
     """Components of a share where no run is at hand; `run_sd`: of a method's value from run to run, as a share."""
     words = (
-        f"assumed: a method's value varies by {100 * run_sd:g} points from run to run (SD), the difference of two methods "
-        f"by {100 * INTERACTION:g} points from fact to fact, and by {100 * CELL:g} points more of a fact in one run"
+        f"assumed: a method's value varies by {100 * run_sd:g} points from run to run (SD), the difference of two "
+        f"methods by {100 * INTERACTION:g} points from fact to fact, and by {100 * CELL:g} points more of a fact in "
+        "one run"
     )
     return Assumed(Spread(INTERACTION**2, 2 * run_sd**2, CELL**2), words)
 

@@ -23,6 +23,7 @@ _SYMBOLS = {"base": "x", "lora": "square", "corsa": "circle", "memit": "diamond"
 _LINES = 8
 """More curves than this cannot be told apart in one plot."""
 
+
 @dataclass(frozen=True)
 class Figure:
     """Plots side by side under one caption; `note` stands in where there is nothing to draw."""
@@ -51,7 +52,9 @@ def _against_setting(metrics: dict[str, Any], axis: dict[str, Any]) -> Figure:
     """Figures 3 and 5 of the paper: metrics against a setting, a line per method."""
     name = axis["name"]
     figure = Figure(
-        "against-" + name.replace(" ", "-"), f"Against {name}", f"Each point is a run of its own at its {name}. {_what_bars_are(metrics)}"
+        "against-" + name.replace(" ", "-"),
+        f"Against {name}",
+        f"Each point is a run of its own at its {name}. {_what_bars_are(metrics)}",
     )
     rows = {row["method"]: row["metrics"] for row in metrics["rows"]}
     for metric in axis["metrics"]:
@@ -315,8 +318,8 @@ def against_size(scaling: dict[str, Any]) -> list[Figure]:
         figure = Figure(
             f"size-{number}",
             f"Against size: {benchmark}",
-            "Each point is a model. Dashed: the trend, where there are three sizes or more. Bars are 95 % intervals over "
-            "facts, and over seeds where there are several.",
+            "Each point is a model. Dashed: the trend, where there are three sizes or more. Bars are 95 % intervals "
+            "over facts, and over seeds where there are several.",
         )
         for measure, unit in _SIZE_UNITS.items():
             if plot := _size_plot([p for p in points if p[measure] is not None], scaling["fits"], measure, unit):

@@ -18,8 +18,8 @@ from plotly.colors import sample_colorscale
 from scipy.interpolate import griddata
 from scipy.spatial import QhullError
 
+from corsa.config.steps import SweepConfig
 from corsa.evaluation.metrics import METRICS
-from corsa.identities import SweepConfig
 from corsa.report.figures import Figure, _plot
 from corsa.report.layout import write_page
 from corsa.tuning.space import Domain
