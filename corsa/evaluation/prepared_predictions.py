@@ -22,9 +22,9 @@ def prepared(predictions: pd.DataFrame, rule: str, protocol: str) -> pd.DataFram
 
     right, old (bool): the answer given, under the rule. item (int): which wording of which probe. case (text) and
     unit_code (int): what an interval takes as drawn, the optional column `case`, or the chain where that is blank.
-    wordings, standing (bool): see `corsa.evaluation.metrics`. then (bool): right when it was learnt. compared, agrees (bool): the
-    base model was asked the same, and said the same. any_right, leads (bool): some wording of the
-    probe was answered right, and this is its first row (where a probe counts once). scored (bool): has
+    wordings, standing (bool): see `corsa.evaluation.metrics`. then (bool): right when it was learnt. compared, agrees
+    (bool): the base model was asked the same, and said the same. any_right, leads (bool): some wording of the probe was
+    answered right, and this is its first row (where a probe counts once). scored (bool): has
     log-probabilities. The base model's rows are repeated for every round, on exactly the facts the others are asked
     after it.
 
