@@ -286,7 +286,7 @@ def test_it_is_said_plainly_when_corsa_does_not_beat_lora() -> None:
     same = pd.concat([table[table.method != "corsa"], table[table.method == "lora"].assign(method="corsa")])
     sentences = " ".join(findings(compute(same, primary=PRIMARY)))
     assert "CoRSA does not beat LoRA here: no primary metric shows a difference." in sentences
-    assert "LoRA and CoRSA cannot be told apart on update efficacy and forgetting." in sentences
+    assert "LoRA and CoRSA cannot be told apart on update efficacy (too few facts to show any difference)" in sentences
     assert "better" not in sentences
 
     swapped = five_seeds().replace({"method": {"lora": "corsa", "corsa": "lora"}})

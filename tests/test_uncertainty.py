@@ -23,6 +23,7 @@ from corsa.evaluation.uncertainty import (
     contrast,
     designed,
     detectable,
+    detectable_where_alike,
     difference,
     estimate,
     holm,
@@ -331,6 +332,20 @@ def test_the_smallest_difference_that_shows_does_so_in_80_percent(facts: int, se
     found = shifted(np.random.default_rng(facts), spread, facts, seeds, least)
     p = found.p() if tests == 1 else found.cautious_p()
     assert 0.72 <= np.mean(p < 0.05 / tests) <= 0.88
+
+
+def test_where_all_facts_are_alike_a_sign_test_says_what_would_have_shown() -> None:
+    share = detectable_where_alike(40)
+    assert share is not None
+    differ = np.random.default_rng(0).binomial(40, share, 20_000)
+    shown = np.array([stats.binomtest(k, k).pvalue < 0.05 if k else False for k in range(41)])
+    assert np.mean(shown[differ]) == pytest.approx(0.8, abs=0.02)
+    assert detectable_where_alike(5) is None  # 2 * 0.5^5 is above 0.05
+    assert detectable_where_alike(40, tests=10) > share  # type: ignore[operator]
+    found = difference(all_alike(40, 3, 1.0), all_alike(40, 3, 1.0), share=True)
+    made = [(comparison("efficacy", 1, "a", "b", found, seeds=3, edits=40, probes=40), found)]
+    (entry,) = judged(made, primary=["efficacy"], pairs=[("a", "b")], better={"efficacy": "high"})
+    assert entry["detectable"] == share
 
 
 def facts_needed(points: float, spread: Spread, tests: int = 1) -> dict[int, int]:

@@ -28,7 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import brentq
 from scipy.special import ndtr, stdtr, stdtrit
-from scipy.stats import binomtest, chi2, nct
+from scipy.stats import binom, binomtest, chi2, nct
 
 LEVEL = 0.95
 POWER = 0.8
@@ -217,6 +217,16 @@ def detectable(found: Estimate, tests: int = 1) -> float:
     else:
         critical = _root(lambda t: level - float(_behrens_fisher(np.asarray(t), share, seeds)))
     return float(found.error) * _root(lambda shift: float(nct.sf(critical, df, shift)) - POWER)
+
+
+def detectable_where_alike(facts: int, tests: int = 1) -> float | None:
+    """The same for shares where all facts are alike, so that there is no error to go by: the share of facts that has to
+    differ, all in one direction, for a sign test to show it. None where there are too few facts to show anything.
+    """
+    needed = int(np.ceil(np.log2(2 * tests / (1 - LEVEL))))  # facts with 2 * 0.5^needed below the level
+    if needed > facts:
+        return None
+    return float(brentq(lambda share: binom.sf(needed - 1, facts, share) - POWER, 0.0, 1.0))  # type: ignore[arg-type]
 
 
 def designed(spread: Spread, facts: int, seeds: int) -> Estimate:

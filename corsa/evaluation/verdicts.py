@@ -13,7 +13,7 @@ from itertools import combinations
 from typing import Any
 
 from corsa.errors import unknown_name
-from corsa.evaluation.uncertainty import LEVEL, Difference, detectable, holm
+from corsa.evaluation.uncertainty import LEVEL, Difference, detectable, detectable_where_alike, holm
 
 FOCUS = "corsa"
 
@@ -100,4 +100,6 @@ def judged(
             entry["better"] = entry["a"] if ahead else entry["b"]
         if found.estimate.error > 1e-12:
             entry["detectable"] = detectable(found.estimate, len(tested))
+        elif found.low is not None:
+            entry["detectable"] = detectable_where_alike(entry["edits"], len(tested))
     return [entry for entry, _ in comparisons]

@@ -141,7 +141,8 @@ def _verdicts(metrics: dict[str, Any], found: Sequence[dict[str, Any]]) -> list[
     ours, theirs = _order(found[0])
     better = [_measured(metrics, entry, ours, theirs) for entry in found if entry["better"] == ours]
     worse = [_measured(metrics, entry, ours, theirs) for entry in found if entry["better"] == theirs]
-    alike = [_undecided(metrics, entry) for entry in found if not entry["distinguishable"]]
+    unsure = [entry for entry in found if not entry["distinguishable"]]
+    alike = [f"{_short(metrics, entry['metric'])} ({undecided(metrics, entry)})" for entry in unsure]
     sentences = []
     if ours == "corsa" and not better:
         tail = "it is worse on " + _listed(worse) if worse else "no primary metric shows a difference"
@@ -171,16 +172,11 @@ def difference(metrics: dict[str, Any], entry: dict[str, Any], ours: str) -> str
 
 
 def undecided(metrics: dict[str, Any], entry: dict[str, Any]) -> str:
-    """The smallest true difference that would have been shown, as text; blank where there is none to give."""
+    """The smallest true difference that would have been shown, as text."""
     if entry["detectable"] is None:
-        return ""
+        return f"too few {metrics.get('over', 'facts')} to show any difference"
     size = shown({"value": entry["detectable"], "low": None, "high": None}, _points(metrics, entry["metric"]))[0]
     return f"a true difference of {size} would have shown with 80 % power"
-
-
-def _undecided(metrics: dict[str, Any], entry: dict[str, Any]) -> str:
-    could = undecided(metrics, entry)
-    return _short(metrics, entry["metric"]) + (f" ({could})" if could else "")
 
 
 def _points(metrics: dict[str, Any], name: str) -> str:
