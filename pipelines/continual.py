@@ -26,6 +26,9 @@ from corsa.experiments.report_spec import Page
 from corsa.experiments.runner import start
 from corsa.flow import Step
 
+PRIMARY = ("efficacy", "forgetting")
+"""What each round should teach, and what it should not cost: of temporal, fractions and injection."""
+
 
 class Continual(Experiment):
     """Rounds of revision."""
@@ -65,14 +68,14 @@ def temporal(experiment: Continual, command: str) -> Step:
     """Tables 3, 5 and 13: the update set is revised in every round."""
     taught = facts(experiment, experiment.rounds)
     schedule = dealt(taught, _rounds(experiment))
-    page = Page("continual", published=("Table 3",))
+    page = Page("continual", primary=PRIMARY, published=("Table 3",))
     page.add(base(experiment, taught), "base")
-    last: dict[str, Step] = {}
+    last: dict[tuple[str, int], Step] = {}
     for method, seed in experiment.runs:
         steps = chain(experiment, method, seed, taught, schedule, rounds=range(1, experiment.rounds + 1))
         for step in steps:
             page.add(step, method)
-        last.setdefault(method, steps[-1])
+        last[method, seed] = steps[-1]
     page.add_specificity(specificity(experiment, last))
     return page.step(experiment, command)
 
@@ -81,7 +84,7 @@ def fractions(experiment: Continual, command: str) -> Step:
     """Figure 3: forgetting of the fixed evaluation set against the share of the update set that is revised."""
     taught = facts(experiment, experiment.rounds)
     whole = _rounds(experiment)
-    page = Page("fractions", published=("Figure 3",))
+    page = Page("fractions", primary=PRIMARY, published=("Figure 3",))
     page.add(base(experiment, taught), "base")
     points = {}
     for method, seed in experiment.runs:
@@ -104,17 +107,17 @@ def injection(experiment: Continual, command: str) -> Step:
     known = facts(experiment, 1)
     new = facts(experiment.model_copy(update={"benchmark": experiment.then, "data": experiment.then_data}), 1)
     first, second = dealt(known, RoundsConfig(rounds=1)), dealt(new, RoundsConfig(rounds=1, first=2))
-    page = Page("injection", published=("Table 2", "Table 5"))
+    page = Page("injection", primary=PRIMARY, published=("Table 2", "Table 5"))
     for taught in (known, new):
         page.add(base(experiment, taught), "base")
-    last: dict[str, Step] = {}
+    last: dict[tuple[str, int], Step] = {}
     for method, seed in experiment.runs:
         learnt = chain(experiment, method, seed, known, first)[0]
         went_on = chain(experiment, method, seed, new, second, rounds=(2,), after=learnt)[0]
         page.add(learnt, method)
         page.add(went_on, method)
         page.add(asked(experiment, went_on.name, known, first, went_on, seed), method, trained=2)
-        last.setdefault(method, went_on)
+        last[method, seed] = went_on
     page.add_specificity(specificity(experiment, last))
     return page.step(experiment, command)
 

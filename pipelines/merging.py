@@ -23,6 +23,10 @@ from corsa.methods import METHODS
 MERGES = get_args(MergeMethod)
 
 
+PRIMARY = ("generality", "forgetting")
+"""What the merged adapter knows, and what it lost of what each knew alone; CoRSA against the others, merge by merge."""
+
+
 class Merging(Experiment):
     """Two adapters a method, and their merges."""
 
@@ -46,7 +50,9 @@ def merging(experiment: Merging, command: str) -> Step:
     one = facts(experiment, 1)
     other = facts(experiment.model_copy(update={"benchmark": experiment.other, "data": experiment.other_data}), 1)
     schedules = {taught: dealt(taught, RoundsConfig(rounds=1)) for taught in (one, other)}
-    page = Page("merging", headlines=("generality", "forgetting", "edit_success"), published=("Figure 6",))
+    page = Page(
+        "merging", primary=PRIMARY, headlines=("generality", "forgetting", "edit_success"), published=("Figure 6",)
+    )
     for taught in schedules:
         page.add(base(experiment, taught), "base")
     for method, seed in experiment.runs:

@@ -4,6 +4,7 @@
 
 A single update with its ablation and sensitivity, the adapter of that update revised by another benchmark (injection)
 and merged with an adapter of it, temporal revision with its fractions, and routing. `--scenarios` takes some of them.
+Sensitivity compares values on the first `--development` facts of the benchmark; the other scenarios begin after them.
 """
 
 from __future__ import annotations
@@ -41,6 +42,9 @@ class Paper(Experiment):
     temporal_data: str | None = Field(default=None, description="its file")
     fractions: Annotated[tuple[float, ...], listed(float, "F,F")] = (0.2, 0.4, 0.6, 0.8, 1.0)
     rounds: int = Field(default=3, ge=2, description="temporal: rounds of updates")
+    development: int = Field(
+        default=64, ge=1, description="sensitivity: facts that values are compared on, passed over by what is reported"
+    )
     parts: int = Field(default=4, ge=2, le=26, description="routing: parts of the data, one adapter each")
     scenarios: Annotated[tuple[str, ...], listed(str, "S,S")] = Field(
         default=SCENARIOS, description=f"of {', '.join(SCENARIOS)}"
@@ -49,18 +53,24 @@ class Paper(Experiment):
 
 def paper(experiment: Paper, command: str) -> Step:
     """The report of everything, and through its inputs every step of it."""
+    split = "sensitivity" in experiment.scenarios
+    reported = experiment.offset + experiment.development * split
 
     def like(kind: type[E], **other: object) -> E:
-        return kind.model_validate({name: getattr(experiment, name) for name in Experiment.model_fields} | other)
+        common = {name: getattr(experiment, name) for name in Experiment.model_fields} | {"offset": reported}
+        return kind.model_validate(common | other)
 
+    tuned = {"offset": experiment.offset, "development": experiment.development}
     low_rank = tuple(method for method in experiment.methods if "adapter" not in METHODS[method].refuses)
     chains = {"benchmark": experiment.temporal, "data": experiment.temporal_data, "rounds": experiment.rounds}
+    if experiment.temporal != experiment.benchmark:  # values are compared on the other benchmark's facts
+        chains["offset"] = experiment.offset
     injected = like(Continual, scenario="injection", then=experiment.then, then_data=experiment.then_data)
     both = {"other": experiment.then, "other_data": experiment.then_data, "methods": low_rank}
     plans = {
         "single": lambda: single_update(like(SingleUpdate), command),
         "ablation": lambda: ablation(like(Ablation, methods=Ablation().methods), command),
-        "sensitivity": lambda: sensitivity(like(Sensitivity), command),
+        "sensitivity": lambda: sensitivity(like(Sensitivity, **tuned), command),
         "injection": lambda: injection(injected, command),
         "merging": lambda: merging(like(Merging, **both), command),
         "temporal": lambda: temporal(like(Continual, **chains), command),

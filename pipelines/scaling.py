@@ -30,6 +30,10 @@ from corsa.flow.step import topological
 Words = Annotated[tuple[str, ...], listed(str, "A,B")]
 
 
+PRIMARY = ("generality", "forgetting")
+"""What is drawn against the size of the model; verdicts are given within each size."""
+
+
 class Scaling(Experiment):
     """Rounds of every method, for every model and benchmark."""
 
@@ -87,7 +91,7 @@ def _branch(experiment: Experiment, rounds: int, name: str, command: str) -> Ste
         reference=replace(shared.reference, name=f"{model}/{shared.reference.name}"),
     )
     schedule = dealt(shared, RoundsConfig(rounds=rounds))
-    page = Page(f"scaling, {model}", published=())
+    page = Page(f"scaling, {model}", primary=PRIMARY)
     page.add(base(experiment, taught), "base")
     for method, seed in experiment.runs:
         for step in chain(experiment, method, seed, taught, schedule, rounds=range(1, rounds + 1)):

@@ -15,6 +15,9 @@ from corsa.experiments.report_spec import Page
 from corsa.experiments.runner import start
 from corsa.flow import Step
 
+PRIMARY = ("edit_success", "generality")
+"""What an edit should teach, in its own and in other words."""
+
 HEADLINES = ("edit_success", "generality", "retention", "neighborhood", "multihop")
 
 
@@ -28,13 +31,13 @@ def single_update(experiment: Experiment, command: str, scenario: str = "single 
     """The report of a run, and through its inputs every step of it."""
     taught = facts(experiment, 1)
     schedule = dealt(taught, RoundsConfig(rounds=1))
-    page = Page(scenario, headlines=HEADLINES, published=("Table 1",))
+    page = Page(scenario, primary=PRIMARY, headlines=HEADLINES, published=("Table 1",))
     page.add(base(experiment, taught), "base")
-    edited: dict[str, Step] = {}
+    edited: dict[tuple[str, int], Step] = {}
     for method, seed in experiment.runs:
         step = chain(experiment, method, seed, taught, schedule)[0]
         page.add(step, method)
-        edited.setdefault(method, step)
+        edited[method, seed] = step
     page.add_specificity(specificity(experiment, edited))
     return page.step(experiment, command)
 

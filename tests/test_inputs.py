@@ -244,7 +244,7 @@ def test_files_of_programs_that_are_exchanged_are_named(tmp_path: Path) -> None:
     humaneval = {"task_id": "H/0", "prompt": "def f():\n", "entry_point": "f", "canonical_solution": "    pass\n"}
     path = written(tmp_path / "h.jsonl", humaneval | {"test": "def check(f):\n    f()\n"})
     with pytest.raises(CorsaError, match=r"h\.jsonl holds HumanEval \(--humaneval\), and stands where CodeUpdateArena"):
-        code_report(CodeExperiment(data=path, dry_run=True), "x")
+        code_report(CodeExperiment(data=path, dry_run=True), "x", primary=())
 
 
 def test_a_run_says_which_answers_cannot_count(tmp_path: Path) -> None:

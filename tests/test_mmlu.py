@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -253,7 +254,7 @@ def test_a_prompt_too_long_for_the_model_has_fewer_examples(tmp_path: Path, enco
         torch.tensor(three)[:, None], whole(model, tokenizer, questions, 3), whole(model, tokenizer, questions, 2)
     )
     assert (scores(rows) - expected).abs().max() < 1e-4
-    assert accuracy(rows)["shortened"] == 7
+    assert accuracy({0: rows})["shortened"] == 7
 
     model.config.max_position_embeddings = 20
     with pytest.raises(CorsaError, match="anatomy, question 0: longer than the model's 20 positions"):
@@ -272,10 +273,37 @@ def test_a_letter_of_several_tokens_is_refused(tmp_path: Path) -> None:
 # Counting
 
 
+def answers(right: dict[str, list[int]]) -> list[dict[str, Any]]:
+    return [
+        {"subject": subject, "index": i, "correct": bool(one), "shots_dropped": 0}
+        for subject, own in right.items()
+        for i, one in enumerate(own)
+    ]
+
+
+def test_accuracy_is_averaged_over_seeds_and_paired_with_the_base() -> None:
+    random = np.random.default_rng(4)
+    base = random.binomial(1, 0.6, 200)
+    runs = {seed: np.where(random.random(200) < 0.1, 1 - base, base) for seed in (0, 1, 2)}
+    table = {seed: answers({"anatomy": list(map(int, right))}) for seed, right in runs.items()}
+    before = answers({"anatomy": list(map(int, base))})
+    entry = accuracy(table, before)["overall"]
+    means = [right.mean() for right in runs.values()]
+    assert entry["value"] == pytest.approx(np.mean(means))
+    assert entry["spread"] == pytest.approx(np.std(means, ddof=1))
+    assert entry["difference"]["value"] == pytest.approx(np.mean(means) - base.mean())
+    width = entry["difference"]["high"] - entry["difference"]["low"]
+    assert 0 < width < 0.6 * (entry["high"] - entry["low"])  # paired: what both share is not counted
+    first = accuracy({0: table[0]}, before)["overall"]
+    assert (first["spread"], first["value"]) == (None, pytest.approx(means[0]))
+    assert accuracy({0: before})["overall"]["difference"] is None
+    with pytest.raises(CorsaError, match="different MMLU questions"):
+        accuracy(table, before[:-1])
+
+
 def test_accuracy_counts_every_question_the_same() -> None:
     answered = {"anatomy": [1, 1, 1, 0], "astronomy": [0, 0], "sociology": [1] * 8}
-    rows = [{"subject": s, "correct": bool(r), "shots_dropped": 0} for s, right in answered.items() for r in right]
-    found = accuracy(rows)
+    found = accuracy({0: answers(answered)})
     assert found["overall"]["value"] == pytest.approx(11 / 14)
     assert found["overall"]["questions"] == 14
     assert list(found["groups"]) == ["STEM", "social sciences"]

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
+from synthetic_run import predictions
 from tiny import FAMILIES, LORA, tiny_model, triplets
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
@@ -23,6 +24,7 @@ from corsa.algorithm.packing import Triplet, pack
 from corsa.cli.main import main
 from corsa.config import STEPS, LoraConfig, ModelConfig, ShardingConfig, StepConfig
 from corsa.errors import CorsaError
+from corsa.evaluation.metrics import compute
 from corsa.lora.flat import Lora
 from corsa.models.activation_checkpointing import recompute_activations
 from corsa.models.shapes import architecture
@@ -276,8 +278,34 @@ def test_the_command_plans_a_model_that_is_nowhere(capsys: pytest.CaptureFixture
     shown = capsys.readouterr().out
     assert "stated: --tflops" in shown
     assert "take: stage 0" in shown
+    assert main(["plan"]) == 2
+    assert "--detect POINTS" in capsys.readouterr().err
     assert main(["plan", "--model", "random:tiny-qwen4"]) == 2
     assert "tiny-qwen3" in capsys.readouterr().err
+
+
+def test_the_command_says_how_many_facts_and_seeds_show_a_difference(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert main(["plan", "--detect", "5"]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "Facts and seeds to show a difference of 5 points" in shown
+    assert "2 points from run to run" in shown
+    assert main(["plan", "--detect", "5", "--json"]) == 0
+    default = {need["seeds"]: need["facts"] for need in json.loads(capsys.readouterr().out)["needs"]}
+    assert main(["plan", "--detect", "5", "--run-sd", "0.5", "--json"]) == 0
+    steady = {need["seeds"]: need["facts"] for need in json.loads(capsys.readouterr().out)["needs"]}
+    assert steady[5] < default[5]
+
+    report = tmp_path / "metrics.json"
+    report.write_text(json.dumps(compute(predictions(chains=8, seeds=2), primary=("generality",))))
+    assert main(["plan", "--detect", "5", "--like", str(report), "--json"]) == 0
+    assert "lora and corsa on generality" in json.loads(capsys.readouterr().out)["source"]
+    report.write_text(json.dumps(compute(predictions(chains=8), primary=("generality",))))
+    assert main(["plan", "--detect", "5", "--like", str(report)]) == 2
+    assert "two seeds or more" in capsys.readouterr().err
+    assert main(["plan", "--detect", "-1"]) == 2
+    assert "above 0" in capsys.readouterr().err
 
 
 def test_the_real_14b_is_planned_from_its_shape() -> None:

@@ -233,7 +233,7 @@ def test_rates_and_intervals_are_over_problems_and_updates() -> None:
     assert one["value"] == pytest.approx((0.5 + 0 + 0.5 + 0) / 4)
     assert (one["edits"], one["probes"]) == (3, 4)
     assert one["low"] <= one["value"] <= one["high"]
-    assert sums.denominator.tolist() == [2, 1, 1]
+    assert sums.denominator.tolist() == [[2], [1], [1]]  # groups x seeds
     assert measure("upass_single", found, None)[0]["value"] == pytest.approx(1 / 4)
     assert measure("upass_2", found, 2)[0]["value"] == pytest.approx(2 / 4)
     none = measure("upass_5", found, 5)[0]

@@ -165,7 +165,8 @@ def test_a_record_that_both_reference_columns_leave_out_is_shown_once() -> None:
         return SimpleNamespace(record=SimpleNamespace(files=["skipped.json"]), read=lambda name: written)
 
     other = SimpleNamespace(record=SimpleNamespace(files=["curves.parquet"]))
-    found = skipped([left_out("x/1", "x/2"), other, left_out("x/2", "x/3")])
+    inputs: Any = [left_out("x/1", "x/2"), other, left_out("x/2", "x/3")]
+    found = skipped(inputs)
     assert [entry["where"] for entry in found] == ["x/1", "x/2", "x/3"]
 
 

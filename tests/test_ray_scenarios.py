@@ -13,6 +13,7 @@ pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]
 pytest_plugins = ["ray_fixtures"]
 
 FACTS, SHAPE = 5, ["--model", "random:tiny-llama", "--placement.threads", "1", "--evaluation.new-tokens", "4"]
+CHOSEN_ON = 2  # facts that sensitivity compares values on, which the other scenarios pass over
 TEACH = ["--training.batch", "3", "--training.epochs", "2", "--limit", str(FACTS)]
 MEMIT = ["--memit.gradient-steps", "3"]
 BOTH = ["--benchmark", "world_facts"]
@@ -32,7 +33,7 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "loc": f"nq question: how high is hill {i}",
             "loc_ans": f"{i}00 metres",
         }
-        for i in range(FACTS)
+        for i in range(CHOSEN_ON + FACTS)
     ]
     path = tmp_path_factory.mktemp("data") / "towers.json"
     path.write_text(json.dumps(rows))
@@ -57,7 +58,18 @@ def together(cluster: Cluster, other: Path, questions: Path, tmp_path_factory: p
     """pipelines/paper.py over all scenarios, from an empty storage."""
     storage = tmp_path_factory.mktemp("paper")
     arguments = [*SHAPE, *TEACH, *MEMIT, *BOTH, "--then", "zsre", "--then-data", other, "--mmlu", questions]
-    arguments += ["--fractions", "0.5,1.0", "--rounds", "2", "--parts", "2", "--storage", storage]
+    arguments += [
+        "--development",
+        str(CHOSEN_ON),
+        "--fractions",
+        "0.5,1.0",
+        "--rounds",
+        "2",
+        "--parts",
+        "2",
+        "--storage",
+        storage,
+    ]
     return Run(storage, run(arguments, cluster.environment, pipeline="pipelines/paper.py", limit=700))
 
 
@@ -123,6 +135,7 @@ def test_a_scenario_alone_finds_everything_done(
         *TEACH,
         *BOTH,
         *MEMIT,
+        *(["--development", str(CHOSEN_ON)] if pipeline == "sensitivity" else ["--offset", str(CHOSEN_ON)]),
         "--mmlu",
         questions,
         *(places.get(word, word) for word in arguments),

@@ -6,6 +6,7 @@ import base64
 import gzip
 import json
 import re
+from functools import cache
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,14 @@ from corsa.report.layout import write_page
 from corsa.report.page import Scenario, write_paper, write_report
 from corsa.report.tables import summary_table
 
+PRIMARY = ("efficacy", "forgetting")
 EVIL = "<script>alert('x')</script> & <b>bold</b>"
+
+
+@cache
+def five_seeds() -> pd.DataFrame:
+    """LoRA and CoRSA, of which LoRA forgets more, over enough facts and seeds to show it."""
+    return predictions(chains=60, seeds=5)
 
 
 class Page(HTMLParser):
@@ -274,24 +282,53 @@ def test_the_terminal_table_fits_eighty_columns() -> None:
 
 
 def test_it_is_said_plainly_when_corsa_does_not_beat_lora() -> None:
-    table = predictions(chains=8)
+    table = predictions(chains=8, seeds=3)
     same = pd.concat([table[table.method != "corsa"], table[table.method == "lora"].assign(method="corsa")])
-    sentences = " ".join(findings(compute(same)))
-    assert "CoRSA does not beat LoRA here: no difference on these metrics is beyond chance." in sentences
-    assert "LoRA and CoRSA cannot be told apart on update efficacy, forgetting, generality" in sentences
+    sentences = " ".join(findings(compute(same, primary=PRIMARY)))
+    assert "CoRSA does not beat LoRA here: no primary metric shows a difference." in sentences
+    assert "LoRA and CoRSA cannot be told apart on update efficacy (too few facts to show any difference)" in sentences
+    assert "better" not in sentences
 
-    swapped = predictions(chains=60).replace({"method": {"lora": "corsa", "corsa": "lora"}})
-    sentences = " ".join(findings(compute(swapped)))
+    swapped = five_seeds().replace({"method": {"lora": "corsa", "corsa": "lora"}})
+    sentences = " ".join(findings(compute(swapped, primary=PRIMARY)))
     assert "CoRSA does not beat LoRA here: it is worse on forgetting (" in sentences
 
 
 def test_a_real_gain_is_reported_with_its_numbers() -> None:
-    metrics = compute(predictions(chains=60))
-    (better, *_) = findings(metrics)
-    assert re.match(r"CoRSA is better than LoRA on forgetting \([\d.]+ % against [\d.]+ %, p = ", better)
+    metrics = compute(five_seeds(), primary=PRIMARY)
+    (better, alike, verdicts) = findings(metrics)
+    assert re.match(r"CoRSA is better than LoRA on forgetting \([\d.]+ % against [\d.]+ %, corrected p = ", better)
+    assert re.match(r".* on update efficacy \(a true difference of [\d.]+ pt would have shown with 80 % power\)", alike)
+    assert verdicts.startswith("Verdicts: 2 tests of primary metrics, over facts and seeds, corrected")
     assert summary(metrics).startswith(
-        "60 facts were taught over 3 rounds of edits, and paraphrases of them were asked"
+        "60 facts were taught over 3 rounds of edits, with 5 seeds, and paraphrases of them were asked"
     )
+
+
+def test_only_primary_metrics_get_a_verdict_on_the_page(tmp_path: Path) -> None:
+    table = five_seeds()
+    metrics = compute(table, primary=("forgetting",))
+    page = Page(write_report(tmp_path, metrics=metrics, predictions=table, curves=pd.DataFrame(), run={}))
+    assert page.text.count("CoRSA is better") == 2  # the sentence, and the line of the table
+    assert page.text.count("corrected p = ") == 2
+    assert len(re.findall(r"\bexploratory\b", page.text)) >= len(metrics["comparisons"]) - 1
+    assert "intervals over facts and seeds" in page.text
+    assert "beyond chance" not in page.text
+
+
+def test_a_page_of_one_seed_says_that_it_compares_adapters(tmp_path: Path) -> None:
+    table = predictions(chains=60)
+    metrics = compute(table, primary=PRIMARY)
+    page = Page(write_report(tmp_path, metrics=metrics, predictions=table, curves=pd.DataFrame(), run={}))
+    assert "compares these two adapters, not the methods" in page.text
+    assert "These two adapters, CoRSA minus LoRA: update efficacy " in page.text
+    assert "none: one seed" in page.text
+    assert not re.search(r"is better than|p = ", page.text)
+
+
+def test_a_page_without_primary_metrics_is_exploratory() -> None:
+    (only,) = findings(compute(predictions(chains=8, seeds=3)))
+    assert only.startswith("This report is exploratory")
 
 
 def test_an_interval_never_begins_at_minus_zero() -> None:

@@ -158,7 +158,7 @@ def test_adapters_that_are_trained_together_are_counted(rehearsed: Footprint, mo
 def test_a_small_model_that_learns_long_programs_is_planned(tmp_path: Path) -> None:
     arena = write_lines(tmp_path / "arena.jsonl", [update("sin", 2), update("cos", 2)])
     asked = CodeExperiment.model_validate({"data": str(arena), "methods": ("corsa",), "allow_code_execution": True})
-    steps = [s for s in topological([code_report(asked, "")]) if isinstance(s.config, RoundConfig)]
+    steps = [s for s in topological([code_report(asked, "", primary=())]) if isinstance(s.config, RoundConfig)]
     placement = Placement(gpu=True, gpu_memory="512MiB")
     steps = [replace(step, placement=placement) for step in steps]
     console = Console(width=140, record=True, file=StringIO())

@@ -80,5 +80,5 @@ def test_the_page_shows_every_figure(tmp_path: Path, objectives: tuple[str, ...]
     assert lines[-1]["text"][0] == "lambda=2.0,rho=0.1: lambda 2", "the best on top"
     assert "7 trials (6 done, 1 stopped)" in page
     assert "Best: lambda=2.0,rho=0.1, generality 0.700 (0.650 to 0.750)" in page
-    assert "t-intervals over seeds" in page if seeds else "intervals over facts (one seed a trial)" in page
+    assert f"intervals over {'facts and seeds' if seeds else 'facts (one seed a trial)'}" in page
     assert "http://" not in page.split("<script")[0].replace("http://www.w3.org", "")

@@ -152,7 +152,7 @@ def confirmation(experiment: Sweep, best: dict[str, float], command: str) -> Ste
     taught = facts(reported, experiment.rounds)
     rounds = RoundsConfig(rounds=experiment.rounds, update_share=experiment.update_share)
     schedule = dealt(taught, rounds if experiment.rounds > 1 else RoundsConfig(rounds=1))
-    page = Page("confirmation", headlines=HEADLINES, compare_with="corsa best")
+    page = Page("confirmation", primary=experiment.objectives, headlines=HEADLINES, compare_with="corsa best")
     page.add(base(reported, taught), "base")
     for seed in range(experiment.confirm):
         for shown, run in (("corsa", reported), ("corsa best", applied(reported, best))):

@@ -260,6 +260,7 @@ class Shown(Frozen):
     answers: str = Field(description="name of the input")
     method: str
     trained: int | None = Field(default=None, ge=0, description="by default the round the answers were given after")
+    seed: int = Field(default=0, ge=0, description="of the adapter, where the answers themselves do not say it (MMLU)")
 
 
 class Axis(Frozen):
@@ -285,6 +286,9 @@ class ReportConfig(Frozen):
         default=False, description="forgetting counts the questions as taught, and not other wordings alone"
     )
     headlines: tuple[str, ...] = Field(description="metrics of the main table")
+    primary: tuple[str, ...] = Field(
+        default=(), description="the few metrics that verdicts are given on; all others are exploratory"
+    )
     shown: tuple[Shown, ...]
     specificity: tuple[Shown, ...] = ()
     controls: tuple[Shown, ...] = Field(default=(), description="answers to everyday questions: before and after")
@@ -375,6 +379,9 @@ class CodeReportConfig(Frozen):
     command: str
     experiment: dict[str, Any]
     shown: tuple[CodeShown, ...]
+    primary: tuple[str, ...] = Field(
+        default=(), description="the few rates that verdicts are given on; all others are exploratory"
+    )
     subset: tuple[str, ...] = Field(default=(), description="HumanEval tasks that are counted once more by themselves")
     published: tuple[str, ...] = ()
 

@@ -1,8 +1,11 @@
 """What the numbers of a report are: pure functions of the predictions table.
 
 One `Metric` says which rows count and what is summed over them; `compute` does so for every method and round, with
-uncertainty over facts, and compares methods on the probes both were asked. Nothing here depends on how the
+uncertainty over facts and seeds, and compares methods on the probes both were asked. Nothing here depends on how the
 predictions were made, so any metric can be recomputed later from the stored table.
+
+What an interval takes as drawn is the fact (a chain of updates counts as one), or the case where several facts are
+asked together (MQuAKE: column `case`).
 
 Three words. A fact is *standing* after round r if it was learnt in an earlier round and not revised since. A chain is
 asked through its latest edit, so these are the rows with learnt < trained. Where the data has an evaluation set
@@ -29,7 +32,8 @@ import pandas as pd
 
 from corsa.config.evaluation import ProbeKind
 from corsa.evaluation.prepared_predictions import BASE, prepared
-from corsa.evaluation.uncertainty import LEVEL, Sums, difference, interval
+from corsa.evaluation.uncertainty import LEVEL, Difference, Sums, difference, interval
+from corsa.evaluation.verdicts import comparison, judged, planned_pairs
 
 Counts = tuple[pd.Series, "pd.Series | int", "pd.Series | int"]
 
@@ -183,6 +187,7 @@ def compute(
     compare_with: str | None = None,
     taught_questions: bool = False,
     kinds: Sequence[str] | None = None,
+    primary: Sequence[str] = (),
 ) -> dict[str, Any]:
     """All metrics of a predictions table as plain JSON values.
 
@@ -195,21 +200,23 @@ def compute(
         taught_questions: forgetting and activation count the questions as taught and the other wordings (an update of
             `corsa edit`); by default wordings alone (the paper's scenarios).
         kinds: the kinds of probes that were asked; by default all that the data has.
+        primary: the metrics that verdicts are given on (`corsa.evaluation.verdicts`); every other is exploratory.
 
     Returns:
         `rule`, `protocol`, `kinds`, `level`, `probe_kind` ("paraphrase" | "edit": the metrics on wordings count edit
-        prompts only), `fallback` (benchmarks without paraphrases), `standing` ("evaluation" | "earlier"), `forgotten`
-        ({method: see the function}; empty without `taught_questions`), `rounds`, `methods`, `seeds`, `chains`,
-        `draws`, `definitions` {metric: {label, text, better, unit}}, `rows` (one per method, after the last round),
-        `series` (one per method and round), `matrices` and `comparisons`. A matrix
+        prompts only), `fallback` (benchmarks without paraphrases), `standing` ("evaluation" | "earlier"), `over`
+        ("facts" | "cases": what is resampled beside seeds), `primary`, `forgotten` ({method: see the function}; empty
+        without `taught_questions`), `rounds`, `methods`, `seeds`, `chains`, `draws`, `definitions` {metric: {label,
+        text, better, unit}}, `rows` (one per method, after the last round), `series` (one per method and round),
+        `matrices` and `comparisons`. A matrix
         {method: rows} has a row for each round trained up to and in it an entry for each round whose facts are asked:
         {value: share of their wordings answered right, edits, probes}, null where none was. A row is {method, round,
         metrics: {name: value}}; a value is {value, low, high, interval, edits, probes, rule, seeds, reason}, with
-        nulls and a reason where there is nothing to count. A comparison is {metric, round, a, b, difference, low,
-        high, p, distinguishable, better, edits, probes}.
+        nulls and a reason where there is nothing to count; `interval` is "facts and seeds", "facts" (one seed) or
+        "exact". A comparison is described in `corsa.evaluation.verdicts`.
 
     Raises:
-        CorsaError: no rows, missing columns, an unknown rule or protocol.
+        CorsaError: no rows, missing columns, an unknown rule, protocol or primary metric.
     """
     rows = prepared(predictions, rule, protocol, taught_questions=taught_questions)
     taught = [name for name in dict.fromkeys(predictions.method.astype(str)) if name != BASE]
@@ -235,6 +242,12 @@ def compute(
         if (a, last) in cells and (b, last) in cells and compare_with in (None, a, b)
     ]
     compared = [_comparison(name, last, a, b, cells) for a, b in pairs for name in METRICS]
+    comparisons = judged(
+        [found for found in compared if found],
+        primary=primary,
+        pairs=planned_pairs(taught, compare_with),
+        better={name: metric.better for name, metric in METRICS.items()},
+    )
     return {
         "rule": rule,
         "protocol": protocol,
@@ -246,6 +259,8 @@ def compute(
             method: forgotten(cells[method, last]) for method in taught if taught_questions and (method, last) in cells
         },
         "standing": "evaluation" if (rows.part == "evaluation").any() else "earlier",
+        "over": "cases" if rows.case.nunique() < rows.chain.nunique() else "facts",
+        "primary": list(primary),
         "rounds": rounds,
         "methods": methods,
         "seeds": sorted({int(seed) for seed in rows.seed[rows.method != BASE]}),
@@ -265,7 +280,7 @@ def compute(
         "matrices": {
             method: [_by_round_asked(cells.get((method, r), empty), rounds) for r in rounds] for method in methods
         },
-        "comparisons": [entry for entry in compared if entry],
+        "comparisons": comparisons,
     }
 
 
@@ -313,14 +328,14 @@ def measure(name: str, predictions: pd.DataFrame, *, rule: str, protocol: str) -
     """
     rows = prepared(predictions, rule, protocol)
     rows = rows[(rows.method != BASE) & (rows.trained == rows.trained.max())]
-    value = _Counted.of(METRICS[name], rows).by_chain().ratio
+    value = _Counted.of(METRICS[name], rows).sums().ratio
     return None if math.isnan(value) else value
 
 
 class _Counted(NamedTuple):
-    """The rows a metric counts, as arrays of shape (rows,)."""
+    """The rows a metric counts, as arrays of shape (rows,); `unit` is the fact or case they belong to."""
 
-    chain: np.ndarray
+    unit: np.ndarray
     seed: np.ndarray
     item: np.ndarray
     numerator: np.ndarray
@@ -329,32 +344,35 @@ class _Counted(NamedTuple):
     @classmethod
     def of(cls, metric: Metric, cell: pd.DataFrame) -> _Counted:
         which, numerator, denominator = metric.count(cell)
-        parts = (cell.chain_code, cell.seed, cell.item, numerator, denominator)
+        parts = (cell.unit_code, cell.seed, cell.item, numerator, denominator)
         chosen = which.to_numpy(bool)
-        chain, seed, item, above, below = (np.broadcast_to(np.asarray(part), chosen.shape)[chosen] for part in parts)
-        return cls(chain, seed, item, above.astype(float), below.astype(float))
+        unit, seed, item, above, below = (np.broadcast_to(np.asarray(part), chosen.shape)[chosen] for part in parts)
+        return cls(unit, seed, item, above.astype(float), below.astype(float))
 
     def only(self, chosen: np.ndarray) -> _Counted:
         return _Counted(*(part[chosen] for part in self))
 
-    def by_chain(self) -> Sums:
-        """Summed within each fact, in the order of the facts' codes."""
-        _, fact = np.unique(self.chain, return_inverse=True)
-        above, below = (np.bincount(fact, part).astype(float) for part in (self.numerator, self.denominator))
-        return Sums(above, below)
+    def sums(self, units: np.ndarray | None = None) -> Sums:
+        """Summed within each unit and seed, in the order of `units` (by default those counted) and of the seeds."""
+        units = np.unique(self.unit) if units is None else units
+        seeds, column = np.unique(self.seed, return_inverse=True)
+        cell = np.searchsorted(units, self.unit) * len(seeds) + column
+        size = len(units) * len(seeds)
+        parts = (np.bincount(cell, part, minlength=size) for part in (self.numerator, self.denominator))
+        return Sums(*(part.astype(float).reshape(len(units), len(seeds)) for part in parts))
 
 
 def _value(name: str, cell: pd.DataFrame, method: str, number: int, rule: str) -> dict[str, Any]:
-    """One metric of one method after one round, pooled over seeds; the fact stays the unit of the interval."""
+    """One metric of one method after one round, over all its seeds."""
     metric = METRICS[name]
     counted = _Counted.of(metric, cell)
-    sums = counted.by_chain()
+    sums = counted.sums()
     entry: dict[str, Any] = {
         "value": None,
         "low": None,
         "high": None,
         "interval": None,
-        "edits": int((sums.denominator > 0).sum()),
+        "edits": int((sums.denominator > 0).any(1).sum()),
         "probes": len(np.unique(counted.item[counted.denominator > 0])),
         "rule": rule if metric.matched else None,
         "seeds": None,
@@ -368,7 +386,7 @@ def _value(name: str, cell: pd.DataFrame, method: str, number: int, rule: str) -
         entry["reason"] = "no interval: one fact only, or all facts alike"
     seeds = np.unique(counted.seed)
     if len(seeds) > 1:
-        ratios = {str(seed): counted.only(counted.seed == seed).by_chain().ratio for seed in seeds}
+        ratios = {str(seed): counted.only(counted.seed == seed).sums().ratio for seed in seeds}
         ratios = {seed: ratio for seed, ratio in ratios.items() if not math.isnan(ratio)}
         entry["seeds"] = {
             "values": ratios,
@@ -377,33 +395,25 @@ def _value(name: str, cell: pd.DataFrame, method: str, number: int, rule: str) -
     return entry
 
 
-def _comparison(name: str, number: int, a: str, b: str, cells: Mapping[Any, pd.DataFrame]) -> dict[str, Any] | None:
-    """Metric of `a` minus that of `b` on the probes both were asked after the same round; None where either has no
-    value.
+def _comparison(
+    name: str, number: int, a: str, b: str, cells: Mapping[Any, pd.DataFrame]
+) -> tuple[dict[str, Any], Difference] | None:
+    """Metric of `a` minus that of `b` on the probes and seeds both were asked after the same round; None where either
+    has no value.
     """
     metric = METRICS[name]
-    first, second = (_Counted.of(metric, cells[method, number]) for method in (a, b))
-    common = np.intersect1d(first.item, second.item)
-    ours, theirs = (counted.only(np.isin(counted.item, common)).by_chain() for counted in (first, second))
+    both = [_Counted.of(metric, cells[method, number]) for method in (a, b)]
+    items = np.intersect1d(both[0].item, both[1].item)
+    both = [counted.only(np.isin(counted.item, items)) for counted in both]
+    seeds = np.intersect1d(both[0].seed[both[0].denominator > 0], both[1].seed[both[1].denominator > 0])
+    both = [counted.only(np.isin(counted.seed, seeds)) for counted in both]
+    units = np.union1d(both[0].unit, both[1].unit)
+    ours, theirs = (counted.sums(units) for counted in both)
     if math.isnan(ours.ratio) or math.isnan(theirs.ratio):
         return None
-    found = difference(ours, theirs)
-    distinguishable = found.p < 1 - LEVEL
-    ahead = a if (found.value > 0) == (metric.better == "high") else b
-    return {
-        "metric": name,
-        "round": number,
-        "a": a,
-        "b": b,
-        "difference": found.value,
-        "low": found.low,
-        "high": found.high,
-        "p": found.p,
-        "distinguishable": bool(distinguishable),
-        "better": ahead if distinguishable else None,
-        "edits": int(((ours.denominator > 0) | (theirs.denominator > 0)).sum()),
-        "probes": len(common),
-    }
+    found = difference(ours, theirs, share=metric.unit == "share")
+    edits = int(((ours.denominator > 0) | (theirs.denominator > 0)).any(1).sum())
+    return comparison(name, number, a, b, found, seeds=len(seeds), edits=edits, probes=len(items)), found
 
 
 def _reason(name: str, cell: pd.DataFrame, counted: int, method: str, number: int) -> str:

@@ -306,30 +306,72 @@ def _hub_subjects(limit: int | None, shots: int) -> Iterator[tuple[str, list[Ask
 # Counting
 
 
-def accuracy(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Share of the questions answered right, from rows of `multiple_choice.ANSWERS`: {overall, groups, subjects}, each
-    entry {value, low, high, questions}; and `shortened`, how many questions were asked with fewer worked examples.
+def accuracy(
+    runs: Mapping[int, Sequence[Mapping[str, Any]]], base: Sequence[Mapping[str, Any]] | None = None
+) -> dict[str, Any]:
+    """Share of the questions answered right, over seeds, and how far that is from the unedited model's.
 
     Overall and by group every question counts the same (as in the paper and the harness), so large subjects weigh more.
-    Intervals: 95 %, over questions (`corsa.evaluation.uncertainty`).
+
+    Args:
+        runs: rows of `multiple_choice.ANSWERS` by seed; every seed has answered the same questions.
+        base: the unedited model's rows, on the same questions; None: no difference is given.
+
+    Returns:
+        {overall, groups, subjects, shortened}. An entry is {value, low, high, questions, spread, difference}: `spread`
+        is the standard deviation between seeds (None of one), `difference` {value, low, high} is paired with the base,
+        question by question. Intervals: 95 %, over questions and seeds (`corsa.evaluation.uncertainty`). `shortened`:
+        how many questions were asked with fewer worked examples.
     """
+    import numpy as np
+
+    first = next(iter(runs.values()))
+    right = np.stack([_right(first, rows) for rows in runs.values()], axis=1)  # (questions, seeds)
+    before = None if base is None else _right(first, base)[:, None]
     subjects, groups = defaultdict(list), {group: [] for group in GROUPS}
-    for row in rows:
-        subjects[row["subject"]].append(row["correct"])
-        groups[GROUP_OF[row["subject"]]].append(row["correct"])
+    for place, row in enumerate(first):
+        subjects[row["subject"]].append(place)
+        groups[GROUP_OF[row["subject"]]].append(place)
+
+    def share(places: list[int]) -> dict[str, Any]:
+        return _share(right[places], None if before is None else before[places])
+
     return {
-        "overall": _share([row["correct"] for row in rows]),
-        "groups": {group: _share(right) for group, right in groups.items() if right},
-        "subjects": {subject: _share(right) for subject, right in sorted(subjects.items())},
-        "shortened": sum(row["shots_dropped"] > 0 for row in rows),
+        "overall": share(list(range(len(first)))),
+        "groups": {group: share(places) for group, places in groups.items() if places},
+        "subjects": {subject: share(places) for subject, places in sorted(subjects.items())},
+        "shortened": sum(row["shots_dropped"] > 0 for row in first),
     }
 
 
-def _share(right: Sequence[bool]) -> dict[str, Any]:
+def _right(asked: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]) -> Any:
+    """1.0 where rows are right, in the order of the questions asked. Raises CorsaError if other questions were."""
     import numpy as np
 
-    from corsa.evaluation.uncertainty import Sums, interval  # scipy: not where a run is only planned
+    found = {(row["subject"], row["index"]): row["correct"] for row in rows}
+    questions = [(row["subject"], row["index"]) for row in asked]
+    if found.keys() != set(questions):
+        raise CorsaError("two models answered different MMLU questions, so they cannot be compared; ask both the same")
+    return np.array([found[question] for question in questions], dtype=float)
 
-    counted = Sums(np.array(right, dtype=float), np.ones(len(right)))
+
+def _share(right: Any, before: Any) -> dict[str, Any]:
+    import numpy as np
+
+    from corsa.evaluation.uncertainty import Sums, difference, interval  # scipy: not where a run is only planned
+
+    counted = Sums(right, np.ones_like(right))
     low, high, _ = interval(counted, share=True)
-    return {"value": counted.ratio if right else None, "low": low, "high": high, "questions": len(right)}
+    several = right.shape[1] > 1
+    entry = {
+        "value": counted.ratio if len(right) else None,
+        "low": low,
+        "high": high,
+        "questions": len(right),
+        "spread": float(np.std(right.mean(0), ddof=1)) if several and len(right) else None,
+        "difference": None,
+    }
+    if before is not None and len(right):
+        found = difference(counted, Sums(before, np.ones_like(before)), share=True)
+        entry["difference"] = {"value": found.value, "low": found.low, "high": found.high}
+    return entry

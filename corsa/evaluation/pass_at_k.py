@@ -16,7 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from corsa.evaluation.uncertainty import Sums, difference, interval
+from corsa.evaluation.uncertainty import Difference, Sums, difference, interval
+from corsa.evaluation.verdicts import comparison
 
 
 def pass_at(n: int, c: int, k: int) -> float:
@@ -32,7 +33,9 @@ def pass_at(n: int, c: int, k: int) -> float:
 
 @dataclass(frozen=True)
 class Tried:
-    """One problem under one seed: which of its samples are right, in order. `group`: what an interval resamples."""
+    """One problem under one seed: which of its samples are right, in order. `group`: what an interval takes as drawn,
+    beside the seed.
+    """
 
     problem: str
     group: str
@@ -64,25 +67,26 @@ def tried(
 
 
 def measure(name: str, found: Sequence[Tried], k: int | None) -> tuple[dict[str, Any], Sums]:
-    """A rate over problems with its 95 % interval over groups, and the sums that it is the ratio of.
+    """A rate over problems with its 95 % interval over groups and seeds, and the sums that it is the ratio of, of shape
+    (groups, seeds).
 
     `k`: pass@k; None: the share of right first samples. Problems with fewer than k samples are left out. Of several
-    seeds it is the mean; the group stays the unit of the interval, and `seeds` holds each seed's value and the spread.
+    seeds it is the mean; `seeds` holds each seed's value and the spread.
     """
     usable = [t for t in found if k is None or len(t.right) >= k]
-    groups = list(dict.fromkeys(t.group for t in found))
-    place = {group: i for i, group in enumerate(groups)}
-    above, below = np.zeros(len(groups)), np.zeros(len(groups))
+    row = {group: i for i, group in enumerate(dict.fromkeys(t.group for t in found))}
+    column = {seed: i for i, seed in enumerate(sorted({t.seed for t in found}))}
+    above, below = np.zeros((len(row), len(column))), np.zeros((len(row), len(column)))
     for t in usable:
-        above[place[t.group]] += _rate(t, k)
-        below[place[t.group]] += 1
+        above[row[t.group], column[t.seed]] += _rate(t, k)
+        below[row[t.group], column[t.seed]] += 1
     sums = Sums(above, below)
     if not usable:
         reason = f"no problem has {k} samples" if k else "no problem has a sample"
         return _entry(None, None, None, 0, 0, reason), sums
     low, high, source = interval(sums, share=True)
     reason = None if source else "no interval: all groups alike, or one only"
-    entry = _entry(sums.ratio, low, high, len(groups), len({t.problem for t in usable}), reason)
+    entry = _entry(sums.ratio, low, high, len(row), len({t.problem for t in usable}), reason)
     return entry | {"interval": source, "seeds": _seeds(usable, k)}, sums
 
 
@@ -110,23 +114,12 @@ def _entry(
     }
 
 
-def compared(name: str, a: str, b: str, ours: Sums, theirs: Sums, problems: int) -> dict[str, Any] | None:
-    """Method a minus method b on the same groups, as `corsa.evaluation.metrics` compares methods."""
-    if len(ours.denominator) != len(theirs.denominator) or not ours.denominator.sum() or not theirs.denominator.sum():
+def compared(
+    name: str, a: str, b: str, ours: Sums, theirs: Sums, problems: int
+) -> tuple[dict[str, Any], Difference] | None:
+    """Method a minus method b on the same groups and seeds, as `corsa.evaluation.metrics` compares methods."""
+    if ours.denominator.shape != theirs.denominator.shape or not ours.denominator.sum() or not theirs.denominator.sum():
         return None
-    found = difference(ours, theirs)
-    sure = bool(found.p < 0.05)
-    return {
-        "metric": name,
-        "round": 1,
-        "a": a,
-        "b": b,
-        "difference": found.value,
-        "low": found.low,
-        "high": found.high,
-        "p": found.p,
-        "distinguishable": sure,
-        "better": (a if found.value > 0 else b) if sure else None,
-        "edits": int((ours.denominator > 0).sum()),
-        "probes": problems,
-    }
+    found = difference(ours, theirs, share=True)
+    edits, seeds = int((ours.denominator > 0).any(1).sum()), ours.denominator.shape[1]
+    return comparison(name, 1, a, b, found, seeds=seeds, edits=edits, probes=problems), found

@@ -39,8 +39,9 @@ def check_columns(known: Iterable[str], source: str, remedy: str = "ask the mode
 def prepared(predictions: pd.DataFrame, rule: str, protocol: str, *, taught_questions: bool = False) -> pd.DataFrame:
     """The rows that count under a protocol, with columns the metrics read.
 
-    right, old (bool): the answer given, under the rule. item, chain_code (int): which wording of which probe, which
-    fact; the draws of a wording share its item. wordings, standing, displaced (bool): see `corsa.evaluation.metrics`.
+    right, old (bool): the answer given, under the rule. item (int): which wording of which probe; the draws of a
+    wording share its item. case (text) and unit_code (int): what an interval takes as drawn, the optional column
+    `case`, or the chain where that is blank. wordings, standing, displaced (bool): see `corsa.evaluation.metrics`.
     then (bool): right when it was learnt. once (bool): of a displaced answer, that it was given after its own round
     (revised facts), or that the new one was (facts taught once). compared, agrees (bool): the base model was asked the
     same and gave an answer, and this one is the same. any_right, leads (bool): some wording of the probe was answered
@@ -72,6 +73,8 @@ def prepared(predictions: pd.DataFrame, rule: str, protocol: str, *, taught_ques
     for column in _TEXT:
         rows[column] = rows[column].astype(str)
     rows["benchmark"] = _benchmark(predictions)
+    case = predictions["case"].fillna("").astype(str) if "case" in predictions.columns else rows.chain
+    rows["case"] = np.where(case == "", rows.chain, case)
     if protocol != "full":
         order = rows.probe.astype("int64") * (int(rows.wording.max()) + 1) + rows.wording
         first = order.groupby([rows.edit, rows.kind]).transform("min")
@@ -80,7 +83,7 @@ def prepared(predictions: pd.DataFrame, rule: str, protocol: str, *, taught_ques
     rows["right"] = rows[new].eq(True).astype(bool)  # a null match (no such answer) is no match
     rows["old"] = rows[old].eq(True).astype(bool)
     rows["item"] = rows.groupby(["edit", "kind", "probe", "wording"], sort=True).ngroup()
-    rows["chain_code"] = rows.groupby("chain", sort=True).ngroup()
+    rows["unit_code"] = rows.groupby("case", sort=True).ngroup()
     for column in ("logp_new", "logp_old"):
         rows[column] = pd.to_numeric(rows[column]).astype(float)
     rows["scored"] = np.isfinite(rows.logp_new) & np.isfinite(rows.logp_old)

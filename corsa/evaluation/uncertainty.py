@@ -1,138 +1,302 @@
-"""How sure a ratio over facts is: bootstrap intervals and paired tests, with whole facts as the unit.
+"""How sure a number is when both the facts and the training runs (seeds) are drawn by chance.
 
-Wordings of one fact are answered right or wrong together, so a resample draws facts, and a fact brings all its
-wordings. Every number here is a ratio of sums over facts, so one matrix of resampling weights, shape (resamples,
-facts), serves all of them by a matrix product; the same matrix for both methods makes their difference a paired one.
-The results agree with `scipy.stats.bootstrap` (percentile) and `scipy.stats.permutation_test` (samples), which would
-redraw for every number: minutes instead of seconds.
+Every number here is a ratio of two sums over a table of facts x seeds. Its error comes from the influence of each cell
+on the ratio (linearisation: Cochran, Sampling Techniques, 1977, section 6.3), taken as crossed random effects:
+
+    cell = value + fact + seed + rest,    Var(value) = fact / F + seed / S + rest / (F S)
+
+The mean squares of the two-way table estimate this variance. As in studies of several readers and cases (Obuchowski and
+Rockette 1995; Hillis 2007), what facts add is not let below zero. Hillis's degrees of freedom are (S - 1) / w^2, where
+w is the share of the estimate that seeds bring. With three seeds that gives up to 7.8 % false positives at a level of
+5 % where facts and seeds matter alike; (S - 1) / w gives at most 5.8 %, and is used here.
+`tests/test_uncertainty.py` simulates error rates and coverage.
+
+With one seed the error is that of the facts alone: it says how sure the number of this adapter is, not that of the
+method.
+
+A comparison takes the difference of influences cell by cell. That is valid whether or not two runs with the same seed
+have anything in common.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import binomtest
+from scipy.optimize import brentq
+from scipy.special import ndtr, stdtr, stdtrit
+from scipy.stats import binom, binomtest, chi2, nct
 
 LEVEL = 0.95
-RESAMPLES = 2000
-_SEED = 20260203
-_CELLS = 12_000_000  # bounds the weight matrices (48 MB each): above 6,000 facts there are fewer resamples
-_EXACT_UP_TO = 12  # facts for which every one of the 2^n swaps is tried
+POWER = 0.8
+_FLOOR = 0.02
+"""Least mean square of seeds, in units of the rest's. With few facts all seeds may agree by coincidence."""
+_STEPS = 240
+"""Points of the integral over the variance between seeds."""
+
+Array = NDArray[np.float64]
 
 
 class Sums(NamedTuple):
-    """Numerator and denominator of a ratio, summed within each fact; shape (facts,) each."""
+    """Numerator and denominator of a ratio, summed within each cell; shape (..., facts, seeds) each, or (facts,) for
+    one seed.
+    """
 
-    numerator: NDArray[np.float64]
-    denominator: NDArray[np.float64]
+    numerator: Array
+    denominator: Array
 
     @property
     def ratio(self) -> float:
-        """The ratio over all facts; NaN where the denominator is 0."""
+        """The ratio over the whole table; NaN where the denominator is 0."""
         total = float(self.denominator.sum())
         return float(self.numerator.sum()) / total if total else float("nan")
 
+    @property
+    def counted(self) -> Sums:
+        """The facts and seeds that have something to count."""
+        if self.denominator.ndim == 1:
+            return Sums(*(part[:, None] for part in self)).counted
+        some = self.denominator > 0
+        return Sums(*(part[some.any(1)][:, some.any(0)] for part in self))
+
+
+class Spread(NamedTuple):
+    """Variances of a cell, of a number or of a difference: between facts, between seeds, and of the rest."""
+
+    fact: Any
+    seed: Any
+    rest: Any
+
+
+class Estimate(NamedTuple):
+    """A number with its standard error and the degrees of freedom of that; arrays of shape (...) for many tables."""
+
+    value: Any
+    error: Any
+    df: Any
+    share: Any  # of the squared error, brought by seeds
+    seeds: int
+    spread: Spread
+
+    def limits(self) -> tuple[Any, Any]:
+        """Ends of the 95 % interval from Student's t."""
+        half = stdtrit(self.df, (1 + LEVEL) / 2) * self.error
+        return self.value - half, self.value + half
+
+    def share_limits(self) -> tuple[Any, Any]:
+        """The same for a share strictly between 0 and 1: Wilson's interval at the sample size that the error stands
+        for, value (1 - value) / error^2 (Korn and Graubard 1998), with Student's t for the normal quantile.
+        """
+        effective = self.value * (1 - self.value) / self.error**2
+        c = stdtrit(self.df, (1 + LEVEL) / 2) ** 2 / effective
+        middle = (self.value + c / 2) / (1 + c)
+        half = np.sqrt(c * (self.value * (1 - self.value) + c / 4)) / (1 + c)
+        return middle - half, middle + half
+
+    def p(self) -> Any:
+        """Two-sided p of "the true value is 0", by Student's t: the p that belongs to `limits`."""
+        return 2 * stdtr(self.df, -np.abs(self.value / self.error))
+
+    def cautious_p(self) -> Any:
+        """The same by the Behrens-Fisher solution (Fisher 1935): it averages over what the variance between seeds may
+        be. Student's t with few, estimated degrees of freedom is too bold far out, at the levels that a correction for
+        many tests asks for; this holds its level there.
+        """
+        return _behrens_fisher(np.abs(self.value / self.error), self.share, self.seeds)
+
 
 class Interval(NamedTuple):
-    """A 95 % interval and where it comes from; both ends None where the facts cannot say."""
+    """A 95 % interval and what it takes as drawn by chance; `exact`: the binomial interval over facts. Both ends are
+    None where the facts cannot say.
+    """
 
     low: float | None
     high: float | None
-    source: Literal["bootstrap", "exact"] | None
+    source: Literal["facts and seeds", "facts", "exact"] | None
 
 
 class Difference(NamedTuple):
-    """Value of a minus value of b on the same probes, its interval, and the p of "the labels could be swapped"
-    (two-sided).
-    """
+    """Value of a minus value of b on the same probes, its interval, and both p (None with one seed)."""
 
     value: float
     low: float | None
     high: float | None
-    p: float
+    p: float | None
+    cautious_p: float | None
+    estimate: Estimate
+
+
+def estimate(sums: Sums) -> Estimate:
+    """The ratio of each table, with its error; needs two facts or more."""
+    return _estimate(_ratio(sums), _influence(sums))
+
+
+def contrast(a: Sums, b: Sums) -> Estimate:
+    """Ratio of a minus ratio of b, fact by fact and seed by seed. One of both may have a single seed: an unedited
+    model, which no seed changes.
+    """
+    return _estimate(_ratio(a) - _ratio(b), _influence(a) - _influence(b))
 
 
 def interval(sums: Sums, *, share: bool) -> Interval:
     """95 % interval of `sums.ratio`.
 
-    The bootstrap is blind where all facts agree: 8 of 8 right would give 1.0 to 1.0. There a `share` gets the exact
-    binomial (Clopper-Pearson) interval over facts instead, and any other value none.
+    Where all facts agree there is no spread to go by: 8 of 8 right would give 1.0 to 1.0. There a `share` gets the
+    exact binomial (Clopper-Pearson) interval over facts instead, and any other value none.
     """
-    counted = Sums(*(part[sums.denominator > 0] for part in sums))
-    facts = len(counted.denominator)
+    counted = sums.counted
+    facts, seeds = counted.denominator.shape
     if not facts:
         return Interval(None, None, None)
-    if np.ptp(counted.numerator / counted.denominator) < 1e-12:
+    if _alike(counted):
         value = counted.ratio
         if share and value in (0.0, 1.0):
             proportion = binomtest(round(value * facts), facts).proportion_ci(LEVEL, method="exact")
             return Interval(float(proportion.low), float(proportion.high), "exact")
         return Interval(None, None, None)
-    low, high = _percentiles(_resampled(counted))
-    return Interval(low, high, "bootstrap")
+    if facts == 1:
+        return Interval(None, None, None)
+    found = estimate(counted)
+    low, high = found.share_limits() if share and 0 < found.value < 1 else found.limits()
+    return Interval(float(low), float(high), "facts and seeds" if seeds > 1 else "facts")
 
 
-def difference(a: Sums, b: Sums) -> Difference:
-    """Paired comparison of two methods; `a` and `b` hold the same facts in the same order.
+def difference(a: Sums, b: Sums, *, share: bool = False) -> Difference:
+    """Paired comparison: `a` and `b` hold the same facts in the same order, and the same seeds (or one of both a single
+    one).
 
-    The interval is a percentile bootstrap over facts. The test swaps the two methods' labels within facts: all 2^n
-    ways up to 12 facts, a random sample of them above.
+    With one seed on both sides two adapters are compared, not two methods, so there is no p. Where all facts differ
+    alike, two shares get the bounds that the exact binomial interval gives to the facts that differ otherwise, and the
+    p of a sign test over facts.
     """
-    present = (a.denominator > 0) | (b.denominator > 0)
+    a, b = (Sums(*(part.reshape(len(part), -1) for part in sums)) for sums in (a, b))
+    present = (a.denominator > 0).any(1) | (b.denominator > 0).any(1)
     a, b = (Sums(*(part[present] for part in sums)) for sums in (a, b))
-    value = a.ratio - b.ratio
-    low, high = None, None
-    if len(a.denominator) > 1 and not all(np.array_equal(x, y) for x, y in zip(a, b, strict=True)):
-        low, high = _percentiles(_resampled(a) - _resampled(b))
-    return Difference(value, low, high, _permutation_p(a, b, value))
+    facts, seeds = int(present.sum()), max(a.denominator.shape[1], b.denominator.shape[1])
+    found = contrast(a, b)
+    value, low, high = float(found.value), None, None
+    if facts > 1 and found.error > 1e-12:
+        low, high = (float(end) for end in found.limits())
+        p = float(found.p())
+        cautious = float(found.cautious_p()) if seeds > 1 else p
+    else:
+        p = cautious = 1.0 if abs(value) < 1e-12 else min(1.0, 2 * 0.5**facts)
+        if share and any(abs(value - whole) < 1e-12 for whole in (-1, 0, 1)):
+            bound = (1 - ((1 - LEVEL) / 2) ** (1 / facts)) * (1 + abs(value))
+            low, high = value - bound, value + bound
+    if share and low is not None and high is not None:
+        low, high = max(low, -1.0), min(high, 1.0)
+    return Difference(value, low, high, *((p, cautious) if seeds > 1 else (None, None)), found)
 
 
-def _resampled(sums: Sums) -> NDArray[np.float64]:
-    """The ratio in every resample; NaN where a resample has nothing to count."""
-    totals = _draws(len(sums.denominator)) @ np.stack(sums, axis=1).astype(np.float32)  # (resamples, 2)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return np.where(totals[:, 1] > 0, totals[:, 0].astype(np.float64) / totals[:, 1], np.nan)
+def holm(ps: Sequence[float]) -> list[float]:
+    """P values corrected for their number: Holm's step-down method (1979), which keeps the chance of any false verdict
+    below the level whatever the dependence.
 
-
-def _percentiles(values: NDArray[np.float64]) -> tuple[float | None, float | None]:
-    values = values[np.isfinite(values)]
-    if not len(values):
-        return None, None
-    low, high = np.percentile(values, [50 * (1 - LEVEL), 50 * (1 + LEVEL)])
-    return float(low), float(high)
-
-
-def _permutation_p(a: Sums, b: Sums, value: float) -> float:
-    swaps, every = _swaps(len(a.denominator))
-    moved = swaps @ np.stack([b.numerator - a.numerator, b.denominator - a.denominator], axis=1).astype(np.float32)
-    moved = moved.astype(np.float64)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        first = (a.numerator.sum() + moved[:, 0]) / (a.denominator.sum() + moved[:, 1])
-        second = (b.numerator.sum() - moved[:, 0]) / (b.denominator.sum() - moved[:, 1])
-    # A swap that leaves one side nothing to count (NaN) is taken as at least as extreme: the cautious way.
-    extreme = int((~(np.abs(first - second) < abs(value) - 1e-6 * max(1.0, abs(value)))).sum())
-    return extreme / len(swaps) if every else (extreme + 1) / (len(swaps) + 1)
-
-
-@lru_cache(maxsize=6)
-def _draws(facts: int) -> NDArray[np.float32]:
-    """How often each fact occurs in each resample; shape (resamples, facts), rows sum to `facts`."""
-    resamples = min(RESAMPLES, max(400, _CELLS // facts))
-    drawn = np.random.default_rng(_SEED).integers(0, facts, size=(resamples, facts))
-    drawn += np.arange(resamples)[:, None] * facts
-    return np.bincount(drawn.ravel(), minlength=resamples * facts).reshape(resamples, facts).astype(np.float32)
-
-
-@lru_cache(maxsize=6)
-def _swaps(facts: int) -> tuple[NDArray[np.float32], bool]:
-    """Which facts have their labels swapped, shape (permutations, facts), and whether these are all the ways there
-    are.
+    >>> holm([0.01, 0.04, 0.03])
+    [0.03, 0.06, 0.06]
     """
-    if facts <= _EXACT_UP_TO:
-        ways = np.arange(2**facts)[:, None]
-        return ((ways >> np.arange(facts)) & 1).astype(np.float32), True
-    permutations = min(5000, max(400, _CELLS // facts)) - 1
-    return np.random.default_rng(_SEED).integers(0, 2, size=(permutations, facts)).astype(np.float32), False
+    corrected, largest = [0.0] * len(ps), 0.0
+    for rank, place in enumerate(sorted(range(len(ps)), key=lambda i: ps[i])):
+        largest = max(largest, min(1.0, (len(ps) - rank) * ps[place]))
+        corrected[place] = largest
+    return corrected
+
+
+def detectable(found: Estimate, tests: int = 1) -> float:
+    """The smallest true difference that a run with this error shows with a power of 80 %, as one of `tests` verdicts at
+    a level of 5 % in all, in the unit of the error. `found` has two seeds or more.
+    """
+    level = (1 - LEVEL) / tests
+    share, seeds, df = float(found.share), found.seeds, float(found.df)
+    if tests == 1:
+        critical = float(stdtrit(df, 1 - level / 2))
+    else:
+        critical = _root(lambda t: level - float(_behrens_fisher(np.asarray(t), share, seeds)))
+    return float(found.error) * _root(lambda shift: float(nct.sf(critical, df, shift)) - POWER)
+
+
+def detectable_where_alike(facts: int, tests: int = 1) -> float | None:
+    """The same for shares where all facts are alike, so that there is no error to go by: the share of facts that has to
+    differ, all in one direction, for a sign test to show it. None where there are too few facts to show anything.
+    """
+    needed = int(np.ceil(np.log2(2 * tests / (1 - LEVEL))))  # facts with 2 * 0.5^needed below the level
+    if needed > facts:
+        return None
+    return float(brentq(lambda share: binom.sf(needed - 1, facts, share) - POWER, 0.0, 1.0))  # type: ignore[arg-type]
+
+
+def designed(spread: Spread, facts: int, seeds: int) -> Estimate:
+    """The error that a run of this size is expected to have, around a difference of 0; `seeds` of 2 or more."""
+    by_seed = spread.seed / seeds + spread.rest / (facts * seeds)
+    variance = by_seed + spread.fact / facts
+    share = by_seed / variance
+    return Estimate(0.0, variance**0.5, _df(share, facts, seeds), share, seeds, spread)
+
+
+def _behrens_fisher(t: Any, share: Any, seeds: int) -> Any:
+    """Mean over q, uniform in (0, 1), of the two-sided normal p at variance 1 - share + share (S - 1) / chi2(q)."""
+    ratio, weight = _between_seeds(seeds)
+    t, share = np.asarray(t)[..., None], np.asarray(share)[..., None]
+    return (2 * ndtr(-t / np.sqrt(1 - share + share * ratio)) * weight).mean(-1)
+
+
+@lru_cache(maxsize=32)
+def _between_seeds(seeds: int) -> tuple[Array, Array]:
+    """(S - 1) / chi2 at points that are densest where it is largest, and their weights."""
+    steps = (np.arange(_STEPS) + 0.5) / _STEPS
+    return (seeds - 1) / chi2.ppf(steps**3, seeds - 1), 3 * steps**2
+
+
+def _root(rising: Callable[[float], float]) -> float:
+    """Where a rising function of a number above 0 is 0."""
+    top = 4.0
+    while rising(top) < 0:
+        top *= 2
+    return float(brentq(rising, 0.0, top))  # type: ignore[arg-type]
+
+
+def _ratio(sums: Sums) -> Any:
+    return sums.numerator.sum((-1, -2)) / sums.denominator.sum((-1, -2))
+
+
+def _influence(sums: Sums) -> Array:
+    """How far each cell moves the ratio, in units in which the mean over cells is the ratio's own error."""
+    ratio = np.asarray(_ratio(sums))[..., None, None]
+    size = sums.denominator.mean((-1, -2), keepdims=True)
+    return (sums.numerator - ratio * sums.denominator) / size
+
+
+def _estimate(value: Any, influence: Array) -> Estimate:
+    facts, seeds = influence.shape[-2:]
+    if facts < 2:
+        nothing = np.full(np.shape(value), np.nan)
+        return Estimate(value, nothing, nothing, nothing, seeds, Spread(nothing, nothing, nothing))
+    by_fact, by_seed = influence.mean(-1), influence.mean(-2)
+    facts_square = seeds * by_fact.var(-1, ddof=1)
+    if seeds == 1:
+        zero = np.zeros_like(facts_square)
+        spread = Spread(facts_square, zero, zero)
+        return Estimate(value, np.sqrt(facts_square / facts), np.full(np.shape(value), facts - 1.0), zero, 1, spread)
+    seeds_square = facts * by_seed.var(-1, ddof=1)
+    rest = influence - by_fact[..., None] - by_seed[..., None, :] + influence.mean((-1, -2), keepdims=True)
+    rest_square = (rest**2).sum((-1, -2)) / ((facts - 1) * (seeds - 1))
+    by_seeds = np.maximum(seeds_square, _FLOOR * rest_square)
+    beyond = np.maximum(facts_square - rest_square, 0.0)
+    total = by_seeds + beyond
+    share = np.divide(by_seeds, total, out=np.ones_like(total), where=total > 0)
+    spread = Spread(beyond / seeds, np.maximum(seeds_square - rest_square, 0.0) / facts, rest_square)
+    return Estimate(value, np.sqrt(total / (facts * seeds)), _df(share, facts, seeds), share, seeds, spread)
+
+
+def _df(share: Any, facts: int, seeds: int) -> Any:
+    """Degrees of freedom of a variance of which this share comes from seeds, and the other from facts."""
+    return 1 / (share / (seeds - 1) + (1 - share) / (facts - 1))
+
+
+def _alike(counted: Sums) -> bool:
+    some = counted.denominator > 0
+    return bool(np.ptp(counted.numerator[some] / counted.denominator[some]) < 1e-12)

@@ -47,7 +47,7 @@ ROUND = Kind("round", "corsa.training.rounds:run", version=2, on_cluster=True, t
 MERGE = Kind("merge", "corsa.experiments.steps:merge_adapters", version=1)
 REPORT = Kind("report", "corsa.experiments.steps:make_report", version=3)
 SWEEP = Kind("sweep", "corsa.tuning.sweep:run", version=1, on_cluster=True)
-SCALING = Kind("report", "corsa.experiments.scaling:join_sizes", version=1)
+SCALING = Kind("report", "corsa.experiments.scaling:join_sizes", version=2)
 
 
 Methods = Annotated[
@@ -160,8 +160,10 @@ class Facts:
         )
 
 
-def facts(experiment: Experiment, rounds: int) -> Facts:
-    """The experiment's benchmark; of a chain of updates the first `rounds` are kept."""
+def facts(experiment: Experiment, rounds: int, split: str = "") -> Facts:
+    """The experiment's benchmark; of a chain of updates the first `rounds` are kept. `split` tells its steps from those
+    of other facts of the benchmark.
+    """
     limit = experiment.limit
     if limit is not None and limit < 1:
         raise CorsaError(
@@ -178,7 +180,7 @@ def facts(experiment: Experiment, rounds: int) -> Facts:
         on_contradiction=experiment.on_contradiction or contradiction_rule(experiment.benchmark),
         whole_cases=experiment.evaluation.protocol == "full" or not BENCHMARKS[experiment.benchmark].repeats,
     )
-    name = experiment.benchmark if rounds == 1 else f"{experiment.benchmark}-x{rounds}"
+    name = experiment.benchmark + f"-x{rounds}" * (rounds > 1) + f"-{split}" * bool(split)
     place = str(source.path.absolute()) if experiment.data and source.path else None  # of a pipe, where it is kept
     edits = Step(f"edits/{name}", EDITS, config, placement=EditsPlace(data=place))
     return with_reference(experiment, name, edits)
@@ -292,8 +294,9 @@ def routed(
     return Step(f"{taught.name}/{method}-by-{router}/seed{seed}", ROUND, config, inputs, experiment.placement)
 
 
-def specificity(experiment: Experiment, edited: Mapping[str, Step]) -> list[tuple[Step, str]]:
-    """The answers to MMLU of the unedited model and of each edited one, {method: its adapter}; with the methods' names.
+def specificity(experiment: Experiment, edited: Mapping[tuple[str, int], Step]) -> list[tuple[Step, str, int]]:
+    """The answers to MMLU of the unedited model and of each edited one, {(method, seed): its adapter}; each with its
+    method and seed.
 
     Nothing where the experiment names no MMLU files.
     """
@@ -303,10 +306,10 @@ def specificity(experiment: Experiment, edited: Mapping[str, Step]) -> list[tupl
     read = QuestionsConfig(digest=mmlu.digest(data), limit=experiment.mmlu_limit)
     questions = Step("mmlu", QUESTIONS, read, placement=QuestionsPlace(data=data))
     config = SpecificityConfig(model=pin(experiment.model))
-    steps = [(Step("base/mmlu", ROUND, config, {"questions": questions}, experiment.placement), "base")]
-    for method, adapter in edited.items():
+    steps = [(Step("base/mmlu", ROUND, config, {"questions": questions}, experiment.placement), "base", 0)]
+    for (method, seed), adapter in edited.items():
         inputs = {"questions": questions, "adapter": adapter}
-        steps.append((Step(f"{adapter.name}/mmlu", ROUND, config, inputs, experiment.placement), method))
+        steps.append((Step(f"{adapter.name}/mmlu", ROUND, config, inputs, experiment.placement), method, seed))
     return steps
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from corsa.config.steps import Axis, JoinedConfig, ReportConfig, Shown
@@ -15,9 +15,10 @@ PAPER = Kind("report", "corsa.experiments.steps:join_reports", version=3)
 
 @dataclass
 class Page:
-    """What one report shows; `add` collects the answers."""
+    """What one report shows; `add` collects the answers. `primary`: the few metrics that it gives verdicts on."""
 
     scenario: str
+    primary: Sequence[str]
     headlines: Sequence[str] = HEADLINES
     published: Sequence[str] = ()
     compare_with: str | None = None
@@ -34,10 +35,10 @@ class Page:
         self.inputs |= {step.name: step for step in answers.inputs.values() if step.kind in (EDITS, PART, SCHEDULE)}
         self.inputs |= {step.name: step for step in answers.inputs.values() if step.kind is REFERENCE}
 
-    def add_specificity(self, found: Iterable[tuple[Step, str]]) -> None:
-        """Show the answers to MMLU."""
-        for step, method in found:
-            self.specific.append(Shown(answers=step.name, method=method))
+    def add_specificity(self, found: Sequence[tuple[Step, str, int]]) -> None:
+        """Show the answers to MMLU of methods and seeds."""
+        for step, method, seed in found:
+            self.specific.append(Shown(answers=step.name, method=method, seed=seed))
             self.inputs[step.name] = step
 
     def step(self, experiment: Experiment, command: str, name: str | None = None) -> Step:
@@ -53,6 +54,7 @@ class Page:
             protocol=experiment.evaluation.protocol,
             kinds=experiment.evaluation.kinds,
             headlines=tuple(self.headlines),
+            primary=tuple(self.primary),
             shown=tuple(self.shown),
             specificity=tuple(self.specific),
             axes=tuple(self.axes),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -109,6 +109,7 @@ def make_report(task: Task) -> dict[str, Any]:
     schedules = [pq.read_table(task.inputs[n].local("schedule.parquet")) for n, k in kinds.items() if k == "schedule"]
     predictions = pd.concat([_answers(task, shown) for shown in config.shown], ignore_index=True)
     predictions = _as_scheduled(predictions, pa.concat_tables(schedules).to_pandas())
+    predictions["case"] = predictions.edit.map(_cases(task)).fillna("")
     taught = {shown.answers: shown.method for shown in reversed(config.shown)}
     curves = [
         _named(task.inputs[name], "curves.parquet", method)
@@ -200,7 +201,7 @@ def measured(task: Task, config: ReportConfig, predictions: pd.DataFrame) -> dic
         "taught_questions": config.taught_questions,
         "kinds": config.kinds,
     }
-    metrics = compute(predictions, **how)
+    metrics = compute(predictions, **how, primary=config.primary)
     names = [name for name, step in task.step.inputs.items() if step.kind.name == "edits"]
     if len(names) > 1:
         rows = {}
@@ -208,8 +209,7 @@ def measured(task: Task, config: ReportConfig, predictions: pd.DataFrame) -> dic
             ids = set(pq.read_table(task.inputs[name].local("edits.parquet"), columns=["id"])["id"].to_pylist())
             rows[name.removeprefix("edits/")] = compute(predictions[predictions.edit.isin(ids)], **how)["rows"]
         metrics["by_benchmark"] = rows
-    answers = {s.method: pq.read_table(task.inputs[s.answers].local("answers.parquet")) for s in config.specificity}
-    metrics["specificity"] = {method: mmlu.accuracy(rows.to_pylist()) for method, rows in answers.items()}
+    metrics["specificity"] = _specificity(task, config.specificity)
     if config.controls:
         before, now = (pq.read_table(task.inputs[s.answers].local("answers.parquet")) for s in config.controls)
         metrics["controls"] = controls.changes(before.to_pylist(), now.to_pylist())
@@ -219,6 +219,26 @@ def measured(task: Task, config: ReportConfig, predictions: pd.DataFrame) -> dic
         "published": list(config.published),
     }
     return metrics
+
+
+def _specificity(task: Task, shown: Sequence[Shown]) -> dict[str, Any]:
+    """Each method's MMLU over its seeds, and how far it is from the unedited model's."""
+    runs: dict[str, dict[int, list[dict[str, Any]]]] = {}
+    for one in shown:
+        rows = pq.read_table(task.inputs[one.answers].local("answers.parquet")).to_pylist()
+        runs.setdefault(one.method, {})[one.seed] = rows
+    before = next(iter(runs.get(BASE, {}).values()), None)
+    return {method: mmlu.accuracy(own, None if method == BASE else before) for method, own in runs.items()}
+
+
+def _cases(task: Task) -> dict[str, str]:
+    """The case of every edit; blank where an edit is its own."""
+    found: dict[str, str] = {}
+    for name, step in task.step.inputs.items():
+        if step.kind.name in ("edits", "part"):
+            table = pq.read_table(task.inputs[name].local("edits.parquet"), columns=["id", "case"]).to_pydict()
+            found |= dict(zip(table["id"], table["case"], strict=True))
+    return found
 
 
 def _answers(task: Task, shown: Shown) -> pd.DataFrame:

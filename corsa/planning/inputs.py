@@ -57,7 +57,7 @@ def check_files(steps: Iterable[Step]) -> None:
             read_mmlu(place.data, limit=config.limit)
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=4)  # frozen configurations are hashable
 def _reading(config: EditsConfig, data: str | None) -> Reading:
     how = config.canonical()
     return read(how.pop("benchmark"), data, **{name: value for name, value in how.items() if name != "digest"})

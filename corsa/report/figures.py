@@ -13,7 +13,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from corsa.methods import METHODS
-from corsa.report.findings import label, shown
+from corsa.report.findings import drawn, label, shown
 
 # Mid tones that keep a contrast of at least 3 to 1 on the page's light and on its dark background.
 _COLOURS = {"base": "#7d8590"} | {name: method.colour for name, method in METHODS.items() if method.colour}
@@ -23,8 +23,6 @@ _SYMBOLS = {"base": "x"} | {name: method.symbol for name, method in METHODS.item
 
 _LINES = 8
 """More curves than this cannot be told apart in one plot."""
-
-_BARS = "Bars are 95 % intervals over facts."
 
 
 @dataclass(frozen=True)
@@ -47,11 +45,17 @@ def figures(metrics: dict[str, Any], curves: pd.DataFrame) -> list[Figure]:
     return [*settings, _learning(curves), *rounds, _diagnostics(curves)]
 
 
+def _what_bars_are(metrics: dict[str, Any]) -> str:
+    return f"Bars are 95 % intervals over {drawn(metrics)}."
+
+
 def _against_setting(metrics: dict[str, Any], axis: dict[str, Any]) -> Figure:
     """Figures 3 and 5 of the paper: metrics against a setting, a line per method."""
     name = axis["name"]
     figure = Figure(
-        "against-" + name.replace(" ", "-"), f"Against {name}", f"Each point is a run of its own at its {name}. {_BARS}"
+        "against-" + name.replace(" ", "-"),
+        f"Against {name}",
+        f"Each point is a run of its own at its {name}. {_what_bars_are(metrics)}",
     )
     rows = {row["method"]: row["metrics"] for row in metrics["rows"]}
     for metric in axis["metrics"]:
@@ -101,7 +105,7 @@ def _efficacy_against_forgetting(metrics: dict[str, Any]) -> Figure:
         "tradeoff",
         "Update efficacy against forgetting",
         f"After round {metrics['rounds'][-1]}. The best corner is top left: takes what is new, keeps what was learnt. "
-        "Bars are 95 % intervals over facts.",
+        f"{_what_bars_are(metrics)}",
     )
     plot = _plot("forgetting (%)", "update efficacy (%)")
     for row in metrics["rows"]:
@@ -140,7 +144,7 @@ def _per_round(metrics: dict[str, Any]) -> Figure:
         "rounds",
         "Round after round",
         "Update efficacy (facts of that round), generality (all facts still valid) and forgetting "
-        "(facts learnt earlier and not revised since) after every round. Bars are 95 % intervals over facts.",
+        f"(facts learnt earlier and not revised since) after every round. {_what_bars_are(metrics)}",
     )
     for name in ("efficacy", "generality", "forgetting"):
         definition = metrics["definitions"][name]
@@ -315,7 +319,8 @@ def against_size(scaling: dict[str, Any]) -> list[Figure]:
         figure = Figure(
             f"size-{number}",
             f"Against size: {benchmark}",
-            f"Each point is a model. Dashed: the trend, where there are three sizes or more. {_BARS}",
+            "Each point is a model. Dashed: the trend, where there are three sizes or more. Bars are 95 % intervals "
+            "over facts, and over seeds where there are several.",
         )
         for measure, unit in _SIZE_UNITS.items():
             if plot := _size_plot([p for p in points if p[measure] is not None], scaling["fits"], measure, unit):

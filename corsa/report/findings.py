@@ -1,4 +1,4 @@
-"""The result of a run in sentences, with nothing claimed that the paired test does not bear out."""
+"""The result of a run in sentences. Claims are made on primary metrics alone, where their corrected test allows it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from corsa.methods import METHODS
 
 HEADLINES = ("efficacy", "forgetting", "generality", "retention", "activation")
-"""The metrics of the main table and of the verdict where a report names no others."""
+"""The metrics of the main table where a report names no others."""
 
 _SHORT = {
     "efficacy": "update efficacy",
@@ -57,12 +57,35 @@ def shown(entry: dict[str, Any], unit: str) -> tuple[str, str]:
     return value, f"{numbers['low']:.1f}{' to ' if numbers['low'] < 0 else '–'}{numbers['high']:.1f}"
 
 
+def drawn(metrics: dict[str, Any]) -> str:
+    """What the intervals of a report take as drawn by chance."""
+    over = metrics.get("over", "facts")
+    return f"{over} and seeds" if len(metrics["seeds"]) > 1 else over
+
+
 def findings(metrics: dict[str, Any]) -> list[str]:
-    """For each pair of methods: which is better on which headline metric, and on which they cannot be told apart."""
-    pairs = list(dict.fromkeys((entry["a"], entry["b"]) for entry in metrics["comparisons"]))
-    if len(pairs) > 1 and any("corsa" in pair for pair in pairs):  # the other pairs are in the table of differences
-        pairs = [pair for pair in pairs if "corsa" in pair]
-    sentences = [sentence for a, b in pairs for sentence in _pair(metrics, a, b)]
+    """For each pair of methods that the report is about: which is better on which primary metric, and what they cannot
+    be told apart on; of one seed, how far two adapters are apart.
+    """
+    primary = [entry for entry in metrics["comparisons"] if entry["primary"]]
+    sentences = []
+    if metrics["comparisons"] and not primary:
+        sentences.append("This report is exploratory: no primary metric was named beforehand, so there is no verdict.")
+    if any(entry["p"] is None for entry in primary):
+        sentences.append(
+            "With one seed this report compares these two adapters, not the methods: it gives no p and no verdict. "
+            "--seeds 0,1,2 or more would compare the methods."
+        )
+    tests = sum(entry["corrected"] is not None for entry in primary)
+    for a, b in dict.fromkeys((entry["a"], entry["b"]) for entry in primary):
+        found = [entry for entry in primary if (entry["a"], entry["b"]) == (a, b)]
+        sentences += _adapters(metrics, [entry for entry in found if entry["p"] is None])
+        sentences += _verdicts(metrics, [entry for entry in found if entry["p"] is not None])
+    if tests:
+        sentences.append(
+            f"Verdicts: {tests} test{'s' * (tests > 1)} of primary metrics, over {drawn(metrics)}"
+            f"{', corrected for their number (Holm)' if tests > 1 else ''}, 5 % level. All else is exploratory."
+        )
     if metrics["probe_kind"] == "edit":
         missing = "This data has no paraphrases" if _asked(metrics) else "Paraphrases were not asked"
         sentences.append(f"{missing}: the numbers are counted on the edit prompts themselves.")
@@ -105,23 +128,27 @@ def summary(metrics: dict[str, Any]) -> str:
     return " ".join(sentences)
 
 
-def _pair(metrics: dict[str, Any], a: str, b: str) -> list[str]:
-    names = headlines(metrics)
-    found = [
-        entry
-        for name in names
-        for entry in metrics["comparisons"]
-        if (entry["metric"], entry["a"], entry["b"]) == (name, a, b)
-    ]
+def _adapters(metrics: dict[str, Any], found: Sequence[dict[str, Any]]) -> list[str]:
+    """How far two adapters of one seed are apart."""
     if not found:
         return []
-    ours, theirs = (b, a) if b == "corsa" else (a, b)
+    ours, theirs = _order(found[0])
+    over = metrics.get("over", "facts")
+    parts = [f"{_short(metrics, entry['metric'])} {difference(metrics, entry, ours)}" for entry in found]
+    return [f"These two adapters, {label(ours)} minus {label(theirs)}: {_listed(parts)} (95 % intervals over {over})."]
+
+
+def _verdicts(metrics: dict[str, Any], found: Sequence[dict[str, Any]]) -> list[str]:
+    if not found:
+        return []
+    ours, theirs = _order(found[0])
     better = [_measured(metrics, entry, ours, theirs) for entry in found if entry["better"] == ours]
     worse = [_measured(metrics, entry, ours, theirs) for entry in found if entry["better"] == theirs]
-    alike = [names[entry["metric"]] for entry in found if not entry["distinguishable"]]
+    unsure = [entry for entry in found if not entry["distinguishable"]]
+    alike = [f"{_short(metrics, entry['metric'])} ({undecided(metrics, entry)})" for entry in unsure]
     sentences = []
     if ours == "corsa" and not better:
-        tail = "it is worse on " + _listed(worse) if worse else "no difference on these metrics is beyond chance"
+        tail = "it is worse on " + _listed(worse) if worse else "no primary metric shows a difference"
         sentences.append(f"{label(ours)} does not beat {label(theirs)} here: {tail}.")
     elif better:
         tail = f", and worse on {_listed(worse)}" if worse else ""
@@ -129,21 +156,46 @@ def _pair(metrics: dict[str, Any], a: str, b: str) -> list[str]:
     elif worse:
         sentences.append(f"{label(theirs)} is better than {label(ours)} on {_listed(worse)}.")
     if alike:
-        edits = max(entry["edits"] for entry in found)
-        over = metrics.get("over", "facts")
-        few = f"; with fewer than six {over} no difference could show" * (edits < 6)
-        sentences.append(
-            f"{label(theirs)} and {label(ours)} cannot be told apart on {_listed(alike)} "
-            f"(paired permutation test over up to {edits} {over}, 5 % level{few})."
-        )
+        sentences.append(f"{label(theirs)} and {label(ours)} cannot be told apart on {_listed(alike)}.")
     return sentences
+
+
+def _order(entry: dict[str, Any]) -> tuple[str, str]:
+    """The two methods of a comparison, CoRSA first."""
+    return (entry["b"], entry["a"]) if entry["b"].partition(" ")[0] == "corsa" else (entry["a"], entry["b"])
+
+
+def difference(metrics: dict[str, Any], entry: dict[str, Any], ours: str) -> str:
+    """The difference of a comparison as text, as that of `ours` to the other, with its interval."""
+    value, low, high = entry["difference"], entry["low"], entry["high"]
+    if ours == entry["b"]:
+        value, low, high = -value, None if high is None else -high, None if low is None else -low
+    text, ends = shown({"value": value, "low": low, "high": high}, _points(metrics, entry["metric"]))
+    return f"{text} ({ends})" if ends else text
+
+
+def undecided(metrics: dict[str, Any], entry: dict[str, Any]) -> str:
+    """The smallest true difference that would have been shown, as text."""
+    if entry["detectable"] is None:
+        return f"too few {metrics.get('over', 'facts')} to show any difference"
+    size = shown({"value": entry["detectable"], "low": None, "high": None}, _points(metrics, entry["metric"]))[0]
+    return f"a true difference of {size} would have shown with 80 % power"
+
+
+def _points(metrics: dict[str, Any], name: str) -> str:
+    """The unit of a metric's differences."""
+    return "nats" if metrics["definitions"][name]["unit"] == "nats" else "points"
+
+
+def _short(metrics: dict[str, Any], name: str) -> str:
+    return _SHORT.get(name) or metrics["definitions"][name]["label"].lower()
 
 
 def _measured(metrics: dict[str, Any], entry: dict[str, Any], ours: str, theirs: str) -> str:
     name = entry["metric"]
     unit = metrics["definitions"][name]["unit"]
     values = {row["method"]: shown(row["metrics"][name], unit)[0] for row in metrics["rows"]}
-    return f"{headlines(metrics)[name]} ({values[ours]} against {values[theirs]}, p = {entry['p']:.2g})"
+    return f"{_short(metrics, name)} ({values[ours]} against {values[theirs]}, corrected p = {entry['corrected']:.2g})"
 
 
 def _listed(items: Sequence[str]) -> str:

@@ -18,7 +18,7 @@ from jinja2 import ChoiceLoader, Environment, FileSystemLoader, PackageLoader, S
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from corsa.report.findings import label, shown
+from corsa.report.findings import difference, drawn, label, shown, undecided
 from corsa.report.published import differs
 
 BUNDLE = "plotly-basic.min.js.gz"
@@ -109,7 +109,8 @@ def _environment(loaders: list[FileSystemLoader]) -> Environment:
         lstrip_blocks=True,
     )
     environment.filters |= {"label": label, "duration": duration, "pairs": _pairs}
-    environment.globals |= {"shown": shown, "differs": differs}
+    environment.globals |= {"shown": shown, "drawn": drawn, "difference": difference, "undecided": undecided}
+    environment.globals |= {"differs": differs}
     return environment
 
 

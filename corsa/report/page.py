@@ -139,7 +139,8 @@ def _counted(metrics: dict[str, Any], name: str) -> str:
     edits, probes = (
         [min(entry[key] for entry in entries), max(entry[key] for entry in entries)] for key in ("edits", "probes")
     )
-    return f"{'–'.join(map(str, dict.fromkeys(edits)))} facts, {'–'.join(map(str, dict.fromkeys(probes)))} wordings"
+    over = metrics.get("over", "facts")
+    return f"{'–'.join(map(str, dict.fromkeys(edits)))} {over}, {'–'.join(map(str, dict.fromkeys(probes)))} wordings"
 
 
 def _table(records: Sequence[Any]) -> tuple[list[str], list[list[str]]]:

@@ -74,7 +74,6 @@ def _sentence(fit: dict[str, Any]) -> str:
     if fit["slope"] is None:
         return f"{what} has no trend that could be computed."
     quality = "" if fit["r2"] is None else f", R² = {fit['r2']:.2f}"
-    quality += "" if fit["p"] is None else f", p = {fit['p']:.2g}"
     if fit["measure"] in ("generality", "forgetting"):
         change = f"changes by {100 * fit['slope']:+.1f} points for ten times the parameters"
     else:

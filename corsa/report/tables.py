@@ -7,7 +7,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from corsa.report.findings import findings, headlines, label, shown
+from corsa.report.findings import drawn, findings, headlines, label, shown
 
 _LINES = 12
 _ARROWS = {"high": "↑", "low": "↓"}
@@ -21,7 +21,6 @@ def summary_table(metrics: dict[str, Any]) -> Table:
         metrics: what `corsa.evaluation.metrics.compute` returned.
     """
     last, definitions, chosen = metrics["rounds"][-1], metrics["definitions"], headlines(metrics)
-    over = metrics.get("over", "facts")
     title = (
         metrics.get("title")
         or f"After round {last}: {metrics['chains']} facts, rule {metrics['rule']!r}, protocol {metrics['protocol']!r}"
@@ -44,7 +43,7 @@ def summary_table(metrics: dict[str, Any]) -> Table:
     sentences = findings(metrics)
     if len(sentences) > _LINES:
         sentences = [f"{len(sentences)} sentences on what can and cannot be told apart are in the report."]
-    table.caption = "\n".join([f"{100 * metrics['level']:.0f} % intervals over {over}. {key}.", *sentences])
+    table.caption = "\n".join([f"{100 * metrics['level']:.0f} % intervals over {drawn(metrics)}. {key}.", *sentences])
     table.caption_style = ""
     return table
 

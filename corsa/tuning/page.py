@@ -17,7 +17,6 @@ import yaml
 from plotly.colors import sample_colorscale
 from scipy.interpolate import griddata
 from scipy.spatial import QhullError
-from scipy.stats import t as student
 
 from corsa.config.steps import SweepConfig
 from corsa.evaluation.metrics import METRICS
@@ -186,7 +185,7 @@ def _importance(study: optuna.Study, config: SweepConfig) -> Figure:
 
 def _slices(done: pd.DataFrame, config: SweepConfig, domains: Mapping[str, Domain], best: int) -> Figure:
     several = any(len(json.loads(text)) > 1 for text in done[f"{config.objectives[0]}_seeds"])
-    of = "95 % t-intervals over seeds" if several else "95 % intervals over facts (one seed a trial)"
+    of = f"95 % intervals over {'facts and seeds' if several else 'facts (one seed a trial)'}"
     figure = Figure(
         "slices",
         "Sensitivity to each setting",
@@ -224,10 +223,6 @@ def _slices(done: pd.DataFrame, config: SweepConfig, domains: Mapping[str, Domai
 
 
 def _interval(row: pd.Series, name: str) -> tuple[float, float]:
-    seeds = list(json.loads(row[f"{name}_seeds"]).values())
-    if len(seeds) > 1:
-        reach = float(student.ppf(0.975, len(seeds) - 1) * np.std(seeds, ddof=1) / np.sqrt(len(seeds)))
-        return float(np.mean(seeds)) - reach, float(np.mean(seeds)) + reach
     low, high = row[f"{name}_low"], row[f"{name}_high"]
     return (float(row[name]), float(row[name])) if low is None or pd.isna(low) else (float(low), float(high))
 

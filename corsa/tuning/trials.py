@@ -84,7 +84,10 @@ class Trials:
                 continue
             tables = [pd.read_parquet(outcome.artifacts[s.fingerprint].local("predictions.parquet")) for s in steps]
             predictions = pd.concat(tables, ignore_index=True).assign(method="corsa")
-            how = {"rule": self.experiment.evaluation.rule, "protocol": self.experiment.evaluation.protocol}
+            how: dict[str, Any] = {
+                "rule": self.experiment.evaluation.rule,
+                "protocol": self.experiment.evaluation.protocol,
+            }
             row = compute(predictions, **how)["rows"][0]["metrics"]
             records = [outcome.artifacts[step.fingerprint].record for step in steps]
             results[number] = {

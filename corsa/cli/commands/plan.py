@@ -1,4 +1,6 @@
-"""`corsa plan`: whether a model fits before anything is started, with which sharding, and how long it will take."""
+"""`corsa plan`: whether a model fits before anything is started, with which sharding, how long it will take, and how
+many facts and seeds a comparison needs.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ from corsa.planning.machine import as_bytes, memory_here
 
 @app.command(name="plan")
 def show_plan(
-    model: Annotated[str, arg(help="as in the pipelines: alias, hub id, directory or random:<architecture>")],
+    model: Annotated[
+        str | None, arg(help="as in the pipelines: alias, hub id, directory or random:<architecture>")
+    ] = None,
     gpus: Annotated[int, arg(help="GPUs, a worker each; 0: workers on the CPU")] = 1,
     gpu_memory: Annotated[str | None, arg(metavar="48GiB", help="of each GPU; default: this machine's, if any")] = None,
     ram: Annotated[
@@ -43,12 +47,35 @@ def show_plan(
         Path | None, arg(metavar="FILE", help="take the rate from a result of `corsa perf gpu`")
     ] = None,
     link: Annotated[float | None, arg(help="GB/s at which a worker gathers shards of the base; default 25")] = None,
+    detect: Annotated[
+        float | None, arg(metavar="POINTS", help="how many facts and seeds show so large a difference of two methods")
+    ] = None,
+    tests: Annotated[
+        int, arg(help="with --detect: verdicts that are corrected together (primary metrics times pairs of methods)")
+    ] = 1,
+    run_sd: Annotated[
+        float, arg(metavar="POINTS", help="with --detect: how far a method's value varies from run to run (SD)")
+    ] = 2.0,
+    like: Annotated[
+        Path | None, arg(metavar="FILE", help="with --detect: take the variances from a report's metrics.json instead")
+    ] = None,
+    metric: Annotated[
+        str | None, arg(help="with --like: of this metric; default: the primary one that varies most")
+    ] = None,
     as_json: Annotated[bool, arg(name="json", help="print JSON for a program to read")] = False,
 ) -> None:
-    """What a run holds on each GPU under every sharding, which settings fit, and how long it takes.
+    """What a run holds on each GPU under every sharding, which settings fit, and how long it takes; or, with --detect,
+    how many facts and seeds it takes to show a difference.
 
-    Example: corsa plan --model qwen3-14b --gpus 4 --gpu-memory 48GiB --edits 3000 --epochs 10
+    Examples:
+    corsa plan --model qwen3-14b --gpus 4 --gpu-memory 48GiB --edits 3000 --epochs 10
+    corsa plan --detect 5
     """
+    if detect is not None:
+        _show_power(detect, tests, run_sd, like, metric, as_json)
+        return
+    if model is None:
+        raise CorsaError("name what is planned: --model NAME (memory and time), or --detect POINTS (facts and seeds)")
     if method not in STEPS:
         raise unknown_name("method", method, STEPS)
     for name, value in {"gpus": gpus + 1, "workers": workers, "epochs": epochs, "batch": batch, "rank": rank}.items():
@@ -88,3 +115,21 @@ def show_plan(
     console = Console()
     for part in tables(found, method, counted):
         console.print(part)
+
+
+def _show_power(points: float, tests: int, run_sd: float, like: Path | None, metric: str | None, as_json: bool) -> None:
+    """Print how many facts and seeds show a difference."""
+    from corsa.planning.power import assumed, measured, needs, power_table
+
+    if run_sd < 0:
+        raise CorsaError(f"--run-sd {run_sd:g}: give 0 or more points")
+    if metric and not like:
+        raise CorsaError("--metric names a metric of a report: give the report with --like")
+    about = measured(like, metric) if like else assumed(run_sd / 100)
+    found = needs(points, about.spread, tests)
+    if as_json:
+        rows = [{"seeds": need.seeds, "facts": need.facts} for need in found]
+        told = {"points": points, "tests": tests, "variances": about.spread._asdict(), "source": about.source}
+        print(json.dumps(told | {"needs": rows}, indent=1))
+        return
+    Console().print(power_table(points, found, about, tests))

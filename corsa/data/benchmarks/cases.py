@@ -143,7 +143,7 @@ def told(record: Mapping[str, Any]) -> str:
 def asked_once(edits: Sequence[Edit], before: Sequence[Edit] = ()) -> tuple[list[Edit], Repeats]:
     """The edits with each question once, over all that is taught together; and how many were left out.
 
-    A paraphrase that equals a taught question (`corsa.data.text.bare`) shows no generality: it counts as the edit prompt.
+    A paraphrase that equals a taught question (`corsa.data.text.bare`) shows no generality: it is an edit prompt.
     A neighbor question belongs to the first fact (chain) that has it, in the order of the edits; one that is taught is
     no neighbor. A wording counts once in a multi-hop case, and a case that asks what an earlier one asks, for the same
     answer, is not asked again. `before`: edits that are asked beside these; they are not changed.

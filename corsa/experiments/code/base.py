@@ -39,7 +39,7 @@ PROBLEMS = Kind("problems", "corsa.experiments.code.steps:read", version=2)
 OLD_ANSWERS = Kind("old-answers", "corsa.training.old_programs:compute", version=2, on_cluster=True)
 JUDGING = Kind("judging", "corsa.training.running_tests:compute", version=1, on_cluster=True)
 PROGRAM_EDITS = Kind("program-edits", "corsa.experiments.code.steps:as_edits", version=1)
-REPORT = Kind("report", "corsa.experiments.code.steps:make_report", version=1)
+REPORT = Kind("report", "corsa.experiments.code.steps:make_report", version=2)
 
 TAUGHT = ("lora", "f-learning", "corsa")
 CODE_METHODS = ("prepend", *TAUGHT)
@@ -176,7 +176,9 @@ def _absolute(path: str) -> str:
     return str(Path(path).expanduser().absolute())
 
 
-def code_report(experiment: CodeExperiment, command: str, published: Sequence[str] = ()) -> Step:
+def code_report(
+    experiment: CodeExperiment, command: str, *, primary: Sequence[str], published: Sequence[str] = ()
+) -> Step:
     """Base, prepend and every taught method on the problems that no method was taught, and on HumanEval."""
     domain = _Domain(experiment)
     facts = domain.taught()
@@ -201,6 +203,7 @@ def code_report(experiment: CodeExperiment, command: str, published: Sequence[st
         command=command,
         experiment=identity(experiment),
         shown=tuple(shown),
+        primary=tuple(primary),
         subset=_subset(experiment),
         published=tuple(published),
     )

@@ -17,6 +17,7 @@ from corsa.data.edit import Edit, to_table
 from corsa.data.text import folded
 from corsa.evaluation.pass_at_k import Tried, compared, measure, tried, unjudged
 from corsa.evaluation.uncertainty import LEVEL
+from corsa.evaluation.verdicts import judged, planned_pairs
 from corsa.experiments.steps import described_run
 from corsa.flow.task import Task
 
@@ -125,8 +126,8 @@ def measured(task: Task, config: CodeReportConfig) -> dict[str, Any]:
     for shown in config.shown:
         rows, updates = verdicts[shown.answers], shown.benchmark == "updates"
         problems = [row for row in _rows_of(task, shown.problems) if row["part"] == "asked"]
-        judged = [row for row in problems if (shown.benchmark, row["id"]) not in lost]
-        groups = {row["id"]: row["update"] or row["id"] for row in judged}
+        counted = [row for row in problems if (shown.benchmark, row["id"]) not in lost]
+        groups = {row["id"]: row["update"] or row["id"] for row in counted}
         sets = found.setdefault(shown.method, {})
         sets.setdefault(shown.benchmark, []).extend(tried(rows, groups, updates=updates, seed=shown.seed))
         if shown.benchmark == "humaneval" and config.subset:
@@ -137,18 +138,24 @@ def measured(task: Task, config: CodeReportConfig) -> dict[str, Any]:
     for method, sets in found.items():
         for name, (_, of, k) in rates.items():
             cells[method, name], sums[method, name] = measure(name, sets.get(of, []), k)
-    comparisons = [
+    made = [
         entry
         for a in found
         for b in list(found)[list(found).index(a) + 1 :]
         for name, (_, of, _) in rates.items()
         if (entry := compared(name, a, b, sums[a, name], sums[b, name], cells[a, name]["probes"]))
     ]
+    # A rate that this run does not measure (HumanEval without its file) is no rate to judge.
+    primary = [name for name in config.primary if name in rates or name not in RATES]
+    edited = [name for name in found if name != "base"]
+    better = dict.fromkeys(rates, "high")
+    comparisons = judged(made, primary=primary, pairs=planned_pairs(edited), better=better)
     kinds = [step.kind.name for step in task.step.inputs.values()]
     notes = _notes(task, lost)
     return {
         "title": config.title,
         "over": "updates",
+        "primary": primary,
         "rule": "tests passed",
         "protocol": "unbiased",
         "level": LEVEL,
@@ -192,7 +199,7 @@ def _against_base(comparisons: list[dict[str, Any]]) -> dict[str, dict[str, Any]
         if entry["a"] == "base" and entry["metric"].startswith("spass"):
             low, high = entry["low"], entry["high"]
             ends = {"low": None if high is None else -high, "high": None if low is None else -low}
-            found.setdefault(entry["b"], {})[entry["metric"]] = {"value": -entry["difference"], "p": entry["p"]} | ends
+            found.setdefault(entry["b"], {})[entry["metric"]] = {"value": -entry["difference"]} | ends
     return found
 
 
