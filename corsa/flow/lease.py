@@ -17,7 +17,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated
 from uuid import uuid4
+
+from pydantic import Field, TypeAdapter, ValidationError
 
 from corsa.errors import CorsaError
 from corsa.flow.files import Files
@@ -35,7 +38,7 @@ class Holder:
 
     host: str
     machine: str  # boot and process namespace: where `pid` means something
-    pid: int
+    pid: Annotated[int, Field(strict=True, ge=0)]
     started: str  # start time of the process in clock ticks; a pid alone may have been given away again
     token: str  # one for each lease taken
 
@@ -178,8 +181,8 @@ class Leases:
     def _holder(self, path: str, files: Files | None = None) -> Holder | None:
         content = (files or self._files).read(path)
         try:
-            return Holder(**json.loads(content)) if content is not None else None
-        except (ValueError, TypeError):  # not written by us: nobody is known to run it, so only its age counts
+            return _HOLDER.validate_json(content) if content is not None else None
+        except ValidationError:  # not written by us: nobody is known to run it, so only its age counts
             return _UNKNOWN
 
     def _age(self, path: str) -> float:
@@ -203,4 +206,5 @@ def _path(step: Step) -> str:
     return f"leases/{step.fingerprint[:16]}.json"
 
 
+_HOLDER = TypeAdapter(Holder)
 _UNKNOWN = Holder("an unknown host", "", 0, "", "")
