@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
-from rich.console import Console
 
 from corsa.edits import Edit, to_table
 from corsa.errors import CorsaError
 from corsa.options import EditOptions, EvaluateOptions
+from corsa.terminal import Console
 
 if TYPE_CHECKING:
     import datasets

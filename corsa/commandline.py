@@ -16,6 +16,7 @@ from tyro.constructors import PrimitiveConstructorSpec
 
 from corsa.config import Frozen
 from corsa.errors import CorsaError, unknown_name
+from corsa.terminal import visible
 
 C = TypeVar("C", bound=Frozen)
 
@@ -85,7 +86,7 @@ def answered(command: Callable[[], int | None]) -> int:
         status = command()
         sys.stdout.flush()  # here, and not at exit, it shows that the reader has gone: `corsa ... | head`
     except CorsaError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {visible(str(error))}", file=sys.stderr)
         return error.status
     except KeyboardInterrupt:
         return 130

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import yaml
-from rich.console import Console
 
 from corsa.commandline import configure
 from corsa.config import Frozen, ModelConfig, Placement
@@ -25,6 +24,7 @@ from corsa.flow.cluster import connect, disconnect, submitted
 from corsa.flow.step import topological
 from corsa.flow.store import Artifact
 from corsa.planning.refusal import refuse_what_memory_cannot_hold
+from corsa.terminal import Console
 from corsa.training.placing import groups_side_by_side, refuse_what_cannot_fit
 
 E = TypeVar("E", bound=Experiment)

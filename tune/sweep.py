@@ -15,7 +15,6 @@ import sys
 from typing import Annotated, Literal
 
 from pydantic import Field
-from rich.console import Console
 
 from corsa.commandline import configure, exit_with, listed
 from corsa.config import plain
@@ -25,6 +24,7 @@ from corsa.flow import Artifact, Step, Store, draw
 from corsa.identities import RoundsConfig
 from corsa.launch import announce, bring_about, lasting, launch, repeat_command
 from corsa.page import Page
+from corsa.terminal import Console
 from corsa.tuning.space import Space, applied
 
 HEADLINES = ("edit_success", "generality", "forgetting", "retention", "neighborhood")

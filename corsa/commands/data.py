@@ -47,7 +47,7 @@ def data(
     found, records = _checked(file, benchmark, limit)
     shown = _as_tokens(records[:show], ModelConfig(name=model, template=template)) if show else []
     if as_json:
-        print(json.dumps({**found, "edits": shown}, indent=1, ensure_ascii=False))
+        print(json.dumps({**found, "edits": shown}, indent=1))
         return 0
     _print(found, shown)
     return 0
@@ -55,10 +55,10 @@ def data(
 
 def _list(as_json: bool) -> int:
     from rich import box
-    from rich.console import Console
     from rich.table import Table
 
     from corsa.benchmarks import BENCHMARKS
+    from corsa.terminal import Console
 
     rows = [
         {"name": b.name, "description": b.description, "from": _origin(b.name), "bad_records": b.on_bad_record}
@@ -135,8 +135,9 @@ def _pieces(encoder: Any, ids: list[int]) -> list[dict[str, Any]]:
 
 
 def _print(found: dict[str, Any], shown: list[dict[str, Any]]) -> None:
-    from rich.console import Console
     from rich.text import Text
+
+    from corsa.terminal import Console
 
     console = Console()
 
@@ -170,4 +171,6 @@ def _print(found: dict[str, Any], shown: list[dict[str, Any]]) -> None:
 
 
 def _visible(text: str) -> str:
-    return text.replace("\n", "⏎").replace(" ", "␣")
+    from corsa.terminal import visible
+
+    return visible(text.replace("\n", "⏎").replace(" ", "␣"))

@@ -6,8 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from corsa.commands import GATE_NOT_PASSED
 from corsa.flow import Store, draw
 from corsa.launch import lasting
@@ -15,6 +13,7 @@ from corsa.options import EvaluateOptions, Teaching
 from corsa.report.facts import facts, summary, table
 from corsa.report.tables import summary_tables
 from corsa.teach import Result
+from corsa.terminal import Console, visible
 from corsa.update import Plan, plan_evaluation
 
 
@@ -47,7 +46,7 @@ def show_rolled_back(out: Path, as_json: bool) -> int:
     if as_json:
         print(json.dumps({"out": str(out)}))
     else:
-        print(f"the adapter as it was, with its report and history:\n{out}")
+        print(visible(f"the adapter as it was, with its report and history:\n{out}"))
     return 0
 
 

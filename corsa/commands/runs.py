@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
 from rich import box
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from tyro.conf import Positional, arg
 
 from corsa.commands import Storage, app
 from corsa.errors import CorsaError, unknown_name
+from corsa.terminal import Console, visible
 
 if TYPE_CHECKING:
     from corsa.flow.store import Artifact, Record, Store
@@ -93,7 +93,8 @@ def _list(store: Store, steps: bool, as_json: bool) -> int:
         return 0
     console = Console()
     if not runs:
-        console.print(f"no finished run in {store.url}, {len(records)} finished step{'s' * (len(records) != 1)}")
+        count = f"{len(records)} finished step{'s' * (len(records) != 1)}"
+        console.print(f"no finished run in {store.url}, {count}", markup=False)
     else:
         console.print(
             _listing(["run", "id", "finished (UTC)", "time"], [list(_run_row(run).values())[:4] for run in runs])
@@ -112,7 +113,7 @@ def _show(run: Run, as_json: bool) -> int:
     if as_json:
         print(json.dumps(about | {"steps": run.about.get("steps", [])}, indent=1))
         return 0
-    print(yaml.safe_dump(about, sort_keys=False, allow_unicode=True, width=110).rstrip())
+    print(visible(yaml.safe_dump(about, sort_keys=False, allow_unicode=True, width=110).rstrip()))
     steps = [[step["name"], f"{step.get('seconds') or 0:.1f} s"] for step in run.about.get("steps", [])]
     if steps:
         table = Table("step", "time", box=box.SIMPLE_HEAD, pad_edge=False)
@@ -131,7 +132,7 @@ def _compare(runs: list[Run], as_json: bool) -> int:
         print(json.dumps({"runs": [_run_row(run) for run in runs], **found}, indent=1))
         return 0
     console = Console()
-    table = Table("setting", *(f"{run.name} {run.id}" for run in runs), box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table("setting", *(escape(f"{run.name} {run.id}") for run in runs), box=box.SIMPLE_HEAD, pad_edge=False)
     for row in found["settings"]:
         table.add_row(*(escape(str(row[key])) for key in ("name", "first", "second")))
     console.print(table if found["settings"] else "the same settings")
@@ -185,7 +186,7 @@ def show_report(
     console.print(f"[bold]{escape(found.name)}[/bold]  {found.id}", highlight=False)
     for table in summary_tables(metrics):
         console.print(table)
-    print(page)  # last, plain and unwrapped, for a person to open or a program to read
+    print(visible(str(page)))  # last, plain and unwrapped, for a person to open or a program to read
 
 
 def open_store(storage: str) -> Store:

@@ -20,6 +20,7 @@ from pyarrow import fs
 from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_delay, wait_exponential
 
 from corsa.errors import CorsaError
+from corsa.terminal import visible
 
 PATIENCE = 120.0
 """Seconds for which a storage that fails is asked again."""
@@ -240,7 +241,7 @@ def _refuse_credentials(url: str) -> None:
 
 
 def _first_line(error: BaseException | None) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    return visible((str(error).splitlines() or [type(error).__name__])[0])
 
 
 _PASSING = {

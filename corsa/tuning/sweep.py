@@ -14,7 +14,6 @@ import pandas as pd
 import pyarrow.parquet as pq
 import yaml
 from optuna.trial import FrozenTrial, TrialState
-from rich.console import Console
 
 from corsa.config import Placement
 from corsa.edits import from_table
@@ -23,6 +22,7 @@ from corsa.evaluation.metrics import METRICS
 from corsa.experiment import Experiment, Facts
 from corsa.flow.task import Task
 from corsa.identities import SweepConfig, SweepPlace
+from corsa.terminal import Console
 from corsa.training.placing import trials_at_once
 from corsa.tuning.page import write_sweep
 from corsa.tuning.search import scheduler, search
