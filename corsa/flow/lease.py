@@ -3,11 +3,15 @@
 A lease is a small file that names its holder and whose age is the holder's last heartbeat. It is created exclusively.
 On a store without exclusive creation (S3, GCS) it is advisory: two drivers that start in the same moment may both run
 the step, which wastes time but harms nothing, as the first record wins.
+
+Beside its leases a driver keeps one file of all that its run needs, `unfinished/<targets>.json`: cleaning leaves that
+alone (`corsa.flow.cleaning`). The file goes when the run has its result; of a run that was interrupted it stays.
 """
 
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 import socket
@@ -87,9 +91,28 @@ class Leases:
         self._store, self._files = store, store.files
         self._hasty = store.files.hasty()  # for a heartbeat, which the next follows, and at the end
         self._held: dict[str, Holder] = {}  # path -> as whom
+        self._run: tuple[str, bytes] | None = None  # path and content of the file of what this run needs
         self._lock = threading.Lock()
         self._closed = threading.Event()
         threading.Thread(target=self._beat, name="leases", daemon=True).start()
+
+    def protect(self, targets: Sequence[Step], needed: Sequence[Step]) -> None:
+        """Keep what is needed for the targets from being cleaned away, until `finished` is said or for a time after."""
+        fingerprints = sorted(step.fingerprint for step in targets)
+        name = hashlib.sha256("".join(fingerprints).encode()).hexdigest()[:16]
+        text = json.dumps({"name": targets[-1].name, "steps": [step.fingerprint[:16] for step in needed]})
+        run = f"unfinished/{name}.json", text.encode()
+        self._files.replace(*run)
+        with self._lock:
+            self._run = run
+
+    def finished(self) -> None:
+        """The run has its result: what it needs is protected by that from now on."""
+        with self._lock:
+            run, self._run = self._run, None
+        if run:
+            with suppress(CorsaError):
+                self._hasty.remove(run[0])
 
     @contextmanager
     def unfinished(self, steps: Sequence[Step], say: Callable[[str], object]) -> Iterator[list[Step]]:
@@ -192,6 +215,9 @@ class Leases:
     def _beat(self) -> None:
         while not self._closed.wait(HEARTBEAT):
             with self._lock:
+                if self._run:
+                    with suppress(CorsaError, OSError):
+                        self._hasty.replace(*self._run)
                 for path, me in self._held.items():
                     with suppress(CorsaError, OSError):  # a storage that fails for a while must not end the heartbeat
                         if me != self._holder(path, self._hasty):
