@@ -13,7 +13,6 @@ Imports neither torch nor ray: an update is planned from what is read here.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,6 +22,7 @@ from typing import Any, Literal
 import pyarrow.parquet as pq
 from pydantic import ConfigDict, ValidationError
 
+from corsa.adapters.settings import read_settings
 from corsa.benchmarks.file import Draft
 from corsa.config import Frozen, LoraConfig, ModelConfig
 from corsa.edits import Edit, FieldError, from_table, normalise
@@ -141,11 +141,10 @@ def open_line(directory: str | Path) -> Line:
         what = "has no adapter_config.json and adapter_model.safetensors" if path.is_dir() else "does not exist"
         raise CorsaError(f"adapter {path} {what}: name a PEFT directory, such as the --out of an earlier `corsa edit`")
     try:
-        settings = json.loads((path / "adapter_config.json").read_text())
         history = History.model_validate_json(text) if (text := _read(path / FILE)) else None
-    except (json.JSONDecodeError, ValidationError, UnicodeDecodeError) as error:
-        raise CorsaError(f"adapter {path}: a file of it is damaged: {str(error).splitlines()[0]}") from error
-    return Line(path, settings, history)
+    except (ValidationError, UnicodeDecodeError) as error:
+        raise CorsaError(f"adapter {path}: {FILE} is damaged: {str(error).splitlines()[0]}") from error
+    return Line(path, read_settings(path), history)
 
 
 def _read(path: Path) -> str:
