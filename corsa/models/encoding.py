@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from corsa.models.templates import render
+
 
 @dataclass(frozen=True)
 class Encoder:
@@ -23,9 +25,7 @@ class Encoder:
         if not questions:
             return []
         if self.template == "chat":
-            turns = [[{"role": "user", "content": question}] for question in questions]
-            texts = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-            return self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+            return self.tokenizer(render(self.tokenizer, questions), add_special_tokens=False)["input_ids"]
         end = self.tokenizer.eos_token_id
         found = self.tokenizer([f"Q: {q}\nA:" for q in questions])["input_ids"]  # begin token where there is one
         return [ids[:-1] if ids and ids[-1] == end else ids for ids in found]
