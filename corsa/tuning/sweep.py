@@ -57,6 +57,7 @@ def run(task: Task) -> dict[str, Any]:
         sampler=config.sampler,
         seed=config.seed,
         made_with=made_with(task),
+        say=lambda line: console.print(line, markup=False, highlight=False, soft_wrap=True),
     )
     began = time.monotonic()
     console.print("searched: " + ", ".join(f"{name} {d.text}" for name, d in domains.items()), highlight=False)
