@@ -42,11 +42,12 @@ def _check(text: str, path: Path) -> None:
     sizes: dict[str, int | None] = {}  # anchor -> its nodes; None while it is open
     nodes = 0
     for event in yaml.parse(text, Loader=_Loader):
-        line = event.start_mark.line + 1
+        line = event.start_mark.line + 1 if event.start_mark else 0
         if isinstance(event, yaml.AliasEvent):
-            size = sizes.get(event.anchor, 1)
+            name = str(event.anchor)
+            size = sizes.get(name, 1)
             if size is None:
-                raise CorsaError(f"{path}, line {line}: *{event.anchor[:40]} stands for what it is part of")
+                raise CorsaError(f"{path}, line {line}: *{name[:40]} stands for what it is part of")
             nodes += size
         elif isinstance(event, yaml.ScalarEvent):
             nodes += 1

@@ -129,7 +129,7 @@ RAY_JOB = record(
         },
     ),
 )
-"""The fields that the file uses of KubeRay's RayJob (API reference of KubeRay 1.6, ray.io/v1). Its own schema comes with
+"""The fields that the file uses of KubeRay's RayJob (API reference of KubeRay 1.6, ray.io/v1). Its schema comes with
 the operator alone, no package ships it: a field that KubeRay does not have is refused here, the pods' by Kubernetes'.
 """
 

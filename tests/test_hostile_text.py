@@ -128,7 +128,7 @@ def test_the_tokenizers_of_transformers_are_stopped_too() -> None:
     tokenizer = load_tokenizer(ModelConfig(name="smollm2-135m"))
     questions = [f"Who leads {i}?" for i in range(50)]
     turns = [[{"role": "user", "content": q}] for q in questions]
-    plain = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    plain: Any = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
     assert render(tokenizer, questions) == plain
     assert Encoder(tokenizer, "chat").prompts(questions) == tokenizer(plain, add_special_tokens=False)["input_ids"]
     tokenizer.chat_template = LOOPS["loops"]
