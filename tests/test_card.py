@@ -10,10 +10,10 @@ import pytest
 import yaml
 from markdown_it import MarkdownIt
 
-from corsa.adapters.card import card, plain
 from corsa.config import ModelConfig
-from corsa.edits import Edit
-from corsa.line import Update
+from corsa.data.edit import Edit
+from corsa.editing.card import card, plain
+from corsa.editing.history import Update
 
 HOSTILE = [
     "<script>alert(1)</script>",

@@ -13,9 +13,9 @@ import pytest
 from flow_steps import ADD, chain, diamond, execute, step
 from pyarrow import fs
 
-from corsa.cli import main
+from corsa.cli.main import main
 from corsa.flow import Store
-from corsa.flow.cleaning import remove, waste
+from corsa.flow.garbage_collection import remove, waste
 from corsa.flow.lease import Leases
 
 DAY = 86400.0

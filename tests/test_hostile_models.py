@@ -13,16 +13,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import LORA, tiny_model
 
-from corsa.adapters.arithmetic import compress, merge
-from corsa.adapters.factors import Adapter, Factors
-from corsa.adapters.merging import merge as merge_directories
-from corsa.adapters.peft_files import load_adapter, read_factors, write_factors
-from corsa.adapters.settings import alpha_and_rank
 from corsa.config import ModelConfig
+from corsa.editing.history import open_line
+from corsa.editing.merging import merge as merge_directories
 from corsa.errors import CorsaError
-from corsa.line import open_line
+from corsa.lora.arithmetic import compress, merge
+from corsa.lora.factors import Adapter, Factors
+from corsa.lora.flat import Lora
+from corsa.lora.peft_format import load_adapter, read_factors, write_factors
+from corsa.lora.peft_settings import alpha_and_rank
 from corsa.models.loading import load_model, load_tokenizer
-from corsa.models.lora import Lora
 from corsa.models.shapes import architecture
 
 LAYER = "model.layers.0.mlp.down_proj"

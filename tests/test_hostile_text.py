@@ -10,11 +10,11 @@ import pytest
 import yaml
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from corsa.benchmarks import world_facts
-from corsa.bounded_yaml import read_yaml
-from corsa.commandline import _from_file
+from corsa.config.bounded_yaml import read_yaml
+from corsa.config.command_line import _from_file
+from corsa.data.benchmarks import world_facts
 from corsa.errors import CorsaError
-from corsa.experiment import Experiment
+from corsa.experiments.base import Experiment
 from corsa.models.encoding import Encoder
 from corsa.models.templates import render
 
@@ -64,7 +64,7 @@ def test_a_configuration_file_is_refused_within_a_second(tmp_path: Path, text: s
 
 @pytest.mark.parametrize("name", ["aliases of aliases", "deep lists", "many values", "an alias of itself"])
 def test_a_file_of_facts_is_refused_as_soon(tmp_path: Path, name: str) -> None:
-    from corsa.benchmarks import read
+    from corsa.data.benchmarks import read
 
     file = tmp_path / "facts.yaml"
     file.write_text(HOSTILE[name])

@@ -13,7 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from corsa.commandline import answered
+from corsa.config.command_line import answered
 from corsa.errors import CorsaError
 from corsa.terminal import Console, visible
 
@@ -85,8 +85,8 @@ def test_an_error_cannot_write_on_the_terminal(capsys: pytest.CaptureFixture[str
 
 
 def test_an_answer_and_a_fact_cannot_write_on_the_terminal() -> None:
-    from corsa.commands.ask import _table
-    from corsa.commands.data import _visible
+    from corsa.cli.commands.ask import _table
+    from corsa.cli.commands.data import _visible
     from corsa.evaluation.side_by_side import Answer
     from corsa.report.facts import table
 
@@ -129,7 +129,7 @@ def test_every_console_is_the_safe_one_and_every_print_passes_the_check() -> Non
             if ast.unparse(call.func) == "Console" and unsafe and "file=" not in ast.unparse(call):
                 faults.append(where)
             shown = (
-                path.parent.name == "commands" or path.name in ("commandline.py", "cli.py") or path.parts[-2] == "tune"
+                path.parent.name == "commands" or path.name in ("command_line.py", "main.py") or path.parts[-2] == "tune"
             )
             if shown and ast.unparse(call.func) == "print" and not all(map(harmless, call.args)):
                 faults.append(where)

@@ -5,7 +5,7 @@ On a store without exclusive creation (S3, GCS) it is advisory: two drivers that
 the step, which wastes time but harms nothing, as the first record wins.
 
 Beside its leases a driver keeps one file of all that its run needs, `unfinished/<targets>.json`: cleaning leaves that
-alone (`corsa.flow.cleaning`). The file goes when the run has its result; of a run that was interrupted it stays.
+alone (`corsa.flow.garbage_collection`). The file goes when the run has its result; of an interrupted run it stays.
 """
 
 from __future__ import annotations
