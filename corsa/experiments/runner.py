@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import yaml
+from rich.console import Console
 
+from corsa import terminal
 from corsa.config import Frozen, ModelConfig, Placement
 from corsa.config.command_line import configure
 from corsa.experiments.base import Experiment
@@ -24,7 +26,6 @@ from corsa.flow.cluster import connect, disconnect, submitted
 from corsa.flow.step import topological
 from corsa.flow.store import Artifact
 from corsa.planning.preflight import refuse_what_memory_cannot_hold
-from corsa.terminal import Console
 from corsa.training.resources import groups_side_by_side, refuse_what_cannot_fit
 
 E = TypeVar("E", bound=Experiment)
@@ -55,7 +56,7 @@ def start(
     experiment.checked()
     # Naming the benchmark keeps the demo's sizes out of the command that repeats the run.
     known = default.model_copy(update={"benchmark": ""}) if named and demo is not None else chosen
-    return launch(experiment, plan(experiment, repeat_command(program, experiment, known)), Console())
+    return launch(experiment, plan(experiment, repeat_command(program, experiment, known)), terminal.Console())
 
 
 def launch(experiment: Experiment, planned: Step | Branches, console: Console) -> int:
