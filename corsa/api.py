@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
-from rich.console import Console
 
 from corsa.data.edit import Edit, to_table
 from corsa.data.text import shown
 from corsa.editing.options import EditOptions, EvaluateOptions
 from corsa.errors import CorsaError
+from corsa.terminal import Console
 
 if TYPE_CHECKING:
     import datasets

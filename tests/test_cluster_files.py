@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jsonschema
+import kubernetes_validate
 import pytest
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
@@ -26,8 +32,16 @@ PINNED = dict(
 
 def kuberay() -> tuple[dict[str, Any], dict[str, Any]]:
     """The volume claim and the job."""
-    claim, job = yaml.safe_load_all((CLUSTER / "kuberay.yaml").read_text())
+    claim, _, job = yaml.safe_load_all((CLUSTER / "kuberay.yaml").read_text())
     return claim, job
+
+
+def templates() -> dict[str, dict[str, Any]]:
+    """The templates of all pods of the run: that of the submitter, the head, and each group of workers."""
+    job = kuberay()[1]["spec"]
+    cluster = job["rayClusterSpec"]
+    groups = {group["groupName"]: group["template"] for group in cluster["workerGroupSpecs"]}
+    return {"submitter": job["submitterPodTemplate"], "head": cluster["headGroupSpec"]["template"]} | groups
 
 
 def pods() -> dict[str, dict[str, Any]]:
@@ -80,10 +94,134 @@ def test_the_kuberay_job_is_whole() -> None:
     assert claim["spec"]["accessModes"] == ["ReadWriteMany"]
 
 
+TEXT, WHOLE, SWITCH = {"type": "string"}, {"type": "integer", "minimum": 0}, {"type": "boolean"}
+
+
+def record(required: str = "", /, **fields: Any) -> dict[str, Any]:
+    """A JSON schema of exactly these fields."""
+    return {"type": "object", "properties": fields, "required": required.split(), "additionalProperties": False}
+
+
+GROUP = {"rayStartParams": {"type": "object", "additionalProperties": TEXT}, "template": {"type": "object"}}
+WORKERS = {"groupName": TEXT, "replicas": WHOLE, "minReplicas": WHOLE, "maxReplicas": WHOLE}
+AUTOSCALER = {
+    "upscalingMode": {"enum": ["Default", "Aggressive", "Conservative"]},
+    "idleTimeoutSeconds": WHOLE,
+    "securityContext": {"type": "object"},
+}
+RAY_JOB = record(
+    "entrypoint rayClusterSpec",
+    entrypoint=TEXT,
+    backoffLimit=WHOLE,
+    shutdownAfterJobFinishes=SWITCH,
+    ttlSecondsAfterFinished=WHOLE,
+    submitterPodTemplate={"type": "object"},
+    rayClusterSpec=record(
+        "headGroupSpec",
+        rayVersion=TEXT,
+        authOptions=record("mode", mode={"enum": ["token", "disabled"]}),
+        enableInTreeAutoscaling=SWITCH,
+        autoscalerOptions=record(**AUTOSCALER),
+        headGroupSpec=record("template rayStartParams", **GROUP),
+        workerGroupSpecs={
+            "type": "array",
+            "items": record("groupName template maxReplicas minReplicas", **GROUP, **WORKERS),
+        },
+    ),
+)
+"""The fields that the file uses of KubeRay's RayJob (API reference of KubeRay 1.6, ray.io/v1). Its schema comes with
+the operator alone, no package ships it: a field that KubeRay does not have is refused here, the pods' by Kubernetes'.
+"""
+
+KUBERNETES = ("1.31", kubernetes_validate.latest_version())
+
+
+@pytest.mark.parametrize("version", KUBERNETES)
+def test_every_manifest_is_one_by_the_schemas_of_kubernetes(version: str) -> None:
+    for manifest in yaml.safe_load_all((CLUSTER / "kuberay.yaml").read_text()):
+        if manifest["kind"] != "RayJob":
+            kubernetes_validate.validate(manifest, version, strict=True)
+    for name, template in templates().items():
+        wrapped = {"apiVersion": "v1", "kind": "PodTemplate", "metadata": {"name": name}, "template": template}
+        kubernetes_validate.validate(wrapped, version, strict=True)
+        for field, wrong in (("securityContexts", {}), ("automountServiceAccountToken", "no")):  # it can fail
+            spoilt = {**wrapped, "template": {**template, "spec": {**template["spec"], field: wrong}}}
+            with pytest.raises(kubernetes_validate.ValidationError):
+                kubernetes_validate.validate(spoilt, version, strict=True)
+    job = kuberay()[1]
+    assert set(job) == {"apiVersion", "kind", "metadata", "spec"}
+    jsonschema.validate(job["spec"], RAY_JOB)
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate({**job["spec"], "ttlSecondAfterFinished": 300}, RAY_JOB)
+
+
+def test_every_pod_meets_the_restricted_pod_security_standard() -> None:
+    """https://kubernetes.io/docs/concepts/security/pod-security-standards/, restricted."""
+    for name, template in templates().items():
+        pod = template["spec"]
+        assert pod["securityContext"]["runAsNonRoot"] is True
+        assert pod["securityContext"]["runAsUser"] > 0
+        assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        assert not {"hostNetwork", "hostPID", "hostIPC"} & set(pod)
+        assert all("hostPath" not in volume for volume in pod.get("volumes", ()))
+        for container in [*pod["containers"], *pod.get("initContainers", ())]:
+            own = container["securityContext"]
+            assert own["allowPrivilegeEscalation"] is False
+            assert own["capabilities"] == {"drop": ["ALL"]}
+            assert not own.get("privileged")
+            assert re.fullmatch(r"\S+@sha256:[0-9a-f]{64}", container["image"])  # by digest: a tag can be moved
+            assert "limits" in container["resources"]
+        assert pod.get("automountServiceAccountToken") is (None if name == "head" else False)  # the head's autoscaler
+    options = kuberay()[1]["spec"]["rayClusterSpec"]["autoscalerOptions"]
+    assert options["securityContext"]["allowPrivilegeEscalation"] is False
+
+
+def test_only_pods_that_load_models_have_the_token_of_the_hub() -> None:
+    having = {
+        name
+        for name, template in templates().items()
+        for container in template["spec"]["containers"]
+        for variable in container.get("env", ())
+        if variable["name"] == "HF_TOKEN"
+    }
+    assert having == {"gpu"}
+
+
+def test_the_network_policy_is_about_every_pod_and_lets_in_the_operator_alone() -> None:
+    policy = list(yaml.safe_load_all((CLUSTER / "kuberay.yaml").read_text()))[1]
+    labels = policy["spec"]["podSelector"]["matchLabels"]
+    for template in templates().values():
+        assert labels.items() <= template["metadata"]["labels"].items()
+    assert set(policy["spec"]["policyTypes"]) == {"Ingress", "Egress"}
+    own, operator = policy["spec"]["ingress"]
+    assert own == {"from": [{"podSelector": {"matchLabels": labels}}]}
+    assert [port["port"] for port in operator["ports"]] == [8265]
+    assert all("podSelector" in source for rule in policy["spec"]["ingress"] for source in rule["from"])
+    outside = [rule for rule in policy["spec"]["egress"] if "to" not in rule]
+    assert {port["port"] for rule in outside for port in rule["ports"]} == {53, 443, 6443}
+
+
+def test_the_command_of_the_readme_fills_the_digest_in(tmp_path: Path) -> None:
+    (command,) = re.findall(r"^sed -i .*$", (CLUSTER / "README.md").read_text(), re.MULTILINE)
+    digest = f"reg.example.org/own/corsa@sha256:{'a1' * 32}"
+    shutil.copytree(CLUSTER, tmp_path / "cluster")
+    subprocess.run(["bash", "-ec", f"digest={digest}; {command}"], cwd=tmp_path, check=True)
+    files = [tmp_path / "cluster" / name for name in ("kuberay.yaml", "launcher.yaml")]
+    found = re.findall(r'image"?: "?([^", }]+)', json.dumps([list(yaml.safe_load_all(f.read_text())) for f in files]))
+    assert found == [digest] * 4
+    assert all("sha256:000" in (CLUSTER / file.name).read_text() for file in files)  # nothing that could run by mistake
+
+
+def test_the_launcher_installs_what_is_pinned() -> None:
+    config = yaml.safe_load((CLUSTER / "launcher.yaml").read_text())
+    assert config["head_setup_commands"] == [f"pip install boto3=={PINNED['boto3']}"]
+    assert f"pip install boto3=={PINNED['boto3']}" in (CLUSTER / "README.md").read_text()
+
+
 def test_no_secret_is_written_in_a_file_of_the_cluster() -> None:
     for pod in pods().values():
         (container,) = pod["containers"]
-        for variable in container["env"]:
+        for variable in container.get("env", ()):
             assert ("TOKEN" in variable["name"]) == ("valueFrom" in variable)
             assert "secretKeyRef" in variable.get("valueFrom", {"secretKeyRef": None})
     environment = yaml.safe_load((CLUSTER / "runtime_env.yaml").read_text())["env_vars"]
@@ -165,3 +303,80 @@ def test_the_local_cluster_says_how_it_is_used(word: str) -> None:
     assert done.returncode == 2
     assert "cluster/local.sh up           start it" in done.stdout
     assert "set -euo" not in done.stdout
+
+
+# cluster/local.sh
+
+
+def local(folder: Path, *words: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    own = os.environ | {"DIRECTORY": str(folder), "RAY_AUTH_TOKEN": "x" * 64} | environment
+    return subprocess.run([CLUSTER / "local.sh", *words], capture_output=True, text=True, env=own, timeout=60)
+
+
+@pytest.fixture
+def bystander() -> Iterator[subprocess.Popen[bytes]]:
+    """A process of somebody's, in a session of its own, that must live on."""
+    process = subprocess.Popen(["sleep", "60"], start_new_session=True)
+    yield process
+    process.kill()
+
+
+@pytest.mark.parametrize("word", ["up", "down"])
+@pytest.mark.parametrize("trap", ["link", "wide", "another's", "file", "linked pid", "no pid", "pids"])
+def test_the_local_cluster_uses_no_directory_that_somebody_else_could_have_filled(
+    tmp_path: Path, trap: str, word: str, bystander: subprocess.Popen[bytes]
+) -> None:
+    folder, victim = tmp_path / "folder", tmp_path / "victim"
+    victim.mkdir(mode=0o700)
+    (victim / "head.pid").write_text(f"{bystander.pid}\n")
+    if trap == "link":
+        folder.symlink_to(victim)
+    elif trap == "file":
+        folder.write_text("")
+    else:
+        folder.mkdir(mode=0o700)
+        pid = folder / "head.pid"
+        if trap == "linked pid":
+            pid.symlink_to(victim / "head.pid")
+        else:
+            pid.write_text({"no pid": "-1", "pids": f"{bystander.pid} 1"}.get(trap, str(bystander.pid)))
+        if trap == "wide":
+            folder.chmod(0o777)
+        if trap == "another's":
+            if os.getuid() != 0:
+                pytest.skip("only root can make a directory another's")
+            os.chown(folder, 65534, 65534)
+    before = sorted(tmp_path.rglob("*"))
+    done = local(folder, word)
+    assert done.returncode == 1, done.stdout
+    assert done.stderr.startswith("error: ")
+    assert "yours alone" in done.stderr or "no process id" in done.stderr or "cannot be made" in done.stderr
+    assert sorted(tmp_path.rglob("*")) == before
+    assert bystander.poll() is None
+
+
+@pytest.mark.parametrize("name", ["", "../x", "a/b", "-", "a b", "$(x)"])
+def test_a_nodes_name_names_no_other_file(tmp_path: Path, name: str) -> None:
+    done = local(tmp_path / "folder", "join", name) if name != "-" else local(tmp_path / "folder", "join")
+    assert done.returncode == 1
+    assert "a node's name has letters" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_token_that_others_can_read_is_said_and_not_used(tmp_path: Path) -> None:
+    token = tmp_path / ".ray" / "auth_token"
+    token.parent.mkdir()
+    token.write_text("x" * 64)
+    token.chmod(0o644)
+    done = local(tmp_path / "folder", "up", RAY_AUTH_TOKEN="", HOME=str(tmp_path))
+    assert done.returncode == 1
+    assert f"{token} can be read by others" in done.stderr
+    assert f"chmod 600 {token}" in done.stderr
+    assert not list((tmp_path / "folder").glob("*.pid"))
+    assert (tmp_path / "folder").stat().st_mode & 0o777 == 0o700
+
+
+def test_nothing_is_ended_where_nothing_was_started(tmp_path: Path) -> None:
+    done = local(tmp_path / "folder", "down")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert not (tmp_path / "folder").exists()

@@ -159,7 +159,15 @@ time.sleep(0 if done else 0.3)
 
 def record(name: str, kind: str, ends: float, seconds: float, **metrics: float) -> Record:
     created = datetime.fromtimestamp(ends, UTC).isoformat(timespec="milliseconds")
-    rest = {"version": 1, "config": {}, "inputs": {}, "fingerprint": "f", "attempt": "a", "versions": {}, "files": {}}
+    rest = {
+        "version": 1,
+        "config": {},
+        "inputs": {},
+        "fingerprint": "f" * 64,
+        "attempt": "a",
+        "versions": {},
+        "files": {},
+    }
     return Record.model_validate(
         rest | {"name": name, "kind": kind, "seconds": seconds, "metrics": metrics, "created": created}
     )

@@ -15,7 +15,6 @@ import sys
 from typing import Annotated, Literal
 
 from pydantic import Field
-from rich.console import Console
 
 from corsa.config import plain
 from corsa.config.command_line import configure, exit_with, listed
@@ -27,6 +26,7 @@ from corsa.experiments.runner import announce, bring_about, lasting, launch, rep
 from corsa.flow import Artifact, Step, Store, draw
 from corsa.flow.step import topological
 from corsa.planning.inputs import check_files
+from corsa.terminal import Console
 from corsa.tuning.space import Space, applied
 
 HEADLINES = ("edit_success", "generality", "forgetting", "retention", "neighborhood")

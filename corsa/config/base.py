@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict
 from tyro.conf import arg
 
 
-class Frozen(BaseModel, frozen=True):
+class Frozen(BaseModel):
     """Base of every configuration: immutable, unknown keys refused, defaults validated."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, populate_by_name=True)

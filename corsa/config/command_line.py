@@ -15,7 +15,9 @@ from pydantic import BaseModel, ValidationError
 from tyro.constructors import PrimitiveConstructorSpec
 
 from corsa.config import Frozen
+from corsa.config.bounded_yaml import read_yaml
 from corsa.errors import CorsaError, unknown_name
+from corsa.terminal import visible
 
 C = TypeVar("C", bound=Frozen)
 
@@ -49,7 +51,7 @@ def configure(default: C, arguments: Sequence[str], *, program: str, description
 
 def _from_file(kind: type[C], path: Path) -> C:
     try:
-        entries = yaml.safe_load(path.read_text()) or {}
+        entries = read_yaml(path) or {}
     except OSError as e:
         raise CorsaError(f"configuration file {path} cannot be read: {e.strerror}") from e
     except (yaml.YAMLError, UnicodeDecodeError) as e:
@@ -66,7 +68,9 @@ def _explained(error: ValidationError, kind: type[BaseModel], path: Path) -> Cor
     first = error.errors()[0]
     where = [str(part) for part in first["loc"]]
     if first["type"] != "extra_forbidden":
-        return CorsaError(f"configuration file {path}: {'.'.join(where)}: {first['msg']} (found {first['input']!r})")
+        return CorsaError(
+            f"configuration file {path}: {'.'.join(where)}: {first['msg']} (found {repr(first['input'])[:200]})"
+        )
     owner: Any = kind
     for part in where[:-1]:
         owner = owner.model_fields[part].annotation
@@ -85,7 +89,7 @@ def answered(command: Callable[[], int | None]) -> int:
         status = command()
         sys.stdout.flush()  # here, and not at exit, it shows that the reader has gone: `corsa ... | head`
     except CorsaError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {visible(str(error))}", file=sys.stderr)
         return error.status
     except KeyboardInterrupt:
         return 130

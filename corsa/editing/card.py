@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,6 +12,24 @@ from corsa.config import ModelConfig
 from corsa.data.edit import Edit
 from corsa.editing.history import Update
 from corsa.models.registry import LICENCES, hub_name
+from corsa.terminal import visible
+
+_HUB = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
+_LONGEST = 500  # characters of one text
+
+
+def plain(text: str) -> str:
+    r"""A text as Markdown that shows it and nothing else: no HTML, image, link, mention, formula, heading or new cell.
+
+    >>> print(plain("a|b <img src=x> ![](http://x) **c**"))
+    a\|b \<img src=x\> \!\[\](http&#58;//x) \*\*c\*\*
+    """
+    line = visible(" ".join(text.split()))
+    line = line if len(line) <= _LONGEST else line[:_LONGEST] + "..."
+    line = re.sub(r"[\\`*_{}\[\]<>#|!~&$]", r"\\\g<0>", line)
+    line = re.sub(r"^([-+=]|\d+(?=[.)]))", lambda start: re.sub(r"[-+=]|$", r"\\\g<0>", start[0], count=1), line)
+    line = re.sub(r"(?i)\bwww\.", lambda found: found[0][:-1] + "&#46;", line)
+    return line.replace("://", "&#58;//").replace("@", "&#64;").replace("mailto:", "mailto&#58;")
 
 
 def card(
@@ -30,10 +49,11 @@ def card(
         settings: how it was trained, {name: value}.
     """
     name = hub_name(model.name)
-    hub = name.count("/") == 1 and not name.startswith(("/", ".", "~"))
+    hub = _HUB.fullmatch(name) is not None
     environment = Environment(
         loader=PackageLoader("corsa.editing", "."), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
+    environment.filters["text"] = plain
     return environment.get_template("card.md").render(
         base=name,
         on_hub=hub,

@@ -13,7 +13,6 @@ Imports neither torch nor ray: an update is planned from what is read here.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -31,6 +30,7 @@ from corsa.data.edit import Edit, FieldError, from_table
 from corsa.data.paraphrase_templates import wordings
 from corsa.data.text import bare, folded, same_text
 from corsa.errors import CorsaError
+from corsa.lora.peft_settings import read_settings
 from corsa.models.registry import hub_name
 
 WEIGHTS = "adapter_model.safetensors"
@@ -165,11 +165,10 @@ def open_line(directory: str | Path) -> Line:
         what = "has no adapter_config.json and adapter_model.safetensors" if path.is_dir() else "does not exist"
         raise CorsaError(f"adapter {path} {what}: name a PEFT directory, such as the --out of an earlier `corsa edit`")
     try:
-        settings = json.loads((path / "adapter_config.json").read_text())
         history = History.model_validate_json(text) if (text := _read(path / FILE)) else None
-    except (json.JSONDecodeError, ValidationError, UnicodeDecodeError) as error:
-        raise CorsaError(f"adapter {path}: a file of it is damaged: {str(error).splitlines()[0]}") from error
-    return Line(path, settings, history)
+    except (ValidationError, UnicodeDecodeError) as error:
+        raise CorsaError(f"adapter {path}: {FILE} is damaged: {str(error).splitlines()[0]}") from error
+    return Line(path, read_settings(path), history)
 
 
 def _read(path: Path) -> str:

@@ -17,6 +17,7 @@ from typing import Any, TypeVar, cast
 import yaml
 from rich.console import Console
 
+from corsa import terminal
 from corsa.config import Frozen, ModelConfig, Placement
 from corsa.config.command_line import configure
 from corsa.experiments.base import Experiment
@@ -56,7 +57,7 @@ def start(
     experiment.checked()
     # Naming the benchmark keeps the demo's sizes out of the command that repeats the run.
     known = default.model_copy(update={"benchmark": ""}) if named and demo is not None else chosen
-    return launch(experiment, plan(experiment, repeat_command(program, experiment, known)), Console())
+    return launch(experiment, plan(experiment, repeat_command(program, experiment, known)), terminal.Console())
 
 
 def launch(experiment: Experiment, planned: Step | Branches, console: Console) -> int:

@@ -8,6 +8,7 @@ import errno
 import hashlib
 import logging
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
@@ -19,6 +20,7 @@ from pyarrow import fs
 from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_delay, wait_exponential
 
 from corsa.errors import CorsaError
+from corsa.terminal import visible
 
 PATIENCE = 120.0
 """Seconds for which a storage that fails is asked again."""
@@ -41,10 +43,12 @@ class Files:
         if filesystem is not None:
             self.system, self.root = filesystem, self.url
         elif "://" in self.url:
+            _refuse_credentials(self.url)
             try:
                 self.system, self.root = fs.FileSystem.from_uri(self.url)
             except (ValueError, OSError) as error:
-                raise CorsaError(f"storage {self.url!r}: {error}. Give a local path, s3://... or gs://...") from error
+                where = self.url.partition("?")[0]
+                raise CorsaError(f"storage {where!r}: {error}. Give a local path, s3://... or gs://...") from error
         else:
             self.system, self.root = fs.LocalFileSystem(), str(Path(self.url).expanduser().absolute())
         self.local = isinstance(self.system, fs.LocalFileSystem)
@@ -223,8 +227,21 @@ class Files:
         return None
 
 
+_USER = re.compile(r"(?P<scheme>[\w+.-]+://)(?:[^/?@]*@|[^?@]*:[^?@]*@|[^/?@]*:(?!\d*(?:[/?]|$)))")
+"""The beginning of an address up to its user information; a secret of AWS may have slashes."""
+
+
+def _refuse_credentials(url: str) -> None:
+    """Raises `CorsaError`, which shows no part of them, for an address that holds credentials."""
+    if (found := _USER.match(url)) and not url.startswith("gs://anonymous@"):
+        raise CorsaError(
+            f"storage {found['scheme']}...: credentials do not belong in an address, which logs and reports show. Set "
+            "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or GOOGLE_APPLICATION_CREDENTIALS) in the environment"
+        )
+
+
 def _first_line(error: BaseException | None) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    return visible((str(error).splitlines() or [type(error).__name__])[0])
 
 
 _PASSING = {

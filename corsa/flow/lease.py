@@ -3,11 +3,15 @@
 A lease is a small file that names its holder and whose age is the holder's last heartbeat. It is created exclusively.
 On a store without exclusive creation (S3, GCS) it is advisory: two drivers that start in the same moment may both run
 the step, which wastes time but harms nothing, as the first record wins.
+
+Beside its leases a driver keeps one file of all that its run needs, `unfinished/<targets>.json`: cleaning leaves that
+alone (`corsa.flow.garbage_collection`). The file goes when the run has its result; of an interrupted run it stays.
 """
 
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 import socket
@@ -17,7 +21,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated
 from uuid import uuid4
+
+from pydantic import Field, TypeAdapter, ValidationError
 
 from corsa.errors import CorsaError
 from corsa.flow.files import Files
@@ -35,7 +42,7 @@ class Holder:
 
     host: str
     machine: str  # boot and process namespace: where `pid` means something
-    pid: int
+    pid: Annotated[int, Field(strict=True, ge=0)]
     started: str  # start time of the process in clock ticks; a pid alone may have been given away again
     token: str  # one for each lease taken
 
@@ -84,9 +91,28 @@ class Leases:
         self._store, self._files = store, store.files
         self._hasty = store.files.hasty()  # for a heartbeat, which the next follows, and at the end
         self._held: dict[str, Holder] = {}  # path -> as whom
+        self._run: tuple[str, bytes] | None = None  # path and content of the file of what this run needs
         self._lock = threading.Lock()
         self._closed = threading.Event()
         threading.Thread(target=self._beat, name="leases", daemon=True).start()
+
+    def protect(self, targets: Sequence[Step], needed: Sequence[Step]) -> None:
+        """Keep what is needed for the targets from being cleaned away, until `finished` is said or for a time after."""
+        fingerprints = sorted(step.fingerprint for step in targets)
+        name = hashlib.sha256("".join(fingerprints).encode()).hexdigest()[:16]
+        text = json.dumps({"name": targets[-1].name, "steps": [step.fingerprint[:16] for step in needed]})
+        run = f"unfinished/{name}.json", text.encode()
+        self._files.replace(*run)
+        with self._lock:
+            self._run = run
+
+    def finished(self) -> None:
+        """The run has its result: what it needs is protected by that from now on."""
+        with self._lock:
+            run, self._run = self._run, None
+        if run:
+            with suppress(CorsaError):
+                self._hasty.remove(run[0])
 
     @contextmanager
     def unfinished(self, steps: Sequence[Step], say: Callable[[str], object]) -> Iterator[list[Step]]:
@@ -178,8 +204,8 @@ class Leases:
     def _holder(self, path: str, files: Files | None = None) -> Holder | None:
         content = (files or self._files).read(path)
         try:
-            return Holder(**json.loads(content)) if content is not None else None
-        except (ValueError, TypeError):  # not written by us: nobody is known to run it, so only its age counts
+            return _HOLDER.validate_json(content) if content is not None else None
+        except ValidationError:  # not written by us: nobody is known to run it, so only its age counts
             return _UNKNOWN
 
     def _age(self, path: str) -> float:
@@ -189,6 +215,9 @@ class Leases:
     def _beat(self) -> None:
         while not self._closed.wait(HEARTBEAT):
             with self._lock:
+                if self._run:
+                    with suppress(CorsaError, OSError):
+                        self._hasty.replace(*self._run)
                 for path, me in self._held.items():
                     with suppress(CorsaError, OSError):  # a storage that fails for a while must not end the heartbeat
                         if me != self._holder(path, self._hasty):
@@ -203,4 +232,5 @@ def _path(step: Step) -> str:
     return f"leases/{step.fingerprint[:16]}.json"
 
 
+_HOLDER = TypeAdapter(Holder)
 _UNKNOWN = Holder("an unknown host", "", 0, "", "")

@@ -51,7 +51,7 @@ def run(
     this = _Run(topological(steps), store, connect, lanes, console)
     this.plan(targets={step.fingerprint for step in steps})
     if this.waiting:
-        this.execute()
+        this.execute(steps)
     return this.outcome
 
 
@@ -90,16 +90,19 @@ class _Run:
         self.waiting = {step.fingerprint: step for step in self.order if step.fingerprint not in done}
         self.say(f"{len(self.order)} steps: {len(done)} done, {len(self.waiting)} to do")
 
-    def execute(self) -> None:
+    def execute(self, targets: Sequence[Step]) -> None:
         self.store.prepare()
         self.leases = Leases(self.store)
         self.closing.callback(self.leases.close)
+        self.leases.protect(targets, self.order)
         with self.closing:
             try:
                 while self.waiting or self.running:
                     for steps in self.ready():
                         self.start(steps)
                     self.settle()
+                if all(step.fingerprint in self.outcome.artifacts for step in targets):
+                    self.leases.finished()
             except KeyboardInterrupt:
                 self.interrupted = True  # what the threads now run into is no news
                 self.say("interrupted: finished steps are kept, and the same command goes on from here")

@@ -22,15 +22,16 @@ from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from platform import python_version
-from typing import Any
+from typing import Annotated, Any
 from uuid import uuid4
 
 from pyarrow import fs
-from pydantic import ConfigDict, ValidationError
+from pydantic import AfterValidator, ConfigDict, Field, ValidationError
 
 from corsa.config import Frozen
 from corsa.errors import CorsaError
 from corsa.flow.files import Files
+from corsa.flow.names import below, part, relative
 from corsa.flow.step import Step
 
 
@@ -42,8 +43,15 @@ class DamagedError(CorsaError):
     """A committed result whose record or files are not what was written."""
 
 
+Fingerprint = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
 class Record(Frozen):
-    """What `record.json` holds. Fields that a later version adds are ignored."""
+    """What `record.json` holds. Fields that a later version adds are ignored.
+
+    A record may come from anybody who can write to the store: what names a file or a folder in it is checked here.
+    """
 
     model_config = ConfigDict(extra="ignore")
 
@@ -51,14 +59,14 @@ class Record(Frozen):
     kind: str
     version: int
     config: dict[str, Any]
-    inputs: dict[str, str]  # input name -> fingerprint
-    fingerprint: str
-    attempt: str
+    inputs: dict[str, Fingerprint]  # by input name
+    fingerprint: Fingerprint
+    attempt: Annotated[str, AfterValidator(part)]
     metrics: dict[str, Any]
     seconds: float
     created: str  # UTC, ISO 8601
     versions: dict[str, str]  # package -> version
-    files: dict[str, tuple[int, str]]  # path in the artifact -> bytes, SHA-256
+    files: dict[Annotated[str, AfterValidator(relative)], tuple[int, Digest]]  # path in the artifact -> bytes, SHA-256
 
 
 @dataclass(frozen=True)
@@ -78,7 +86,9 @@ class Artifact:
         try:
             record = Record.model_validate_json(text)
         except ValidationError as error:
-            raise DamagedError(f"{self.store.url}/{path} is not a record: {error.errors()[0]['msg']}") from error
+            where = ".".join(map(str, error.errors()[0]["loc"]))
+            reason = f"{where}: {error.errors()[0]['msg']}" if where else error.errors()[0]["msg"]
+            raise DamagedError(f"{self.store.url}/{path} is not a record: {reason}") from error
         if record.fingerprint != self.fingerprint:
             raise DamagedError(f"{self.store.url}/{path} is the record of another step, {record.name!r}")
         return record
@@ -99,6 +109,8 @@ class Artifact:
     def path(self, name: str) -> str:
         """Path or URL of one file, or of a folder, of the artifact. Raises `CorsaError` if it has none of that name."""
         self._files(name)
+        if self.store.files.local:
+            below(Path(self.store.files.inside("steps")), f"{self._directory.removeprefix('steps/')}/{name}")
         return f"{self.url}/{name}"
 
     def _files(self, name: str) -> list[str]:
@@ -120,14 +132,15 @@ class Artifact:
         if self.store.files.local:
             return Path(self.path(name))
         cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "corsa" / "artifacts"
-        target = cache / self.record.attempt
         for file in self._files(name):
-            if not (target / file).exists():
-                (target / file).parent.mkdir(parents=True, exist_ok=True)
-                aside = target / f"{file}.{uuid4().hex}"
+            cache.mkdir(parents=True, exist_ok=True)
+            place = below(cache, f"{self.record.attempt}/{file}")
+            if not place.is_file() or _sha256(place) != self.record.files[file][1]:
+                place.parent.mkdir(parents=True, exist_ok=True)
+                aside = place.with_name(f"{place.name}.{uuid4().hex}")
                 aside.write_bytes(self.read(file))
-                aside.replace(target / file)
-        return target / name
+                aside.replace(place)
+        return cache / self.record.attempt / name
 
     def check(self, checksums: bool = False) -> None:
         """Raises `MissingError` or `DamagedError`. Looks at the size of every file and, if asked, at its content."""
@@ -177,9 +190,11 @@ class Store:
         for name in self.files.names("steps"):
             text = self.files.read(f"steps/{name}/record.json")
             try:
-                found += [Record.model_validate_json(text)] if text else []
+                record = Record.model_validate_json(text or b"")
             except ValidationError:
                 continue
+            if record.fingerprint[:16] == name:
+                found.append(record)
         return sorted(found, key=lambda record: record.created)
 
     def partial(self, fingerprint: str) -> str:
@@ -215,6 +230,12 @@ class Store:
         Raises `CorsaError` if the store cannot be written to or a metric is not JSON. NaN and infinity become null.
         """
         folder = f"steps/{step.fingerprint[:16]}"
+        written = sorted(file for file in output.rglob("*") if file.is_file())
+        for file in written:
+            try:
+                relative(str(file.relative_to(output)))
+            except ValueError as error:
+                raise CorsaError(f"step {step.name!r} wrote a file that cannot be kept: {error}") from error
         record = Record(
             name=step.name,
             kind=step.kind.name,
@@ -227,11 +248,7 @@ class Store:
             seconds=round(seconds, 3),
             created=datetime.now(UTC).isoformat(timespec="milliseconds"),
             versions=_versions(),
-            files={
-                str(file.relative_to(output)): (file.stat().st_size, _sha256(file))
-                for file in sorted(output.rglob("*"))
-                if file.is_file()
-            },
+            files={str(file.relative_to(output)): (file.stat().st_size, _sha256(file)) for file in written},
         )
         if not self.files.local:
             self.files.upload(output, f"{folder}/{output.name}")

@@ -60,13 +60,15 @@ def merge(
         layers}.
 
     Raises:
-        CorsaError: the adapters are not of the same layers and shapes, the method cannot take their ranks, or an
-            argument is out of bounds.
+        CorsaError: the adapters are not of the same layers and shapes, a value is not finite, the method cannot take
+            their ranks, or an argument is out of bounds.
     """
     if method not in MERGES:
         raise unknown_name("merge method", method, MERGES)
     _check_options(method, len(adapters), weights, rank, density)
     _check_layers(adapters)
+    for i, adapter in enumerate(adapters, 1):
+        _check_finite(adapter, f"adapter {i}")
     if weights is None:
         weights = [1 / len(adapters) if method == "average" else 1.0] * len(adapters)
     options = Options(rank, density, torch.Generator().manual_seed(seed))
@@ -84,6 +86,7 @@ def merge(
             exact = stack(parts, weights)
             square_error += norm(stack([merged[name], exact], [1.0, -1.0])) ** 2
             square_norm += norm(exact) ** 2
+    _check_finite(merged, f"the adapters' {method}")
     return merged, {"rank": max(f.rank for f in merged.values()), "error": _relative(square_error, square_norm)}
 
 
@@ -98,6 +101,7 @@ def compress(adapter: Adapter, rank: int) -> tuple[Adapter, float]:
     """
     if rank < 1:
         raise CorsaError(f"an adapter cannot be compressed to rank {rank}: at least 1")
+    _check_finite(adapter, "the adapter")
     cuts = {name: _truncated(factors, rank) for name, factors in adapter.items()}
     lost = sum(float(values[rank:].square().sum()) for _, values in cuts.values())
     total = sum(float(values.square().sum()) for _, values in cuts.values())
@@ -129,7 +133,10 @@ def _truncated(factors: Factors, rank: int) -> tuple[Factors, Tensor]:
     """The first `rank` terms of the singular value decomposition of `b @ a`, and all its singular values."""
     q_b, r_b = torch.linalg.qr(factors.b.double())
     q_a, r_a = torch.linalg.qr(factors.a.T.double())
-    u, values, v = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)  # b a = Q_b (R_b R_a^T) Q_a^T
+    try:
+        u, values, v = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)  # b a = Q_b (R_b R_a^T) Q_a^T
+    except torch.linalg.LinAlgError as error:  # type: ignore[reportPrivateImportUsage]
+        raise CorsaError(f"a change of shape {factors.shape} has no singular value decomposition here") from error
     root = values[:rank].sqrt()  # half to each factor: of equal size, they train and round alike
     a, b = (root[:, None] * v[:rank]) @ q_a.T, q_b @ (u[:, :rank] * root)
     return Factors(a.float(), b.float()), values
@@ -235,6 +242,12 @@ def _check_options(method: str, count: int, weights: Sequence[float] | None, ran
         raise CorsaError(f"{method} takes no rank (it is {rank}): svd does, and what {method} gives can be compressed")
     if not 0 < density <= 1:
         raise CorsaError(f"density is {density}: it is the share of values that are kept, above 0 and at most 1")
+
+
+def _check_finite(adapter: Adapter, what: str) -> None:
+    for name, factors in adapter.items():
+        if not (factors.a.isfinite().all() and factors.b.isfinite().all()):
+            raise CorsaError(f"{what}: the change to {name} has values that are not finite, or beyond float32")
 
 
 def _check_layers(adapters: Sequence[Adapter]) -> None:

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from corsa.errors import CorsaError
 from corsa.lora.factors import Adapter, Factors
 from corsa.lora.flat import Lora
+from corsa.lora.peft_settings import FILE, alpha_and_rank, read_settings
 
 PREFIX = "base_model.model."
 
@@ -83,8 +83,9 @@ def load_adapter(lora: Lora, directory: str | Path, row: int = 0) -> None:
     """
     directory = Path(directory)
     tensors, config = _read(directory)
+    scale_of = alpha_and_rank(config, directory / FILE)
     for site in lora.sites:
-        alpha, rank = _alpha_and_rank(config, site.name)
+        alpha, rank = scale_of(site.name)
         if config.get("use_rslora") or alpha / rank != lora.scale:
             raise CorsaError(
                 f"adapter {directory} is scaled by {alpha}/{rank}{' with rslora' if config.get('use_rslora') else ''}, "
@@ -124,10 +125,11 @@ def read_factors(directory: str | Path) -> tuple[Adapter, str]:
         match = TENSOR.fullmatch(key)
         if match is None:
             raise CorsaError(f"{file}: {key} is no factor of a linear layer; only plain LoRA can be read")
-        pairs.setdefault(match["module"], {})[match["factor"]] = tensor.float()
+        pairs.setdefault(match["module"], {})[match["factor"]] = tensor
     adapter: Adapter = {}
+    scale_of = alpha_and_rank(config, directory / FILE)
     for name, pair in pairs.items():
-        alpha, rank = _alpha_and_rank(config, name)
+        alpha, rank = scale_of(name)
         a, b = pair.get("A"), pair.get("B")
         if a is None or b is None:
             raise CorsaError(f"{file}: {name} has lora_{'B' if a is None else 'A'} without the other factor")
@@ -137,7 +139,10 @@ def read_factors(directory: str | Path) -> tuple[Adapter, str]:
                 f"adapter_config.json says rank {rank}"
             )
         scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-        adapter[name] = Factors(a, b if scale == 1 else scale * b)
+        b = b if scale == 1 else scale * b
+        if not b.isfinite().all():
+            raise CorsaError(f"{file}: the factors of {name}, scaled by {alpha:g}/{rank}, are beyond float32")
+        adapter[name] = Factors(a, b)
     return adapter, config.get("base_model_name_or_path") or ""
 
 
@@ -166,16 +171,23 @@ def _write(factors: Mapping[str, tuple[Tensor, Tensor]], directory: Path, base_m
 
 
 def _read(directory: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors and the configuration of a plain LoRA."""
+    """The tensors, float32 and finite, and the configuration of a plain LoRA."""
+    file = directory / "adapter_model.safetensors"
     try:
-        tensors = load_file(directory / "adapter_model.safetensors")
-        config = json.loads((directory / "adapter_config.json").read_text())
-    except (OSError, SafetensorError, json.JSONDecodeError) as e:
-        raise CorsaError(f"{directory} holds no readable PEFT adapter: {e}") from e
+        tensors = {name: tensor.float() for name, tensor in load_file(file).items()}
+    except Exception as e:  # the library raises whatever its parts raise: OSError, SafetensorError, KeyError, ...
+        raise CorsaError(f"{directory} holds no readable PEFT adapter: {str(e).splitlines()[0]}") from e
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise CorsaError(
+                f"{file}: {name} has values that are not finite (NaN, infinite, or beyond float32): the adapter is "
+                "damaged, or its training had failed"
+            )
+    config = read_settings(directory)
     found = None
     if config.get("peft_type") != "LORA":
         found = f"peft_type is {config.get('peft_type')}"
-    elif config.get("bias", "none") != "none":
+    elif (config.get("bias") or "none") != "none":
         found = f"bias is {config['bias']}"
     elif (initial := config.get("init_lora_weights", True)) not in INITIAL:
         found = f"init_lora_weights is {initial}, which changes the base model"
@@ -187,15 +199,3 @@ def _read(directory: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             "merge the adapter into its base model with PEFT, and use that as the base"
         )
     return tensors, config
-
-
-def _alpha_and_rank(config: dict[str, Any], module: str) -> tuple[float, int]:
-    """lora_alpha and r of a layer: its pattern's, by PEFT's rule (the first that matches the end of its name)."""
-
-    def setting(pattern: str, default: str) -> Any:
-        for key, value in (config.get(pattern) or {}).items():
-            if re.match(rf"(.*\.)?({key})$", module):
-                return value
-        return config.get(default, 8)  # PEFT's default of both
-
-    return setting("alpha_pattern", "lora_alpha"), setting("rank_pattern", "r")

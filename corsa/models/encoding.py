@@ -12,11 +12,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
-from jinja2 import TemplateError
-
 from corsa.config import AnswerEnd
 from corsa.data.text import shown
 from corsa.errors import CorsaError
+from corsa.models.templates import render
 
 OPEN, CLOSE = "<think>", "</think>"
 """What reasoning models write around their thoughts."""
@@ -136,7 +135,7 @@ class Encoder:
         if self.template != "chat" or self.answer_end != "turn":
             return ""
         turns = [{"role": "user", "content": "Question"}, {"role": "assistant", "content": _ANSWER}]
-        text = self.tokenizer.apply_chat_template(turns, tokenize=False)
+        (text,) = render(self.tokenizer, [turns], add_generation_prompt=False)
         if _ANSWER not in text:
             raise CorsaError(
                 "the tokenizer's chat template does not show an assistant's answer as it is, so the end of its turn "
@@ -162,10 +161,7 @@ class Encoder:
     def _turns(self, questions: Sequence[str], thinking: bool) -> list[str]:
         turns = [[{"role": "user", "content": question}] for question in questions]
         how = {"enable_thinking": thinking, "thinking": thinking}  # Qwen's, GLM's, SmolLM's; DeepSeek's, Granite's
-        try:
-            return self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, **how)
-        except TemplateError as error:
-            raise CorsaError(f"the chat template of {self.tokenizer.name_or_path} fails: {error}") from error
+        return render(self.tokenizer, turns, add_generation_prompt=True, **how)
 
     @cached_property
     def _opened(self) -> dict[bool, bool]:

@@ -16,6 +16,7 @@ from corsa.config import ModelConfig
 from corsa.errors import CorsaError
 from corsa.models.embedded import embedded_model, embedded_tokenizer
 from corsa.models.registry import ARCHITECTURES, Source, locate
+from corsa.models.shapes import first_line, read_architecture
 
 logging.disable_progress_bar()
 
@@ -37,7 +38,7 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(
             place, revision=_hub_revision(source, config), trust_remote_code=False
         )
-    except (OSError, ValueError) as e:
+    except Exception as e:  # transformers and the tokenizers library raise what they like on files that make no sense
         raise _not_loaded("tokenizer", config, e) from e
     if tokenizer.eos_token_id is None:
         raise CorsaError(
@@ -66,15 +67,19 @@ def load_model(config: ModelConfig, device: torch.device | str = "cpu", whole: W
         place = embedded_model() if source.kind == "embedded" else source.place
         _refuse_pickles(Path(place))
         try:
+            revision = _hub_revision(source, config)
             model = AutoModelForCausalLM.from_pretrained(
                 place,
-                revision=_hub_revision(source, config),
+                config=read_architecture(str(place), revision),
+                revision=revision,
                 dtype=getattr(torch, config.dtype),
                 attn_implementation="sdpa",
                 use_safetensors=True,  # a pickle can run any code
                 trust_remote_code=False,  # said, or transformers asks whoever sits at the terminal
             )
-        except (OSError, ValueError) as e:
+        except CorsaError:
+            raise
+        except Exception as e:  # ImportError of a quantization library, RuntimeError of sizes, and more
             raise _not_loaded("weights", config, e) from e
     model.requires_grad_(False).eval()
     return model if whole else model.to(device)  # type: ignore[arg-type]
@@ -86,12 +91,17 @@ def _random_model(shape: str, config: ModelConfig, whole: Whole | None) -> PreTr
         architecture = AutoConfig.for_model(entries.pop("model_type"), **entries)
     else:
         try:
-            architecture = AutoConfig.from_pretrained(shape, trust_remote_code=False)
-        except (OSError, ValueError) as e:
+            architecture = read_architecture(shape)
+        except CorsaError:
+            raise
+        except Exception as e:
             raise _not_loaded("architecture", config, e) from e
     with torch.random.fork_rng(devices=[]):
         dtype = getattr(torch, config.dtype)
-        model = AutoModelForCausalLM.from_config(architecture, dtype=dtype, attn_implementation="sdpa")
+        try:
+            model = AutoModelForCausalLM.from_config(architecture, dtype=dtype, attn_implementation="sdpa")
+        except Exception as e:
+            raise _not_loaded("architecture", config, e) from e
     # Each matrix anew from a generator of its own: what transformers draws depends on how the model was made.
     generator = torch.Generator().manual_seed(0)
     deviation = getattr(architecture.get_text_config(), "initializer_range", 0.02)
@@ -117,7 +127,7 @@ def _hub_revision(source: Source, config: ModelConfig) -> str:
 
 
 def _not_loaded(what: str, config: ModelConfig, cause: Exception) -> CorsaError:
-    first = str(cause).strip().splitlines()[0] if str(cause).strip() else type(cause).__name__
+    first = first_line(cause)
     if "custom code" in first:
         return CorsaError(
             f"model {config.name!r} comes with code of its own, which is never run (trust_remote_code is off): "

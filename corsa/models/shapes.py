@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from transformers import AutoConfig, PreTrainedConfig
 
 from corsa.config import ModelConfig
 from corsa.errors import CorsaError
 from corsa.models.registry import ARCHITECTURES, locate
+
+_LAYERS, _WIDE, _MANY = 1_000, 1 << 20, 1 << 24
+LARGEST = {
+    **dict.fromkeys(("num_hidden_layers", "num_layers", "n_layer", "n_layers"), _LAYERS),
+    **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "n_head"), 10 * _LAYERS),
+    **dict.fromkeys(("num_local_experts", "num_experts", "n_routed_experts"), 10 * _LAYERS),
+    **dict.fromkeys(("hidden_size", "intermediate_size", "moe_intermediate_size"), _WIDE),
+    **dict.fromkeys(("head_dim", "n_embd", "d_model"), _WIDE),
+    "vocab_size": _MANY,
+}
+"""Bounds of what a config.json may ask for, well above every model there is: beyond them, it fills the memory."""
+_LARGEST_NUMBER = 1 << 40  # of any other setting
 
 
 def architecture(config: ModelConfig) -> PreTrainedConfig:
@@ -20,12 +35,48 @@ def architecture(config: ModelConfig) -> PreTrainedConfig:
     if name in ARCHITECTURES:
         entries = dict(ARCHITECTURES[name])
         return AutoConfig.for_model(entries.pop("model_type"), **entries)
-    place = locate(config.name).place
     try:
-        found = AutoConfig.from_pretrained(place, revision=config.revision or "main")
-    except (OSError, ValueError) as e:
+        found = read_architecture(locate(config.name).place, config.revision or "main")
+    except CorsaError:
+        raise
+    except Exception as e:
         raise CorsaError(
-            f"the shape of model {config.name!r} cannot be read: {str(e).strip().splitlines()[0]}. Name a directory "
+            f"the shape of model {config.name!r} cannot be read: {first_line(e)}. Name a directory "
             f"with its config.json, make the hub reachable, or plan with one of {', '.join(ARCHITECTURES)}"
         ) from e
     return found.get_text_config()
+
+
+def read_architecture(place: str, revision: str = "main") -> PreTrainedConfig:
+    """What the config.json of a directory or of a hub's model says, which anybody may have written.
+
+    Raises:
+        CorsaError: a size in it is impossible.
+        Exception: it cannot be had or makes no sense; transformers and what it uses raise what they like.
+    """
+    entries, _ = PreTrainedConfig.get_config_dict(place, revision=revision)
+    if fault := impossible(entries):
+        raise CorsaError(f"the config.json of {place} asks for a model that cannot be: {fault}")
+    return AutoConfig.from_pretrained(place, revision=revision, trust_remote_code=False)
+
+
+def impossible(entries: Mapping[str, Any]) -> str | None:
+    """The first setting of a config.json whose number is out of bounds, in words; None if there is none."""
+    left: list[tuple[str, Any]] = list(entries.items())
+    while left:
+        name, value = left.pop()
+        key = name.rpartition(".")[2]
+        if isinstance(value, Mapping):
+            left += [(f"{name}.{inner}", one) for inner, one in value.items()]
+        elif key in LARGEST and value is not None and not isinstance(value, list):
+            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= LARGEST[key]:
+                return f"{name} is {repr(value)[:40]}, where a whole number from 1 to {LARGEST[key]} can be"
+        elif isinstance(value, int | float) and not abs(value) <= _LARGEST_NUMBER:
+            return f"{name} is {repr(value)[:40]}"
+    return None
+
+
+def first_line(error: BaseException) -> str:
+    """What went wrong, in one line. A validator's first line names only the class, so its second is taken along."""
+    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
+    return " ".join(lines[: 2 if lines and lines[0].endswith(":") else 1])[:400] or type(error).__name__

@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from rich.console import Console
 
 from corsa.algorithm.packing import pack
 from corsa.config import ModelConfig, Placement
@@ -28,6 +27,7 @@ from corsa.errors import CorsaError
 from corsa.flow.cluster import connect, disconnect
 from corsa.models.encoding import Encoder
 from corsa.models.loading import load_tokenizer
+from corsa.terminal import Console
 from corsa.training.tokens import REFERENCE, TokenTable, batch_order, token_rows
 
 _BLOCK = 512  # edits tokenized together

@@ -6,6 +6,7 @@ Imports nothing heavy unless an answer is so long that a tokenizer has to count 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import lru_cache
@@ -57,9 +58,13 @@ def check_files(steps: Iterable[Step]) -> None:
             read_mmlu(place.data, limit=config.limit)
 
 
-@lru_cache(maxsize=4)  # frozen configurations are hashable
 def _reading(config: EditsConfig, data: str | None) -> Reading:
-    how = config.canonical()
+    return _read(json.dumps(config.canonical()), data)
+
+
+@lru_cache(maxsize=4)
+def _read(config: str, data: str | None) -> Reading:
+    how = json.loads(config)
     return read(how.pop("benchmark"), data, **{name: value for name, value in how.items() if name != "digest"})
 
 

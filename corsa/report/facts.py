@@ -12,6 +12,7 @@ from rich.table import Table
 
 from corsa.evaluation.prepared_predictions import RULES
 from corsa.evaluation.sanity_questions import short, told
+from corsa.terminal import visible
 
 _SHOWN = 30
 
@@ -50,9 +51,9 @@ def table(rows: list[dict[str, Any]]) -> Table:
     for name, justify in (("fact", "left"), ("taught", "left"), ("took", "left"), ("other wordings", "right")):
         grid.add_column(name, justify=justify)  # type: ignore[arg-type]
     for row in shown[:_SHOWN]:
-        took = "yes" if row["took"] else f"no: {escape(short(row['says']) or '(nothing)')}"
+        took = "yes" if row["took"] else f"no: {escape(visible(short(row['says'])) or '(nothing)')}"
         wordings = f"{row['right']}/{row['wordings']}" if row["wordings"] else "–"
-        grid.add_row(escape(row["prompt"]), escape(row["answer"]), took, wordings)
+        grid.add_row(escape(visible(row["prompt"])), escape(visible(row["answer"])), took, wordings)
     if len(shown) < len(rows) or len(shown) > _SHOWN:
         rest = len(rows) - min(len(shown), _SHOWN)
         grid.caption = f"and {rest} more, in the report" + (" (shown: those that did not take)" * (shown is not rows))

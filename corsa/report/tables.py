@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from rich import box
+from rich.markup import escape
 from rich.table import Table
 
 from corsa.report.findings import drawn, findings, headlines, label, shown
@@ -25,7 +26,9 @@ def summary_table(metrics: dict[str, Any]) -> Table:
         metrics.get("title")
         or f"After round {last}: {metrics['chains']} facts, rule {metrics['rule']!r}, protocol {metrics['protocol']!r}"
     )
-    table = Table(title=title, title_justify="left", caption_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table(
+        title=escape(title), title_justify="left", caption_justify="left", box=box.SIMPLE_HEAD, pad_edge=False
+    )
     table.add_column("method", no_wrap=True)
     for name, heading in chosen.items():
         table.add_column(f"{heading} {_ARROWS[definitions[name]['better']]}", justify="right", min_width=10)
@@ -37,13 +40,14 @@ def summary_table(metrics: dict[str, Any]) -> Table:
         if specific:
             cells.append(shown(specific[row["method"]]["overall"], "share") if row["method"] in specific else ("–", ""))
         table.add_row(
-            label(row["method"]), *(f"{value}\n[dim]{ends}[/dim]" if ends else value for value, ends in cells)
+            escape(label(row["method"])), *(f"{value}\n[dim]{ends}[/dim]" if ends else value for value, ends in cells)
         )
     key = f"{_ARROWS['high']} higher is better, {_ARROWS['low']} lower is better"
     sentences = findings(metrics)
     if len(sentences) > _LINES:
         sentences = [f"{len(sentences)} sentences on what can and cannot be told apart are in the report."]
-    table.caption = "\n".join([f"{100 * metrics['level']:.0f} % intervals over {drawn(metrics)}. {key}.", *sentences])
+    intervals = f"{100 * metrics['level']:.0f} % intervals over {drawn(metrics)}. {key}."
+    table.caption = escape("\n".join([intervals, *sentences]))
     table.caption_style = ""
     return table
 

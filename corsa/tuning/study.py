@@ -8,7 +8,7 @@ It opens in optuna-dashboard while the sweep runs:
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +19,9 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from corsa.errors import CorsaError
+from corsa.flow.names import part
 from corsa.flow.store import Store
+from corsa.tuning.journal import mended
 from corsa.tuning.space import Domain, grid
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -34,7 +36,8 @@ class SweepStudy:
     On an object store the journal is a local copy that is put back whole after every change (`keep`).
 
     Raises:
-        CorsaError: there is a study of this name that was made with another space or another experiment.
+        CorsaError: there is a study of this name that was made with another space or another experiment, or its journal
+            is broken in the middle (a last line that was cut is left out, which `say` is told).
     """
 
     def __init__(
@@ -48,8 +51,13 @@ class SweepStudy:
         sampler: Sampler,
         seed: int,
         made_with: Mapping[str, Any],
+        say: Callable[[str], object] = lambda line: None,
     ) -> None:
-        self._store, self._path, self.name = store, f"studies/{name}/journal.log", name
+        try:
+            self._path = f"studies/{part(name)}/journal.log"
+        except ValueError as error:
+            raise CorsaError(f"--study: {error}") from error
+        self._store, self.name = store, name
         self._domains, self._default, self._sampler, self._seed = domains, default, sampler, seed
         if store.files.local:
             self._file = Path(store.files.inside(self._path))
@@ -59,7 +67,15 @@ class SweepStudy:
             self._file = Path(tempfile.mkdtemp(prefix="corsa-study-")) / "journal.log"
             if (content := store.files.read(self._path)) is not None:
                 self._file.write_bytes(content)
-        storage = JournalStorage(JournalFileBackend(str(self._file)))
+        if line := mended(self._file):
+            say(line)
+        try:
+            storage = JournalStorage(JournalFileBackend(str(self._file)))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            reason = f"{type(error).__name__}: {str(error)[:200]}"
+            raise CorsaError(
+                f"the journal {self._file} is not one of Optuna's ({reason}): give another --study"
+            ) from error
         known = {study.study_name for study in optuna.get_all_study_summaries(storage)}
         self.study = optuna.create_study(
             storage=storage, study_name=name, directions=list(directions), load_if_exists=True

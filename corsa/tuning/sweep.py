@@ -14,7 +14,6 @@ import pandas as pd
 import pyarrow.parquet as pq
 import yaml
 from optuna.trial import FrozenTrial, TrialState
-from rich.console import Console
 
 from corsa.config import Placement
 from corsa.config.steps import SweepConfig, SweepPlace
@@ -23,6 +22,7 @@ from corsa.errors import CorsaError
 from corsa.evaluation.metrics import METRICS
 from corsa.experiments.base import Experiment, Facts
 from corsa.flow.task import Task
+from corsa.terminal import Console
 from corsa.training.resources import trials_at_once
 from corsa.tuning.page import write_sweep
 from corsa.tuning.search import scheduler, search
@@ -57,6 +57,7 @@ def run(task: Task) -> dict[str, Any]:
         sampler=config.sampler,
         seed=config.seed,
         made_with=made_with(task),
+        say=lambda line: console.print(line, markup=False, highlight=False, soft_wrap=True),
     )
     began = time.monotonic()
     console.print("searched: " + ", ".join(f"{name} {d.text}" for name, d in domains.items()), highlight=False)

@@ -78,7 +78,7 @@ def _show(answers: list[Answer], as_json: bool) -> None:
         rows = [{"model": a.model, "answer": a.output, "probabilities": a.probabilities} for a in answers]
         print(json.dumps(rows))
         return
-    from rich.console import Console
+    from corsa.terminal import Console
 
     Console().print(_table(answers))
 
@@ -88,15 +88,17 @@ def _table(answers: list[Answer]) -> Table:
     from rich.markup import escape
     from rich.table import Table
 
+    from corsa.terminal import visible
+
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("")
     table.add_column("answer")
     candidates = list(answers[0].probabilities)
     for candidate in candidates:
-        table.add_column(f"p({escape(candidate)})", justify="right")
+        table.add_column(f"p({escape(visible(candidate))})", justify="right")
     for answer in answers:
         shares = [_percent(answer.probabilities[c]) for c in candidates]
-        table.add_row(escape(answer.model), escape(answer.output or "(nothing)"), *shares)
+        table.add_row(escape(visible(answer.model)), escape(visible(answer.output) or "(nothing)"), *shares)
     return table
 
 

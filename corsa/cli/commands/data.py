@@ -69,7 +69,7 @@ def data(
     _refuse_what_no_context_holds(found, encoder, ModelConfig(name=model))
     shown = _as_tokens(found.records[:show], encoder)
     if as_json:
-        print(json.dumps({**found.counts, "remarks": found.remarks, "edits": shown}, indent=1, ensure_ascii=False))
+        print(json.dumps({**found.counts, "remarks": found.remarks, "edits": shown}, indent=1))
         return 0
     _print(found, shown)
     return 0
@@ -77,10 +77,10 @@ def data(
 
 def _list(as_json: bool) -> int:
     from rich import box
-    from rich.console import Console
     from rich.table import Table
 
     from corsa.data.benchmarks import BENCHMARKS
+    from corsa.terminal import Console
 
     rows = [
         {"name": b.name, "description": b.description, "from": _origin(b.name), "bad_records": b.on_bad_record}
@@ -246,10 +246,10 @@ def _pieces(encoder: Encoder, ids: list[int]) -> list[dict[str, Any]]:
 
 
 def _print(found: Found, shown: Sequence[dict[str, Any]]) -> None:
-    from rich.console import Console
     from rich.text import Text
 
     from corsa.data.text import shown as plain
+    from corsa.terminal import Console
 
     console, counts = Console(), found.counts
 
@@ -289,5 +289,6 @@ def _print(found: Found, shown: Sequence[dict[str, Any]]) -> None:
 
 
 def _visible(text: str) -> str:
-    text = text.replace("\n", "⏎").replace(" ", "␣")
-    return text if text.isprintable() else text.encode("unicode_escape").decode()
+    from corsa.terminal import visible
+
+    return visible(text.replace("\n", "⏎").replace(" ", "␣"))

@@ -28,8 +28,9 @@ def doctor(
     if as_json:
         print(json.dumps([finding._asdict() for finding in findings], indent=1))
     else:
-        from rich.console import Console
         from rich.text import Text
+
+        from corsa.terminal import Console
 
         console = Console()
         styles = {"ok": "green", "note": "yellow", "fault": "bold red"}

@@ -11,6 +11,7 @@ from tyro.conf import Positional, arg
 from corsa.cli.commands import AsJson, app
 from corsa.config.command_line import listed
 from corsa.config.steps import MergeMethod
+from corsa.terminal import visible
 
 
 @app.command(name="merge")
@@ -36,6 +37,6 @@ def merge(
     if as_json:
         print(json.dumps(found))
     else:
-        print(f"rank {found['rank']}, relative error {found['error']:.2g} against the adapters' weighted sum")
-        print(found["out"])
+        print(f"rank {found['rank']:d}, relative error {found['error']:.2g} against the adapters' weighted sum")
+        print(visible(found["out"]))
     return 0

@@ -6,13 +6,13 @@ import json
 from pathlib import Path
 from typing import Annotated
 
-from rich.console import Console
 from tyro.conf import arg
 
 from corsa.cli.commands.perf import perf
 from corsa.config import STEPS
 from corsa.errors import CorsaError, unknown_name
 from corsa.perf.accelerator import MODELS
+from corsa.terminal import Console, visible
 
 
 @perf.command(name="gpu")
@@ -56,4 +56,4 @@ def measure_accelerator(
     found = measure_all(chosen, minutes, lambda line: console.print(line, style="dim", highlight=False))
     if output is not None:
         output.write_text(json.dumps(found, indent=1))
-    print(json.dumps(found, indent=1) if as_json else markdown(found))
+    print(json.dumps(found, indent=1) if as_json else visible(markdown(found)))

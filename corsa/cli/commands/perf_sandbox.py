@@ -10,6 +10,7 @@ from tyro.conf import arg
 
 from corsa.cli.commands.perf import perf
 from corsa.errors import CorsaError
+from corsa.terminal import visible
 
 
 @perf.command(name="sandbox")
@@ -38,7 +39,7 @@ def perf_sandbox(
 
     def told(what: str, count: int, of: int) -> None:
         if sys.stderr.isatty():
-            print(f"\r{what}: {count} of {of} ", end="", file=sys.stderr, flush=True)
+            print("\r", visible(f"{what}: {count} of {of} "), sep="", end="", file=sys.stderr, flush=True)
 
     found = measure_sandbox(
         data, sandbox=sandbox, limit=limit, slots=slots, wall_s=wall_s, memory_gib=memory_gib, done=told
@@ -50,6 +51,6 @@ def perf_sandbox(
         return
     for name, value in found.items():
         if not isinstance(value, list):
-            print(f"{name.replace('_', ' ')}: {value}")
+            print(visible(f"{name.replace('_', ' ')}: {value}"))
     for entry in found["cannot_pass"]:
-        print(f"cannot pass: {entry['id']}: {entry['outcome']}: {entry['reason']}")
+        print(visible(f"cannot pass: {entry['id']}: {entry['outcome']}: {entry['reason']}"))

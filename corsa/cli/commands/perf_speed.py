@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 from tyro.conf import arg
 
 from corsa.cli.commands.perf import perf
+from corsa.terminal import Console
 
 if TYPE_CHECKING:
     from corsa.data.edit import Edit

