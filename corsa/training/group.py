@@ -8,11 +8,16 @@ import uuid
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import pyarrow.parquet as pq
+
 from corsa.config import Placement
 from corsa.errors import CorsaError
 from corsa.flow.cluster import cluster_resources, nodes
 from corsa.identities import TrialPlace
 from corsa.training.placing import cpus_per_worker
+
+STREAMED = 4096
+"""Rows of a block that workers stream."""
 
 
 def in_group(
@@ -29,7 +34,7 @@ def in_group(
         config: its argument, the same on all.
         placement: how many workers, on what, and how often they may fail.
         storage: where Ray Train keeps its own state.
-        tables: Parquet files that every worker streams whole, by the name of their shard.
+        tables: local Parquet files that every worker streams whole, by the name of their shard.
 
     Raises:
         CorsaError: the group failed more often than `placement.max_failures`, with the worker's own error, or the
@@ -42,7 +47,7 @@ def in_group(
     from ray.tune.integration.ray_train import TuneReportCallback
 
     from corsa.training.meeting import Meeting
-    from corsa.training.stages import read_table
+    from corsa.training.stages import as_dataset
 
     watched = isinstance(placement, TrialPlace)  # by Ray Tune
     os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(placement.heartbeat_timeout)
@@ -56,8 +61,7 @@ def in_group(
         scaling_config=ScalingConfig(
             num_workers=placement.workers,
             use_gpu=placement.gpu,
-            # Tune holds 0.01 CPU for a trial itself, which is not to come out of the data stream's room.
-            resources_per_worker={"CPU": round(cpus_per_worker(placement) - 0.02 * watched, 2)},
+            resources_per_worker={"CPU": cpus_per_worker(placement)},
         ),
         run_config=RunConfig(
             name=f"{placement.title if watched else 'rounds'}-{uuid.uuid4().hex[:8]}",
@@ -68,7 +72,7 @@ def in_group(
             ),
             callbacks=[TuneReportCallback()] if watched and placement.metric else [],
         ),
-        datasets={name: read_table(path) for name, path in tables.items()},
+        datasets={name: as_dataset(pq.read_table(path), STREAMED) for name, path in tables.items()},
         dataset_config=DataConfig(datasets_to_split=[]),  # every worker sees every row: no edit is dropped
     )
     try:

@@ -18,7 +18,7 @@ from corsa.flow.task import Task
 from corsa.identities import OldAnswersConfig
 from corsa.models.encoding import Encoder
 from corsa.models.loading import load_model, load_tokenizer
-from corsa.training.stages import map_with_model, retried
+from corsa.training.stages import as_dataset, map_with_model, retried
 
 PROMPTS_PER_BATCH = 8
 """Prompts answered together; fixed, so that an answer does not depend on how many actors share the work."""
@@ -57,13 +57,12 @@ def compute(task: Task) -> dict[str, Any]:
     placement: Placement = task.placement
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
-    context.enable_progress_bars = False
     table = pq.read_table(task.inputs["problems"].local("problems.parquet"), columns=["id", "prompt", "part"])
     taught = table.filter(pc.field("part") == "taught")
 
     def write() -> int:
         answered = map_with_model(
-            ray.data.from_arrow(taught),
+            as_dataset(taught, PROMPTS_PER_BATCH),
             Answer,
             (config.model, placement, config.new_tokens),
             placement,

@@ -28,7 +28,7 @@ from corsa.models.encoding import Encoder
 from corsa.models.loading import load_model, load_tokenizer
 from corsa.training.crew import Crew
 from corsa.training.group import in_group
-from corsa.training.stages import map_with_model, read_table, retried
+from corsa.training.stages import as_dataset, map_with_model, retried
 from corsa.training.tokens import REFERENCE, token_rows, without_tokens
 
 EDITS_PER_BATCH = 32
@@ -106,19 +106,22 @@ def _scored(task: Task, config: ReferenceConfig, placement: Placement) -> Iterat
     """The rows of `MARKED` in the order of the edits, from actors that each hold the base."""
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True  # in the order of the edits
-    edits = read_table(task.inputs["edits"].path("edits.parquet"), COLUMNS)
     scored = map_with_model(
-        edits, Score, (config.model, placement), placement, batch_size=EDITS_PER_BATCH, batch_format="pyarrow"
+        as_dataset(_edits(task), EDITS_PER_BATCH), Score, (config.model, placement), placement, batch_size=EDITS_PER_BATCH, batch_format="pyarrow"
     )
     for batch in scored.iter_batches(batch_size=None, batch_format="pyarrow"):
         yield cast(pa.Table, batch)
+
+
+def _edits(task: Task) -> pa.Table:
+    return pq.read_table(task.inputs["edits"].local("edits.parquet"), columns=COLUMNS)
 
 
 def score_in_step(config: dict[str, Any]) -> list[pa.Table]:
     """What each worker of a group runs that shards the base: its share of the batches. The leader returns all."""
     task: Task = config["task"]
     crew = Crew.join(task.placement)
-    edits = pq.read_table(task.inputs["edits"].local("edits.parquet"), columns=COLUMNS)
+    edits = _edits(task)
     score = Score(task.config.model, task.placement, crew)
     with crew.in_step(score.model):
         starts = range(crew.rank * EDITS_PER_BATCH, len(edits), crew.size * EDITS_PER_BATCH)

@@ -29,7 +29,7 @@ def run(tasks: list[Task], progress: Progress) -> dict[str, str]:
             cluster had no room for it for `placement.start_timeout`.
     """
     inputs = [t.inputs["reference"] for t in tasks if "reference" in t.step.inputs]
-    tables = {artifact.fingerprint: artifact.path("reference.parquet") for artifact in inputs}
+    tables = {artifact.fingerprint: str(artifact.local("reference.parquet")) for artifact in inputs}
     config = {"tasks": tasks, "progress": progress, "tables": list(tables)}
     return in_group(work, config, tasks[0].placement, tasks[0].store.url, tables)
 

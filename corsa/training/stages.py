@@ -1,4 +1,4 @@
-"""Stages of Ray Data: how tables are read, how actors that each hold a model are asked for, and what happens when they
+"""Stages of Ray Data: how tables become datasets, how actors that each hold a model are asked for, and what happens when they
 are lost.
 """
 
@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import pyarrow as pa
 import ray.data
 import ray.exceptions
 from ray.util.annotations import RayDeprecationWarning
@@ -18,17 +19,15 @@ from corsa.flow.cluster import cluster_resources
 
 T = TypeVar("T")
 
-READING = 0.25
-"""CPUs of a task that reads. It mostly waits for storage. Ray's default, a whole one, would never be free where
-every node is partly taken by actors or workers."""
+def as_dataset(table: pa.Table, rows: int) -> ray.data.Dataset:
+    """The table as a dataset in blocks of `rows` rows, which this process puts into the object store.
 
-
-def read_table(path: str, columns: list[str] | None = None) -> ray.data.Dataset:
-    """The Parquet file, on any node that has a little room."""
-    context = ray.data.DataContext.get_current()
-    context.use_datasource_v2 = False  # its task that lists files takes a whole CPU
-    context.enable_progress_bars = False
-    return ray.data.read_parquet(path, columns=columns, num_cpus=READING)
+    Ray Data's own readers, and `from_arrow`, start tasks of a whole CPU each. Where workers hold a part of every CPU
+    such a task waits for ever; the tables of edits are small enough to do without.
+    """
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    starts = range(0, max(len(table), 1), rows)  # of an empty table one empty block
+    return ray.data.from_blocks([table.slice(start, rows) for start in starts])
 
 
 def map_with_model(
@@ -41,7 +40,7 @@ def map_with_model(
         return data.map_batches(
             actor,
             fn_constructor_args=arguments,
-            num_cpus=min(1.0, cluster_resources()["CPU"] / 4),  # reading needs room beside the actors
+            num_cpus=min(1.0, cluster_resources()["CPU"] / 4),  # leaves room for what else runs on a small cluster
             num_gpus=1 if placement.gpu else 0,
             compute=ray.data.ActorPoolStrategy(size=placement.workers),
             # A restarted actor would want its arguments again, which Ray may have dropped (ray #53727): `retried`
