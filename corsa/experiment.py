@@ -66,6 +66,9 @@ REPORT = Kind("report", "corsa.steps:make_report", version=2)
 SWEEP = Kind("sweep", "corsa.tuning.sweep:run", version=1, on_cluster=True)
 SCALING = Kind("report", "corsa.scaling:join_sizes", version=1)
 
+NOT_OF_THE_RESULT = ("config", "dry_run", "quiet", "show_config")
+"""Fields of an experiment that say what is shown, and where the others come from."""
+
 
 Methods = Annotated[
     tuple[str, ...], listed(str, "A,B"), Field(description=f"compared methods, of {', '.join(METHODS)}")
@@ -107,6 +110,8 @@ class Experiment(Frozen):
         default=(), description="send the finished run to tensorboard:DIR, mlflow[:URI] or wandb[:PROJECT]"
     )
     dry_run: bool = Field(default=False, description="draw the steps, say what is done, run nothing")
+    quiet: bool = Field(default=False, description="say nothing of how far a step is")
+    show_config: bool = Field(default=False, description="print every setting first, not only those that are changed")
     mmlu: str | None = Field(
         default=None,
         description="measure specificity on MMLU: directory with its test/ and dev/ files, or 'hub'; else it is not",
@@ -377,5 +382,5 @@ ROUTERS = ("prompt", "embedding", "oracle")
 
 def identity(experiment: Experiment) -> dict[str, Any]:
     """The resolved configuration without how it is run."""
-    how = {"config", "storage", "track", "dry_run", "placement"}
+    how = {*NOT_OF_THE_RESULT, "storage", "track", "placement"}
     return {k: v for k, v in experiment.canonical().items() if k not in how}

@@ -52,6 +52,7 @@ class Options(Frozen):
         default=(), description="send the finished run to tensorboard:DIR, mlflow[:URI] or wandb[:PROJECT]"
     )
     dry_run: bool = Field(default=False, description="draw the steps, say what is done, run nothing")
+    quiet: bool = Field(default=False, description="say nothing of how far a step is")
     evaluation: EvaluationConfig = EvaluationConfig()
     placement: Placement = Placement()
 
@@ -106,7 +107,7 @@ def differences(options: Frozen, prefix: str = "") -> list[str]:
     found: list[str] = []
     for name, field in type(options).model_fields.items():
         value = getattr(options, name)
-        if isinstance(value, Placement) or name in ("storage", "track", "dry_run") or value == field.default:
+        if isinstance(value, Placement) or name in ("storage", "track", "dry_run", "quiet") or value == field.default:
             continue
         option = f"{prefix}{(field.alias or name).replace('_', '-')}"
         if isinstance(value, Gates):

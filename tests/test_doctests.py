@@ -18,6 +18,7 @@ MODULES = (
     "corsa.evaluation.matching",
     "corsa.benchmarks.world_facts",
     "corsa.flow.progress",
+    "corsa.flow.waiting",
     "corsa.adapters.merging",
     "corsa.api",
 )

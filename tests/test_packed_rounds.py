@@ -16,8 +16,7 @@ from corsa.config import LoraConfig, ModelConfig, Placement, TrainingConfig
 from corsa.edits import from_table
 from corsa.experiment import Experiment, chain, dealt, facts
 from corsa.flow import Step, Store, run
-from corsa.flow.progress import Silent
-from corsa.flow.task import Task
+from corsa.flow.task import Silent, Task
 from corsa.identities import RoundsConfig
 from corsa.models.encoding import Encoder
 from corsa.models.loading import load_tokenizer

@@ -193,7 +193,7 @@ def main() -> int:
         console.print(draw([step], store))
         return 0
     announce(experiment, store, console)
-    found = bring_about(step, store, console)
+    found = bring_about(step, store, console, experiment.quiet)
     if found is None:
         return 1
     show(found, console)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,7 +59,9 @@ class Taught:
 
 @dataclass
 class Asker:
-    """Asks one model on one worker. `batch` bounds how many probes are generated (or scored) together."""
+    """Asks one model on one worker. `batch` bounds how many probes are generated (or scored) together; `told` hears how
+    many prompts are answered, of how many.
+    """
 
     model: Any
     encoder: Encoder
@@ -67,6 +69,7 @@ class Asker:
     device: torch.device
     batch: int
     packed: bool = True
+    told: Callable[[int, int], None] = lambda answered, of: None
 
     def __post_init__(self) -> None:
         self._stops: tuple[Tensor, Tensor] | None = None  # of a fact's answer, of one at length
@@ -83,13 +86,18 @@ class Asker:
             for w in range(self._asked(probe))
             if only is None or probe.prompts[w] in only
         ]
-        outputs: dict[tuple[bool, str], str] = {}
+        asked: dict[bool, list[str]] = {}
         for reasoned in (False, True):
             probes = [
                 (t.edit.probes[p], w) for t, p, w in wordings if (t.edit.probes[p].kind == "multihop") == reasoned
             ]
-            prompts = list(dict.fromkeys(probe.prompts[w] for probe, w in probes))  # a chain repeats its wordings
-            outputs |= {(reasoned, p): o for p, o in zip(prompts, self.answers(prompts, reasoned), strict=True)}
+            asked[reasoned] = list(dict.fromkeys(probe.prompts[w] for probe, w in probes))  # a chain repeats wordings
+        outputs: dict[tuple[bool, str], str] = {}
+        total = sum(map(len, asked.values()))
+        for reasoned, prompts in asked.items():
+            before = len(outputs)
+            found = self.answers(prompts, reasoned, lambda done, before=before: self.told(before + done, total))
+            outputs |= {(reasoned, p): o for p, o in zip(prompts, found, strict=True)}
         scores = self._scores(wordings)
         rows = []
         for t, p, w in wordings:
@@ -102,8 +110,10 @@ class Asker:
         one = self.config.protocol == "paper" and probe.kind == "paraphrase"
         return 1 if one else len(probe.prompts)
 
-    def answers(self, prompts: Sequence[str], reasoned: bool = False) -> list[str]:
-        """The model's outputs; `reasoned`: at length, newlines included."""
+    def answers(
+        self, prompts: Sequence[str], reasoned: bool = False, told: Callable[[int], None] = lambda done: None
+    ) -> list[str]:
+        """The model's outputs; `reasoned`: at length, newlines included. `told` hears how many are answered."""
         if not prompts:
             return []
         ids = generate(
@@ -113,6 +123,7 @@ class Asker:
             new_tokens=self.config.reasoning_tokens if reasoned else self.config.new_tokens,
             batch=self.batch,
             device=self.device,
+            told=told,
         )
         return [self.encoder.tokenizer.decode(answer, skip_special_tokens=True).strip() for answer in ids]
 

@@ -107,7 +107,12 @@ def _scored(task: Task, config: ReferenceConfig, placement: Placement) -> Iterat
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True  # in the order of the edits
     scored = map_with_model(
-        as_dataset(_edits(task), EDITS_PER_BATCH), Score, (config.model, placement), placement, batch_size=EDITS_PER_BATCH, batch_format="pyarrow"
+        as_dataset(_edits(task), EDITS_PER_BATCH),
+        Score,
+        (config.model, placement),
+        placement,
+        batch_size=EDITS_PER_BATCH,
+        batch_format="pyarrow",
     )
     for batch in scored.iter_batches(batch_size=None, batch_format="pyarrow"):
         yield cast(pa.Table, batch)
@@ -132,13 +137,17 @@ def score_in_step(config: dict[str, Any]) -> list[pa.Table]:
 def _write(task: Task, scored: Iterable[pa.Table]) -> tuple[int, list[dict[str, str]]]:
     """Write reference.parquet; returns how many edits it holds, and those that were left out."""
     bad: list[dict[str, str]] = []
-    kept = 0
+    kept = done = 0
+    edits = len(_edits(task))
     with pq.ParquetWriter(task.output / "reference.parquet", REFERENCE) as writer:
         for table in scored:
+            done += len(table)
+            task.progress.post({"chain": task.name, "phase": "scoring", "edit": done, "edits": edits})
             bad += [
                 {"where": r["id"], "field": r["bad"], "reason": "has no tokens"} for r in table.to_pylist() if r["bad"]
             ]
             good = table.filter(pc.field("bad").is_null()).select(REFERENCE.names)
             kept += len(good)
             writer.write_table(good)
+    task.progress.post({"chain": task.name, "phase": "done"})
     return kept, bad
