@@ -76,7 +76,7 @@ def test_nothing_is_asked_while_it_moves_and_nothing_said_where_nothing_is_waite
 def test_a_standstill_in_words() -> None:
     """Two trials hold a little of both CPUs, and their tasks ask for whole ones."""
     nodes = [{"CPU": (0.99, 1.0), "memory": (5.0, 5.0)}, {"CPU": (0.99, 1.0)}]
-    assert standstill([({"CPU": 1.0}, 2)], nodes, {"ImplicitFunc of this run with 0.01 CPU": 2}) == (
-        "2 x 1 CPU are waited for; free: 0.99 of 1 CPU, 0.99 of 1 CPU; held by 2 x ImplicitFunc of this run with 0.01 CPU"
+    assert standstill([({"CPU": 1.0}, 2)], nodes, {"Trial of this run with 0.01 CPU": 2}) == (
+        "2 x 1 CPU are waited for; free: 0.99 of 1 CPU, 0.99 of 1 CPU; held by 2 x Trial of this run with 0.01 CPU"
     )
     assert amounts({"CPU_group_0_ab": 0.5, "CPU_group_ab": 0.5, "bundle_group_ab": 0.001}) == "0.5 CPU"

@@ -27,8 +27,8 @@ def waited_for() -> str | None:
     wanted = [(request.bundle, request.count) for demand in demands for request in demand.bundles_by_count]
     if not wanted:
         return None
-    nodes = [node for node in (*status.active_nodes, *status.idle_nodes) if node.resource_usage]
-    usage = [{u.resource_name: (u.total - u.used, u.total) for u in node.resource_usage.usage} for node in nodes]
+    found = [node.resource_usage for node in (*status.active_nodes, *status.idle_nodes)]
+    usage = [{u.resource_name: (u.total - u.used, u.total) for u in node.usage} for node in found if node]
     return standstill(wanted, usage, _holders(context.get_job_id()))
 
 
@@ -85,11 +85,10 @@ def _holders(job: str) -> Counter[str]:
     found: Counter[str] = Counter()
     how: dict[str, Any] = {"detail": True, "timeout": _SECONDS, "limit": 1000, "raise_on_missing_output": False}
     with suppress(Exception):
-        actors: list[Any] = list(state.list_actors(filters=[("state", "=", "ALIVE")], **how))
-        tasks: list[Any] = list(
-            state.list_tasks(filters=[("state", "=", "RUNNING"), ("type", "=", "NORMAL_TASK")], **how)
-        )
-        for one in [*actors, *tasks]:
+        running: Any = [("state", "=", "RUNNING"), ("type", "=", "NORMAL_TASK")]
+        holding: list[Any] = [*state.list_actors(filters=[("state", "=", "ALIVE")], **how)]
+        holding += state.list_tasks(filters=running, **how)
+        for one in holding:
             resources = _plain(one.required_resources or {})
             if resources.get("CPU") or resources.get("GPU"):
                 whose = "this run" if one.job_id == job else f"another run (job {one.job_id})"
