@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 from rich.console import Console
 
+from corsa.complaints import refused
 from corsa.edits import Edit, to_table
-from corsa.errors import CorsaError
 from corsa.options import EditOptions, EvaluateOptions
 
 if TYPE_CHECKING:
@@ -132,8 +132,7 @@ def _options(kind: type[Any], **fields: Any) -> Any:
     try:
         return kind(**given)
     except ValidationError as error:
-        fault = error.errors()[0]
-        raise CorsaError(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']} (found {fault['input']!r})") from None
+        raise refused(error, kind) from None
 
 
 @contextmanager

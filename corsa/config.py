@@ -9,8 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from tyro.conf import Suppress, arg
+
+from corsa.errors import CorsaError
 
 
 class Frozen(BaseModel):
@@ -46,10 +48,14 @@ class ModelConfig(Frozen):
     )
 
 
+SEEDS = 2**31 - 1
+"""The largest seed: the tables of answers hold it in 32 bits."""
+
+
 class LoraConfig(Frozen):
     """LoRA on every linear layer of the decoder (the output head excepted)."""
 
-    rank: int = Field(default=32, ge=1, description="rank of each pair of factors")
+    rank: int = Field(default=32, ge=1, le=16384, description="rank of each pair of factors")
     alpha: float = Field(default=64.0, gt=0, description="the product B A is scaled by alpha / rank")
 
 
@@ -255,6 +261,19 @@ class Placement(Frozen):
     gpu_memory: str | None = Field(
         default=None, description="of each GPU, such as 48GiB: a run that it cannot hold is refused; default: as found"
     )
+
+    @field_validator("gpu_memory")
+    @classmethod
+    def _an_amount(cls, value: str | None) -> str | None:
+        from corsa.planning.machine import as_bytes
+
+        if value is not None:
+            try:
+                as_bytes(value, "")
+            except CorsaError as error:
+                raise ValueError(str(error).strip()) from error
+        return value
+
     force: bool = Field(default=False, description="start also what the plan says cannot fit in memory")
     branch: Annotated[str, Suppress] = Field(
         default="", description="steps of different branches share no worker group: what befalls one spares the others"

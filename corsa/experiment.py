@@ -18,6 +18,7 @@ from corsa.benchmarks import BENCHMARKS, digest
 from corsa.commandline import listed
 from corsa.config import (
     METHODS,
+    SEEDS,
     STEPS,
     EvaluationConfig,
     FLearningConfig,
@@ -151,11 +152,20 @@ class Experiment(Frozen):
         for method in self.methods:
             if method not in METHODS:
                 raise unknown_name("method", method, METHODS)
-        if any(seed < 0 for seed in self.seeds):
-            raise CorsaError(f"--seeds {','.join(map(str, self.seeds))}: a seed is a whole number from 0")
+        if wrong := [seed for seed in self.seeds if not 0 <= seed <= SEEDS]:
+            raise CorsaError(f"--seeds {wrong[0]}: a seed is a whole number from 0 to {SEEDS}")
+        check_trackers(self.track)
         if not self.methods or not self.seeds:
             raise CorsaError("nothing would be trained: name at least one of --methods and one of --seeds")
         return self
+
+
+def check_trackers(where: Sequence[str]) -> None:
+    """Raises `CorsaError` for a tracker that a finished run could not be sent to."""
+    if where:  # its libraries are loaded where one is asked for
+        from corsa.report.trackers import check
+
+        check(where)
 
 
 # The steps that scenarios are made of

@@ -24,6 +24,7 @@ from corsa.flow import Outcome, Step, Store, draw, run
 from corsa.flow.cluster import connect, disconnect, submitted
 from corsa.flow.step import topological
 from corsa.flow.store import Artifact
+from corsa.identities import EditsConfig
 from corsa.planning.refusal import refuse_what_memory_cannot_hold
 from corsa.training.placing import groups_side_by_side, refuse_what_cannot_fit
 
@@ -67,7 +68,7 @@ def launch(experiment: Experiment, planned: Step | Branches, console: Console) -
     branches = planned if isinstance(planned, Branches) else None
     targets = list(branches.reports.values()) if branches else [cast(Step, planned)]
     if experiment.dry_run:
-        console.print(draw([branches.join(branches.reports, {})] if branches else targets, store))
+        show_plan([branches.join(branches.reports, {})] if branches else targets, store, console)
         return 0
     announce(experiment, store, console)
     outcome = _attempt(targets, store, console, experiment.quiet)
@@ -94,6 +95,22 @@ def launch(experiment: Experiment, planned: Step | Branches, console: Console) -
         if name in page.record.files:
             console.print(page.path(name), markup=False, highlight=False, soft_wrap=True)
     return 1 if outcome.failed else 0
+
+
+def show_plan(targets: Sequence[Step], store: Store, console: Console) -> None:
+    """Draw some steps and all that they need (`--dry-run`).
+
+    Raises:
+        CorsaError: the facts that one of them reads cannot be had, or there are none.
+    """
+    from corsa.benchmarks import read
+
+    for step in topological(targets):
+        config = step.config
+        if isinstance(config, EditsConfig) and not store.find(step):
+            data = getattr(step.placement, "data", None)
+            read(config.benchmark, data, limit=1, offset=config.offset, on_bad_record="skip")
+    console.print(draw(targets, store))
 
 
 def announce(experiment: Experiment, store: Store, console: Console) -> None:

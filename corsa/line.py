@@ -23,10 +23,11 @@ from typing import Any, Literal
 import pyarrow.parquet as pq
 from pydantic import ConfigDict, ValidationError
 
+from corsa.adapters.extensions import refuse_extensions
 from corsa.benchmarks.file import Draft
 from corsa.config import Frozen, LoraConfig, ModelConfig
 from corsa.edits import Edit, FieldError, from_table, normalise
-from corsa.errors import CorsaError
+from corsa.errors import CorsaError, nearest
 from corsa.models.registry import hub_name
 from corsa.wordings import wordings
 
@@ -145,6 +146,7 @@ def open_line(directory: str | Path) -> Line:
         history = History.model_validate_json(text) if (text := _read(path / FILE)) else None
     except (json.JSONDecodeError, ValidationError, UnicodeDecodeError) as error:
         raise CorsaError(f"adapter {path}: a file of it is damaged: {str(error).splitlines()[0]}") from error
+    refuse_extensions(settings, path / "adapter_config.json")
     return Line(path, settings, history)
 
 
@@ -218,7 +220,11 @@ def taken_back(before: Sequence[Edit], wanted: Sequence[str], update: int) -> li
         edit = next((e for e in reversed(before) if normalise(name) in _names(e)), None)
         if edit is None:
             known = "; ".join(f"{e.id} ({e.prompt})" for e in before[:5]) + ("; ..." if len(before) > 5 else "")
-            raise CorsaError(f"no standing edit is called {name!r}: give an id or the whole question. Known: {known}")
+            near = nearest(name, [n for e in before for n in (e.id, e.chain, e.prompt)])
+            hint = f"did you mean {near!r}? " if near else ""
+            raise CorsaError(
+                f"no standing edit is called {name!r}: {hint}Give an id or the whole question. Known: {known}"
+            )
         edits.append(
             Edit.build(
                 id=f"{update}/undo/{edit.id}",

@@ -9,6 +9,7 @@ from pydantic import Field
 from corsa.commandline import listed
 from corsa.config import (
     METHODS,
+    SEEDS,
     EvaluationConfig,
     FLearningConfig,
     Frozen,
@@ -61,7 +62,7 @@ class Teaching(Options):
     """How an update is trained. Fewer facts than a benchmark's: smaller batches than the paper's, and more epochs."""
 
     method: str = Field(default="corsa", description=f"one of {', '.join(TEACHING)}")
-    seed: int = Field(default=0, ge=0, description="of LoRA's initial values and the order of the facts")
+    seed: int = Field(default=0, ge=0, le=SEEDS, description="of LoRA's initial values and the order of the facts")
     lora: LoraConfig = Field(default=LoraConfig(), description="shape of the adapter; a line keeps that of its first")
     corsa: StepConfig = StepConfig()
     f_learning: FLearningConfig = FLearningConfig()

@@ -21,9 +21,9 @@ from corsa.commandline import configure, exit_with, listed
 from corsa.config import plain
 from corsa.errors import CorsaError, unknown_name
 from corsa.experiment import Experiment, base, chain, dealt, facts, swept
-from corsa.flow import Artifact, Step, Store, draw
+from corsa.flow import Artifact, Step, Store
 from corsa.identities import RoundsConfig
-from corsa.launch import announce, bring_about, lasting, launch, repeat_command
+from corsa.launch import announce, bring_about, lasting, launch, repeat_command, show_plan
 from corsa.page import Page
 from corsa.tuning.space import Space, applied
 
@@ -190,7 +190,7 @@ def main() -> int:
     experiment = placed(experiment)
     step, store = sweep(experiment, command), Store(lasting(experiment.storage))
     if experiment.dry_run:
-        console.print(draw([step], store))
+        show_plan([step], store, console)
         return 0
     announce(experiment, store, console)
     found = bring_about(step, store, console, experiment.quiet)

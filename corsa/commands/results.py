@@ -9,8 +9,8 @@ from typing import Any
 from rich.console import Console
 
 from corsa.commands import GATE_NOT_PASSED
-from corsa.flow import Store, draw
-from corsa.launch import lasting
+from corsa.flow import Store
+from corsa.launch import lasting, show_plan
 from corsa.options import EvaluateOptions, Teaching
 from corsa.report.facts import facts, summary, table
 from corsa.report.tables import summary_tables
@@ -24,11 +24,22 @@ def teach(options: Teaching, plan: Plan, as_json: bool) -> int:
 
     console = Console(stderr=as_json)
     if options.dry_run:
-        console.print(draw([plan.report], Store(lasting(options.storage))))
+        _say_what_no_gate_measures(options, plan, console)
+        show_plan([plan.report], Store(lasting(options.storage)), console)
         return 0
     _say(console, plan.report.config.canonical()["title"])
+    _say_what_no_gate_measures(options, plan, console)
     result = teach(options, plan, console)
     return _show(result, as_json, Console())
+
+
+def _say_what_no_gate_measures(options: Teaching, plan: Plan, console: Console) -> None:
+    if plan.line is None and options.gates.max_forgetting is not None:
+        _say(
+            console,
+            "note: --max-forgetting has nothing to measure in a first update, which has no earlier facts to forget: it "
+            "will pass. Give --adapter to go on from an earlier update",
+        )
 
 
 def ask(options: EvaluateOptions, as_json: bool) -> int:
@@ -37,7 +48,7 @@ def ask(options: EvaluateOptions, as_json: bool) -> int:
 
     console = Console(stderr=as_json)
     if options.dry_run:
-        console.print(draw([plan_evaluation(options)[1]], Store(lasting(options.storage))))
+        show_plan([plan_evaluation(options)[1]], Store(lasting(options.storage)), console)
         return 0
     return _show(evaluate(options, console), as_json, Console())
 
