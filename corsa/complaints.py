@@ -48,17 +48,19 @@ def refused_option(error: ValidationError, prefix: str = "") -> CorsaError:
 @contextmanager
 def options_explained() -> Iterator[None]:
     """Inside, what a command line gives to a configuration that refuses it is raised as a `CorsaError`."""
-    plain: Any = tyro._calling.InstantiationError
+    plain: Any = tyro._errors.fire_and_exit_instantiation_failure
 
-    class Explained(plain):
-        def __init__(self, message: str, arg: Any) -> None:
-            refusal = sys.exc_info()[1]
-            if isinstance(refusal, ValidationError):
-                raise refused_option(refusal, arg if isinstance(arg, str) else "") from refusal
-            super().__init__(message, arg)
+    def explained(*given: Any, arg_fallback: Any, **more: Any) -> None:
+        error = sys.exc_info()[1]
+        if isinstance(error, ValidationError):  # of the whole; else of a group, which it has been wrapped for
+            raise refused_option(error) from error
+        refusal = error and error.__context__
+        if isinstance(refusal, ValidationError):
+            raise refused_option(refusal, arg_fallback if isinstance(arg_fallback, str) else "") from refusal
+        plain(*given, arg_fallback=arg_fallback, **more)
 
     try:
-        with patch.object(tyro._calling, "InstantiationError", Explained):
+        with patch.object(tyro._errors, "fire_and_exit_instantiation_failure", explained):
             yield
     except ValidationError as error:
         frames = traceback.walk_tb(error.__traceback__)

@@ -107,8 +107,9 @@ def show_plan(targets: Sequence[Step], store: Store, console: Console) -> None:
 
     for step in topological(targets):
         config = step.config
-        if isinstance(config, EditsConfig) and not store.find(step):
-            data = getattr(step.placement, "data", None)
+        data = getattr(step.placement, "data", None)
+        # A file that is there is read when its step is run, the first of all; what may not be there is looked for now.
+        if isinstance(config, EditsConfig) and (config.offset or data is None) and not store.find(step):
             read(config.benchmark, data, limit=1, offset=config.offset, on_bad_record="skip")
     console.print(draw(targets, store))
 

@@ -146,7 +146,7 @@ def open_line(directory: str | Path) -> Line:
         history = History.model_validate_json(text) if (text := _read(path / FILE)) else None
     except (json.JSONDecodeError, ValidationError, UnicodeDecodeError) as error:
         raise CorsaError(f"adapter {path}: a file of it is damaged: {str(error).splitlines()[0]}") from error
-    refuse_extensions(settings, path / "adapter_config.json")
+    refuse_extensions({"peft_type": "LORA"} | settings, path / "adapter_config.json")
     return Line(path, settings, history)
 
 

@@ -53,7 +53,7 @@ def test_a_sweep_whose_trials_fill_every_cpu_ends(nodes: Nodes, tmp_path: Path) 
     log = submit(nodes, "tune/sweep.py", *SHAPE, "--development", "6", "--trials", "4", "--storage", tmp_path)
     assert "trials side by side: 2 CPUs / (1 worker x 1 CPU) = 2 at once" in log
     assert "4 trials: 4 finished, 0 stopped early, 0 failed" in log
-    phases = set(re.findall(r"^running  trial\S+.*?  (loading|training|evaluating)", log, re.MULTILINE))
+    phases = set(re.findall(r"^running  \S+/trial\S+  (loading|training|evaluating)", log, re.MULTILINE))
     assert phases == {"loading", "training", "evaluating"}, log
     assert "sharding: {zero_stage" not in log  # the configuration is not printed whole
     assert "development: 6" in log
