@@ -15,8 +15,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from corsa.cli import main
-from corsa.commandline import NARROWEST, answered
+from corsa.cli.main import main
+from corsa.config.command_line import NARROWEST, answered
 from corsa.errors import nearest
 
 ROOT = Path(__file__).parents[1]
@@ -101,8 +101,8 @@ def test_adapters_that_nothing_can_be_taught_on_are_refused(
     dora = adapter(tmp_path / "dora", use_dora=True)
     assert "use_dora is set; only plain LoRA can be read" in said([*edit, "--adapter", dora], capsys)
     broken = adapter(tmp_path / "broken", value=float("nan"))
-    from corsa.adapters.peft_files import read_factors
     from corsa.errors import CorsaError
+    from corsa.lora.peft_format import read_factors
 
     with pytest.raises(CorsaError, match=r"lora_A.weight holds values that are not finite"):
         read_factors(broken)
@@ -138,8 +138,8 @@ def test_facts_that_are_not_there_are_said_by_a_dry_run(tmp_path: Path) -> None:
 
 
 def test_a_file_that_is_no_yaml_is_named_with_its_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from corsa.commandline import configure
-    from corsa.experiment import Experiment
+    from corsa.config.command_line import configure
+    from corsa.experiments.base import Experiment
 
     path = tmp_path / "broken.yaml"
     path.write_text("model: x\ntraining: {epochs: [1\nlimit: 3\n")
@@ -153,7 +153,7 @@ def environment(**more: str) -> dict[str, str]:
 
 def corsa(*words: str, before: str = "", **more: str) -> subprocess.CompletedProcess[str]:
     """`corsa WORDS` in a shell, after `before`."""
-    line = f"{before} exec {sys.executable} -m corsa.cli {' '.join(words)}"
+    line = f"{before} exec {sys.executable} -m corsa.cli.main {' '.join(words)}"
     return subprocess.run(
         ["bash", "-c", line], env=environment(**more), cwd=ROOT, capture_output=True, text=True, check=False, timeout=60
     )
@@ -190,7 +190,9 @@ def test_an_output_that_is_full_or_closed_is_said(tmp_path: Path) -> None:
 @pytest.mark.process
 @pytest.mark.parametrize("how", [{"PYTHONIOENCODING": "ascii"}, {"LANG": "C", "LC_ALL": "C", "PYTHONUTF8": "0"}])
 def test_text_that_an_encoding_lacks_is_written_in_escapes(how: dict[str, str]) -> None:
-    code = "import sys; from corsa.commandline import answered; sys.exit(answered(lambda: print('\\u010capek')))"
+    code = (
+        "import sys; from corsa.config.command_line import answered; sys.exit(answered(lambda: print('\\u010capek')))"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment(**how), cwd=ROOT, capture_output=True, text=True, check=False
     )
@@ -201,7 +203,7 @@ def test_text_that_an_encoding_lacks_is_written_in_escapes(how: dict[str, str]) 
 WAITING = """
 import signal, sys, time
 from rich.console import Console
-from corsa.commandline import exit_with
+from corsa.config.command_line import exit_with
 from corsa.config import Frozen
 from corsa.flow import Kind, Step, Store, run
 

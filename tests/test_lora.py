@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 from tiny import FAMILIES, LORA, shaken, tiny_model
 from torch import Tensor, nn
 
-from corsa.adapters.peft_files import PREFIX, load_adapter, save_adapter
 from corsa.config import LoraConfig
 from corsa.errors import CorsaError
-from corsa.models.lora import Lora, linear_layers
+from corsa.lora.flat import Lora, linear_layers
+from corsa.lora.peft_format import PREFIX, load_adapter, save_adapter
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore::FutureWarning")]
 

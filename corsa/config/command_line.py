@@ -1,0 +1,174 @@
+"""From the command line and a YAML file to a configuration, and from a failure to a line a person can act on."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import io
+import os
+import shutil
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, TypeVar
+
+import tyro
+import yaml
+from pydantic import ValidationError
+from tyro.constructors import PrimitiveConstructorSpec
+
+from corsa.config import Frozen
+from corsa.config.complaints import options_explained, refused
+from corsa.errors import CorsaError
+
+C = TypeVar("C", bound=Frozen)
+
+
+def listed(kind: type, metavar: str) -> PrimitiveConstructorSpec[Any]:
+    """Marks a tuple field that is given as one word: `--methods lora,corsa`."""
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=metavar,
+        instance_from_str=lambda words: tuple(kind(w.strip()) for w in words[0].split(",") if w.strip()),
+        is_instance=lambda value: isinstance(value, tuple),
+        str_from_instance=lambda value: [",".join(map(str, value))],
+    )
+
+
+def configure(default: C, arguments: Sequence[str], *, program: str, description: str) -> C:
+    """The configuration that `--config FILE` and the other options make of `default`; the options win over the file.
+
+    Prints help or the parser's own complaint and exits where the arguments ask for that.
+
+    Raises:
+        CorsaError: the file cannot be read, or has a field that does not exist or a value that is not allowed.
+    """
+    file = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    file.add_argument("--config")
+    path = file.parse_known_args(arguments)[0].config
+    if path is not None:
+        default = _from_file(type(default), Path(path))
+    with options_explained():
+        return tyro.cli(type(default), default=default, args=list(arguments), prog=program, description=description)
+
+
+def _from_file(kind: type[C], path: Path) -> C:
+    try:
+        entries = yaml.safe_load(path.read_text()) or {}
+    except OSError as e:
+        raise CorsaError(f"configuration file {path} cannot be read: {e.strerror}") from e
+    except (yaml.YAMLError, UnicodeDecodeError) as e:
+        raise CorsaError(f"configuration file {path}{_place(e)}") from e
+    if not isinstance(entries, dict):
+        raise CorsaError(f"configuration file {path} holds no mapping of fields to values")
+    try:
+        return kind.model_validate(entries)
+    except ValidationError as e:
+        raise refused(e, kind, f"configuration file {path}") from e
+
+
+def _place(error: Exception) -> str:
+    """Where a file stops to be YAML, and why."""
+    mark = getattr(error, "problem_mark", None)
+    if mark is None:
+        return f" is not YAML: {str(error).splitlines()[0]}"
+    why = getattr(error, "problem", None) or getattr(error, "context", None) or "it cannot be read"
+    return f", line {mark.line + 1}, column {mark.column + 1}: this is not YAML: {why}"
+
+
+def exit_with(main: Callable[[], int]) -> None:
+    """Run a command and exit with its status, see `answered`."""
+    sys.exit(answered(main))
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM has come: what Ctrl-C would end ends, and says what is kept."""
+
+
+def answered(command: Callable[[], int | None]) -> int:
+    """Run a command; its exit status. An error that the user can mend is one line on stderr."""
+    try:
+        with _terminated_as_interrupted():
+            _write_whatever_the_encoding()
+            _refuse_a_place_that_is_gone()
+            if shutil.get_terminal_size().columns < NARROWEST:  # help would be laid out for ever
+                os.environ["COLUMNS"] = str(NARROWEST)
+            try:
+                status = command()
+            finally:
+                sys.stdout.flush()  # here, not at exit, it shows that nobody reads, or that the disk is full
+    except CorsaError as error:
+        return _complain(str(error), error.status)
+    except Terminated:
+        return 128 + signal.SIGTERM
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    except BrokenPipeError:
+        _write_no_more()
+        return 1
+    except OSError as error:
+        if error.errno not in _NO_PLACE:
+            raise
+        _write_no_more()
+        return _complain(f"the output cannot be written: {error.strerror}. Free some space, or write elsewhere", 2)
+    return status or 0
+
+
+NARROWEST = 20
+"""Columns that are written for at least, however narrow the terminal."""
+
+_NO_PLACE = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EBADF)
+"""What a standard output raises that is full or closed."""
+
+
+def _complain(line: str, status: int) -> int:
+    with suppress(OSError, AttributeError, ValueError):  # a standard error that is closed hears nothing
+        print(f"error: {line}", file=sys.stderr)
+    return status
+
+
+def _write_no_more() -> None:
+    """What is left in the buffer of the standard output would fail again at exit."""
+    with suppress(OSError, ValueError, AttributeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _write_whatever_the_encoding() -> None:
+    """A terminal or a pipe that cannot show a character gets its escape, not an end of the command; one that is closed
+    gets nothing.
+    """
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - as long as the process
+        elif isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _refuse_a_place_that_is_gone() -> None:
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise CorsaError("the working directory is gone: change to one that exists (cd), and run this again") from error
+
+
+@contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """Inside, the first SIGTERM raises `Terminated`, also where SIGINT is ignored; a second one ends the process."""
+
+    def handle(number: int, frame: object) -> None:
+        del frame
+        signal.signal(number, signal.SIG_DFL)
+        raise Terminated
+
+    if threading.current_thread() is not threading.main_thread():  # no other may say what a signal does
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
