@@ -33,7 +33,7 @@ def load_edits(
 
     Args:
         source: a path (JSONL, CSV, Parquet), a `datasets.Dataset` or any rows with the columns `prompt`, `target_new`,
-            `target_old` and perhaps more (`corsa.data.benchmarks.file`); for the benchmark that ships with the project "".
+            `target_old` and perhaps more (`corsa.data.benchmarks.file`); "" for the benchmark that ships with it.
         name: the benchmark, `corsa data` lists them; "file": your own facts.
         how: `limit`, `offset`, `rounds` and the other arguments of `corsa.data.benchmarks.read`.
 
@@ -107,7 +107,7 @@ def evaluate(
 
     Args:
         edits: as in `edit`; None: a `benchmark`, or all that the `adapter` was taught.
-        options: fields of `corsa.editing.options.EvaluateOptions`: model, adapter, benchmark, data, limit, storage, gates, ...
+        options: fields of `corsa.editing.options.EvaluateOptions`: model, adapter, benchmark, data, limit, ...
 
     Returns:
         As `edit`, without a directory.

@@ -176,7 +176,8 @@ def test_what_fits_or_is_forced_or_unknown_is_not(rehearsed: Footprint, placemen
 def test_a_small_model_is_planned_without_torch() -> None:
     code = (
         "import sys; from rich.console import Console; import corsa.experiments.runner as launch; "
-        "from corsa.experiments.base import Experiment, chain, dealt, facts; from corsa.config.steps import RoundsConfig; "
+        "from corsa.experiments.base import Experiment, chain, dealt, facts; "
+        "from corsa.config.steps import RoundsConfig; "
         "asked = Experiment(); taught = facts(asked, 1); schedule = dealt(taught, RoundsConfig(rounds=1)); "
         "launch.refuse_what_memory_cannot_hold(chain(asked, 'corsa', 0, taught, schedule), Console()); "
         "assert not {'torch', 'ray', 'transformers'} & set(sys.modules)"

@@ -1,8 +1,8 @@
 """One optimizer step of CoRSA (Algorithm 1), and everything it is made of that needs to know phi and the batch.
 
 Plain LoRA and the ablations of Table 9 are settings of this step (`corsa.config.STEPS`); there is no second one. K
-adapters trained together (`corsa.algorithm.row_settings`) take it row by row of phi: every quantity below has a column (K, 1)
-where one adapter has a number, and no row sees another.
+adapters trained together (`corsa.algorithm.row_settings`) take it row by row of phi: every quantity below has a column
+(K, 1) where one adapter has a number, and no row sees another.
 """
 
 from __future__ import annotations

@@ -53,10 +53,23 @@ SEEDS = 2**31 - 1
 
 
 class LoraConfig(Frozen):
-    """LoRA on every linear layer of the decoder (the output head excepted)."""
+    """LoRA: the shape of an adapter, and the linear layers that it adds to. The output head is never among them."""
 
     rank: int = Field(default=32, ge=1, le=16384, description="rank of each pair of factors")
     alpha: float = Field(default=64.0, gt=0, description="the product B A is scaled by alpha / rank")
+    # An adapter on all layers has the identity it would have without these two fields.
+    targets: tuple[str, ...] = Field(
+        default=("all-linear",),
+        min_length=1,
+        exclude_if=lambda targets: targets == ("all-linear",),
+        description="linear layers by the end of their names, as PEFT's target_modules: q_proj v_proj; or all-linear",
+    )
+    layers: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(
+        default=None,
+        min_length=1,
+        exclude_if=lambda layers: layers is None,
+        description="decoder layers, from 0, as PEFT's layers_to_transform; default: all",
+    )
 
 
 class StepConfig(Frozen):

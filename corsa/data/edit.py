@@ -1,7 +1,7 @@
 """The Edit record: one fact to be changed, with the questions that show whether it was; and its Arrow schema.
 
-Everything a benchmark or a user's file offers becomes this one type (`corsa.data.benchmarks`); on disk it is a Parquet table
-of `EDIT_SCHEMA`, one row an edit.
+Every benchmark record and every fact of a user's file becomes this type (`corsa.data.benchmarks`). On disk it is a
+Parquet table of `EDIT_SCHEMA`, one row an edit.
 """
 
 from __future__ import annotations

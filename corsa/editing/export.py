@@ -1,4 +1,4 @@
-"""Writing what an update leaves: the directory of a line (`corsa.editing.history`), made aside and put in place whole."""
+"""Writes the directory of an adapter after an update (`corsa.editing.history`): made aside, then moved into place."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def _history(options: Teaching, plan: Plan, trained: Artifact, aside: Path, out:
         source=Path(options.edits).name if isinstance(options, EditOptions) else "",
     )
     before = plan.line.updates if plan.line else ()
-    return History(model=plan.experiment.model, updates=(*before, update))
+    return History(model=plan.experiment.model, lora=plan.experiment.lora, updates=(*before, update))
 
 
 def _card(options: Teaching, plan: Plan, aside: Path, history: History) -> str:

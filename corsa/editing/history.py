@@ -57,6 +57,7 @@ class History(Frozen):
     model_config = ConfigDict(extra="ignore")
 
     model: ModelConfig
+    lora: LoraConfig | None = None  # written since LoRA's targets can be chosen; before, every linear layer
     updates: tuple[Update, ...]
 
 
@@ -74,8 +75,16 @@ class Line:
 
     @property
     def lora(self) -> LoraConfig:
-        """The shape of the adapter."""
-        return LoraConfig(rank=self.settings.get("r", 8), alpha=self.settings.get("lora_alpha", 8))
+        """The shape of the adapter and the layers that it adds to."""
+        shape = {"rank": self.settings.get("r", 8), "alpha": self.settings.get("lora_alpha", 8)}
+        if self.history:
+            return (self.history.lora or LoraConfig()).model_copy(update=shape)
+        targets = self.settings.get("target_modules")
+        if isinstance(targets, list) and targets:
+            shape["targets"] = tuple(map(str, targets))
+        if isinstance(layers := self.settings.get("layers_to_transform"), list):
+            shape["layers"] = tuple(layers)
+        return LoraConfig(**shape)
 
     @cached_property
     def edits(self) -> list[Edit]:

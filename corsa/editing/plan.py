@@ -193,8 +193,8 @@ def _experiment(options: Teaching, line: Line | None) -> Experiment:
     lora = line.lora if line and options.lora == LoraConfig() else options.lora
     if line and options.method != "f-learning" and lora != line.lora:
         raise CorsaError(
-            f"adapter {line.directory} has rank {line.lora.rank} and alpha {line.lora.alpha:g}: "
-            "a line keeps its shape, leave --lora.rank and --lora.alpha out"
+            f"adapter {line.directory} has rank {line.lora.rank}, alpha {line.lora.alpha:g} and its own target layers. "
+            "An update keeps them: leave the --lora options out"
         )
     experiment = Experiment(
         model=base_model(options, line),

@@ -1,7 +1,7 @@
 """What every scenario shares: its configuration, and the steps it is made of.
 
-A scenario (a file under `pipelines/`) is a function from a configuration to steps; `corsa.experiments.runner` runs them. Nothing
-here imports torch or ray: a scenario is planned before either is needed.
+A scenario (a file under `pipelines/`) is a function from a configuration to steps; `corsa.experiments.runner` runs
+them. Nothing here imports torch or ray: a scenario is planned before either is needed.
 """
 
 from __future__ import annotations

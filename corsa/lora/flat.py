@@ -37,6 +37,48 @@ def linear_layers(model: nn.Module) -> list[tuple[str, nn.Linear]]:
     return [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head]
 
 
+def target_layers(model: nn.Module, config: LoraConfig) -> list[tuple[str, nn.Linear]]:
+    """The linear layers that `config.targets` and `config.layers` choose, by PEFT's rules, in module order.
+
+    Raises:
+        CorsaError: the model has no linear layer, or a target or a layer number matches none.
+    """
+    every = linear_layers(model)
+    if not every:
+        raise CorsaError(f"{type(model).__name__} has no torch.nn.Linear layer for LoRA to add to")
+    chosen = every
+    if config.targets != ("all-linear",):
+        for target in config.targets:
+            if not any(_is_target(name, target) for name, _ in every):
+                known = ", ".join(sorted({name.rsplit(".", 1)[-1] for name, _ in every}))
+                raise CorsaError(f"--lora.targets {target}: no linear layer has this name; this model has {known}")
+        chosen = [(name, m) for name, m in every if any(_is_target(name, target) for target in config.targets)]
+    if config.layers is not None:
+        numbers = {number for name, _ in every if (number := _layer_number(name)) is not None}
+        if missing := sorted(set(config.layers) - numbers):
+            raise CorsaError(f"--lora.layers {missing[0]}: this model has layers 0 to {max(numbers, default=-1)}")
+        chosen = [(name, m) for name, m in chosen if _layer_number(name) in config.layers]
+    if not chosen:
+        raise CorsaError("--lora.targets and --lora.layers together choose no layer of this model")
+    return chosen
+
+
+def _is_target(name: str, target: str) -> bool:
+    """PEFT's rule for a list of target_modules."""
+    return name == target or name.endswith(f".{target}")
+
+
+def _layer_number(name: str) -> int | None:
+    """The number of the decoder layer that a module belongs to, as in `model.layers.3.mlp.up_proj`."""
+    return next((int(part) for part in name.split(".") if part.isdecimal()), None)
+
+
+def _shortest(chosen: list[str], every: list[str]) -> list[str]:
+    ends = sorted({name.rsplit(".", 1)[-1] for name in chosen})
+    same = [name for name in every if any(_is_target(name, end) for end in ends)]
+    return ends if same == chosen else sorted(chosen)
+
+
 class Lora:
     """Adapters attached to `model` by forward hooks.
 
@@ -44,13 +86,13 @@ class Lora:
         phi: (K, P) float32 leaf that requires grad. Within a row, the sites follow one another, each as its A factor
             (rank, inputs) and then its B factor (outputs, rank), row-major.
         sites: the linear layers, in the order of phi.
+        target_modules: the sites as PEFT names them: ends of names, or whole names where an end is ambiguous.
     """
 
     def __init__(self, model: nn.Module, config: LoraConfig, *, seed: int = 0, adapters: int = 1) -> None:
-        layers = linear_layers(model)
-        if not layers:
-            raise CorsaError(f"{type(model).__name__} has no torch.nn.Linear layer for LoRA to add to")
+        layers = target_layers(model, config)
         self.config = config
+        self.target_modules = _shortest([name for name, _ in layers], [name for name, _ in linear_layers(model)])
         self.sites = [Site(name, m.in_features, m.out_features) for name, m in layers]
         self.scale = config.alpha / config.rank
         self._shapes = [shape for s in self.sites for shape in ((config.rank, s.inputs), (s.outputs, config.rank))]

@@ -37,7 +37,7 @@ def save_adapter(lora: Lora, directory: Path, base_model: str, row: int = 0) -> 
         base_model,
         r=lora.config.rank,
         lora_alpha=lora.config.alpha,
-        target_modules=sorted({site.name.rsplit(".", 1)[-1] for site in lora.sites}),
+        target_modules=lora.target_modules,
     )
 
 

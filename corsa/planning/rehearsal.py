@@ -30,8 +30,8 @@ from corsa.planning.memory_ledger import Ledger, as_items
 class Footprint:
     """What one worker holds at the peak of a step with the whole base on it.
 
-    items: bytes by purpose (`corsa.planning.memory_ledger.ITEMS`). saved: bytes that autograd keeps from one forward pass to
-    its backward pass. flops: floating-point operations of the step (a multiplication and an addition are two).
+    items: bytes by purpose (`corsa.planning.memory_ledger.ITEMS`). saved: bytes that autograd keeps from one forward
+    pass to its backward pass. flops: floating-point operations of the step (a multiplication and an addition are two).
     parameters, trained: how many of the base, and of LoRA. activations, logits: bytes of each at its largest, which
     need not be at the peak.
     """
@@ -70,6 +70,7 @@ def rehearse(
         checkpointing: recompute each layer in the backward pass instead of keeping what it computed.
     """
     depth: int = architecture.num_hidden_layers
+    lora = lora.model_copy(update={"layers": None})  # an upper bound: the plan is made from fewer layers than there are
     period = _period(getattr(architecture, "layer_types", None) or [])
     low = depth % period + 2 * period
 
