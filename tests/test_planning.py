@@ -22,12 +22,12 @@ from corsa.algorithm.losses import dpo_loss, sft_loss
 from corsa.algorithm.packing import Triplet, pack
 from corsa.cli.main import main
 from corsa.config import STEPS, LoraConfig, ModelConfig, ShardingConfig, StepConfig
+from corsa.config.amounts import as_bytes
 from corsa.errors import CorsaError
 from corsa.lora.flat import Lora
 from corsa.models.activation_checkpointing import recompute_activations
 from corsa.models.shapes import architecture
 from corsa.planning import plan as planning
-from corsa.planning.machine import as_bytes
 from corsa.planning.memory import hold, settings
 from corsa.planning.plan import Job, Plan, plan
 from corsa.planning.rates import Rate

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from tyro.conf import Suppress, arg
 
+from corsa.config.amounts import as_bytes
 from corsa.errors import CorsaError
 
 
@@ -278,8 +279,6 @@ class Placement(Frozen):
     @field_validator("gpu_memory")
     @classmethod
     def _an_amount(cls, value: str | None) -> str | None:
-        from corsa.planning.machine import as_bytes
-
         if value is not None:
             try:
                 as_bytes(value, "")

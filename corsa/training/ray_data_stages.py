@@ -1,5 +1,5 @@
-"""Stages of Ray Data: how tables become datasets, how actors that each hold a model are asked for, and what happens when they
-are lost.
+"""Stages of Ray Data: how tables become datasets, how actors that each hold a model are asked for, and what happens
+when they are lost.
 """
 
 from __future__ import annotations

@@ -13,8 +13,9 @@ from tyro.conf import arg
 
 from corsa.cli.commands import app
 from corsa.config import STEPS, LoraConfig, ModelConfig, StepConfig
+from corsa.config.amounts import as_bytes
 from corsa.errors import CorsaError, unknown_name
-from corsa.planning.machine import as_bytes, memory_here
+from corsa.planning.machine import memory_here
 
 WIDTH = 80
 """Columns of the widest table."""
