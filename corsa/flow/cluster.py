@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from unittest.mock import patch
@@ -61,6 +63,9 @@ def connect(console: Console) -> None:
                     "for a token, RAY_AUTH_MODE=token and RAY_AUTH_TOKEN (cluster/README.md); or unset RAY_ADDRESS to "
                     "start a cluster here"
                 ) from error
+    if threading.current_thread() is threading.main_thread():
+        # Ray's C++ side has put a handler of its own before this process's, which aborts it after three seconds.
+        signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM) or signal.SIG_DFL)
     if not verbose:
         logging.getLogger("ray").setLevel(logging.ERROR)
     if context.dashboard_url:
