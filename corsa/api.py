@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
+from corsa.config.complaints import refused
 from corsa.data.edit import Edit, to_table
 from corsa.data.text import shown
 from corsa.editing.options import EditOptions, EvaluateOptions
@@ -133,8 +134,7 @@ def _options(kind: type[Any], **fields: Any) -> Any:
     try:
         return kind(**given)
     except ValidationError as error:
-        fault = error.errors()[0]
-        raise CorsaError(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']} (found {fault['input']!r})") from None
+        raise refused(error, kind) from None
 
 
 @contextmanager

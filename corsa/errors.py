@@ -25,6 +25,21 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> CorsaError:
     "unknown method 'crosa': did you mean 'corsa'? Known: lora, corsa"
     """
     names = list(known)
-    near = get_close_matches(name, names, n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]!r}? " if near else ""
+    near = nearest(name, names)
+    hint = f"did you mean {near!r}? " if near else ""
     return CorsaError(f"unknown {kind} {name!r}: {hint}Known: {', '.join(names)}")
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The known name most like this one, whatever their case and closing punctuation; None if none is like it.
+
+    >>> nearest("who leads acme", ["1/0", "Who leads Acme?", "Who led Acme?"])
+    'Who leads Acme?'
+    """
+    by_text = {_bare(other): other for other in known}
+    near = get_close_matches(_bare(name), list(by_text), n=1, cutoff=0.5)
+    return by_text[near[0]] if near else None
+
+
+def _bare(text: str) -> str:
+    return text.casefold().strip().strip(".?!")

@@ -13,7 +13,7 @@ from conftest import ROOT
 from pydantic import ValidationError
 
 from corsa.config import STEPS, StepConfig
-from corsa.config.command_line import configure, exit_with
+from corsa.config.command_line import answered, configure, exit_with
 from corsa.errors import CorsaError
 from corsa.experiments.code.base import CodeExperiment
 from corsa.experiments.runner import repeat_command
@@ -167,10 +167,10 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
     [
         (["--worker", "3"], ["Unrecognized options", "--workers"]),
         (["--corsa.rh", "1"], ["Unrecognized options", "--corsa.rho"]),
-        (["--corsa.rho", "-1"], ["rho", "greater than or equal to 0"]),
-        (["--corsa.beta", "0"], ["beta", "greater than 0"]),
-        (["--rounds", "0"], ["rounds", "greater than or equal to 1"]),
-        (["--update-share", "1"], ["update_share", "less than 1"]),
+        (["--corsa.rho", "-1"], ["--corsa.rho", "greater than or equal to 0"]),
+        (["--corsa.beta", "0"], ["--corsa.beta", "greater than 0"]),
+        (["--rounds", "0"], ["--rounds", "greater than or equal to 1"]),
+        (["--update-share", "1"], ["--update-share", "less than 1"]),
         (["--training.epochs", "two"], ["--training.epochs", "two"]),
         (["--dtype", "float16"], ["--dtype", "float16"]),
         (["--seeds", "a"], ["--seeds", "'a'"]),
@@ -180,12 +180,16 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
 def test_options_that_are_wrong_end_with_status_2(
     arguments: list[str], said: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit) as caught:
-        given(*arguments)
-    assert caught.value.code == 2
+    try:
+        status: Any = answered(lambda: bool(given(*arguments)))
+    except SystemExit as left:  # the parser's own complaint
+        status = left.code
+    assert status == 2
     shown = capsys.readouterr()
     for word in said:
         assert word in shown.out + shown.err
+    assert "tyro" not in shown.out + shown.err
+    assert "pydantic" not in shown.out + shown.err
 
 
 # The script

@@ -18,6 +18,7 @@ MODULES = (
     "corsa.evaluation.matching",
     "corsa.data.benchmarks.world_facts",
     "corsa.flow.progress",
+    "corsa.flow.waiting",
     "corsa.editing.merging",
     "corsa.api",
 )

@@ -18,8 +18,7 @@ from corsa.config.steps import RoundsConfig
 from corsa.data.edit import from_table
 from corsa.experiments.base import Experiment, Facts, chain, dealt, facts
 from corsa.flow import Step, Store, run
-from corsa.flow.progress import Silent
-from corsa.flow.task import Task
+from corsa.flow.task import Silent, Task
 from corsa.models.encoding import Encoder
 from corsa.models.loading import load_tokenizer
 from corsa.training.rounds import take_rounds

@@ -23,13 +23,13 @@ from corsa.algorithm.losses import dpo_loss, sft_loss
 from corsa.algorithm.packing import Triplet, pack
 from corsa.cli.main import main
 from corsa.config import STEPS, LoraConfig, ModelConfig, ShardingConfig, StepConfig
+from corsa.config.amounts import as_bytes
 from corsa.errors import CorsaError
 from corsa.evaluation.metrics import compute
 from corsa.lora.flat import Lora
 from corsa.models.activation_checkpointing import recompute_activations
 from corsa.models.shapes import architecture
 from corsa.planning import plan as planning
-from corsa.planning.machine import as_bytes
 from corsa.planning.memory import hold, settings
 from corsa.planning.plan import Job, Plan, plan
 from corsa.planning.rates import Rate
@@ -282,6 +282,30 @@ def test_the_command_plans_a_model_that_is_nowhere(capsys: pytest.CaptureFixture
     assert "--detect POINTS" in capsys.readouterr().err
     assert main(["plan", "--model", "random:tiny-qwen4"]) == 2
     assert "tiny-qwen3" in capsys.readouterr().err
+    for words in (["--edits", "0"], ["--micro-batch", "0"], ["--gpus", "-1"], ["--tflops", "0"]):
+        assert main(["plan", "--model", "random:tiny-qwen3", *words]) == 2
+        assert capsys.readouterr().err.startswith(f"error: {' '.join(words)}: give ")
+
+
+def test_a_plan_is_whole_in_eighty_columns_and_when_piped(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The largest: every setting, and hundreds of GiB."""
+    monkeypatch.setenv("COLUMNS", "40")
+    words = ["plan", "--model", "qwen3-14b", "--gpus", "4", "--gpu-memory", "48GiB", "--tflops", "5"]
+    assert main(words) == 0
+    shown = capsys.readouterr()
+    assert "rehearsing a step of qwen3-14b" in shown.err
+    assert "…" not in shown.out
+    lines = [line for line in shown.out.splitlines() if line.startswith((" stage ", " base ", " activations "))]
+    rows = [line.split() for line in lines]
+    assert len(rows) == 9 + 2
+    for stage in rows[:9]:
+        assert float(stage[-6]) > 1  # what is held in all
+    base = next(row for row in rows if row[0] == "base")
+    assert len(base) == 1 + 9
+    assert float(base[1]) == pytest.approx(27.5, abs=0.1)  # 14.8 billion parameters of two bytes
+    assert all(len(line) <= 80 for line in lines)
 
 
 def test_the_command_says_how_many_facts_and_seeds_show_a_difference(

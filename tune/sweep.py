@@ -22,8 +22,8 @@ from corsa.config.steps import RoundsConfig
 from corsa.errors import CorsaError, unknown_name
 from corsa.experiments.base import Experiment, base, chain, dealt, facts, swept
 from corsa.experiments.report_spec import Page
-from corsa.experiments.runner import announce, bring_about, lasting, launch, repeat_command
-from corsa.flow import Artifact, Step, Store, draw
+from corsa.experiments.runner import announce, bring_about, lasting, launch, repeat_command, show_plan
+from corsa.flow import Artifact, Step, Store
 from corsa.flow.step import topological
 from corsa.planning.inputs import check_files
 from corsa.terminal import Console
@@ -193,10 +193,10 @@ def main() -> int:
     step, store = sweep(experiment, command), Store(lasting(experiment.storage))
     check_files(needed for needed in topological([step]) if not store.find(needed))
     if experiment.dry_run:
-        console.print(draw([step], store))
+        show_plan([step], store, console)
         return 0
     announce(experiment, store, console)
-    found = bring_about(step, store, console)
+    found = bring_about(step, store, console, experiment.quiet)
     if found is None:
         return 1
     show(found, console)

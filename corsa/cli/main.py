@@ -23,21 +23,36 @@ from corsa.cli.commands import plan as plan
 from corsa.cli.commands import push as push
 from corsa.cli.commands import runs as runs
 from corsa.cli.commands import undo as undo
+from corsa.cli.commands.perf import perf
 from corsa.config.command_line import answered
+from corsa.config.complaints import options_explained
+from corsa.errors import unknown_name
 
 
 def main(args: Sequence[str] | None = None) -> int:
     """Entry point. Returns the exit status, see `corsa.cli.commands.STATUSES`; an error is one line on stderr."""
     if os.environ.get("NO_COLOR"):
         tyro._experimental_options["ansi_codes"] = False
-    return answered(
-        lambda: app.cli(
+    return answered(lambda: _command(list(sys.argv[1:] if args is None else args)))
+
+
+def _command(args: list[str]) -> int | None:
+    known, place = app._subcommands, 0
+    while place < len(args) and not args[place].startswith("-"):
+        if args[place] not in known:
+            raise unknown_name(
+                "command", " ".join(args[: place + 1]), [" ".join([*args[:place], name]) for name in known]
+            )
+        if args[place] != "perf":
+            break
+        known, place = perf._subcommands, place + 1
+    with options_explained():
+        return app.cli(
             prog="corsa",
             description=f"Edit what language models know, again and again.\n\n{STATUSES}",
             args=args,
             config=[FlagCreatePairsOff],
         )
-    )
 
 
 if __name__ == "__main__":

@@ -12,8 +12,10 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 from tyro.conf import Suppress, arg
 
+from corsa.config.amounts import as_bytes
 from corsa.config.base import Frozen, plain
 from corsa.config.evaluation import EvaluationConfig as EvaluationConfig
+from corsa.errors import CorsaError
 
 
 class ModelConfig(Frozen):
@@ -34,10 +36,14 @@ class ModelConfig(Frozen):
     )
 
 
+SEEDS = 2**31 - 1
+"""The largest seed: the tables of answers hold it in 32 bits."""
+
+
 class LoraConfig(Frozen):
     """LoRA: the shape of an adapter, and the linear layers that it adds to. The output head is never among them."""
 
-    rank: int = Field(default=32, ge=1, description="rank of each pair of factors")
+    rank: int = Field(default=32, ge=1, le=16384, description="rank of each pair of factors")
     alpha: float = Field(default=64.0, gt=0, description="the product B A is scaled by alpha / rank")
     # An adapter on all layers has the identity it would have without these two fields.
     targets: tuple[str, ...] = Field(
@@ -301,6 +307,17 @@ class Placement(Frozen):
     gpu_memory: str | None = Field(
         default=None, description="of each GPU, such as 48GiB: a run that it cannot hold is refused; default: as found"
     )
+
+    @field_validator("gpu_memory")
+    @classmethod
+    def _an_amount(cls, value: str | None) -> str | None:
+        if value is not None:
+            try:
+                as_bytes(value, "")
+            except CorsaError as error:
+                raise ValueError(str(error).strip()) from error
+        return value
+
     force: bool = Field(default=False, description="start also what the plan says cannot fit in memory")
     branch: Annotated[str, Suppress] = Field(
         default="", description="steps of different branches share no worker group: what befalls one spares the others"

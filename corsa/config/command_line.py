@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import argparse
+import errno
+import io
 import os
+import shutil
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
 import tyro
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 from tyro.constructors import PrimitiveConstructorSpec
 
 from corsa.config import Frozen
 from corsa.config.bounded_yaml import read_yaml
-from corsa.errors import CorsaError, unknown_name
+from corsa.config.complaints import options_explained, refused
+from corsa.errors import CorsaError
 from corsa.terminal import visible
 
 C = TypeVar("C", bound=Frozen)
@@ -46,7 +53,8 @@ def configure(default: C, arguments: Sequence[str], *, program: str, description
     path = file.parse_known_args(arguments)[0].config
     if path is not None:
         default = _from_file(type(default), Path(path))
-    return tyro.cli(type(default), default=default, args=list(arguments), prog=program, description=description)
+    with options_explained():
+        return tyro.cli(type(default), default=default, args=list(arguments), prog=program, description=description)
 
 
 def _from_file(kind: type[C], path: Path) -> C:
@@ -55,27 +63,22 @@ def _from_file(kind: type[C], path: Path) -> C:
     except OSError as e:
         raise CorsaError(f"configuration file {path} cannot be read: {e.strerror}") from e
     except (yaml.YAMLError, UnicodeDecodeError) as e:
-        raise CorsaError(f"configuration file {path} is not YAML: {str(e).splitlines()[0]}") from e
+        raise CorsaError(f"configuration file {path}{_place(e)}") from e
     if not isinstance(entries, dict):
         raise CorsaError(f"configuration file {path} holds no mapping of fields to values")
     try:
         return kind.model_validate(entries)
     except ValidationError as e:
-        raise _explained(e, kind, path) from e
+        raise refused(e, kind, f"configuration file {path}") from e
 
 
-def _explained(error: ValidationError, kind: type[BaseModel], path: Path) -> CorsaError:
-    first = error.errors()[0]
-    where = [str(part) for part in first["loc"]]
-    if first["type"] != "extra_forbidden":
-        return CorsaError(
-            f"configuration file {path}: {'.'.join(where)}: {first['msg']} (found {repr(first['input'])[:200]})"
-        )
-    owner: Any = kind
-    for part in where[:-1]:
-        owner = owner.model_fields[part].annotation
-    known = [field.alias or name for name, field in owner.model_fields.items()]
-    return CorsaError(f"configuration file {path}: {unknown_name('field', where[-1], known)}")
+def _place(error: Exception) -> str:
+    """Where a file stops to be YAML, and why."""
+    mark = getattr(error, "problem_mark", None)
+    if mark is None:
+        return f" is not YAML: {str(error).splitlines()[0]}"
+    why = getattr(error, "problem", None) or getattr(error, "context", None) or "it cannot be read"
+    return f", line {mark.line + 1}, column {mark.column + 1}: this is not YAML: {why}"
 
 
 def exit_with(main: Callable[[], int]) -> None:
@@ -83,17 +86,91 @@ def exit_with(main: Callable[[], int]) -> None:
     sys.exit(answered(main))
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM has come: what Ctrl-C would end ends, and says what is kept."""
+
+
 def answered(command: Callable[[], int | None]) -> int:
     """Run a command; its exit status. An error that the user can mend is one line on stderr."""
     try:
-        status = command()
-        sys.stdout.flush()  # here, and not at exit, it shows that the reader has gone: `corsa ... | head`
+        with _terminated_as_interrupted():
+            _write_whatever_the_encoding()
+            _refuse_a_place_that_is_gone()
+            if shutil.get_terminal_size().columns < NARROWEST:  # help would be laid out for ever
+                os.environ["COLUMNS"] = str(NARROWEST)
+            try:
+                status = command()
+            finally:
+                sys.stdout.flush()  # here, not at exit, it shows that nobody reads, or that the disk is full
     except CorsaError as error:
-        print(f"error: {visible(str(error))}", file=sys.stderr)
-        return error.status
+        return _complain(str(error), error.status)
+    except Terminated:
+        return 128 + signal.SIGTERM
     except KeyboardInterrupt:
-        return 130
+        return 128 + signal.SIGINT
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left would fail again at exit
+        _write_no_more()
         return 1
+    except OSError as error:
+        if error.errno not in _NO_PLACE:
+            raise
+        _write_no_more()
+        return _complain(f"the output cannot be written: {error.strerror}. Free some space, or write elsewhere", 2)
     return status or 0
+
+
+NARROWEST = 20
+"""Columns that are written for at least, however narrow the terminal."""
+
+_NO_PLACE = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EBADF)
+"""What a standard output raises that is full or closed."""
+
+
+def _complain(line: str, status: int) -> int:
+    with suppress(OSError, AttributeError, ValueError):  # a standard error that is closed hears nothing
+        print(f"error: {visible(line)}", file=sys.stderr)
+    return status
+
+
+def _write_no_more() -> None:
+    """What is left in the buffer of the standard output would fail again at exit."""
+    with suppress(OSError, ValueError, AttributeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _write_whatever_the_encoding() -> None:
+    """A terminal or a pipe that cannot show a character gets its escape, not an end of the command; one that is closed
+    gets nothing.
+    """
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - as long as the process
+        elif isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _refuse_a_place_that_is_gone() -> None:
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise CorsaError("the working directory is gone: change to one that exists (cd), and run this again") from error
+
+
+@contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """Inside, the first SIGTERM raises `Terminated`, also where SIGINT is ignored; a second one ends the process."""
+
+    def handle(number: int, frame: object) -> None:
+        del frame
+        signal.signal(number, signal.SIG_DFL)
+        raise Terminated
+
+    if threading.current_thread() is not threading.main_thread():  # no other may say what a signal does
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

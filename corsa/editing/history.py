@@ -29,7 +29,8 @@ from corsa.data.benchmarks.file import Draft
 from corsa.data.edit import Edit, FieldError, from_table
 from corsa.data.paraphrase_templates import wordings
 from corsa.data.text import bare, folded, same_text
-from corsa.errors import CorsaError
+from corsa.errors import CorsaError, nearest
+from corsa.lora.extensions import refuse_extensions
 from corsa.lora.peft_settings import read_settings
 from corsa.models.registry import hub_name
 
@@ -168,7 +169,9 @@ def open_line(directory: str | Path) -> Line:
         history = History.model_validate_json(text) if (text := _read(path / FILE)) else None
     except (ValidationError, UnicodeDecodeError) as error:
         raise CorsaError(f"adapter {path}: {FILE} is damaged: {str(error).splitlines()[0]}") from error
-    return Line(path, read_settings(path), history)
+    settings = read_settings(path)
+    refuse_extensions({"peft_type": "LORA"} | settings, path / "adapter_config.json")
+    return Line(path, settings, history)
 
 
 def _read(path: Path) -> str:
@@ -247,7 +250,11 @@ def taken_back(before: Sequence[Edit], wanted: Sequence[str], update: int) -> li
         edit = next((e for e in reversed(before) if folded(name) in _names(e)), None)
         if edit is None:
             known = "; ".join(f"{e.id} ({e.prompt})" for e in before[:5]) + ("; ..." if len(before) > 5 else "")
-            raise CorsaError(f"no standing edit is called {name!r}: give an id or the whole question. Known: {known}")
+            near = nearest(name, [n for e in before for n in (e.id, e.chain, e.prompt)])
+            hint = f"did you mean {near!r}? " if near else ""
+            raise CorsaError(
+                f"no standing edit is called {name!r}: {hint}Give an id or the whole question. Known: {known}"
+            )
         edits.append(
             Edit.build(
                 id=f"{update}/undo/{edit.id}",

@@ -8,6 +8,7 @@ from pydantic import Field
 from tyro.conf import Suppress
 
 from corsa.config import (
+    SEEDS,
     EvaluationConfig,
     Frozen,
     LoraConfig,
@@ -57,6 +58,7 @@ class Options(Frozen):
         default=(), description="send the finished run to tensorboard:DIR, mlflow[:URI] or wandb[:PROJECT]"
     )
     dry_run: bool = Field(default=False, description="draw the steps, say what is done, run nothing")
+    quiet: bool = Field(default=False, description="say nothing of how far a step is")
     evaluation: EvaluationConfig = EvaluationConfig()
     placement: Placement = Placement()
 
@@ -65,7 +67,7 @@ class Teaching(Options, MethodSettings):
     """How an update is trained. Fewer facts than a benchmark's: smaller batches than the paper's, and more epochs."""
 
     method: str = Field(default="corsa", description=f"one of {', '.join(TEACHING)}")
-    seed: int = Field(default=0, ge=0, description="of LoRA's initial values and the order of the facts")
+    seed: int = Field(default=0, ge=0, le=SEEDS, description="of LoRA's initial values and the order of the facts")
     lora: LoraConfig = Field(default=LoraConfig(), description="shape of the adapter; a line keeps that of its first")
     memit: Annotated[MemitConfig, Suppress] = MemitConfig()  # leaves no adapter
     training: TrainingConfig = TrainingConfig(batch=4, epochs=15, learning_rate=5e-4)
@@ -110,7 +112,7 @@ def differences(options: Frozen, prefix: str = "") -> list[str]:
     found: list[str] = []
     for name, field in type(options).model_fields.items():
         value = getattr(options, name)
-        if isinstance(value, Placement) or name in ("storage", "track", "dry_run") or value == field.default:
+        if isinstance(value, Placement) or name in ("storage", "track", "dry_run", "quiet") or value == field.default:
             continue
         option = f"{prefix}{(field.alias or name).replace('_', '-')}"
         if isinstance(value, Gates):

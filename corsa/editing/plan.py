@@ -7,6 +7,7 @@ ray: files and names are checked, with everything that can be said before a mode
 from __future__ import annotations
 
 import shlex
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +33,19 @@ from corsa.editing.history import FILE, Line, file_digest, join, open_line, take
 from corsa.editing.options import TEACHING, EditOptions, EvaluateOptions, Options, Teaching, UndoOptions, differences
 from corsa.errors import CorsaError, unknown_name
 from corsa.evaluation import sanity_questions as controls
-from corsa.experiments.base import REPORT, ROUND, Experiment, Facts, asked, base, chain, dealt, facts, with_reference
+from corsa.experiments.base import (
+    REPORT,
+    ROUND,
+    Experiment,
+    Facts,
+    asked,
+    base,
+    chain,
+    check_trackers,
+    dealt,
+    facts,
+    with_reference,
+)
 from corsa.flow import Kind, Step
 from corsa.methods import METHODS
 from corsa.models.registry import pin
@@ -110,6 +123,7 @@ def plan_evaluation(options: EvaluateOptions) -> tuple[Experiment, Step]:
     )
     pin(experiment.model)
     experiment.evaluation.checked(experiment.model)
+    check_trackers(options.track)
     rounds = 1
     if options.edits and options.benchmark:
         raise CorsaError("give --edits or --benchmark, not both")
@@ -199,6 +213,7 @@ def _experiment(options: Teaching, line: Line | None) -> Experiment:
     )
     pin(experiment.model)  # an unknown name is refused before anything else is done
     experiment.evaluation.checked(experiment.model)
+    check_trackers(options.track)
     return experiment
 
 
@@ -214,6 +229,7 @@ def _plan(options: Teaching, experiment: Experiment, line: Line | None, edits: S
     shown = [Shown(answers=s.name, method=options.method) for s in answers]
     report = reported(experiment, taught, schedule, title, shown, answers, step, _command(options))
     check_free(Path(options.out), step.fingerprint)
+    check_place(Path(options.out), options.storage)
     return Plan(experiment, line, number, count, step, edits, report)
 
 
@@ -277,6 +293,20 @@ def check_free(out: Path, fingerprint: str) -> None:
         raise CorsaError(f"--out {out} is not empty: name a new directory")
     if open_line(out).updates[-1].fingerprint != fingerprint:
         raise CorsaError(f"--out {out} holds the adapter of another update, which is kept: name a new directory")
+
+
+def check_place(out: Path, storage: str) -> None:
+    """Raises CorsaError if the directory `out` cannot be made, or would lie among the steps of the storage."""
+    out = out.expanduser().absolute()
+    if "://" not in storage:
+        root = Path(storage).expanduser().absolute()
+        if out.resolve() == root.resolve() or root.resolve() in out.resolve().parents:
+            raise CorsaError(f"--out {out} lies inside the storage {root}, which holds steps alone: name another place")
+    above = next(parent for parent in (out, *out.parents) if parent.exists())
+    try:
+        Path(tempfile.mkdtemp(dir=above, prefix=".corsa-")).rmdir()
+    except OSError as error:
+        raise CorsaError(f"--out {out} cannot be made: {above}: {error.strerror}. Name another directory") from error
 
 
 def _command(options: Teaching) -> str:

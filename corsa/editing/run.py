@@ -58,7 +58,7 @@ def teach(options: Teaching, plan: Plan, console: Console) -> Result:
         CorsaError: the store or the directory cannot be written to, or the cluster cannot be had.
     """
     store = Store(lasting(options.storage))
-    page = _finished(bring_about(plan.report, store, console))
+    page = _finished(bring_about(plan.report, store, console, options.quiet))
     out = write(options, plan, page, store)
     return _result(page, options, out, console)
 
@@ -69,7 +69,7 @@ def evaluate(options: EvaluateOptions, console: Console) -> Result:
     Raises: as `teach`, and CorsaError for what is wrong with the options.
     """
     _, report = plan_evaluation(options)
-    page = bring_about(report, Store(lasting(options.storage)), console)
+    page = bring_about(report, Store(lasting(options.storage)), console, options.quiet)
     return _result(_finished(page), options, None, console)
 
 

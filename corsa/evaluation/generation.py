@@ -44,6 +44,7 @@ def generate(
     new_tokens: int,
     batch: int,
     device: torch.device | str,
+    told: Callable[[int], None] = lambda done: None,
 ) -> list[list[int]]:
     """The greedy continuation of each prompt, up to and without the first token of `stops`, at most `new_tokens` long.
 
@@ -55,8 +56,14 @@ def generate(
         batch: prompts generated together; neighbours in length share a batch, so little is padded, and
             prompts that begin alike, so that their beginning is computed once.
         device: where the model is.
+        told: hears after each batch how many prompts are done.
     """
-    return _generate(model, prompts, stops, new_tokens, batch, device, lambda logits, alive, step: logits.argmax(-1))
+    return _generate(model, prompts, stops, new_tokens, batch, device, _likeliest, told)
+
+
+def _likeliest(logits: Tensor, alive: Sequence[int], step: int) -> Tensor:
+    del alive, step
+    return logits.argmax(-1)
 
 
 Choose = Callable[[Tensor, Sequence[int], int], Tensor]
@@ -106,11 +113,14 @@ def _generate(
     batch: int,
     device: torch.device | str,
     choose: Choose,
+    told: Callable[[int], None] = lambda done: None,
 ) -> list[list[int]]:
     outputs: list[list[int]] = [[] for _ in prompts]
-    stops = stops.to(device)
+    stops, done = stops.to(device), 0
     for together in batches(prompts, batch):
         _generate_batch(model, prompts, together, outputs, stops, new_tokens, device, choose)
+        done += sum(map(len, together))
+        told(done)
     return outputs
 
 

@@ -5,7 +5,7 @@ from.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Container, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -74,7 +74,7 @@ class Taught:
 @dataclass
 class Asker:
     """Asks one model on one worker. `batch` bounds how many probes are generated (or scored) together; `seed` is that
-    of the draws where the protocol samples.
+    of the draws where the protocol samples; `told` is called with how many prompts are answered, of how many.
     """
 
     model: Any
@@ -84,6 +84,7 @@ class Asker:
     batch: int
     packed: bool = True
     seed: int = 0
+    told: Callable[[int, int], None] = lambda answered, of: None
 
     def __post_init__(self) -> None:
         self._stops: tuple[Tensor, Tensor] | None = None  # of an answer of one line, of one of several
@@ -100,12 +101,21 @@ class Asker:
             if only is None or t.edit.probes[p].prompts[w] in only
         ]
         modes = [self._mode(t.edit, t.edit.probes[p]) for t, p, _ in wordings]
-        outputs: dict[tuple[Mode, str, int], str] = {}
+        asked: dict[Mode, list[str]] = {}
         for mode in dict.fromkeys(modes):
             own = [t.edit.probes[p].prompts[w] for (t, p, w), m in zip(wordings, modes, strict=True) if m == mode]
-            prompts = list(dict.fromkeys(own))  # a chain repeats its wordings
+            asked[mode] = list(dict.fromkeys(own))  # a chain repeats its wordings
+        outputs: dict[tuple[Mode, str, int], str] = {}
+        total = self.config.draws * sum(map(len, asked.values()))
+        for mode, prompts in asked.items():
             for draw in range(self.config.draws):
-                found = self._generated(prompts, mode, draw if self.config.sampled else None)
+                before = len(outputs)
+                found = self._generated(
+                    prompts,
+                    mode,
+                    draw if self.config.sampled else None,
+                    lambda done, before=before: self.told(before + done, total),
+                )
                 outputs |= {(mode, p, draw): output for p, output in zip(prompts, found, strict=True)}
         scores = self._scores(wordings)
         return [
@@ -138,8 +148,12 @@ class Asker:
         """The model's greedy answers of one line."""
         return self._generated(prompts, Mode(self.config.new_tokens, lines=False), draw=None)
 
-    def _generated(self, questions: Sequence[str], mode: Mode, draw: int | None) -> list[str]:
-        """The answers to questions; `draw`: which of several drawn ones, None: the greedy ones."""
+    def _generated(
+        self, questions: Sequence[str], mode: Mode, draw: int | None, told: Callable[[int], None] = lambda done: None
+    ) -> list[str]:
+        """The answers to questions. `draw`: which of several drawn ones, None: the greedy ones. `told` is called with
+        how many are answered.
+        """
         if not questions:
             return []
         thinking = self.config.thinking
@@ -149,6 +163,7 @@ class Asker:
             "new_tokens": mode.tokens + thinking * self.config.thinking_tokens,
             "batch": self.batch,
             "device": self.device,
+            "told": told,
         }
         if draw is None:
             ids = generate(self.model, prompts, **how)

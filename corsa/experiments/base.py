@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
-from corsa.config import AnswerEnd, RunSettings
+from corsa.config import SEEDS, AnswerEnd, RunSettings
 from corsa.config.command_line import listed
 from corsa.config.steps import (
     AskingConfig,
@@ -48,6 +48,9 @@ MERGE = Kind("merge", "corsa.experiments.steps:merge_adapters", version=1)
 REPORT = Kind("report", "corsa.experiments.steps:make_report", version=3)
 SWEEP = Kind("sweep", "corsa.tuning.sweep:run", version=1, on_cluster=True)
 SCALING = Kind("report", "corsa.experiments.scaling:join_sizes", version=2)
+
+NOT_OF_THE_RESULT = ("config", "dry_run", "quiet", "show_config")
+"""Fields of an experiment that say what is shown, and where the others come from."""
 
 
 Methods = Annotated[
@@ -90,6 +93,8 @@ class Experiment(RunSettings):
         default=(), description="send the finished run to tensorboard:DIR, mlflow[:URI] or wandb[:PROJECT]"
     )
     dry_run: bool = Field(default=False, description="draw the steps, say what is done, run nothing")
+    quiet: bool = Field(default=False, description="say nothing of how far a step is")
+    show_config: bool = Field(default=False, description="print every setting first, not only those that are changed")
     mmlu: str | None = Field(
         default=None,
         description="measure specificity on MMLU: directory with its test/ and dev/ files, or 'hub'; else it is not",
@@ -121,12 +126,21 @@ class Experiment(RunSettings):
             raise unknown_name("benchmark", self.benchmark, BENCHMARKS)
         for name in self.methods:
             known_method(name)
-        if any(seed < 0 for seed in self.seeds):
-            raise CorsaError(f"--seeds {','.join(map(str, self.seeds))}: a seed is a whole number from 0")
+        if wrong := [seed for seed in self.seeds if not 0 <= seed <= SEEDS]:
+            raise CorsaError(f"--seeds {wrong[0]}: a seed is a whole number from 0 to {SEEDS}")
+        check_trackers(self.track)
         if not self.methods or not self.seeds:
             raise CorsaError("nothing would be trained: name at least one of --methods and one of --seeds")
         self.evaluation.checked(self.model)
         return self
+
+
+def check_trackers(where: Sequence[str]) -> None:
+    """Raises `CorsaError` for a tracker that a finished run could not be sent to."""
+    if where:  # its libraries are loaded where one is asked for
+        from corsa.experiments.trackers import check
+
+        check(where)
 
 
 # The steps that scenarios are made of
@@ -340,5 +354,5 @@ ROUTERS = ("prompt", "embedding", "oracle")
 
 def identity(experiment: Experiment) -> dict[str, Any]:
     """The resolved configuration without how it is run."""
-    how = {"config", "storage", "track", "dry_run", "placement"}
+    how = {*NOT_OF_THE_RESULT, "storage", "track", "placement"}
     return {k: v for k, v in experiment.canonical().items() if k not in how}

@@ -20,7 +20,8 @@ from rich.console import Console
 from corsa import terminal
 from corsa.config import Frozen, ModelConfig, Placement
 from corsa.config.command_line import configure
-from corsa.experiments.base import Experiment
+from corsa.config.steps import EditsConfig
+from corsa.experiments.base import NOT_OF_THE_RESULT, Experiment
 from corsa.flow import Outcome, Step, Store, draw, run
 from corsa.flow.cluster import connect, disconnect, submitted
 from corsa.flow.step import topological
@@ -71,15 +72,15 @@ def launch(experiment: Experiment, planned: Step | Branches, console: Console) -
     if experiment.dry_run or not branches:  # a branch whose file is wrong fails by itself
         check_files(step for step in topological(targets) if not store.find(step))
     if experiment.dry_run:
-        console.print(draw([branches.join(branches.reports, {})] if branches else targets, store))
+        show_plan([branches.join(branches.reports, {})] if branches else targets, store, console)
         return 0
     announce(experiment, store, console)
-    outcome = _attempt(targets, store, console)
+    outcome = _attempt(targets, store, console, experiment.quiet)
     if branches:
         made = {name: step for name, step in branches.reports.items() if step.fingerprint in outcome.artifacts}
         missing = {name: _why(step, outcome) for name, step in branches.reports.items() if name not in made}
         targets = [branches.join(made, missing)] if made else targets
-        outcome = _and(outcome, _attempt(targets, store, console)) if made else outcome
+        outcome = _and(outcome, _attempt(targets, store, console, experiment.quiet)) if made else outcome
     page = outcome.artifacts.get(targets[-1].fingerprint)
     if page is None:
         _say_what_failed(outcome, console)
@@ -100,32 +101,63 @@ def launch(experiment: Experiment, planned: Step | Branches, console: Console) -
     return 1 if outcome.failed else 0
 
 
+def show_plan(targets: Sequence[Step], store: Store, console: Console) -> None:
+    """Draw some steps and all that they need (`--dry-run`).
+
+    Raises:
+        CorsaError: the facts that one of them reads cannot be had, or there are none.
+    """
+    from corsa.data.benchmarks import read
+
+    for step in topological(targets):
+        config = step.config
+        data = getattr(step.placement, "data", None)
+        # A file that is there is read when its step is run, the first of all; what may not be there is looked for now.
+        if isinstance(config, EditsConfig) and (config.offset or data is None) and not store.find(step):
+            read(config.benchmark, data, limit=1, offset=config.offset, on_bad_record="skip")
+    console.print(draw(targets, store))
+
+
 def announce(experiment: Experiment, store: Store, console: Console) -> None:
-    """Print the resolved configuration."""
-    shown = _shown(experiment) | {"storage": store.url}
-    console.print(
-        yaml.safe_dump(shown, sort_keys=False, default_flow_style=None, width=110).rstrip(),
-        markup=False,
-        highlight=False,
-        style="dim",
-    )
+    """Print where the results go, and of the configuration what differs from the defaults; with `show_config` all."""
+    every, default = experiment.canonical(), type(experiment)().canonical()
+    told = {name: value for name, value in every.items() if name not in NOT_OF_THE_RESULT and value is not None}
+    shown = told if experiment.show_config else _changed(told, default)
+    text = yaml.safe_dump(shown | {"storage": store.url}, sort_keys=False, default_flow_style=None, width=110)
+    console.print(text.rstrip(), markup=False, highlight=False, style="dim", soft_wrap=True)
 
 
-def bring_about(report: Step, store: Store, console: Console) -> Artifact | None:
+def _changed(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """What differs from the defaults, group by group."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        before = defaults.get(name)
+        if isinstance(value, Mapping) and isinstance(before, Mapping):
+            value = _changed(value, before)
+            if not value:
+                continue
+        if value != before:
+            found[name] = value
+    return found
+
+
+def bring_about(report: Step, store: Store, console: Console, quiet: bool = False) -> Artifact | None:
     """Run what is not done yet of a step and all that it needs. None if a step failed: what failed, and why, is said.
+
+    `quiet`: say nothing of how far a step is.
 
     Raises:
         CorsaError: the cluster or its memory cannot hold what is asked of it, or the store cannot be written to.
         KeyboardInterrupt: after Ctrl-C; finished steps are kept.
     """
-    outcome = _attempt([report], store, console)
+    outcome = _attempt([report], store, console, quiet)
     if outcome.failed:
         _say_what_failed(outcome, console)
         return None
     return outcome.artifacts[report.fingerprint]
 
 
-def _attempt(targets: Sequence[Step], store: Store, console: Console) -> Outcome:
+def _attempt(targets: Sequence[Step], store: Store, console: Console, quiet: bool) -> Outcome:
     """Run what is not done yet of some steps and all that they need, each with the resources of its own placement."""
     pending = [step for step in topological(targets) if step.kind.on_cluster and not store.find(step)]
     placements = [step.placement for step in pending if isinstance(step.placement, Placement)]
@@ -145,7 +177,7 @@ def _attempt(targets: Sequence[Step], store: Store, console: Console) -> Outcome
     # What Ray has to say of its cluster it prints to stdout, at any moment: there it would stand among the results.
     console.file = console.file
     with redirect_stdout(sys.stderr):
-        outcome = run(targets, store, join, _groups, console)
+        outcome = run(targets, store, join, _groups, console, quiet=quiet)
         disconnect()  # a submitted job's log joins both streams: nothing may follow the last lines
     return outcome
 
@@ -188,11 +220,6 @@ def _say_what_failed(outcome: Outcome, console: Console) -> None:
     console.print("finished steps are kept: once the cause is gone, the same command goes on from here")
 
 
-def _shown(experiment: Experiment) -> dict[str, Any]:
-    """The resolved configuration without what is empty."""
-    return {k: v for k, v in experiment.canonical().items() if v is not None and k not in ("config", "dry_run")}
-
-
 def repeat_command(program: str, experiment: Experiment, default: Experiment) -> str:
     """The command that repeats a run: every field of its identity that differs from the default's, as an option."""
     return shlex.join(["python", program, *_differences(experiment, default, "")])
@@ -204,7 +231,7 @@ def _differences(value: Frozen, default: Frozen, prefix: str) -> list[str]:
         mine, theirs = getattr(value, name), getattr(default, name)
         if isinstance(mine, Frozen):
             found += [] if isinstance(mine, Placement) else _differences(mine, theirs, f"{prefix}{name}.")
-        elif mine != theirs and name not in ("config", "storage", "track", "dry_run"):
+        elif mine != theirs and name not in (*NOT_OF_THE_RESULT, "storage", "track"):
             option = (field.alias or name).replace("_", "-")
             group = "" if isinstance(value, ModelConfig) else prefix
             if isinstance(mine, bool):

@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,17 @@ from corsa.errors import CorsaError, unknown_name
 from corsa.flow.store import Artifact
 
 _CURVES = ("loss_sft", "loss_dpo", "logp_new", "logp_old", "cosine", "sharpness", "grad_norm", "learning_rate")
+
+
+def check(where: Sequence[str]) -> None:
+    """Raises `CorsaError` for a tracker that is not known or whose library is not installed, before anything is run."""
+    for one in where:
+        name = one.partition(":")[0]
+        if name not in TRACKERS:
+            raise unknown_name("tracker", name, TRACKERS)
+        library = _LIBRARIES.get(name, name)
+        if find_spec(library) is None:
+            raise _absent(name, f"No module named {library!r}")
 
 
 def track_run(where: Sequence[str], page: Artifact) -> list[str]:
@@ -121,7 +133,14 @@ def _library(module: str, extra: str) -> Any:
     try:
         return import_module(module)
     except ImportError as error:
-        raise CorsaError(f"{extra} is not installed ({error}): pip install 'corsa[{extra}]'") from error
+        raise _absent(extra, str(error)) from error
+
+
+_LIBRARIES = {"tensorboard": "tensorboardX"}
+
+
+def _absent(extra: str, why: str) -> CorsaError:
+    return CorsaError(f"{extra} is not installed ({why}): pip install 'corsa[{extra}]'")
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

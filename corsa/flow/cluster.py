@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from unittest.mock import patch
 
 from rich.console import Console
 
 from corsa.errors import CorsaError
+from corsa.flow.starting import refuse_what_does_not_answer, start
 
 Resources = Mapping[str, float]
 """Amounts by Ray's names: CPU, GPU."""
@@ -20,13 +24,15 @@ def connect(console: Console) -> None:
     """Join the cluster that RAY_ADDRESS names (a submitted job has it), or start one on this machine, with a dashboard.
 
     Does nothing if this process is connected already. CORSA_VERBOSE=1 shows Ray's own log.
-    Raises `CorsaError` if the cluster cannot be reached.
+    Raises `CorsaError` if the cluster cannot be reached, within half a minute, or none can be started.
     """
     address = os.environ.get("RAY_ADDRESS")
     if not address:
         # Ray's own word for "no machine but this one", on any system: it then listens on 127.0.0.1 alone, not on all of
         # this machine's addresses. Read when ray is imported.
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    # Seconds that a node may take to register: Ray's own ten are too few on a busy machine. Read when it is imported.
+    os.environ.setdefault("RAY_raylet_start_wait_time_s", "60")
     import ray
 
     if ray.is_initialized():
@@ -38,26 +44,30 @@ def connect(console: Console) -> None:
     # they are with Ray's own processes, it takes them from those it waits for. A tenth of that costs nothing alone.
     by_the_job = submitted() and "GOMP_SPINCOUNT" in os.environ  # from its runtime environment: Ray refuses it twice
     waiting = {"GOMP_SPINCOUNT": os.environ.setdefault("GOMP_SPINCOUNT", "30000")}
-    try:
-        context = ray.init(
-            address=address or "local",
-            runtime_env={"env_vars": waiting}
-            if address and not by_the_job
-            else None,  # a cluster started here inherits it
-            include_dashboard=None if address else True,
-            dashboard_host="127.0.0.1",
-            log_to_driver=verbose,
-            logging_level=logging.INFO if verbose else logging.ERROR,
-        )
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        what = f"reach the Ray cluster at {address}" if address else "start a Ray cluster on this machine"
-        hint = (
-            "Check RAY_ADDRESS and, where the cluster asks for a token, RAY_AUTH_MODE=token and RAY_AUTH_TOKEN "
-            "(cluster/README.md); or unset RAY_ADDRESS to start a cluster here"
-            if address
-            else "`ray stop` ends one left behind"
-        )
-        raise CorsaError(f"cannot {what}: {error}. {hint}") from error
+    # What goes wrong at the start is said in one line, not by Ray's pages of its logs.
+    shown = {"log_to_driver": verbose, "logging_level": logging.INFO if verbose else logging.CRITICAL}
+    # It would make of SIGTERM an exit without a word.
+    with patch("ray._private.utils.set_sigterm_handler", lambda handler: None):
+        if not address:  # what is started here inherits this process's environment
+            how = {"address": "local", "include_dashboard": True, "dashboard_host": "127.0.0.1"}
+            context = start(lambda: ray.init(**how, **shown), lambda line: console.print(line, highlight=False))
+        else:
+            refuse_what_does_not_answer(address)
+            environment = None if by_the_job else {"env_vars": waiting}
+            try:
+                context = ray.init(address=address, runtime_env=environment, **shown)
+            except Exception as error:  # Ray raises plain ones too
+                why = (str(error).splitlines() or [type(error).__name__])[0]
+                raise CorsaError(
+                    f"cannot reach the Ray cluster at {address}: {why}. Check RAY_ADDRESS and, where the cluster asks "
+                    "for a token, RAY_AUTH_MODE=token and RAY_AUTH_TOKEN (cluster/README.md); or unset RAY_ADDRESS to "
+                    "start a cluster here"
+                ) from error
+    if threading.current_thread() is threading.main_thread():
+        # Ray's C++ side has put a handler of its own before this process's, which aborts it after three seconds.
+        signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM) or signal.SIG_DFL)
+    if not verbose:
+        logging.getLogger("ray").setLevel(logging.ERROR)
     if context.dashboard_url:
         console.print(f"dashboard  http://{context.dashboard_url}", highlight=False)
 

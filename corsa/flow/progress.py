@@ -1,11 +1,12 @@
-"""One live line per running chain, fed by workers anywhere on the cluster."""
+"""How far a run is: a live line per chain on a terminal, plain lines elsewhere, fed by workers on the whole cluster."""
 
 from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import timedelta
 from typing import Any
 
@@ -13,16 +14,13 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from corsa.flow.task import Progress
+from corsa.flow.task import Progress, Silent
+from corsa.flow.waiting import waited_for
 
-_PERIOD = 0.5  # seconds between looks at the board
-
-
-class Silent:
-    """A `Progress` that shows nothing."""
-
-    def post(self, line: Mapping[str, Any]) -> None:
-        del line
+_LOOK = 0.5  # seconds between looks at the board
+_PERIOD = 60.0  # seconds between two plain lines of a chain that stays in one phase
+_PATIENCE = 45.0  # seconds without any progress after which the cluster is asked what is waited for
+_KEPT = 1000  # changes of phase that nobody has looked at
 
 
 class ProgressBoard:
@@ -31,60 +29,133 @@ class ProgressBoard:
     def __init__(self) -> None:
         import ray
 
-        self._board = ray.remote(num_cpus=0)(_Lines).remote()
+        self._board = ray.remote(num_cpus=0)(Board).remote()
 
     def post(self, line: Mapping[str, Any]) -> None:
         """Does not wait, and does not fail when the board is gone: progress is never worth a run."""
         with suppress(Exception):
             self._board.post.remote(dict(line))
 
-    def lines(self) -> list[dict[str, Any]]:
-        """The lines of the chains that are running."""
+    def look(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """As `Board.look`."""
         import ray
 
-        return ray.get(self._board.lines.remote())
+        return ray.get(self._board.look.remote())
 
 
-class _Lines:
+class Board:
     """What the actor holds."""
 
     def __init__(self) -> None:
         self._lines: dict[str, dict[str, Any]] = {}
+        self._begun: list[dict[str, Any]] = []
 
     def post(self, line: dict[str, Any]) -> None:
+        before = self._lines.get(line["chain"], {})
         if line.get("phase") == "done":
             self._lines.pop(line["chain"], None)
-        else:
-            self._lines[line["chain"]] = line
+            return
+        self._lines[line["chain"]] = line
+        if any(before.get(key) != line.get(key) for key in ("phase", "round")):
+            self._begun = [*self._begun, line][-_KEPT:]
 
-    def lines(self) -> list[dict[str, Any]]:
-        return list(self._lines.values())
+    def look(self) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """The lines of the running chains, and the first line of every phase that has begun since the last look."""
+        begun, self._begun = self._begun, []
+        return list(self._lines.values()), begun
 
 
 @contextmanager
-def watch(console: Console) -> Iterator[Progress]:
-    """A `Progress` whose lines are shown on the terminal; without a terminal or a cluster, one that shows nothing."""
-    if not console.is_terminal or "ray" not in sys.modules or not sys.modules["ray"].is_initialized():
+def watch(console: Console, running: Callable[[], Sequence[str]], quiet: bool = False) -> Iterator[Progress]:
+    """A `Progress` that the console shows: on a terminal a live line a chain, elsewhere a plain line at each phase and
+    every minute. Where nothing moves, a line says what is waited for.
+
+    Args:
+        console: where it is shown.
+        running: names the steps that are running.
+        quiet: show nothing; so without a cluster.
+    """
+    if quiet or "ray" not in sys.modules or not sys.modules["ray"].is_initialized():
         yield Silent()
         return
-    board = ProgressBoard()
-    over = threading.Event()
-    with Live(console=console, transient=True, refresh_per_second=4) as live:
+    board, over = ProgressBoard(), threading.Event()
+    with ExitStack() as closing:
+        live = closing.enter_context(Live(console=console, transient=True)) if console.is_terminal else None
+        report = Report(waited_for)
+
+        def look() -> None:
+            lines, begun = board.look()
+            if live:
+                live.update(table(lines))
+            said = report.at(time.monotonic(), lines, begun, running())
+            for line in said if live is None else [line for line in said if line.startswith("waiting")]:
+                console.print(line, markup=False, highlight=False, soft_wrap=True)
 
         def poll() -> None:
-            with suppress(Exception):  # the cluster may go before the run ends; the run itself says so
-                while not over.wait(_PERIOD):
-                    live.update(table(board.lines()))
+            while not over.wait(_LOOK):
+                with suppress(Exception):  # the cluster may go before the run ends; the run itself says so
+                    look()
 
+        closing.callback(over.set)
         threading.Thread(target=poll, name="progress", daemon=True).start()
-        try:
-            yield board
-        finally:
-            over.set()
+        yield board
+
+
+class Report:
+    """Decides what is said in plain lines, and when. `waited_for` asks the cluster what is waited for."""
+
+    def __init__(self, waited_for: Callable[[], str | None]) -> None:
+        self._waited_for = waited_for
+        self._seen: Any = None
+        self._moved = self._asked = 0.0
+        self._said: dict[str, float] = {}  # name of a chain or step -> when it was last said
+
+    def at(
+        self, now: float, lines: Sequence[dict[str, Any]], begun: Sequence[dict[str, Any]], running: Sequence[str]
+    ) -> list[str]:
+        """What is to be said at the moment `now` (seconds of a monotonic clock)."""
+        if (seen := (list(lines), list(running))) != self._seen:
+            self._seen, self._moved, self._asked = seen, now, now
+        said = [self._say(now, line["chain"], cells(line)[1:]) for line in begun]
+        chains = {line["chain"]: line for line in lines}
+        steps = [name for name in running if not any(name == c or name.startswith(f"{c}/") for c in chains)]
+        for name in [*chains, *steps]:
+            if now - self._said.setdefault(name, now) >= _PERIOD:
+                said.append(self._say(now, name, cells(chains[name])[1:] if name in chains else []))
+        self._said = {name: when for name, when in self._said.items() if name in chains or name in steps}
+        if running and now - self._asked >= _PATIENCE:
+            self._asked = now
+            if what := self._waited_for():
+                said.append(f"waiting  nothing has moved for {now - self._moved:.0f} s: {what}")
+        return said
+
+    def _say(self, now: float, name: str, more: Sequence[str]) -> str:
+        self._said[name] = now
+        return "  ".join(["running", name, *(cell for cell in more if cell)])
+
+
+def cells(line: Mapping[str, Any]) -> list[str]:
+    """A line in parts: chain, phase, and how far it is.
+
+    >>> cells({"chain": "corsa/seed0", "phase": "training", "epoch": 2, "epochs": 9, "loss": 0.5, "eta_s": 61})
+    ['corsa/seed0', 'training', 'epoch 2/9', 'loss 0.500', '0:01:01 left']
+    """
+    found = [line["chain"], line.get("phase", "")]
+    for unit in ("round", "epoch", "step", "edit"):
+        if unit in line:
+            total = line.get(f"{unit}s")
+            found.append(f"{unit} {line[unit]}" + (f"/{total}" if total else ""))
+    if line.get("loss") is not None:
+        found.append(f"loss {line['loss']:.3f}")
+    if line.get("eta_s") is not None:
+        found.append(f"{timedelta(seconds=round(line['eta_s']))} left")
+    if line.get("probes"):
+        found.append(f"{line['answered']} of {line['probes']} probes answered")
+    return found
 
 
 def table(lines: list[dict[str, Any]]) -> Table:
-    """The lines as they are shown, sorted by chain.
+    """The lines as a terminal shows them, sorted by chain.
 
     >>> from rich.console import Console
     >>> Console(width=80).print(table([{"chain": "corsa/seed0", "round": 2, "rounds": 3, "phase": "loading"}]))
@@ -92,14 +163,5 @@ def table(lines: list[dict[str, Any]]) -> Table:
     """
     grid = Table.grid(padding=(0, 2))
     for line in sorted(lines, key=lambda line: line["chain"]):
-        cells = [line["chain"], line.get("phase", "")]
-        for unit in ("round", "epoch", "step"):
-            if unit in line:
-                total = line.get(f"{unit}s")
-                cells.append(f"{unit} {line[unit]}" + (f"/{total}" if total else ""))
-        if line.get("loss") is not None:
-            cells.append(f"loss {line['loss']:.3f}")
-        if line.get("eta_s") is not None:
-            cells.append(f"{timedelta(seconds=round(line['eta_s']))} left")
-        grid.add_row(*cells)
+        grid.add_row(*cells(line))
     return grid

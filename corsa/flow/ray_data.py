@@ -1,4 +1,4 @@
-"""Ray Data stages: reading tables, mapping with actors that hold a model, and retrying when actors are lost."""
+"""Ray Data stages: making datasets, mapping with actors that hold a model, and retrying when actors are lost."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import pyarrow as pa
 import ray.data
 import ray.exceptions
 from ray.util.annotations import RayDeprecationWarning
@@ -16,17 +17,16 @@ from corsa.flow.cluster import cluster_resources
 
 T = TypeVar("T")
 
-READING = 0.25
-"""CPUs of a reading task. It mostly waits for storage. Ray's default of one CPU is never free on a cluster whose nodes
-are all partly occupied by actors or workers."""
 
+def as_dataset(table: pa.Table, rows: int) -> ray.data.Dataset:
+    """The table as a dataset in blocks of `rows` rows, which this process puts into the object store.
 
-def read_table(path: str, columns: list[str] | None = None) -> ray.data.Dataset:
-    """Read a Parquet file on any node with a quarter of a CPU free."""
-    context = ray.data.DataContext.get_current()
-    context.use_datasource_v2 = False  # its task that lists files takes a whole CPU
-    context.enable_progress_bars = False
-    return ray.data.read_parquet(path, columns=columns, num_cpus=READING)
+    Ray Data's own readers, and `from_arrow`, start tasks of a whole CPU each. Where workers hold a part of every CPU
+    such a task waits for ever; the tables of edits are small enough to do without.
+    """
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    starts = range(0, max(len(table), 1), rows)  # of an empty table one empty block
+    return ray.data.from_blocks([table.slice(start, rows) for start in starts])
 
 
 def map_with_model(
@@ -39,7 +39,7 @@ def map_with_model(
         return data.map_batches(
             actor,
             fn_constructor_args=arguments,
-            num_cpus=min(1.0, cluster_resources()["CPU"] / 4),  # reading needs room beside the actors
+            num_cpus=min(1.0, cluster_resources()["CPU"] / 4),  # leaves room for what else runs on a small cluster
             num_gpus=1 if placement.gpu else 0,
             compute=ray.data.ActorPoolStrategy(size=placement.workers),
             # A restarted actor needs its arguments again, and Ray may have dropped them (ray #53727): `retried` runs

@@ -16,10 +16,10 @@ from rich.console import Console
 from corsa.config import Frozen
 from corsa.errors import CorsaError
 from corsa.flow.lease import Leases
-from corsa.flow.progress import Silent, watch
+from corsa.flow.progress import watch
 from corsa.flow.step import Kind, Step, components, topological
 from corsa.flow.store import Artifact, Store
-from corsa.flow.task import Progress, Task
+from corsa.flow.task import Progress, Silent, Task
 
 _POLL = 1.0  # seconds between looks for what a list of steps has committed
 
@@ -39,16 +39,22 @@ def run(
     connect: Callable[[], None],
     lanes: Callable[[Sequence[Step]], int],
     console: Console,
+    *,
+    progress: Progress | None = None,
+    quiet: bool = False,
 ) -> Outcome:
     """Bring the steps, and all that they need, to their results.
 
     `connect` is called once, and only if a step that needs the cluster has to be run. `lanes` says how many lists of
     steps, of the kind it is given, the cluster can run side by side. A step that fails is in the outcome, not raised.
 
+    `progress` is told how far the steps are; by default the console shows it, unless `quiet`.
+
     Raises `CorsaError` if the store cannot be written to or `connect` refuses, and `KeyboardInterrupt` after Ctrl-C;
     what is finished then stays, and what is not can be run again at once.
     """
     this = _Run(topological(steps), store, connect, lanes, console)
+    this.progress, this.quiet = progress, quiet
     this.plan(targets={step.fingerprint for step in steps})
     if this.waiting:
         this.execute(steps)
@@ -71,6 +77,7 @@ class _Run:
         self.dead: set[str] = set()  # fingerprints of what failed or needs something that did
         self.finished: SimpleQueue[tuple[list[Step], dict[str, str]]] = SimpleQueue()
         self.progress: Progress | None = None
+        self.quiet = False
         self.closing = ExitStack()
         self.interrupted = False
 
@@ -129,10 +136,15 @@ class _Run:
         outside = kind.on_cluster or kind.together
         if kind.on_cluster and self.progress is None:
             self.connect()
-            self.progress = self.closing.enter_context(watch(self.console))
+            self.progress = self.closing.enter_context(watch(self.console, self.at_work, self.quiet))
         limit = max(self.lanes(steps), 1) if outside else os.cpu_count() or 1
         busy = [steps[0].kind for steps in self.running + starting]
         return limit - sum((other.on_cluster or other.together) == outside for other in busy)
+
+    def at_work(self) -> list[str]:
+        """The names of the steps that run on the cluster, those that are finished left out."""
+        lists = [steps for steps in list(self.running) if steps[0].kind.on_cluster]
+        return [s.name for steps in lists for s in steps if s.fingerprint not in self.outcome.artifacts]
 
     def start(self, steps: list[Step]) -> None:
         for step in steps:
@@ -156,12 +168,12 @@ class _Run:
         with self.leases.unfinished(steps, self.say) as unfinished:
             if not unfinished:
                 return {}
-            tasks = [Task(step, self.store) for step in unfinished]
+            tasks = [Task(step, self.store, self.progress or Silent()) for step in unfinished]
             function = steps[0].kind.load()
             self.store.sweep(unfinished)
             try:
                 if steps[0].kind.together:
-                    return function(tasks, self.progress or Silent())
+                    return function(tasks, tasks[0].progress)
                 began = time.monotonic()
                 metrics = function(tasks[0])
                 tasks[0].commit(metrics, time.monotonic() - began)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,11 +16,19 @@ class Progress(Protocol):
     """Where running steps say how far they are."""
 
     def post(self, line: Mapping[str, Any]) -> None:
-        """Show the line `{chain, round, rounds, epoch, epochs, step, steps, loss, eta_s, phase}`; never blocks.
+        """Show the line `{chain, phase, round, rounds, epoch, epochs, step, steps, edit, edits, loss, eta_s, answered,
+        probes}`; never blocks.
 
         Every key but `chain` may be absent. A line replaces the last one of its chain; phase "done" takes it away.
         """
         ...
+
+
+class Silent:
+    """A `Progress` that shows nothing."""
+
+    def post(self, line: Mapping[str, Any]) -> None:
+        del line
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,6 +37,7 @@ class Task:
 
     step: Step
     store: Store
+    progress: Progress = field(default_factory=Silent)
 
     @property
     def name(self) -> str:
@@ -67,7 +76,8 @@ class Task:
         return self.store.workspace(self.step)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"step": self.step, "store": self.store}  # without `output`: another process starts with an empty one
+        known = {"step": self.step, "store": self.store, "progress": self.progress}
+        return known  # without `output`: another process starts with an empty one
 
     def commit(self, metrics: Mapping[str, Any], seconds: float) -> Artifact:
         """Make what was written visible as the step's result. If somebody was faster, theirs is returned."""

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from corsa.errors import CorsaError
+from corsa.lora.extensions import refuse_extensions
 from corsa.lora.factors import Adapter, Factors
 from corsa.lora.flat import Lora
 from corsa.lora.peft_settings import FILE, alpha_and_rank, read_settings
@@ -25,16 +26,6 @@ from corsa.lora.peft_settings import FILE, alpha_and_rank, read_settings
 PREFIX = "base_model.model."
 
 TENSOR = re.compile(rf"{re.escape(PREFIX)}(?P<module>.+)\.lora_(?P<factor>[AB])\.weight")
-
-EXTENSIONS = (
-    *("use_dora", "use_qalora", "use_bdlora", "arrow_config", "kasa_config", "monteclora_config", "velora_config"),
-    *("alora_invocation_tokens", "modules_to_save", "trainable_token_indices", "target_parameters"),
-    *("layer_replication", "lora_bias", "fan_in_fan_out"),
-)
-"""Settings of PEFT's LoraConfig that make an adapter more than a product of two factors added to linear layers."""
-
-INITIAL = (True, False, "gaussian", "eva", "orthogonal")
-"""Values of `init_lora_weights` that leave the base model as it is; PiSSA, OLoRA and the others change it."""
 
 
 def save_adapter(lora: Lora, directory: Path, base_model: str, row: int = 0) -> None:
@@ -184,18 +175,5 @@ def _read(directory: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
                 "damaged, or its training had failed"
             )
     config = read_settings(directory)
-    found = None
-    if config.get("peft_type") != "LORA":
-        found = f"peft_type is {config.get('peft_type')}"
-    elif (config.get("bias") or "none") != "none":
-        found = f"bias is {config['bias']}"
-    elif (initial := config.get("init_lora_weights", True)) not in INITIAL:
-        found = f"init_lora_weights is {initial}, which changes the base model"
-    elif extensions := [name for name in EXTENSIONS if config.get(name)]:
-        found = f"{extensions[0]} is set"
-    if found is not None:
-        raise CorsaError(
-            f"{directory / 'adapter_config.json'}: {found}; only plain LoRA can be read: "
-            "merge the adapter into its base model with PEFT, and use that as the base"
-        )
+    refuse_extensions(config, directory / "adapter_config.json")
     return tensors, config

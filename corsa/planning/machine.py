@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import os
-import re
 from pathlib import Path
-
-from corsa.errors import CorsaError
 
 
 def memory_here(gpu: bool) -> int | None:
@@ -27,19 +24,3 @@ def _allowed() -> int | None:
         return int(Path("/sys/fs/cgroup/memory.max").read_text())
     except (OSError, ValueError):
         return None
-
-
-_UNITS: dict[str, int] = {"": 2**30, "gib": 2**30, "gb": 10**9, "g": 2**30, "mib": 2**20, "mb": 10**6, "tib": 2**40}
-
-
-def as_bytes(text: str, option: str) -> int:
-    """Bytes of "48GiB", "80GB" or "48" (GiB).
-
-    Raises:
-        CorsaError: it is no amount of memory.
-    """
-    found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", text)
-    unit = found and _UNITS.get(found[2].lower())
-    if not found or not unit or float(found[1]) == 0:
-        raise CorsaError(f"{option} {text}: give an amount of memory such as 48GiB, 80GB or 24 (GiB)")
-    return int(float(found[1]) * unit)

@@ -28,15 +28,15 @@ nothing with MALLOC_MMAP_THRESHOLD_=65536. torch's CUDA allocator rounds and spl
 
 COLUMNS = {
     "base": "base",
-    "gathered": "gath-\nered",
+    "gathered": "gathered",
     "lora": "LoRA",
-    "sam": "SAM\ncopy",
-    "gradients": "gradi-\nents",
+    "sam": "SAM copy",
+    "gradients": "gradients",
     "optimizer": "AdamW",
-    "activations": "activ-\nations",
+    "activations": "activations",
     "logits": "logits",
     "working": "other",
-    "allocator": "alloc-\nator",
+    "allocator": "allocator",
 }
 """Items of a setting and their names for people."""
 

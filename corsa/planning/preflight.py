@@ -7,11 +7,12 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from corsa.config import ModelConfig, Placement
+from corsa.config.amounts import as_bytes
 from corsa.config.steps import EditsConfig, EditsPlace, ProblemsConfig, ProblemsPlace, ProgramEditsConfig, RoundConfig
 from corsa.data.benchmarks.code_prompt import read_template
 from corsa.errors import CorsaError
 from corsa.models.registry import ARCHITECTURES
-from corsa.planning.machine import as_bytes, memory_here
+from corsa.planning.machine import memory_here
 
 if TYPE_CHECKING:
     from rich.console import Console

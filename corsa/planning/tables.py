@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from rich import box
@@ -12,7 +13,9 @@ from corsa.planning.plan import Choice, Plan, gib
 
 
 def tables(plan: Plan, method: str, counted: str) -> list[Table | str]:
-    """What a plan says: what was planned, a row per setting, the recommendation, and the time with its rate."""
+    """What a plan says: what was planned, a row per setting, what it holds by purpose, the recommendation, and the time
+    with its rate.
+    """
     job = plan.job
     device = "GPU" if job.gpu else "worker"
     lines: list[Table | str] = [
@@ -22,6 +25,8 @@ def tables(plan: Plan, method: str, counted: str) -> list[Table | str]:
         + (f" of {gib(plan.memory)} GiB" if plan.memory else "")
         + f", batch {job.batch}, micro-batch {min(job.micro_batch, -(-job.batch // job.workers))}; {counted}",
         settings_table(plan),
+        purposes_table(plan),
+        "Columns: the stage; B: with the base offloaded to CPU memory, A: with AdamW's state.",
         f"At their largest, before the way back: activations {gib(plan.activations)} GiB, logits {gib(plan.logits)} "
         "GiB; the peak may be later.",
         f"{'take' if plan.recommended else 'error'}: {plan.why}",
@@ -32,23 +37,46 @@ def tables(plan: Plan, method: str, counted: str) -> list[Table | str]:
 
 
 def settings_table(plan: Plan) -> Table:
-    """A row per stage and offload: what is held at the peak, and the total with activation checkpointing."""
-    names = [
-        n for n in COLUMNS if n in ("activations", "logits") or any(c.holding.items[n] >= MIB for c in plan.choices)
-    ]
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("GiB at the peak", min_width=19)
+    """A row per stage and offload: what is held in all, whether that fits, how long a step takes, and the total with
+    activation checkpointing. At most 80 columns wide.
+    """
+    table = _table("setting")
     host = ["CPU"] if plan.job.gpu else []
-    for name in [*(COLUMNS[n] for n in names), "total", *host, "fits", "s/step", "check-\npointed"]:
-        table.add_column(name, justify="right")
-    half = len(plan.choices) // 2  # the settings, and again with activation checkpointing
-    for plain, checkpointed in zip(plan.choices[:half], plan.choices[half:], strict=True):
-        holding = plain.holding
-        cells = [gib(holding.items[name]) for name in names]
-        cells += [gib(holding.total), *([gib(holding.host)] if host else []), *_verdict(plan, plain)]
+    for name in ["total GiB", *host, "fits", "s/step", "checkpointed"]:
+        table.add_column(name, justify="right", no_wrap=True)
+    for plain, checkpointed in _pairs(plan):
+        cells = [gib(plain.holding.total), *([gib(plain.holding.host)] if host else []), *_verdict(plan, plain)]
         cells.append(f"{gib(checkpointed.holding.total)} {_verdict(plan, checkpointed)[0]}")
-        table.add_row(holding.name, *cells)
+        table.add_row(plain.holding.name, *cells)
     return table
+
+
+def purposes_table(plan: Plan) -> Table:
+    """A row per purpose: what every setting without activation checkpointing holds for it at the peak, GiB. At most 80
+    columns wide: settings go by their stage, with B and A for what is offloaded.
+    """
+    holdings = [plain.holding for plain, _ in _pairs(plan)]
+    table = _table("GiB at the peak")
+    for holding in holdings:
+        sharding = holding.sharding
+        moved = "B" * sharding.offload_parameters + "A" * sharding.offload_optimizer
+        table.add_column(f"{sharding.zero_stage}{moved}", justify="right", no_wrap=True)
+    for name, shown in COLUMNS.items():
+        if name in ("activations", "logits") or any(c.holding.items[name] >= MIB for c in plan.choices):
+            table.add_row(shown, *(gib(holding.items[name]) for holding in holdings))
+    return table
+
+
+def _table(first: str) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column(first, no_wrap=True)
+    return table
+
+
+def _pairs(plan: Plan) -> Iterator[tuple[Choice, Choice]]:
+    """Every setting, without activation checkpointing and with it."""
+    half = len(plan.choices) // 2
+    return zip(plan.choices[:half], plan.choices[half:], strict=True)
 
 
 def _verdict(plan: Plan, choice: Choice) -> list[str]:

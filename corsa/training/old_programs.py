@@ -15,7 +15,7 @@ from corsa.config import ModelConfig, Placement
 from corsa.config.steps import OldAnswersConfig
 from corsa.evaluation.generation import end_tokens, generate
 from corsa.evaluation.programs import PROGRAMS
-from corsa.flow.ray_data import map_with_model, retried
+from corsa.flow.ray_data import as_dataset, map_with_model, retried
 from corsa.flow.task import Task
 from corsa.models.encoding import Encoder
 from corsa.models.loading import load_model, load_tokenizer
@@ -57,13 +57,12 @@ def compute(task: Task) -> dict[str, Any]:
     placement: Placement = task.placement
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True
-    context.enable_progress_bars = False
     table = pq.read_table(task.inputs["problems"].local("problems.parquet"), columns=["id", "prompt", "part"])
     taught = table.filter(pc.field("part") == "taught")
 
     def write() -> int:
         answered = map_with_model(
-            ray.data.from_arrow(taught),
+            as_dataset(taught, PROMPTS_PER_BATCH),
             Answer,
             (config.model, placement, config.new_tokens),
             placement,

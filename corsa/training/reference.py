@@ -23,7 +23,7 @@ from corsa.algorithm.packing import NO_OLD_ANSWER, Triplet, pack
 from corsa.config import AnswerEnd, ModelConfig, Placement
 from corsa.config.steps import ReferenceConfig
 from corsa.errors import CorsaError
-from corsa.flow.ray_data import map_with_model, read_table, retried
+from corsa.flow.ray_data import as_dataset, map_with_model, retried
 from corsa.flow.task import Task
 from corsa.models.encoding import Encoder
 from corsa.models.loading import load_model, load_tokenizer
@@ -116,9 +116,8 @@ def _scored(task: Task, config: ReferenceConfig, placement: Placement) -> Iterat
     """The rows of `MARKED` in the order of the edits, from actors that each hold the base."""
     context = ray.data.DataContext.get_current()
     context.execution_options.preserve_order = True  # in the order of the edits
-    edits = read_table(task.inputs["edits"].path("edits.parquet"), COLUMNS)
     scored = map_with_model(
-        edits,
+        as_dataset(_edits(task), EDITS_PER_BATCH),
         Score,
         (config.model, placement, config.answer_end),
         placement,
@@ -129,11 +128,15 @@ def _scored(task: Task, config: ReferenceConfig, placement: Placement) -> Iterat
         yield cast(pa.Table, batch)
 
 
+def _edits(task: Task) -> pa.Table:
+    return pq.read_table(task.inputs["edits"].local("edits.parquet"), columns=COLUMNS)
+
+
 def score_in_step(config: dict[str, Any]) -> list[pa.Table]:
     """What each worker of a group runs that shards the base: its share of the batches. The leader returns all."""
     task: Task = config["task"]
     crew = Crew.join(task.placement)
-    edits = pq.read_table(task.inputs["edits"].local("edits.parquet"), columns=COLUMNS)
+    edits = _edits(task)
     score = Score(task.config.model, task.placement, task.config.answer_end, crew)
     with crew.in_step(score.model):
         starts = range(crew.rank * EDITS_PER_BATCH, len(edits), crew.size * EDITS_PER_BATCH)
@@ -144,11 +147,15 @@ def score_in_step(config: dict[str, Any]) -> list[pa.Table]:
 def _write(task: Task, scored: Iterable[pa.Table]) -> tuple[int, list[dict[str, str]]]:
     """Write reference.parquet; returns how many edits it holds, and those that were left out."""
     bad: list[dict[str, str]] = []
-    kept = 0
+    kept = done = 0
+    edits = len(_edits(task))
     with pq.ParquetWriter(task.output / "reference.parquet", REFERENCE) as writer:
         for table in scored:
+            done += len(table)
+            task.progress.post({"chain": task.name, "phase": "scoring", "edit": done, "edits": edits})
             bad += [{"where": r["id"], "field": r["bad"], "reason": r["reason"]} for r in table.to_pylist() if r["bad"]]
             good = table.filter(pc.field("bad").is_null()).select(REFERENCE.names)
             kept += len(good)
             writer.write_table(good)
+    task.progress.post({"chain": task.name, "phase": "done"})
     return kept, bad

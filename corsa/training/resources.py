@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from corsa.config import Placement
-from corsa.flow.cluster import Resources, check_fits, nodes
+from corsa.flow.cluster import Resources, check_fits, lanes, nodes
 
 
 def threads_per_worker(placement: Placement, cpus: float) -> int:
@@ -12,7 +12,7 @@ def threads_per_worker(placement: Placement, cpus: float) -> int:
 
 
 def cpus_per_worker(placement: Placement, on: list[Resources] | None = None) -> float:
-    """CPUs reserved for one worker: a little less than its threads, so that the data stream is never starved."""
+    """CPUs reserved for one worker: a little less than its threads, so that one task finds room beside the workers."""
     if placement.cpus is not None:
         return placement.cpus
     cores = _smallest_node(on)
@@ -31,20 +31,27 @@ def refuse_what_cannot_fit(placement: Placement, on: list[Resources] | None = No
 
 
 def groups_side_by_side(placement: Placement, on: list[Resources] | None = None) -> int:
-    """How many worker groups the cluster runs at once without sharing a GPU, or the cores of a CPU worker."""
+    """How many worker groups the cluster runs at once: every worker has the CPUs and the GPU that it reserves on one
+    node, and CPU workers do not share the cores that they compute on.
+    """
     found = nodes() if on is None else on
-    if placement.gpu:
-        total, each = sum(n.get("GPU", 0.0) for n in found), 1.0
-    else:
-        total, each = sum(n.get("CPU", 0.0) for n in found), float(threads_per_worker(placement, _smallest_node(found)))
-    return max(1, int(total // (placement.workers * each)))
+    reserved = {"CPU": cpus_per_worker(placement, found), "GPU": 1.0 if placement.gpu else 0.0}
+    workers = sum(lanes(node, reserved) for node in found)
+    if not placement.gpu:
+        cores = sum(node.get("CPU", 0.0) for node in found)
+        workers = min(workers, int(cores // threads_per_worker(placement, _smallest_node(found))))
+    return max(1, workers // placement.workers)
 
 
 def trials_at_once(placement: Placement, on: list[Resources] | None = None) -> tuple[int, str]:
-    """How many trials run side by side, and the arithmetic in words."""
+    """How many trials run side by side, and the arithmetic in words. Beside its workers a trial needs no CPU."""
     found = nodes() if on is None else on
     count = groups_side_by_side(placement, found)
-    kind, each = ("GPU", 1) if placement.gpu else ("CPU", threads_per_worker(placement, _smallest_node(found)))
+    if placement.gpu:
+        kind, each = "GPU", 1.0
+    else:
+        threads = threads_per_worker(placement, _smallest_node(found))
+        kind, each = "CPU", max(float(threads), cpus_per_worker(placement, found))
     total = sum(node.get(kind, 0.0) for node in found)
     workers = f"{placement.workers} worker{'s' * (placement.workers > 1)}"
     sums = f"{total:g} {kind}s / ({workers} x {each:g} {kind}{'s' * (each > 1)}) = {count} at once"

@@ -29,7 +29,7 @@ def run(tasks: list[Task], progress: Progress) -> dict[str, str]:
             cluster had no room for it for `placement.start_timeout`.
     """
     inputs = [t.inputs["reference"] for t in tasks if "reference" in t.step.inputs]
-    tables = {artifact.fingerprint: artifact.path("reference.parquet") for artifact in inputs}
+    tables = {artifact.fingerprint: str(artifact.local("reference.parquet")) for artifact in inputs}
     config = {"tasks": tasks, "progress": progress, "tables": list(tables)}
     return in_group(work, config, tasks[0].placement, tasks[0].store.url, tables)
 
@@ -71,7 +71,7 @@ def take_rounds(tasks: Sequence[Task], workshop: Workshop, progress: Progress) -
             failed[pack[0].fingerprint] = f"not run: {before[0]} failed"
             waiting = [*pack[1:], *waiting]
             continue
-        line = _Line(pack[0], crew, progress)
+        line = _Line(pack[0], tasks, crew, progress)
         try:
             failed |= take(pack, workshop, line.post)
         except CorsaError as e:
@@ -95,15 +95,21 @@ def _together(waiting: Sequence[Task], failed: Mapping[str, str], most: int) -> 
 
 
 class _Line:
-    """The progress line of a step's chain; what is posted is added to what is shown."""
+    """The progress line of a step's chain, one of `tasks`; what is posted is added to what is shown."""
 
-    def __init__(self, task: Task, crew: Crew, progress: Progress) -> None:
+    def __init__(self, task: Task, tasks: Sequence[Task], crew: Crew, progress: Progress) -> None:
         self._progress = progress if crew.leads else None
-        number = getattr(task.config, "round", 0)
-        chain = task.name.removesuffix(f"/round{number}")
-        self._shown: dict[str, Any] = {"chain": chain} | ({"round": number} if chain != task.name else {})
+        chain = _chain(task)
+        self._shown: dict[str, Any] = {"chain": chain}
+        if chain != task.name:
+            last = max(t.config.round for t in tasks if _chain(t) == chain)
+            self._shown |= {"round": task.config.round, "rounds": last}
 
     def post(self, more: dict[str, Any]) -> None:
         self._shown |= more
         if self._progress:
             self._progress.post(self._shown)
+
+
+def _chain(task: Task) -> str:
+    return task.name.removesuffix(f"/round{getattr(task.config, 'round', 0)}")

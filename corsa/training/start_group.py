@@ -8,11 +8,16 @@ import uuid
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import pyarrow.parquet as pq
+
 from corsa.config import Placement
 from corsa.config.steps import TrialPlace
 from corsa.errors import CorsaError
 from corsa.flow.cluster import cluster_resources, nodes
 from corsa.training.resources import cpus_per_worker
+
+STREAMED = 4096
+"""Rows of a block that workers stream."""
 
 
 def in_group(
@@ -29,7 +34,7 @@ def in_group(
         config: its argument, the same on all.
         placement: how many workers, on what, and how often they may fail.
         storage: where Ray Train keeps its own state.
-        tables: Parquet files that every worker streams whole, by the name of their shard.
+        tables: local Parquet files that every worker streams whole, by the name of their shard.
 
     Raises:
         CorsaError: the group failed more often than `placement.max_failures`, with the worker's own error, or the
@@ -41,7 +46,7 @@ def in_group(
     from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
     from ray.tune.integration.ray_train import TuneReportCallback
 
-    from corsa.flow.ray_data import read_table
+    from corsa.flow.ray_data import as_dataset
     from corsa.training.rendezvous import Rendezvous
 
     watched = isinstance(placement, TrialPlace)  # by Ray Tune
@@ -56,8 +61,7 @@ def in_group(
         scaling_config=ScalingConfig(
             num_workers=placement.workers,
             use_gpu=placement.gpu,
-            # Tune holds 0.01 CPU for a trial itself, which is not to come out of the data stream's room.
-            resources_per_worker={"CPU": round(cpus_per_worker(placement) - 0.02 * watched, 2)},
+            resources_per_worker={"CPU": cpus_per_worker(placement)},
         ),
         run_config=RunConfig(
             name=f"{placement.title if watched else 'rounds'}-{uuid.uuid4().hex[:8]}",
@@ -68,7 +72,7 @@ def in_group(
             ),
             callbacks=[TuneReportCallback()] if watched and placement.metric else [],
         ),
-        datasets={name: read_table(path) for name, path in tables.items()},
+        datasets={name: as_dataset(pq.read_table(path), STREAMED) for name, path in tables.items()},
         dataset_config=DataConfig(datasets_to_split=[]),  # every worker sees every row: no edit is dropped
     )
     try:

@@ -7,7 +7,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -353,10 +353,12 @@ def _asker(config: AskingConfig, loaded: Loaded, workshop: Workshop) -> Asker:
 def _ask(task: Task, lesson: _Subject, loaded: Loaded, workshop: Workshop, post: Post) -> dict[str, Any]:
     """Ask the model as it stands, and write the answers."""
     crew = workshop.crew
-    post({"phase": "evaluating"})
+    post({"phase": "evaluating", "eta_s": None})
     began = time.monotonic()
+    asker = replace(_asker(task.config, loaded, workshop), told=lambda done, of: post({"answered": done, "probes": of}))
     with crew.in_step(loaded.model):
-        rows = _asker(task.config, loaded, workshop).ask(_own_chains(lesson.asked, crew))
+        rows = asker.ask(_own_chains(lesson.asked, crew))
+    post({"probes": None})
     rows = crew.collect(rows)
     return {"evaluation_s": round(time.monotonic() - began, 3)} | _write_predictions(task, rows) if crew.leads else {}
 

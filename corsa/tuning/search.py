@@ -142,7 +142,8 @@ def search(
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # its box of settings is printed whatever `verbose` says
     searcher = StudySearch(study, trials, most, pack, console)
     tuner = tune.Tuner(
-        tune.with_resources(trial, {"CPU": 0.01}),  # its workers ask for what they need
+        # Its workers ask for what they need, and it runs nothing else that needs a CPU. Tune wants something to place.
+        tune.with_resources(trial, {"memory": 1}),
         tune_config=tune.TuneConfig(
             search_alg=ConcurrencyLimiter(searcher, max_concurrent=at_once),
             scheduler=stops,

@@ -66,7 +66,7 @@ def run(task: Task) -> dict[str, Any]:
         console.print(watch, markup=False, highlight=False, soft_wrap=True)
 
     def go_on(most: int, rung: int | None) -> None:
-        trials = Trials(config, experiment, taught, inputs["schedule"], task.store, rung)
+        trials = Trials(config, experiment, taught, inputs["schedule"], task.store, rung, task.progress)
         epochs = experiment.training.epochs * config.rounds.rounds * len(experiment.seeds)
         count, arithmetic = trials_at_once(placement)
         console.print(f"trials side by side: {arithmetic}", highlight=False)

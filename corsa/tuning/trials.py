@@ -20,6 +20,7 @@ from corsa.config.steps import SweepConfig, TrialPlace
 from corsa.evaluation.metrics import METRICS, compute
 from corsa.experiments.base import Experiment, Facts, chain
 from corsa.flow import Step, Store, run
+from corsa.flow.task import Progress
 from corsa.tuning.space import Setting, applied, label
 
 
@@ -33,6 +34,7 @@ class Trials:
     schedule: Step
     store: Store
     rung: int | None  # epochs between scores; None: nothing is stopped early
+    progress: Progress
 
     def label(self, setting: Setting) -> str:
         return label(self.experiment, setting)
@@ -72,7 +74,7 @@ class Trials:
         chains = {number: self.chains(number, setting, title) for number, setting in trials}
         said = io.StringIO()
         last = [steps[-1] for found in chains.values() for steps in found]
-        outcome = run(last, self.store, lambda: None, lambda steps: 1, Console(file=said))
+        outcome = run(last, self.store, lambda: None, lambda steps: 1, Console(file=said), progress=self.progress)
         seconds = (time.monotonic() - began) / len(chains)
         results: dict[int, dict[str, Any]] = {}
         for number, found in chains.items():

@@ -5,16 +5,22 @@ many facts and seeds a comparison needs.
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Annotated, Literal
 
+from rich.markup import escape
 from tyro.conf import arg
 
 from corsa.cli.commands import app
 from corsa.config import STEPS, LoraConfig, ModelConfig, StepConfig
+from corsa.config.amounts import as_bytes
 from corsa.errors import CorsaError, unknown_name
-from corsa.planning.machine import as_bytes, memory_here
+from corsa.planning.machine import memory_here
 from corsa.terminal import Console
+
+WIDTH = 80
+"""Columns of the widest table."""
 
 
 @app.command(name="plan")
@@ -78,9 +84,16 @@ def show_plan(
         raise CorsaError("name what is planned: --model NAME (memory and time), or --detect POINTS (facts and seeds)")
     if method not in STEPS:
         raise unknown_name("method", method, STEPS)
-    for name, value in {"gpus": gpus + 1, "workers": workers, "epochs": epochs, "batch": batch, "rank": rank}.items():
+    counts = {"workers": workers, "epochs": epochs, "batch": batch, "rank": rank, "micro-batch": micro_batch}
+    counts |= {"gpus-per-node": gpus_per_node} | ({} if edits is None else {"edits": edits})
+    for name, value in counts.items():
         if value < 1:
-            raise CorsaError(f"--{name} {value - (name == 'gpus')}: give 1 or more")
+            raise CorsaError(f"--{name} {value}: give 1 or more")
+    if gpus < 0:
+        raise CorsaError(f"--gpus {gpus}: give 0 or more")
+    for name, rate_given in {"tflops": tflops, "link": link}.items():
+        if rate_given is not None and not 0 < rate_given < math.inf:
+            raise CorsaError(f"--{name} {rate_given:g}: give more than 0")
     size = as_bytes(gpu_memory, "--gpu-memory") if gpu_memory else None
     node = as_bytes(ram, "--ram") if ram else None
     from corsa.planning.lengths import ASSUMED, lengths
@@ -97,7 +110,7 @@ def show_plan(
         step=STEPS[method](StepConfig()).effective(),
         lora=LoraConfig(rank=rank),
         tokens=tokens,
-        edits=edits or (len(tokens) if benchmark else 1000),
+        edits=edits if edits is not None else len(tokens) if benchmark else 1000,
         epochs=epochs,
         batch=batch,
         micro_batch=micro_batch,
@@ -108,13 +121,21 @@ def show_plan(
     if not gpu and memory is not None:
         memory = (node or memory) // workers
     host = None if node is None else node // min(gpus_per_node, max(gpus, 1))
-    found = plan(job, rate(gpu, tflops, link, measured), memory, host if gpu else None)
+    say = Console(stderr=True)
+    doing = f"rehearsing a step of {chosen.name} without its weights, to count memory and arithmetic (half a minute)"
+    if say.is_terminal:
+        with say.status(escape(doing)):
+            found = plan(job, rate(gpu, tflops, link, measured), memory, host if gpu else None)
+    else:
+        say.print(f"{doing} ...", markup=False, highlight=False, soft_wrap=True)
+        found = plan(job, rate(gpu, tflops, link, measured), memory, host if gpu else None)
     if as_json:
         print(json.dumps(written(found, method, counted), indent=1))
         return
     console = Console()
+    console.width = max(console.width, WIDTH)  # a number that is cut says nothing
     for part in tables(found, method, counted):
-        console.print(part)
+        console.print(part, soft_wrap=isinstance(part, str) and not console.is_terminal)
 
 
 def _show_power(points: float, tests: int, run_sd: float, like: Path | None, metric: str | None, as_json: bool) -> None:

@@ -10,8 +10,8 @@ from corsa.cli.commands import GATE_NOT_PASSED
 from corsa.editing.options import EvaluateOptions, Teaching
 from corsa.editing.plan import Plan, plan_evaluation
 from corsa.editing.run import Result
-from corsa.experiments.runner import lasting
-from corsa.flow import Store, draw
+from corsa.experiments.runner import lasting, show_plan
+from corsa.flow import Store
 from corsa.report.facts import facts, summary, table
 from corsa.report.tables import summary_tables
 from corsa.terminal import Console, visible
@@ -23,11 +23,22 @@ def teach(options: Teaching, plan: Plan, as_json: bool) -> int:
 
     console = Console(stderr=as_json)
     if options.dry_run:
-        console.print(draw([plan.report], Store(lasting(options.storage))))
+        _say_what_no_gate_measures(options, plan, console)
+        show_plan([plan.report], Store(lasting(options.storage)), console)
         return 0
     _say(console, plan.report.config.canonical()["title"])
+    _say_what_no_gate_measures(options, plan, console)
     result = teach(options, plan, console)
     return _show(result, as_json, Console())
+
+
+def _say_what_no_gate_measures(options: Teaching, plan: Plan, console: Console) -> None:
+    if plan.line is None and options.gates.max_forgetting is not None:
+        _say(
+            console,
+            "note: --max-forgetting has nothing to measure in a first update, which has no earlier facts to forget: it "
+            "will pass. Give --adapter to go on from an earlier update",
+        )
 
 
 def ask(options: EvaluateOptions, as_json: bool) -> int:
@@ -36,7 +47,7 @@ def ask(options: EvaluateOptions, as_json: bool) -> int:
 
     console = Console(stderr=as_json)
     if options.dry_run:
-        console.print(draw([plan_evaluation(options)[1]], Store(lasting(options.storage))))
+        show_plan([plan_evaluation(options)[1]], Store(lasting(options.storage)), console)
         return 0
     return _show(evaluate(options, console), as_json, Console())
 

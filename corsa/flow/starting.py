@@ -1,0 +1,153 @@
+"""Starting Ray on this machine, busy as it may be, and asking whether anything answers at a cluster's address.
+
+Imports ray only to start it.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import socket
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+from unittest.mock import patch
+
+from corsa.errors import CorsaError
+
+ANSWER = 10.0
+"""Seconds in which whatever listens at a cluster's address must answer."""
+
+LONGER = 300
+"""Seconds that the second attempt allows each part of Ray to start in; Ray's own limits lie between 15 and 60."""
+
+_PORTS = range(20000, 32000)  # below those that the system deals out, above those of Ray's workers
+_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])  # with an empty SETTINGS frame
+_SETTINGS = 4  # type of the frame that every HTTP/2 server, as each of Ray's is, sends first
+
+
+def refuse_what_does_not_answer(address: str, seconds: float = ANSWER) -> None:
+    """Raises `CorsaError` if no Ray cluster answers at `HOST:PORT` or `ray://HOST:PORT`.
+
+    Ray itself would go on trying for many minutes.
+    """
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdecimal():  # "auto" and the like
+        return
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=seconds) as connection:
+            if os.environ.get("RAY_USE_TLS", "0") not in ("", "0"):
+                return
+            connection.sendall(_PREFACE)
+            frame = connection.recv(9, socket.MSG_WAITALL)
+    except (OSError, OverflowError) as error:
+        raise CorsaError(_unreachable(address, f"nothing answers ({error})")) from error
+    if len(frame) < 9 or frame[3] != _SETTINGS:
+        raise CorsaError(_unreachable(address, "something listens, but it is not a Ray cluster"))
+
+
+def _unreachable(address: str, why: str) -> str:
+    return (
+        f"cannot reach the Ray cluster at {address}: {why}. Start the cluster, correct RAY_ADDRESS, or unset it to "
+        "start a cluster here"
+    )
+
+
+def start(init: Callable[[], Any], say: Callable[[str], object]) -> Any:
+    """What `init` returns, which starts Ray on this machine. Where that fails it is tried once more, with longer limits
+    and ports that were just found free.
+
+    Raises:
+        CorsaError: it failed both times; what Ray said last is in its text.
+    """
+    began = time.monotonic()
+    try:
+        with fixed_ports():
+            return init()
+    except Exception as error:  # Ray raises plain exceptions here
+        _clear_away(error)
+        say(f"Ray did not start in {time.monotonic() - began:.0f} s ({_said(error)}): once more, with longer limits")
+    try:
+        with fixed_ports(), _patience(LONGER):
+            return init()
+    except Exception as error:
+        _clear_away(error)
+        raise CorsaError(
+            f"Ray could not be started here in {time.monotonic() - began:.0f} s: {_said(error)}. `ray stop` ends a "
+            "cluster that was left behind; else try again when the machine is less busy, or set RAY_ADDRESS to join a "
+            "cluster that runs"
+        ) from error
+
+
+@contextmanager
+def fixed_ports() -> Iterator[None]:
+    """Inside, Ray starts with a free port for every part whose port it would not look for itself, or would have to wait
+    for until the part has told it: on a busy machine it gives up on that after 15 s.
+    """
+    from ray._private import parameter
+
+    names = ("dashboard_agent_listen_port", "metrics_agent_port", "metrics_export_port", "runtime_env_agent_port")
+    dashboard, autoscaler, *ports = _free_ports(len(names) + 2)
+    plain = parameter.RayParams
+    own = {"DASHBOARD_METRIC_PORT": str(dashboard), "AUTOSCALER_METRIC_PORT": str(autoscaler)}
+
+    def with_ports(*given: Any, **named: Any) -> Any:
+        found = plain(*given, **named)
+        for name, port in zip(names, ports, strict=True):
+            setattr(found, name, port)
+        return found
+
+    with patch.dict(os.environ, own), patch.object(parameter, "RayParams", with_ports):
+        yield
+
+
+def _free_ports(count: int) -> list[int]:
+    """Ports of this machine on which nothing listens."""
+    found: list[int] = []
+    for port in random.SystemRandom().sample(_PORTS, len(_PORTS)):
+        with suppress(OSError), socket.socket() as tried:
+            tried.bind(("", port))
+            found.append(port)
+        if len(found) == count:
+            return found
+    raise CorsaError(f"no {count} ports between {_PORTS.start} and {_PORTS.stop} are free on this machine")
+
+
+@contextmanager
+def _patience(seconds: int) -> Iterator[None]:
+    """Inside, Ray waits so long for each of its parts."""
+    from ray._private import ray_constants
+
+    limits = {"RAY_agent_register_timeout_ms": str(1000 * seconds)}
+    limits["RAY_gcs_server_request_timeout_seconds"] = str(seconds)
+    with (
+        patch.dict(os.environ, limits),
+        patch.object(ray_constants, "RAY_DASHBOARD_STARTUP_TIMEOUT_S", seconds),
+        patch.object(ray_constants, "GCS_SERVER_REQUEST_TIMEOUT_SECONDS", seconds),
+    ):
+        yield
+
+
+def _clear_away(error: BaseException) -> None:
+    """End the processes of a start that failed: Ray forgets them, and they would load the machine further."""
+    import ray
+    from ray._private.node import Node
+
+    nodes = {
+        id(f.f_locals["self"]): f.f_locals["self"]
+        for f, _ in traceback.walk_tb(error.__traceback__)
+        if isinstance(f.f_locals.get("self"), Node)
+    }
+    for node in nodes.values():
+        with suppress(Exception):
+            node.kill_all_processes(check_alive=False, allow_graceful=False)
+    with suppress(Exception):
+        ray.shutdown()
+
+
+def _said(error: BaseException) -> str:
+    """The first line of what an error says: Ray appends whole logs."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__).rstrip(".")[:300]
