@@ -68,6 +68,7 @@ def serve(end: socket.socket, request: Mapping[str, Any]) -> None:
         exec(compile(request["before"], "<before>", "exec"), namespace)
         exec(compile(request["text"], "<program>", "exec"), namespace)
     except Exception as error:
+        peer.receive()  # what is unread when this process ends would take the message below with it
         peer.send("failed", type(error).__name__, _said(error))
         return
     _, names = peer.receive()

@@ -95,15 +95,19 @@ class _Zygote:
         raw, handles, _, _ = socket.recv_fds(self.control, 64, 1)
         if not raw or not handles:
             raise OSError("a process of the sandbox ended")
-        return _Child(int(raw), handles[0])
+        return _Child(int(raw), handles[0], self.control)
 
 
 @dataclass
 class _Child:
-    """A process of a program's or of its tests'. `handle`: its pidfd, which stays its own when its number is reused."""
+    """A process of a program's or of its tests'.
+
+    handle: its pidfd, which stays its own when its number is reused. control: where its zygote says that it has ended.
+    """
 
     number: int
     handle: int
+    control: socket.socket
 
     def kill(self, *, isolated: bool) -> None:
         """End it and all that it has started: it is the first of its namespace, and the kernel ends all others with it.
@@ -116,9 +120,8 @@ class _Child:
                 signal.pidfd_send_signal(self.handle, signal.SIGKILL)
             else:
                 os.killpg(self.number, signal.SIGKILL)
-        ended = select.select([self.handle], [], [], 10.0)[0]
         os.close(self.handle)
-        if not ended:
+        if not select.select([self.control], [], [], 10.0)[0] or self.control.recv(16) != b"ended":
             raise OSError("a process of the sandbox does not end")
 
 

@@ -60,6 +60,7 @@ def main() -> NoReturn:
         socket.send_fds(control, [str(child).encode()], [handle])
         os.close(handle)
         os.waitpid(child, 0)
+        control.send(b"ended")
 
 
 def _act(role: str, limits: Mapping[str, Any], files: list[int], held: int, *, isolated: bool) -> NoReturn:
