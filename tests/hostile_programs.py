@@ -1,0 +1,451 @@
+"""Programs that try to pass without being right, to see what they must not, to get out, or not to be judged.
+
+Each is judged by tests that ask for a secret (`SECRET`), which no program can guess: one that passes has forged, or has
+read its tests. `ESCAPES` instead say whether they were refused what they tried.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+
+SECRET = "hidden-6f1c9e4ab7d2"
+TESTS = f"def test_secret():\n    assert secret(21) == {SECRET!r}\n"
+"""What a program must answer, and cannot know."""
+KNOWN_GOOD = f"def secret(x):\n    return {SECRET!r}\n"
+
+
+def _send(message: object, area: bytes = b"") -> bytes:
+    raw = json.dumps({"tuple": message}).encode()
+    return struct.pack("!II", len(raw), len(area)) + raw + area
+
+
+def says(*messages: object, area: bytes = b"", then: str = "") -> str:
+    """A program that writes its messages itself, one after the other, and then waits to be judged."""
+    raw = b"".join(_send(m, area) if not isinstance(m, bytes) else m for m in messages)
+    return f"import os, time\nraw = {raw!r}\nwhile raw:\n    raw = raw[os.write(3, raw):]\n{then}time.sleep(1.5)\nos._exit(0)\n"
+
+
+READY = ["ready", ["secret"], {"dict": []}]
+
+
+def returns(value: object, area: bytes = b"") -> str:
+    """A program that answers with a tree written by hand."""
+    return says(READY, ["returned", value, None], area=area)
+
+
+def raises(classes: object, text: object = "") -> str:
+    """A program that answers with an exception written by hand."""
+    return says(READY, ["raised", classes, text])
+
+
+FORGING = {
+    "exits 0": "import os\nos._exit(0)\n",
+    "exits 0 when called": "import os\ndef secret(x):\n    os._exit(0)\n",
+    "leaves with SystemExit": "import sys\ndef secret(x):\n    sys.exit(0)\n",
+    "leaves from an exit hook": "import atexit\ndef leave():\n    raise SystemExit(0)\natexit.register(leave)\n"
+    "def secret(x):\n    return 0\n",
+    "prints a pass": 'print(\'{"outcome": "passed", "tests": {}}\')\ndef secret(x):\n    return 0\n',
+    "writes a pass to every file": """
+import os
+def secret(x):
+    for file in range(1, 1024):
+        try:
+            os.write(file, b'{"outcome": "passed", "tests": {"test_secret": ""}, "detail": ""}')
+        except OSError:
+            pass
+    os._exit(0)
+""",
+    "redefines what tests are made of": """
+import builtins
+AssertionError = type('AssertionError', (Exception,), {})
+builtins.AssertionError = AssertionError
+builtins.isinstance = builtins.all = lambda *a: True
+def test_secret():
+    pass
+def secret(x):
+    return 0
+""",
+    "patches the runner": """
+import sys
+for module in list(sys.modules.values()):
+    for name in ('examine', 'examined', 'report', 'exec', 'compile'):
+        if hasattr(module, name):
+            setattr(module, name, lambda *a, **k: {'outcome': 'passed', 'detail': '', 'tests': {}})
+def secret(x):
+    return 0
+""",
+    "is equal to everything": """
+class Yes(str):
+    def __eq__(self, other):
+        return True
+    __hash__ = str.__hash__
+def secret(x):
+    return Yes('')
+""",
+    "looks for a verdict in frames": """
+import sys
+def secret(x):
+    frame = sys._getframe()
+    while frame:
+        for value in list(frame.f_globals.values()) + list(frame.f_locals.values()):
+            if isinstance(value, dict) and 'outcome' in value:
+                value['outcome'] = 'passed'
+        frame = frame.f_back
+    return 0
+""",
+    "ends the loop of its caller": "def secret(x):\n    raise StopIteration\n",
+    "raises what a runner may not catch": "def secret(x):\n    raise KeyboardInterrupt\n",
+    "raises an assertion of its own": "def secret(x):\n    raise AssertionError\n",
+    "returns a function": "def secret(x):\n    return lambda *a: True\n",
+    "returns an endless iterator": "import itertools\ndef secret(x):\n    return itertools.count()\n",
+    "returns not a number": "def secret(x):\n    return float('nan')\n",
+    "defines the tests' own names": "test_secret = None\n__name__ = '__tests__'\ndef secret(x):\n    return 0\n",
+    "claims to have passed": says(READY, ["passed"]),
+    "claims functions of the tests": says(["ready", ["secret", "test_secret"], {"dict": [["test_secret", 1]]}]),
+    "raises SystemExit by hand": raises([["builtins", "SystemExit"]]),
+    "raises no exception": raises([["builtins", "exec"]], "import os; os._exit(0)"),
+    "raises a class of a package": raises([["numpy", "ndarray"], ["builtins", "object"]]),
+    "asks the tests to call": says(READY, ["call", 0, [], {"dict": []}]),
+    "asks the tests to call by name": says(READY, ["call", "exit", [0], {"dict": []}]),
+}
+
+_SHOW = "def secret(x):\n    import re\n    found = re.findall(rb'hidden-[0-9a-f]{12}', b' '.join(seen()))\n"
+_SHOW += "    return found[0].decode() if found else ''\n"
+
+_PAGES = """
+import ctypes, os
+libc = ctypes.CDLL(None)
+out, into = os.pipe()
+def page(place):
+    if libc.write(into, ctypes.c_void_p(place), 4096) < 0:  # not a page that can be read
+        return b''
+    return os.read(out, 4096)
+"""
+
+READING = {
+    "collector's objects": """
+import gc
+def seen():
+    found, queue, known = [], list(gc.get_objects()), set()
+    while queue and len(known) < 400_000:
+        value = queue.pop()
+        if id(value) in known:
+            continue
+        known.add(id(value))
+        if isinstance(value, str):
+            found.append(value.encode(errors='replace'))
+        elif isinstance(value, bytes):
+            found.append(value)
+        else:
+            queue += gc.get_referents(value)
+    return found
+""",
+    "frames": """
+import sys
+def seen():
+    found, frame = [], sys._getframe()
+    while frame:
+        found += [repr(v).encode(errors='replace') for v in [*frame.f_locals.values(), *list(frame.f_globals.values())]]
+        frame = frame.f_back
+    return found
+""",
+    "the heap": _PAGES
+    + """
+def seen():
+    libc.sbrk.restype = ctypes.c_void_p
+    end = libc.sbrk(0) & ~4095
+    return [page(p) for p in range(end - (64 << 20), end, 4096)]
+""",
+    "pages beside small objects": _PAGES
+    + """
+def seen():
+    first = {id(object()) >> 20, id([]) >> 20, id('x' * 40) >> 20}
+    blocks = sorted({b + d for b in first for d in range(-24, 24)})
+    return [page(p) for b in blocks for p in range(b << 20, (b + 1) << 20, 4096)]
+""",
+    "open files": """
+import os
+def seen():
+    found = []
+    for file in [*range(3), *range(4, 256)]:
+        try:
+            os.set_blocking(file, False)
+            os.lseek(file, 0, 0)
+        except OSError:
+            pass
+        try:
+            found.append(os.read(file, 1 << 16))
+        except OSError:
+            pass
+    return found
+""",
+    "memory as a file": "def seen():\n    return [open('/proc/self/mem', 'rb').read(1 << 20)]\n",
+    "modules of the sandbox": """
+import sys
+def seen():
+    return [repr(vars(m)).encode(errors='replace') for n, m in list(sys.modules.items()) if n.startswith(('corsa', '__'))]
+""",
+    "source that tracebacks show": """
+import linecache, sys, traceback
+def seen():
+    return [repr(linecache.cache).encode(), ''.join(traceback.format_stack()).encode(), repr(sys.argv).encode()]
+""",
+    "the first process by ptrace": """
+import ctypes
+def seen():
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.ptrace(16, 1, 0, 0):
+        raise OSError(ctypes.get_errno(), 'ptrace')
+    raise RuntimeError
+""",
+    "the first process's memory": """
+import ctypes
+def seen():
+    libc = ctypes.CDLL(None, use_errno=True)
+    class Part(ctypes.Structure):
+        _fields_ = [('base', ctypes.c_void_p), ('size', ctypes.c_size_t)]
+    libc.sbrk.restype = ctypes.c_void_p
+    end, size = libc.sbrk(0), 1 << 20
+    room = ctypes.create_string_buffer(size)
+    mine, theirs = Part(ctypes.addressof(room), size), Part(end - size, size)
+    if libc.process_vm_readv(1, ctypes.byref(mine), 1, ctypes.byref(theirs), 1, 0) < 0:
+        raise OSError(ctypes.get_errno(), 'process_vm_readv')
+    return [room.raw]
+""",
+    "the first process's files": """
+import ctypes, os
+def seen():
+    libc = ctypes.CDLL(None, use_errno=True)
+    found = []
+    handle = os.pidfd_open(1)
+    for number in range(3, 64):
+        file = libc.syscall(438, handle, number, 0)
+        if file >= 0:
+            os.lseek(file, 0, 0)
+            found.append(os.read(file, 1 << 16))
+    return found
+""",
+    "callers of a callback": """
+import sys
+def seen():
+    return [repr(sys.exc_info()).encode(), repr([f for f in sys._current_frames().values()]).encode()]
+""",
+}
+READING = {name: text + _SHOW for name, text in READING.items()}
+
+_ARRAY = {"array": ["float64", [1], [0, 8]]}
+
+IN_THE_RUNNER = {
+    "an array of objects": returns({"array": ["object", [1], [0, 8]]}, area=b"\x41" * 8),
+    "an array of type O": returns({"array": ["O", [1], [0, 8]]}, area=b"\x41" * 8),
+    "an array of records": returns({"array": [[["a", "O"]], [1], [0, 8]]}, area=b"\x41" * 8),
+    "an array larger than its bytes": returns({"array": ["float64", [1 << 40], [0, 8]]}, area=b"\0" * 8),
+    "an array of negative shape": returns({"array": ["float64", [-1, -1], [0, 8]]}, area=b"\0" * 8),
+    "an array whose shape overflows": returns({"array": ["uint8", [1 << 32, 1 << 32], [0, 0]]}),
+    "an array of too many dimensions": returns({"array": ["uint8", [1] * 64, [0, 1]]}, area=b"\0"),
+    "bytes beyond the message": returns({"bytes": [0, 1 << 30]}, area=b"\0" * 8),
+    "bytes before the message": returns({"bytes": [-4096, 4096]}, area=b"\0" * 8),
+    "a class by name": returns({"class": "os.system"}),
+    "a function by name": returns({"named": ["os", "system"]}),
+    "a function of a package": returns({"numpy class": "load"}),
+    "a kind that is not there": returns({"__reduce__": ["os.system", ["true"]]}),
+    "two kinds at once": returns({"tuple": [], "list": []}),
+    "a stand-in for nothing": returns({"own": 7}),
+    "a stand-in of negative number": returns({"own": -1}),
+    "an expression that runs code": returns({"expression": "__import__('os')._exit(0)"}),
+    "an expression of a lambda": returns({"expression": "(lambda: 1)()"}),
+    "a name that is code": returns({"expression": "Symbol('x]; import os; os._exit(0)#')"}),
+    "a number that is code": returns({"expression": "Float('__import__(\"os\")')"}),
+    "a hostile key of a set": returns({"set": [{"dict": []}, []]}),
+    "an integer of many digits": says(READY, b"\0\x0f\x42\x5f\0\0\0\0" + b'{"tuple": ["returned", ' + b"9" * 1_000_070),
+    "a hexadecimal that is none": returns({"int": "__import__('os')"}),
+    "a deep list": says(READY, struct.pack("!II", 200_000, 0) + b"[" * 200_000),
+    "a deep dictionary": says(READY, struct.pack("!II", 500_000, 0) + b'{"a":' * 100_000),
+    "a pattern that takes for ever": returns({"match": ["(a+)+$", 0, "a" * 64 + "b", 0, 64]}),
+    "a pattern that prints itself": returns({"pattern": ["a", 128]}),
+    "a month that is none": returns({"date": [2020, 13, 1]}),
+    "a date of texts": returns({"date": ["2020", "1", "1"]}),
+    "a default that is code": returns({"defaultdict": [{"class": "builtins.exec"}, []]}),
+    "a timezone of a program's own": returns({"timezone": ["x"]}),
+    "a decimal of an endless exponent": returns({"Decimal": "1E+999999999999999999"}),
+    "a tensor, where there is no torch": returns({"tensor": ["float32", [1], [0, 4], False]}, area=b"\0" * 4),
+    "a device of torch": returns({"device": "cuda; import os"}),
+    "old pickles": "import os, pickle, struct\nclass Evil:\n    def __reduce__(self):\n"
+    "        return exec, ('import os; os._exit(0)',)\ndef secret(x):\n"
+    "    raw = pickle.dumps(('returned', Evil(), None))\n"
+    "    os.write(3, struct.pack('!II', len(raw), 0) + raw)\n    return 0\n",
+}
+
+REFUSING = {
+    **{
+        f"ends by signal {number}": f"import os\nos.kill(os.getpid(), {number})\n"
+        for number in (1, 9, 11, 15, 34, 35, 40, 50, 63, 64)
+    },
+    "all signals": "import os, signal\nfor s in [*range(1, 65)]:\n    try:\n        os.kill(os.getpid(), s)\n"
+    "    except OSError:\n        pass\n",
+    "signals to all": "import os\nfor s in [*range(35, 65), 9]:\n    try:\n        os.kill(-1, s)\n    except OSError:\n"
+    "        pass\nos._exit(3)\n",
+    "signals to its parent": "import os\nfor s in [*range(1, 65)]:\n    try:\n        os.kill(os.getppid(), s)\n"
+    "    except OSError:\n        pass\nos._exit(3)\n",
+    "exits at import": "import os\nos._exit(9)\n",
+    "stops itself": "import os, signal\nos.kill(os.getpid(), signal.SIGSTOP)\n",
+    "closes the wire": "import os\nos.close(3)\ndef secret(x):\n    return 0\n",
+    "closes all": "import os\nos.closerange(0, 1024)\ndef secret(x):\n    return 0\n",
+    "a greeting that is short": says(["ready"]),
+    "a greeting of nothing": says([]),
+    "a greeting of unhashable names": says(["ready", [[]], {"dict": [[{"tuple": []}, 1]]}]),
+    "a greeting of other kinds": says(["ready", 1, 2]),
+    "a greeting that is no message": says(b"hello, here I am" * 8),
+    "a greeting cut off": says(b"\0\0\x01"),
+    "a greeting of 4 GiB": says(b"\xff" * 8),
+    "a greeting of a million names": says(["ready", ["secret"] * 1_000_000, {"dict": []}]),
+    "a greeting that names a module which exits": says(["ready", [], {"dict": [["secret", {"class": "this.exit"}]]}]),
+    "an answer that is none": says(READY, ["no answer at all"]),
+    "an answer without a value": says(READY, ["returned"]),
+    "an answer before it is asked": says(["returned", 1, None], READY),
+    "a failure without words": says(["failed"]),
+    "a verdict with keys of its own": says(["failed", {"dict": [["outcome", "sandbox"]]}, "x"]),
+    "a verdict in a message": 'def secret(x):\n    raise ValueError(\'{"outcome": "sandbox", "no": 1}\')\n',
+    "a lone surrogate": "def secret(x):\n    raise ValueError('\\ud800')\n",
+    "a lone surrogate in a name": "raise type('\\udc80x', (Exception,), {})('\\udfff')\n",
+    "a message of 10 MB": "def secret(x):\n    raise ValueError('x' * 10_000_000)\n",
+    "a text of 10 MB": "def secret(x):\n    return 'x' * 10_000_000\n",
+    "terminal controls": "print('\\x1b[2J\\x07')\ndef secret(x):\n    raise ValueError('\\x1b]0;owned\\x07\\u202e')\n",
+    "an exception that cannot be shown": "class Bad(Exception):\n    def __str__(self):\n        raise SystemExit\n"
+    "def secret(x):\n    raise Bad\n",
+    "recursion through the tests": "import sys\nsys.setrecursionlimit(10**6)\ndef secret(x):\n    return secret(x)\n",
+    "a list that the tests cannot hold": "def secret(x):\n    return [[] for _ in range(10**7)]\n",
+    "a value of its own class": "class Mine:\n    pass\ndef secret(x):\n    return Mine()\n",
+    "a value within itself": "def secret(x):\n    x = []\n    x.append(x)\n    return x\n",
+}
+
+DENYING = {
+    "endless loop": "while True:\n    pass\n",
+    "endless loop in C": "sum(iter(int, 1))\n",
+    "sleep": "import time\ntime.sleep(60)\n",
+    "sleep that ignores signals": "import signal, time\nfor s in signal.valid_signals():\n    try:\n"
+    "        signal.signal(s, signal.SIG_IGN)\n    except (OSError, ValueError):\n        pass\ntime.sleep(60)\n",
+    "fork bomb": "import os\nwhile True:\n    os.fork()\n",
+    "quiet fork bomb": "import os\nwhile True:\n    try:\n        os.fork()\n    except OSError:\n        pass\n",
+    "threads": "import threading, time\nwhile True:\n    threading.Thread(target=time.sleep, args=(60,)).start()\n",
+    "memory": "x = []\nwhile True:\n    x.append(bytearray(1 << 24))\n",
+    "memory of many processes": "import os, time\nfor _ in range(8):\n    if os.fork() == 0:\n        break\n"
+    "x = b'x' * (100 << 20)\ntime.sleep(9)\n",
+    "memory of many small processes": "import os, time\nfor _ in range(16):\n    if os.fork() == 0:\n        break\n"
+    "x = b'x' * (30 << 20)\ntime.sleep(9)\n",
+    "memory of processes that execute": "import os, sys, time\nfor _ in range(12):\n    if os.fork() == 0:\n"
+    "        os.execv(sys.executable, [sys.executable, '-c', 'x = b\"x\" * (60 << 20); import time; time.sleep(9)'])\n"
+    "time.sleep(9)\n",
+    "segments of System V": "import ctypes\nlibc = ctypes.CDLL(None, use_errno=True)\nlibc.shmat.restype = ctypes.c_void_p\n"
+    "while True:\n    n = libc.shmget(0, 64 << 20, 0o1600)\n    if n < 0:\n        raise OSError(ctypes.get_errno(), 'shmget')\n"
+    "    ctypes.memset(libc.shmat(n, 0, 0), 1, 64 << 20)\n    libc.shmdt(0)\n",
+    "files in memory": "import os\nkept = []\nwhile True:\n    kept.append(os.memfd_create('x'))\n"
+    "    os.write(kept[-1], bytes(32 << 20))\n",
+    "shared pages of nobody": "import mmap, os\nwhile True:\n    m = mmap.mmap(-1, 64 << 20)\n    m[:] = bytes(64 << 20)\n"
+    "    if os.fork() == 0:\n        os.pause() if hasattr(os, 'pause') else __import__('time').sleep(9)\n    m.close()\n",
+    "shared pages of zero": "import mmap, os\nf = os.open('/dev/zero', os.O_RDWR)\nwhile True:\n"
+    "    m = mmap.mmap(f, 64 << 20)\n    m[:] = b'x' * (64 << 20)\n    if os.fork() == 0:\n"
+    "        __import__('time').sleep(9)\n    m.close()\n",
+    "disk": "n = 0\nwhile True:\n    n += 1\n    with open(f'/tmp/{n}', 'wb') as f:\n        f.write(bytes(8 << 20))\n",
+    "disk of shared memory": "n = 0\nwhile True:\n    n += 1\n    with open(f'/dev/shm/{n}', 'wb') as f:\n"
+    "        f.write(bytes(8 << 20))\n",
+    "one large file": "with open('/tmp/x', 'wb') as f:\n    f.write(bytes(48 << 20))\n",
+    "many small files": "n = 0\nwhile True:\n    n += 1\n    open(f'/tmp/{n}', 'w').close()\n",
+    "open files": "kept = [open('/dev/null') for _ in range(1000)]\n",
+    "full pipes": "import fcntl, os\nkept = []\nwhile True:\n    kept.append(os.pipe())\n"
+    "    fcntl.fcntl(kept[-1][1], 1031, 1 << 20)\n    os.set_blocking(kept[-1][1], False)\n"
+    "    os.write(kept[-1][1], bytes(1 << 20))\n",
+    "output": "while True:\n    print('x' * 1000)\n",
+    "output of one line": "import os\nwhile True:\n    os.write(2, b'x' * 65536)\n",
+    "a full wire": "import os\nwhile True:\n    os.write(3, b'\\0\\0\\0\\0\\0\\0\\0\\0')\n",
+    "calls without end": says(READY, then="while True:\n    os.write(3, b'\\0\\0\\0\\x20\\0\\0\\0\\0"
+    '{"tuple": ["next", 0, [], null]}' "')\n"),
+    "crash": "import ctypes\nctypes.string_at(0)\n",
+    "deep recursion": "def f(n):\n    return f(n + 1)\nf(0)\n",
+    "deeper recursion": "import sys\nsys.setrecursionlimit(10**9)\nclass A:\n    def __repr__(self):\n"
+    "        return repr(self)\nrepr(A())\n",
+    "a slow pattern": "import re\nre.match('(a+)+$', 'a' * 64 + 'b')\n",
+    "a large power": "x = 9 ** 9 ** 9\n",
+}
+
+_LIBC = "import ctypes, os\nlibc = ctypes.CDLL(None, use_errno=True)\ndef call(*a):\n    found = libc.syscall(*a)\n"
+_LIBC += "    if found < 0:\n        raise OSError(ctypes.get_errno(), 'refused')\n    return found\n"
+
+ESCAPES = {
+    "reads a file of the host": "open('/etc/passwd').read()",
+    "reads a home": "import os\nos.listdir('/root')\nos.listdir('/home')",
+    "reads the tests' file": f"open({__file__!r}).read()",
+    "reads the kernel's log": _LIBC + "call(103, 3, ctypes.create_string_buffer(100), 100)",
+    "writes beside Python": "import sys\nopen(sys.prefix + '/lib/x', 'w')",
+    "writes to the root": "open('/x', 'w')",
+    "writes to the sandbox's code": "open('/sandbox/corsa/x.py', 'w')",
+    "reads another process": "open('/proc/1/environ').read()",
+    "reads its own process": "open('/proc/self/maps').read()",
+    "reads the mounts": "open('/proc/mounts').read()",
+    "makes a device": "import os, stat\nos.mknod('/tmp/sda', 0o600 | stat.S_IFBLK, os.makedev(8, 0))",
+    "kills the first process": "import os, time\nos.kill(1, 9)\ntime.sleep(0.2)\nos.kill(1, 0)\nraise OSError('it lives')",
+    "connects to this machine": "import socket\nsocket.create_connection(('127.0.0.1', PORT), 1)",
+    "connects by IPv6": "import socket\nsocket.create_connection(('::1', PORT), 1)",
+    "listens on the loopback": "import socket\ns = socket.create_server(('127.0.0.1', 0))\n"
+    "socket.create_connection(s.getsockname(), 1)",
+    "looks up a name": "import socket\nsocket.getaddrinfo('pypi.org', 443)",
+    "asks the kernel for its interfaces": "import socket\nsocket.socket(16, 3, 0)",
+    "a raw socket": "import socket\nsocket.socket(socket.AF_PACKET, socket.SOCK_RAW)",
+    "a socket to the host's machine": "import socket\nsocket.socket(40, 1)",
+    "a socket of the kernel's ciphers": "import socket\nsocket.socket(38, 5)",
+    "becomes root": "import os\nos.setuid(0)",
+    "gets a capability back": _LIBC + "head = (ctypes.c_uint32 * 2)(0x20080522, 0)\nsets = (ctypes.c_uint32 * 6)(*[2**21] * 6)\n"
+    "call(126, head, sets)",
+    "mounts": _LIBC + "call(165, b'none', b'/tmp', b'tmpfs', 0, b'')",
+    "takes a mount off": _LIBC + "call(166, b'/proc', 2)",
+    "opens a file system": _LIBC + "call(430, b'tmpfs', 0)",
+    "makes a user namespace": _LIBC + "call(272, 0x10000000)",
+    "makes a namespace with a process": _LIBC + "call(56, 0x10000000 | 17, 0, 0, 0, 0)",
+    "makes a namespace with clone3": _LIBC + "args = (ctypes.c_uint64 * 11)(0x10000000, 0, 0, 0, 17)\ncall(435, args, 88)",
+    "enters a namespace": _LIBC + "call(308, os.pidfd_open(os.getpid()), 0x20000000)",
+    "changes its root": "import os\nos.chroot('/tmp')",
+    "reads the session's keys": _LIBC + "room = ctypes.create_string_buffer(64)\n"
+    "key = call(249, b'user', b'corsa-test', None, 0)\ncall(250, 11, key, room, 64)",
+    "writes a key": _LIBC + "call(248, b'user', b'corsa-left', b'x', 1, -3)",
+    "asks for its keyring": _LIBC + "call(250, 0, -3, 1)",
+    "loads a program into the kernel": _LIBC + "call(321, 5, ctypes.create_string_buffer(128), 128)",
+    "counts events": _LIBC + "call(298, ctypes.create_string_buffer(128), 0, -1, -1, 0)",
+    "handles page faults": _LIBC + "call(323, 1)",
+    "a ring of requests": _LIBC + "call(425, 4, ctypes.create_string_buffer(256))",
+    "secret memory": _LIBC + "call(447, 0)",
+    "a table of segments": _LIBC + "call(154, 0, ctypes.create_string_buffer(64), 64)",
+    "traces": _LIBC + "call(101, 0, 0, 0, 0)",
+    "another interface of the kernel": _LIBC + "call(0x40000000 + 39)",
+    "a filter of its own": _LIBC + "call(317, 1, 8, 0)",
+    "a file handle": _LIBC + "call(304, -100, ctypes.create_string_buffer(64), 0)",
+    "loads a module": _LIBC + "call(175, b'x', 1, b'')",
+    "sets the clock": "import time\ntime.clock_settime(time.CLOCK_REALTIME, 0)",
+    "names the machine": "import socket\nsocket.sethostname('owned')",
+    "raises its limits": "import resource\nresource.setrlimit(resource.RLIMIT_NPROC, (10**6, 10**6))",
+    "asks for priority": "import os\nos.setpriority(os.PRIO_PROCESS, 0, -5)",
+}
+
+LEFTOVERS = {
+    "a file": ("open('/tmp/left', 'w').write('x')", "open('/tmp/left').read()"),
+    "a file of shared memory": ("open('/dev/shm/left', 'w').write('x')", "open('/dev/shm/left').read()"),
+    "an abstract socket of a daemon": (
+        "import os, socket, time\nif os.fork() == 0:\n    os.setsid()\n    if os.fork() == 0:\n"
+        "        s = socket.socket(socket.AF_UNIX)\n        s.bind('\\0left')\n        s.listen()\n        time.sleep(60)\n"
+        "    os._exit(0)\ntime.sleep(0.2)",
+        "import socket\nsocket.socket(socket.AF_UNIX).connect('\\0left')",
+    ),
+    "a segment of System V": (
+        "import ctypes\nctypes.CDLL(None).shmget(4711, 4096, 0o1666)",
+        "import ctypes\nif ctypes.CDLL(None).shmget(4711, 4096, 0o666) < 0:\n    raise OSError('none')",
+    ),
+    "a module that is patched": (
+        "import sys, json\njson.dumps = json.loads = lambda *a: 'left'\nsys.left = 1",
+        "import json\nif json.dumps(1) != 'left':\n    raise OSError('as new')",
+    ),
+    "code beside the package": (
+        "import sys\nopen(sys.path[-1] + '/left.py', 'w').write('x = 1')",
+        "try:\n    import left\nexcept ImportError:\n    raise OSError('none')",
+    ),
+}
+"""What a program leaves, and how a later one looks for it."""
