@@ -369,6 +369,25 @@ DENYING = {
     "a large power": "x = 9 ** 9 ** 9\n",
 }
 
+NAMED = {
+    "memory": {"memory"},
+    "memory of many processes": {"memory"},
+    "memory of many small processes": {"memory"},
+    "memory of processes that execute": {"memory"},
+    "segments of System V": {"error"},
+    "files in memory": {"error"},
+    "shared pages of nobody": {"error"},
+    "shared pages of zero": {"error"},
+    "disk": {"disk"},
+    "disk of shared memory": {"disk"},
+    "many small files": {"disk"},
+    "open files": {"files"},
+    "output": {"output"},
+    "output of one line": {"output"},
+    "fork bomb": {"processes"},
+}
+"""What some of these are stopped by: memory that is counted, or a call that is refused."""
+
 _LIBC = "import ctypes, os\nlibc = ctypes.CDLL(None, use_errno=True)\ndef call(*a):\n    found = libc.syscall(*a)\n"
 _LIBC += "    if found < 0:\n        raise OSError(ctypes.get_errno(), 'refused')\n    return found\n"
 
