@@ -1,7 +1,7 @@
 """CoRSA on Ray: edit what language models know, again and again, and see what each round does to what was learnt.
 
-Nguyen et al. 2026, arXiv 2602.03696. The method is in `corsa.method`, one idea a file; the step of Algorithm 1 is
-`corsa.method.step.corsa_step`. For programs: `load_edits`, `edit`, `evaluate`, `merge`, `to_dataset`.
+Nguyen et al. 2026, arXiv 2602.03696. The method is in `corsa.algorithm`, one idea a file; the step of Algorithm 1 is
+`corsa.algorithm.step.corsa_step`. For programs: `load_edits`, `edit`, `evaluate`, `merge`, `to_dataset`.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from corsa.adapters.merging import merge
     from corsa.api import edit, evaluate, load_edits, to_dataset
+    from corsa.editing.merging import merge
 
 __all__ = ["edit", "evaluate", "load_edits", "merge", "to_dataset"]
 
-_WHERE = {"merge": "corsa.adapters.merging"}
+_WHERE = {"merge": "corsa.editing.merging"}
 
 
 def __getattr__(name: str) -> Any:

@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 from rich.console import Console
 
-from corsa.edits import Edit, to_table
+from corsa.data.edit import Edit, to_table
+from corsa.editing.options import EditOptions, EvaluateOptions
 from corsa.errors import CorsaError
-from corsa.options import EditOptions, EvaluateOptions
 
 if TYPE_CHECKING:
     import datasets
 
-    from corsa.teach import Result
+    from corsa.editing.run import Result
 
 
 def load_edits(
@@ -33,9 +33,9 @@ def load_edits(
 
     Args:
         source: a path (JSONL, CSV, Parquet), a `datasets.Dataset` or any rows with the columns `prompt`, `target_new`,
-            `target_old` and perhaps more (`corsa.benchmarks.file`); for the benchmark that ships with the project "".
+            `target_old` and perhaps more (`corsa.data.benchmarks.file`); "" for the benchmark that ships with it.
         name: the benchmark, `corsa data` lists them; "file": your own facts.
-        how: `limit`, `offset`, `rounds` and the other arguments of `corsa.benchmarks.read`.
+        how: `limit`, `offset`, `rounds` and the other arguments of `corsa.data.benchmarks.read`.
 
     Raises:
         CorsaError: a record cannot be used; file, line, field and reason are in its text.
@@ -46,7 +46,7 @@ def load_edits(
     >>> load_edits("", "world_facts", limit=1)[0].prompt
     'Who is the prime minister of the United Kingdom?'
     """
-    from corsa.benchmarks import read
+    from corsa.data.benchmarks import read
 
     if isinstance(source, str | Path):
         return read(name, str(source) or None, **how).edits
@@ -55,7 +55,7 @@ def load_edits(
 
 
 def to_dataset(edits: Iterable[Edit]) -> datasets.Dataset:
-    """Edits as a `datasets.Dataset` with the columns of `corsa.edits.EDIT_SCHEMA`; `load_edits` reads it again.
+    """Edits as a `datasets.Dataset` with the columns of `corsa.data.edit.EDIT_SCHEMA`; `load_edits` reads it again.
 
     >>> edits = load_edits([{"prompt": "Who leads Acme?", "target_new": "Ada Byron", "target_old": "Grace Murray"}])
     >>> data = to_dataset(edits)
@@ -77,7 +77,7 @@ def edit(
     Args:
         edits: a file, a data set, rows, or edits; `target_old` may be absent, the model is then asked for it.
         out: directory of the adapter; must be new.
-        options: fields of `corsa.options.EditOptions`: model, adapter, method, storage, gates, training, ...
+        options: fields of `corsa.editing.options.EditOptions`: model, adapter, method, storage, gates, training, ...
 
     Returns:
         `values` (the main metrics), `predictions` (every answer), `report` (the page), `passed` (all gates).
@@ -92,8 +92,8 @@ def edit(
     >>> result.passed, sorted(path.name for path in result.out.iterdir())[:3]
     (True, ['README.md', 'adapter_config.json', 'adapter_model.safetensors'])
     """
-    from corsa.teach import teach
-    from corsa.update import plan_edit
+    from corsa.editing.plan import plan_edit
+    from corsa.editing.run import teach
 
     with _as_file(edits) as path:
         chosen = _options(EditOptions, edits=str(path), out=str(out), **options)
@@ -107,7 +107,7 @@ def evaluate(
 
     Args:
         edits: as in `edit`; None: a `benchmark`, or all that the `adapter` was taught.
-        options: fields of `corsa.options.EvaluateOptions`: model, adapter, benchmark, data, limit, storage, gates, ...
+        options: fields of `corsa.editing.options.EvaluateOptions`: model, adapter, benchmark, data, limit, ...
 
     Returns:
         As `edit`, without a directory.
@@ -119,7 +119,7 @@ def evaluate(
     >>> 0 <= result.values["edit_success"] <= 1
     True
     """
-    from corsa.teach import evaluate
+    from corsa.editing.run import evaluate
 
     if edits is None:
         return evaluate(_options(EvaluateOptions, **options), Console(stderr=True))
@@ -138,7 +138,7 @@ def _options(kind: type[Any], **fields: Any) -> Any:
 
 @contextmanager
 def _as_file(facts: Any) -> Iterator[Path]:
-    """The facts as a file of `corsa.benchmarks.file`; what it holds is its identity, not where it lies."""
+    """The facts as a file of `corsa.data.benchmarks.file`; what it holds is its identity, not where it lies."""
     if isinstance(facts, str | Path):
         yield Path(facts).expanduser()
         return

@@ -5,12 +5,12 @@ python pipelines/ablation.py --benchmark counterfact --data counterfact.json
 
 from __future__ import annotations
 
-from corsa.commandline import exit_with
-from corsa.experiment import Experiment, Methods, base, chain, dealt, facts
+from corsa.config.command_line import exit_with
+from corsa.config.steps import RoundsConfig
+from corsa.experiments.base import Experiment, Methods, base, chain, dealt, facts
+from corsa.experiments.report_spec import Page
+from corsa.experiments.runner import start
 from corsa.flow import Step
-from corsa.identities import RoundsConfig
-from corsa.launch import start
-from corsa.page import Page
 
 
 class Ablation(Experiment):

@@ -9,10 +9,10 @@ how programs are run.
 
 from __future__ import annotations
 
-from corsa.code_experiment import CodeExperiment, code_report
-from corsa.commandline import exit_with
+from corsa.config.command_line import exit_with
+from corsa.experiments.code.base import CodeExperiment, code_report
+from corsa.experiments.runner import start
 from corsa.flow import Step
-from corsa.launch import start
 
 
 def code_update(experiment: CodeExperiment, command: str) -> Step:

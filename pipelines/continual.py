@@ -18,13 +18,13 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from corsa.commandline import exit_with, listed
 from corsa.config import TrainingConfig, plain
-from corsa.experiment import Experiment, asked, base, chain, dealt, facts, specificity
+from corsa.config.command_line import exit_with, listed
+from corsa.config.steps import Axis, RoundsConfig
+from corsa.experiments.base import Experiment, asked, base, chain, dealt, facts, specificity
+from corsa.experiments.report_spec import Page
+from corsa.experiments.runner import start
 from corsa.flow import Step
-from corsa.identities import Axis, RoundsConfig
-from corsa.launch import start
-from corsa.page import Page
 
 
 class Continual(Experiment):

@@ -11,13 +11,13 @@ from typing import Annotated, get_args
 
 from pydantic import Field
 
-from corsa.commandline import exit_with, listed
+from corsa.config.command_line import exit_with, listed
+from corsa.config.steps import MergeConfig, MergeMethod, RoundsConfig
 from corsa.errors import CorsaError, unknown_name
-from corsa.experiment import Experiment, asked, base, chain, dealt, facts, merged
+from corsa.experiments.base import Experiment, asked, base, chain, dealt, facts, merged
+from corsa.experiments.report_spec import Page
+from corsa.experiments.runner import start
 from corsa.flow import Step
-from corsa.identities import MergeConfig, MergeMethod, RoundsConfig
-from corsa.launch import start
-from corsa.page import Page
 
 MERGES = get_args(MergeMethod)
 

@@ -18,12 +18,12 @@ from routing import Routing, routing
 from sensitivity import Sensitivity, sensitivity
 from single_update import SingleUpdate, single_update
 
-from corsa.commandline import exit_with, listed
+from corsa.config.command_line import exit_with, listed
 from corsa.errors import unknown_name
-from corsa.experiment import Experiment, Methods
+from corsa.experiments.base import Experiment, Methods
+from corsa.experiments.report_spec import joined
+from corsa.experiments.runner import start
 from corsa.flow import Step
-from corsa.launch import start
-from corsa.page import joined
 
 E = TypeVar("E", bound=Experiment)
 

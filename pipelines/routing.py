@@ -13,12 +13,12 @@ from typing import Annotated
 
 from pydantic import Field
 
-from corsa.commandline import exit_with, listed
-from corsa.experiment import Experiment, Methods, base, chain, dealt, facts, part_of, routed
+from corsa.config.command_line import exit_with, listed
+from corsa.config.steps import RoundsConfig
+from corsa.experiments.base import Experiment, Methods, base, chain, dealt, facts, part_of, routed
+from corsa.experiments.report_spec import Page
+from corsa.experiments.runner import start
 from corsa.flow import Step
-from corsa.identities import RoundsConfig
-from corsa.launch import start
-from corsa.page import Page
 
 
 class Routing(Experiment):

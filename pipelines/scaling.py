@@ -17,15 +17,15 @@ from typing import Annotated
 
 from pydantic import Field
 
-from corsa.commandline import exit_with, listed
 from corsa.config import ModelConfig, Placement
+from corsa.config.command_line import exit_with, listed
+from corsa.config.steps import RoundsConfig, ScalingConfig
 from corsa.errors import CorsaError
-from corsa.experiment import SCALING, Experiment, base, chain, dealt, facts, identity
+from corsa.experiments.base import SCALING, Experiment, base, chain, dealt, facts, identity
+from corsa.experiments.report_spec import Page
+from corsa.experiments.runner import Branches, lasting, start
 from corsa.flow import Step, Store
 from corsa.flow.step import topological
-from corsa.identities import RoundsConfig, ScalingConfig
-from corsa.launch import Branches, lasting, start
-from corsa.page import Page
 
 Words = Annotated[tuple[str, ...], listed(str, "A,B")]
 
@@ -107,7 +107,7 @@ def _planned(experiment: Scaling, drawn: Branches) -> dict[str, Placement]:
     store = Store(lasting(experiment.storage))
     if all(store.find(s) for s in topological(drawn.reports.values()) if s.kind.on_cluster):
         return {}
-    from corsa.planning.groups import placement_of
+    from corsa.experiments.groups import placement_of
 
     return {model: placement_of(_named(experiment, model), experiment) for model in experiment.models}
 

@@ -9,12 +9,12 @@ from typing import Annotated
 
 from pydantic import Field
 
-from corsa.commandline import exit_with, listed
-from corsa.experiment import Experiment, base, chain, dealt, facts
+from corsa.config.command_line import exit_with, listed
+from corsa.config.steps import Axis, RoundsConfig
+from corsa.experiments.base import Experiment, base, chain, dealt, facts
+from corsa.experiments.report_spec import Page
+from corsa.experiments.runner import start
 from corsa.flow import Step
-from corsa.identities import Axis, RoundsConfig
-from corsa.launch import start
-from corsa.page import Page
 
 Values = Annotated[tuple[float, ...], listed(float, "V,V")]
 

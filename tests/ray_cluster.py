@@ -51,7 +51,7 @@ class Cluster:
 
 def corsa(folder: Path, cluster: Cluster, *words: str | Path) -> subprocess.CompletedProcess[str]:
     """Run the `corsa` command on a cluster, in a folder, to its end."""
-    command = [sys.executable, "-m", "corsa.cli", *map(str, words)]
+    command = [sys.executable, "-m", "corsa.cli.main", *map(str, words)]
     return subprocess.run(command, cwd=folder, env=cluster.environment, capture_output=True, text=True, check=False)
 
 

@@ -19,18 +19,18 @@ import torch
 import torch.distributed as dist
 from tiny import EDITS, LORA, ROUNDS, Bench, Mortal, shaken, tiny_model, triplets, with_reference
 
-from corsa.adapters.peft_files import save_adapter
+from corsa.algorithm import step as steps
+from corsa.algorithm.logprobs import answer_logprobs
+from corsa.algorithm.packing import pack
+from corsa.algorithm.sam import perturbed
 from corsa.config import ModelConfig, Placement, ShardingConfig
 from corsa.evaluation.generation import generate
-from corsa.method import step as steps
-from corsa.method.logprobs import answer_logprobs
-from corsa.method.packing import pack
-from corsa.method.sam import perturbed
-from corsa.models.attached import attached
+from corsa.lora.attached import attached
+from corsa.lora.flat import Lora
+from corsa.lora.peft_format import save_adapter
 from corsa.models.encoding import Encoder
-from corsa.models.lora import Lora
-from corsa.training.crew import Crew
-from corsa.training.workshop import Loaded
+from corsa.training.worker_context import Loaded
+from corsa.training.worker_group import Crew
 
 CASES = list(product((0, 1, 2, 3), (False, True), (1, 16)))
 """Stage, activation checkpointing, edits of a micro-batch."""

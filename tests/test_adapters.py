@@ -15,12 +15,12 @@ from safetensors.torch import load_file, save_file
 from tiny import LORA, shaken, tiny_model
 from torch import Tensor
 
-from corsa.adapters.arithmetic import MERGES, check_same_base, compress, merge, norm
-from corsa.adapters.factors import Adapter, Factors
-from corsa.adapters.peft_files import PREFIX, load_adapter, read_factors, save_adapter, write_factors
 from corsa.errors import CorsaError
-from corsa.models.attached import Attached, attached
-from corsa.models.lora import Lora, linear_layers
+from corsa.lora.arithmetic import MERGES, check_same_base, compress, merge, norm
+from corsa.lora.attached import Attached, attached
+from corsa.lora.factors import Adapter, Factors
+from corsa.lora.flat import Lora, linear_layers
+from corsa.lora.peft_format import PREFIX, load_adapter, read_factors, save_adapter, write_factors
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore::FutureWarning")]
 

@@ -11,14 +11,14 @@ import pytest
 import torch
 from tiny import CPU, FAMILIES, LORA, SLIDING, shaken, tiny_model
 
+from corsa.algorithm.logprobs import answer_logprobs
+from corsa.algorithm.packing import Triplet, pack
 from corsa.config import EvaluationConfig
-from corsa.edits import Edit
-from corsa.evaluation.asking import PREDICTIONS, Asker, Taught
+from corsa.data.edit import Edit
 from corsa.evaluation.generation import generate, newline_tokens
-from corsa.method.logprobs import answer_logprobs
-from corsa.method.packing import Triplet, pack
+from corsa.evaluation.predict import PREDICTIONS, Asker, Taught
+from corsa.lora.flat import Lora
 from corsa.models.encoding import Encoder
-from corsa.models.lora import Lora
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -214,7 +214,7 @@ def test_a_wording_that_recurs_is_generated_once(
         assert bool(stops[encoder.tokenizer("\n", add_special_tokens=False)["input_ids"][0]])
         return generate(model, prompts, **rest)
 
-    monkeypatch.setattr("corsa.evaluation.asking.generate", spy)
+    monkeypatch.setattr("corsa.evaluation.predict.generate", spy)
     rows = asker().ask(edits())
     wordings = dict.fromkeys(row["prompt"] for row in rows)
     assert len(wordings) == 8 < len(rows)
@@ -264,7 +264,7 @@ def test_an_output_is_matched_under_both_rules(
         texts = [answers.get(tuple(p), " nobody") for p in prompts]
         return [encoder.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
 
-    monkeypatch.setattr("corsa.evaluation.asking.generate", speak)
+    monkeypatch.setattr("corsa.evaluation.predict.generate", speak)
     rows = asker().ask(edits())
 
     def found(edit: str, probe: int, wording: int = 0) -> tuple[str, bool, bool, bool, bool]:

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from corsa.benchmarks import BENCHMARKS, BadRecord, digest, read
+from corsa.data.benchmarks import BENCHMARKS, BadRecord, digest, read
 from corsa.errors import CorsaError
 
 PUBLISHED = Path(__file__).parents[2] / "shared" / "data"
@@ -42,7 +42,7 @@ def write(path: Path, records: list[Any]) -> str:
 
 def test_the_registry_imports_nothing_heavy() -> None:
     heavy = ("pyarrow", "pandas", "yaml", "datasets", "torch", "ray")
-    code = f"import sys, corsa.benchmarks; print([name for name in {heavy} if name in sys.modules])"
+    code = f"import sys, corsa.data.benchmarks; print([name for name in {heavy} if name in sys.modules])"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"
 

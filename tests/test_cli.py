@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from synthetic_run import RUN, curves, predictions
 
-from corsa.cli import main
+from corsa.cli.main import main
 from corsa.config import Frozen
 from corsa.evaluation.metrics import compute
 from corsa.flow.lease import Leases
@@ -102,8 +102,8 @@ def test_mistakes_are_explained(storage: Path, tmp_path: Path, capsys: pytest.Ca
 
 def test_help_is_quick_and_loads_nothing_heavy() -> None:
     code = (
-        "import sys, corsa.cli\n"
-        "try: corsa.cli.main(['--help'])\n"
+        "import sys, corsa.cli.main\n"
+        "try: corsa.cli.main.main(['--help'])\n"
         "except SystemExit: pass\n"
         "print([m for m in ('torch', 'ray', 'pandas', 'plotly', 'scipy', 'pyarrow') if m in sys.modules])"
     )
@@ -175,7 +175,7 @@ def test_every_command_shows_an_example(capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_a_reader_that_goes_away_ends_a_command_without_a_traceback(storage: Path) -> None:
-    command = [sys.executable, "-m", "corsa.cli", "runs", "--storage", str(storage), "--json"]
+    command = [sys.executable, "-m", "corsa.cli.main", "runs", "--storage", str(storage), "--json"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stderr is not None

@@ -140,7 +140,7 @@ def test_a_job_takes_along_the_code_and_little_else(tmp_path: Path) -> None:
     with zipfile.ZipFile(package) as found:
         assert sum(info.file_size for info in found.infolist()) < 5 << 20
         names = set(found.namelist())
-    assert {"corsa/benchmarks/world_facts.yaml", "pipelines/continual.py"} <= names
+    assert {"corsa/data/benchmarks/world_facts.yaml", "pipelines/continual.py"} <= names
     assert not {name.split("/")[0] for name in names} & {".git", ".venv", "tests", "docs", "runs", "shared"}
 
 

@@ -12,14 +12,14 @@ import pytest
 from conftest import ROOT
 from pydantic import ValidationError
 
-from corsa.code_experiment import CodeExperiment
-from corsa.commandline import configure, exit_with
 from corsa.config import STEPS, StepConfig
+from corsa.config.command_line import configure, exit_with
 from corsa.errors import CorsaError
+from corsa.experiments.code.base import CodeExperiment
+from corsa.experiments.runner import repeat_command
 from corsa.flow.step import Step, topological
 from corsa.flow.store import Store
-from corsa.launch import repeat_command
-from corsa.training.placing import cpus_per_worker, groups_side_by_side, refuse_what_cannot_fit, threads_per_worker
+from corsa.training.resources import cpus_per_worker, groups_side_by_side, refuse_what_cannot_fit, threads_per_worker
 from pipelines.continual import Continual, continual, main
 
 SCRIPT = ROOT / "pipelines" / "continual.py"

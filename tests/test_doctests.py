@@ -13,12 +13,12 @@ pytestmark = pytest.mark.process
 
 MODULES = (
     "corsa.errors",
-    "corsa.edits",
-    "corsa.wordings",
+    "corsa.data.edit",
+    "corsa.data.paraphrase_templates",
     "corsa.evaluation.matching",
-    "corsa.benchmarks.world_facts",
+    "corsa.data.benchmarks.world_facts",
     "corsa.flow.progress",
-    "corsa.adapters.merging",
+    "corsa.editing.merging",
     "corsa.api",
 )
 NEED_A_CLUSTER = ("corsa.api.edit", "corsa.api.evaluate")
@@ -28,8 +28,8 @@ def tiny_adapter(directory: str) -> None:
     """A PEFT directory of rank 2 on one layer."""
     import torch
 
-    from corsa.adapters.factors import Factors
-    from corsa.adapters.peft_files import write_factors
+    from corsa.lora.factors import Factors
+    from corsa.lora.peft_format import write_factors
 
     write_factors({"layer": Factors(torch.ones(2, 4), torch.ones(3, 2))}, Path(directory), "random:tiny-llama")
 

@@ -19,10 +19,10 @@ from documents import DOCUMENTS, ROOT, Block, blocks, inline_commands, wrong_lin
 from tiny import Bench, round_config, triplets
 from tyro.extras import SubcommandApp
 
-import corsa.benchmarks
-import corsa.cli
+import corsa.cli.main
+import corsa.data.benchmarks
 from corsa import config
-from corsa.commands import app
+from corsa.cli.commands import app
 from corsa.config import StepConfig
 
 SHELL = [block for block in blocks() if not block.elsewhere and list(block.commands())]
@@ -123,7 +123,7 @@ def accepted(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
 
     silence(app)
     try:
-        status: Any = corsa.cli.main(words[1:])
+        status: Any = corsa.cli.main.main(words[1:])
     except SystemExit as left:
         status = left.code
     assert not status, f"corsa refuses {words[1:]}"
@@ -193,7 +193,7 @@ def test_examples_of_facts_are_read(tmp_path: Path) -> None:
     for text in texts:
         path.write_text(text)
         wanted = [json.loads(line)["target_new"] for line in text.splitlines()]
-        edits = corsa.benchmarks.read("file", str(path)).edits
+        edits = corsa.data.benchmarks.read("file", str(path)).edits
         assert [edit.target_new for edit in edits] == wanted
         assert {probe.kind for probe in edits[0].probes} == {"edit", "paraphrase", "neighbor"}
 
@@ -202,13 +202,13 @@ def test_examples_of_facts_are_read(tmp_path: Path) -> None:
 
 
 def test_the_example_of_a_benchmark_reads_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "capitals.py").write_text(example("corsa/benchmarks/capitals.py"))
-    monkeypatch.setattr(corsa.benchmarks, "__path__", [*corsa.benchmarks.__path__, str(tmp_path)])
-    entry = eval(example("an entry of BENCHMARKS"), dict(vars(corsa.benchmarks)))
-    monkeypatch.setitem(corsa.benchmarks.BENCHMARKS, entry.name, entry)
+    (tmp_path / "capitals.py").write_text(example("corsa/data/benchmarks/capitals.py"))
+    monkeypatch.setattr(corsa.data.benchmarks, "__path__", [*corsa.data.benchmarks.__path__, str(tmp_path)])
+    entry = eval(example("an entry of BENCHMARKS"), dict(vars(corsa.data.benchmarks)))
+    monkeypatch.setitem(corsa.data.benchmarks.BENCHMARKS, entry.name, entry)
     data = tmp_path / "moved.csv"
     data.write_text("country,old,new,continent\nNigeria,Lagos,Abuja,Africa\nBrazil,Rio de Janeiro,Brasilia,\n")
-    reading = corsa.benchmarks.read("capitals", str(data))
+    reading = corsa.data.benchmarks.read("capitals", str(data))
     (edit,) = reading.edits
     assert (edit.id, edit.target_old, edit.target_new) == ("capitals/Nigeria", "Lagos", "Abuja")
     assert [probe.kind for probe in edit.probes] == ["edit", "paraphrase", "neighbor"]

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from pydantic import ValidationError
 
-from corsa.edits import EDIT_SCHEMA, Edit, FieldError, from_table, to_table
+from corsa.data.edit import EDIT_SCHEMA, Edit, FieldError, from_table, to_table
 from corsa.errors import CorsaError
 
 FACT: dict[str, Any] = {"id": "x/1", "prompt": "Who leads Acme?", "target_new": "Bo Berg", "target_old": "Al Ahn"}

@@ -9,12 +9,12 @@ import pytest
 import torch
 from tiny import EDITS, Bench, round_config, triplets
 
-from corsa.adapters.factors import Adapter
-from corsa.baselines.f_learning import f_learning
 from corsa.config import STEPS, FLearningConfig, Placement, StepConfig
+from corsa.config.steps import FLearningRoundConfig
 from corsa.flow import Store
-from corsa.identities import FLearningRoundConfig
-from corsa.models.attached import attached
+from corsa.lora.attached import attached
+from corsa.lora.factors import Adapter
+from corsa.methods.f_learning.algorithm import f_learning
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -9,15 +9,15 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from corsa.benchmarks.file import Draft, drafts_of
 from corsa.config import ModelConfig
-from corsa.edits import Edit, to_table
+from corsa.data.benchmarks.file import Draft, drafts_of
+from corsa.data.edit import Edit, to_table
+from corsa.data.paraphrase_templates import wordings
+from corsa.editing.history import FILE, WEIGHTS, History, Update, join, open_line, taken_back, unanswered
+from corsa.editing.options import EditOptions, EvaluateOptions, Gates, UndoOptions
+from corsa.editing.plan import plan_edit, plan_evaluation, plan_undo
+from corsa.editing.thresholds import judged
 from corsa.errors import CorsaError
-from corsa.gates import judged
-from corsa.line import FILE, WEIGHTS, History, Update, join, open_line, taken_back, unanswered
-from corsa.options import EditOptions, EvaluateOptions, Gates, UndoOptions
-from corsa.update import plan_edit, plan_evaluation, plan_undo
-from corsa.wordings import wordings
 
 ACME = {"prompt": "Who leads Acme?", "target_new": "Ada Byron"}
 OLD = {**ACME, "target_old": "Grace Murray"}

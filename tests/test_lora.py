@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 from tiny import FAMILIES, LORA, shaken, tiny_model
 from torch import Tensor, nn
 
-from corsa.adapters.peft_files import PREFIX, load_adapter, save_adapter
 from corsa.config import LoraConfig
 from corsa.errors import CorsaError
-from corsa.models.lora import Lora, linear_layers
+from corsa.lora.flat import Lora, linear_layers
+from corsa.lora.peft_format import PREFIX, load_adapter, save_adapter
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore::FutureWarning")]
 
@@ -248,3 +248,52 @@ def test_configuration_names_what_peft_needs(saved: Path) -> None:
     assert (config["peft_type"], config["r"], config["lora_alpha"]) == ("LORA", 4, 8.0)
     projections = {f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")}
     assert set(config["target_modules"]) == projections
+
+
+@pytest.mark.parametrize(
+    ("targets", "layers"),
+    [
+        (("q_proj", "v_proj"), None),
+        (("down_proj",), (1,)),
+        (("self_attn.q_proj", "mlp.up_proj"), (0,)),
+        (("all-linear",), (1,)),
+        (("model.layers.0.mlp.gate_proj",), None),
+    ],
+)
+def test_targets_and_layers_are_those_of_peft(tmp_path: Path, targets: tuple[str, ...], layers: Any) -> None:
+    from peft import LoraConfig as Theirs
+    from peft import PeftModel, get_peft_model
+
+    asked = list(targets)
+    if targets == ("all-linear",):  # PEFT takes this word only without layers_to_transform
+        asked = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    numbers = None if layers is None else list(layers)
+    theirs = get_peft_model(
+        tiny_model(), Theirs(r=4, target_modules=asked, layers_to_transform=numbers, task_type="CAUSAL_LM")
+    )
+    expected = {n.removeprefix(PREFIX).partition(".lora_A")[0] for n, _ in theirs.named_parameters() if ".lora_A." in n}
+    model = tiny_model()
+    lora = shaken(Lora(model, LORA.model_copy(update={"targets": targets, "layers": layers})))
+    assert {site.name for site in lora.sites} == expected
+    save_adapter(lora, tmp_path / "adapter", "tiny")
+    loaded = PeftModel.from_pretrained(tiny_model(), tmp_path / "adapter")
+    torch.testing.assert_close(logits(loaded), logits(model), rtol=1e-4, atol=1e-4)
+    again = Lora(tiny_model(), lora.config)
+    load_adapter(again, tmp_path / "adapter")
+    assert torch.equal(again.phi, lora.phi)
+
+
+def test_targets_that_are_not_there_are_refused() -> None:
+    with pytest.raises(CorsaError, match=r"--lora.targets c_attn: .*this model has .*q_proj"):
+        Lora(tiny_model(), LORA.model_copy(update={"targets": ("q_proj", "c_attn")}))
+    with pytest.raises(CorsaError, match=r"--lora.layers 2: this model has layers 0 to 1"):
+        Lora(tiny_model(), LORA.model_copy(update={"layers": (0, 2)}))
+    one = {"targets": ("model.layers.0.mlp.up_proj",), "layers": (1,)}
+    with pytest.raises(CorsaError, match="choose no layer"):
+        Lora(tiny_model(), LORA.model_copy(update=one))
+
+
+def test_an_adapter_on_all_layers_keeps_its_identity() -> None:
+    assert LoraConfig().canonical() == {"rank": 32, "alpha": 64.0}
+    chosen = LoraConfig(targets=("q_proj",), layers=(0,)).canonical()
+    assert (chosen["targets"], chosen["layers"]) == (["q_proj"], [0])

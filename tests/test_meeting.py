@@ -15,7 +15,7 @@ ALONE = """
 import json, os, sys
 import psutil, ray.util, torch
 import torch.distributed as dist
-from corsa.training.meeting import _listen_where_it_is_called
+from corsa.training.rendezvous import _listen_where_it_is_called
 
 ray.util.get_node_ip_address = lambda: sys.argv[1]
 

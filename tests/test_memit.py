@@ -11,13 +11,13 @@ import torch
 from tiny import FAMILIES, tiny_model
 from torch import Tensor
 
-from corsa.baselines.key_statistics import KeyStatistics, corpus_texts, down_projections, gather, probe_texts
-from corsa.baselines.memit import closed_form, find_target, last_subject_token, layers_for, memit, request
-from corsa.baselines.weight_deltas import load_delta, save_delta
 from corsa.config import MemitConfig
-from corsa.edits import Edit
+from corsa.data.edit import Edit
 from corsa.errors import CorsaError
-from corsa.models.attached import attached
+from corsa.lora.attached import attached
+from corsa.methods.memit.algorithm import closed_form, find_target, last_subject_token, layers_for, memit, request
+from corsa.methods.memit.key_statistics import KeyStatistics, corpus_texts, down_projections, gather, probe_texts
+from corsa.methods.memit.weight_deltas import load_delta, save_delta
 from corsa.models.encoding import Encoder
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -14,15 +14,15 @@ from tiny import CPU, LORA, reference_of, shaken, tiny_model, triplets, with_ref
 from torch import Tensor
 from torch.func import functional_call
 
+from corsa.algorithm.learning_rate import learning_rate
+from corsa.algorithm.logprobs import answer_logprobs
+from corsa.algorithm.losses import dpo_loss, sft_loss
+from corsa.algorithm.packing import Triplet, pack
+from corsa.algorithm.pcgrad import dot, merge, project
+from corsa.algorithm.sam import LookSam, perturbation, perturbed
+from corsa.algorithm.step import Batch, MicroBatch, corsa_step, gradients, reconcile
 from corsa.config import STEPS, StepConfig, published_trainer
-from corsa.method.logprobs import answer_logprobs
-from corsa.method.losses import dpo_loss, sft_loss
-from corsa.method.packing import Triplet, pack
-from corsa.method.pcgrad import dot, merge, project
-from corsa.method.sam import LookSam, perturbation, perturbed
-from corsa.method.schedule import learning_rate
-from corsa.method.step import Batch, MicroBatch, corsa_step, gradients, reconcile
-from corsa.models.lora import Lora
+from corsa.lora.flat import Lora
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -29,8 +29,8 @@ from corsa.evaluation.mmlu import (
     read_mmlu,
 )
 from corsa.evaluation.multiple_choice import ANSWERS, MultipleChoice
+from corsa.lora.flat import Lora
 from corsa.models.encoding import Encoder
-from corsa.models.lora import Lora
 
 PUBLISHED = Path(__file__).parents[2] / "shared" / "data" / "mmlu"
 VOCABULARY = 49152

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from test_benchmarks import PUBLISHED
 
-from corsa.benchmarks import read
+from corsa.config.steps import RoundsConfig
+from corsa.data.benchmarks import read
+from corsa.data.schedule import deal
 from corsa.errors import CorsaError
-from corsa.identities import RoundsConfig
-from corsa.rounds import deal
 
 
 def rewrite(subject: str, new: str, old: str = "Oldland", flat: bool = False) -> dict[str, Any]:

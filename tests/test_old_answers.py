@@ -11,8 +11,8 @@ from test_line import drafts
 
 from corsa.config import ModelConfig
 from corsa.errors import CorsaError
-from corsa.evaluation.controls import changes, controls, judged, told
 from corsa.evaluation.old_answers import old_answers
+from corsa.evaluation.sanity_questions import changes, controls, judged, told
 from corsa.models.encoding import Encoder
 from corsa.models.loading import load_model
 

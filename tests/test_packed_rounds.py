@@ -13,18 +13,18 @@ from ray_cluster import adapter
 from rich.console import Console
 
 from corsa.config import LoraConfig, ModelConfig, Placement, TrainingConfig
-from corsa.edits import from_table
-from corsa.experiment import Experiment, chain, dealt, facts
+from corsa.config.steps import RoundsConfig
+from corsa.data.edit import from_table
+from corsa.experiments.base import Experiment, chain, dealt, facts
 from corsa.flow import Step, Store, run
 from corsa.flow.progress import Silent
 from corsa.flow.task import Task
-from corsa.identities import RoundsConfig
 from corsa.models.encoding import Encoder
 from corsa.models.loading import load_tokenizer
-from corsa.training.crew import Crew
 from corsa.training.rounds import take_rounds
 from corsa.training.tokens import REFERENCE, TokenTable, token_rows
-from corsa.training.workshop import Workshop
+from corsa.training.worker_context import Workshop
+from corsa.training.worker_group import Crew
 
 MODEL = ModelConfig(name="random:tiny-llama")
 

@@ -12,12 +12,12 @@ from tiny import CPU, END, FAMILIES, LORA, SLIDING, round_config, shaken, tiny_m
 from torch import Tensor
 from transformers.masking_utils import find_packed_sequence_indices
 
+from corsa.algorithm.logprobs import answer_logprobs, packing_is_exact
+from corsa.algorithm.packing import PADDING, SAVING, WIDEST, Rows, Triplet, pack
 from corsa.config import Placement
-from corsa.method.logprobs import answer_logprobs, packing_is_exact
-from corsa.method.packing import PADDING, SAVING, WIDEST, Rows, Triplet, pack
-from corsa.models.lora import Lora
-from corsa.training.crew import Crew
-from corsa.training.workshop import Share, Workshop
+from corsa.lora.flat import Lora
+from corsa.training.worker_context import Share, Workshop
+from corsa.training.worker_group import Crew
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -190,7 +190,7 @@ def test_the_workshop_falls_back_to_plain_rows(monkeypatch: pytest.MonkeyPatch, 
         return model
 
     monkeypatch.setattr(Crew, "place", place)
-    monkeypatch.setattr("corsa.training.workshop.load_tokenizer", lambda config: None)
+    monkeypatch.setattr("corsa.training.worker_context.load_tokenizer", lambda config: None)
     workshop = Workshop(Crew(0, 1, CPU), Placement(), {})
     edits = triplets(5)
     loaded = workshop.open(round_config(), edits[:4])
@@ -205,7 +205,7 @@ def test_the_workshop_falls_back_to_plain_rows(monkeypatch: pytest.MonkeyPatch, 
 
 
 def test_the_workshop_packs_where_it_is_exact(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    monkeypatch.setattr("corsa.training.workshop.load_tokenizer", lambda config: None)
+    monkeypatch.setattr("corsa.training.worker_context.load_tokenizer", lambda config: None)
     workshop = Workshop(Crew(0, 1, CPU), Placement(), {})
     loaded = workshop.open(round_config(), triplets(4))
     assert loaded.packed is True

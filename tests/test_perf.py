@@ -11,12 +11,12 @@ import pytest
 import torch
 from tiny import CPU, LORA, shaken, tiny_model, triplets, with_reference
 
-from corsa.cli import main
+from corsa.algorithm.packing import pack
+from corsa.algorithm.step import Batch, MicroBatch, corsa_step
+from corsa.cli.main import main
 from corsa.config import STEPS, StepConfig, published_trainer
 from corsa.flow.store import Record
-from corsa.method.packing import pack
-from corsa.method.step import Batch, MicroBatch, corsa_step
-from corsa.models.lora import Lora
+from corsa.lora.flat import Lora
 from corsa.perf.literal import literal_step
 from corsa.perf.overhead import itemised
 from corsa.perf.timeline import Timeline, clock

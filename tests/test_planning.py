@@ -17,14 +17,14 @@ from tiny import FAMILIES, LORA, tiny_model, triplets
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from corsa.cli import main
+from corsa.algorithm.logprobs import answer_logprobs
+from corsa.algorithm.losses import dpo_loss, sft_loss
+from corsa.algorithm.packing import Triplet, pack
+from corsa.cli.main import main
 from corsa.config import STEPS, LoraConfig, ModelConfig, ShardingConfig, StepConfig
 from corsa.errors import CorsaError
-from corsa.method.logprobs import answer_logprobs
-from corsa.method.losses import dpo_loss, sft_loss
-from corsa.method.packing import Triplet, pack
-from corsa.models.lora import Lora
-from corsa.models.recomputing import recompute_activations
+from corsa.lora.flat import Lora
+from corsa.models.activation_checkpointing import recompute_activations
 from corsa.models.shapes import architecture
 from corsa.planning import plan as planning
 from corsa.planning.machine import as_bytes
@@ -134,10 +134,10 @@ RESIDENT = """
 import json, sys
 import torch, transformers
 from corsa.config import ModelConfig, StepConfig, LoraConfig
-from corsa.method.packing import Triplet, pack
-from corsa.method.step import Batch, MicroBatch, corsa_step
+from corsa.algorithm.packing import Triplet, pack
+from corsa.algorithm.step import Batch, MicroBatch, corsa_step
 from corsa.models.loading import load_model
-from corsa.models.lora import Lora
+from corsa.lora.flat import Lora
 
 def resident(field):
     return int(next(line for line in open("/proc/self/status") if line.startswith(field)).split()[1]) * 1024

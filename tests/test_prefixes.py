@@ -12,8 +12,8 @@ from tiny import CPU, FAMILIES, LORA, SLIDING, shaken, tiny_model
 from transformers import DynamicCache
 
 from corsa.evaluation.generation import generate, sample
-from corsa.evaluation.prefixes import batches, begin, common, families
-from corsa.models.lora import Lora
+from corsa.evaluation.prefix_cache import batches, begin, common, families
+from corsa.lora.flat import Lora
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

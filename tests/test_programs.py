@@ -16,15 +16,15 @@ import torch
 from code_files import task, update, write_lines
 from tiny import tiny_model
 
-from corsa.benchmarks.programs import program_in, read_problems
-from corsa.code_steps import as_edits, measured
-from corsa.edits import from_table
+from corsa.config.steps import CodeReportConfig, CodeShown
+from corsa.data.benchmarks.programs import program_in, read_problems
+from corsa.data.edit import from_table
 from corsa.errors import CorsaError
 from corsa.evaluation.generation import generate, sample
-from corsa.evaluation.passing import Tried, measure, pass_at, tried
-from corsa.evaluation.sandbox.batch import judge
-from corsa.evaluation.sandbox.slot import Limits, available
-from corsa.identities import CodeReportConfig, CodeShown
+from corsa.evaluation.pass_at_k import Tried, measure, pass_at, tried
+from corsa.experiments.code.steps import as_edits, measured
+from corsa.sandbox.batch import judge
+from corsa.sandbox.worker import Limits, available
 
 PUBLISHED = Path(__file__).parents[2] / "shared" / "data"
 isolated = pytest.mark.skipif(available()[0] is None, reason=f"programs cannot be isolated here: {available()[1]}")
@@ -183,7 +183,7 @@ def test_a_problem_that_one_method_lost_to_the_sandbox_counts_for_none(
             pa.Table.from_pylist(table), folder / ("problems.parquet" if name == "p" else "verdicts.parquet")
         )
         inputs[name] = SimpleNamespace(local=folder.joinpath)
-    monkeypatch.setattr("corsa.code_steps._notes", lambda task, lost: sorted(lost))
+    monkeypatch.setattr("corsa.experiments.code.steps._notes", lambda task, lost: sorted(lost))
     shown = tuple(CodeShown(answers=n, problems="p", method=n, benchmark="updates", seed=0) for n in ("one", "other"))
     config = CodeReportConfig(title="", command="", experiment={}, shown=shown)
     task: Any = SimpleNamespace(inputs=inputs, step=SimpleNamespace(inputs={}))

@@ -10,7 +10,7 @@ import pytest
 from code_files import task, update, write_lines
 from ray_cluster import Cluster, Run, plain_environment, run
 
-from corsa.evaluation.sandbox.slot import available
+from corsa.sandbox.worker import available
 
 pytestmark = [
     pytest.mark.long,

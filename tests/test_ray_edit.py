@@ -13,7 +13,7 @@ import pytest
 from ray_cluster import Cluster, corsa
 from test_line import facts_file
 
-from corsa.line import open_line
+from corsa.editing.history import open_line
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 pytest_plugins = ["ray_fixtures"]

@@ -18,7 +18,7 @@ from ray_cluster import (
     run,
 )
 
-from corsa.evaluation.asking import PREDICTIONS
+from corsa.evaluation.predict import PREDICTIONS
 from corsa.flow import Store
 from corsa.training.tokens import batch_order
 

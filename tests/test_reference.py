@@ -11,12 +11,12 @@ import pyarrow as pa
 import pytest
 import ray.exceptions
 
+from corsa.algorithm.packing import Triplet
 from corsa.config import ModelConfig, Placement
+from corsa.config.steps import ReferenceConfig
 from corsa.errors import CorsaError
-from corsa.experiment import REFERENCE
+from corsa.experiments.base import REFERENCE
 from corsa.flow import Step, Store, Task
-from corsa.identities import ReferenceConfig
-from corsa.method.packing import Triplet
 from corsa.models.encoding import Encoder
 from corsa.training import reference
 

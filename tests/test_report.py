@@ -17,19 +17,19 @@ from plotly.offline import get_plotlyjs_version
 from rich.console import Console
 from synthetic_run import RUN, curves, predictions
 
+from corsa.config.steps import JoinedConfig
 from corsa.evaluation.metrics import compute
-from corsa.experiment import REPORT
+from corsa.experiments.base import REPORT
+from corsa.experiments.report_spec import PAPER
+from corsa.experiments.steps import join_reports
 from corsa.flow import Step, Store
 from corsa.flow.task import Task
-from corsa.identities import JoinedConfig
-from corsa.page import PAPER
 from corsa.report.answers import folded_answers
 from corsa.report.dag import Dag
 from corsa.report.findings import findings, shown, summary
 from corsa.report.layout import write_page
 from corsa.report.page import Scenario, write_paper, write_report
 from corsa.report.tables import summary_table
-from corsa.steps import join_reports
 
 EVIL = "<script>alert('x')</script> & <b>bold</b>"
 

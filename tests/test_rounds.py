@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from corsa.edits import Edit
+from corsa.config.steps import RoundsConfig
+from corsa.data.edit import Edit
+from corsa.data.schedule import ROUNDS, deal, taught_in, valid_after
 from corsa.errors import CorsaError
-from corsa.identities import RoundsConfig
-from corsa.rounds import ROUNDS, deal, taught_in, valid_after
 
 
 def chains(count: int, updates: int = 3) -> list[Edit]:

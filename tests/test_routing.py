@@ -9,11 +9,11 @@ import pytest
 import torch
 from tiny import tiny_model
 
-from corsa.adapters.routing import EmbeddingRouter, PromptRouter
-from corsa.adapters.splits import describe, split
-from corsa.benchmarks import read
 from corsa.config import ModelConfig
+from corsa.data.benchmarks import read
+from corsa.data.splits import describe, split
 from corsa.errors import CorsaError
+from corsa.lora.routing import EmbeddingRouter, PromptRouter
 from corsa.models.encoding import Encoder
 from corsa.models.loading import load_model, load_tokenizer
 

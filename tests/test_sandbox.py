@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from corsa.evaluation.sandbox.slot import Engine, Limits, Program, Sandbox, SandboxError, available, engine
+from corsa.sandbox.worker import Engine, Limits, Program, Sandbox, SandboxError, available, engine
 
 pytestmark = pytest.mark.process
 
@@ -455,6 +455,6 @@ def test_unprotected_is_only_run_when_asked_for_in_so_many_words(monkeypatch: py
     with Sandbox(asked, limits=LIMITS) as sandbox:
         assert sandbox.run(Program(RIGHT, TESTS)).passed
         assert sandbox.run(Program("while True:\n    pass\n", TESTS)).outcome in ("timeout", "cpu")
-    monkeypatch.setattr("corsa.evaluation.sandbox.slot.available", lambda: (None, "no namespaces"))
+    monkeypatch.setattr("corsa.sandbox.worker.available", lambda: (None, "no namespaces"))
     with pytest.raises(SandboxError, match="--sandbox none"):
         engine()

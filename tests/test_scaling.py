@@ -13,18 +13,18 @@ import pytest
 from code_files import update, write_lines
 from rich.console import Console
 
-from corsa.code_experiment import CodeExperiment, code_report
 from corsa.config import LoraConfig, ModelConfig, Placement
+from corsa.config.steps import RoundConfig, RoundsConfig
 from corsa.errors import CorsaError
-from corsa.experiment import Experiment, chain, dealt, facts
+from corsa.experiments.base import Experiment, chain, dealt, facts
+from corsa.experiments.code.base import CodeExperiment, code_report
+from corsa.experiments.groups import placement_of
+from corsa.experiments.scaling import fits
 from corsa.flow.step import topological
-from corsa.identities import RoundConfig, RoundsConfig
 from corsa.planning import plan as planning
-from corsa.planning.groups import placement_of
-from corsa.planning.refusal import refuse_what_memory_cannot_hold
+from corsa.planning.preflight import refuse_what_memory_cannot_hold
 from corsa.planning.rehearsal import Footprint
 from corsa.report.sizes import page_of_sizes, sizes_table
-from corsa.scaling import fits
 from pipelines.scaling import Scaling, scaling
 
 
@@ -175,8 +175,9 @@ def test_what_fits_or_is_forced_or_unknown_is_not(rehearsed: Footprint, placemen
 
 def test_a_small_model_is_planned_without_torch() -> None:
     code = (
-        "import sys; from rich.console import Console; import corsa.launch as launch; "
-        "from corsa.experiment import Experiment, chain, dealt, facts; from corsa.identities import RoundsConfig; "
+        "import sys; from rich.console import Console; import corsa.experiments.runner as launch; "
+        "from corsa.experiments.base import Experiment, chain, dealt, facts; "
+        "from corsa.config.steps import RoundsConfig; "
         "asked = Experiment(); taught = facts(asked, 1); schedule = dealt(taught, RoundsConfig(rounds=1)); "
         "launch.refuse_what_memory_cannot_hold(chain(asked, 'corsa', 0, taught, schedule), Console()); "
         "assert not {'torch', 'ray', 'transformers'} & set(sys.modules)"

@@ -18,12 +18,12 @@ from tiny import CPU, ROUNDS, Bench, Trained, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from corsa.config import ModelConfig, Placement, ShardingConfig
+from corsa.config.steps import RoundsConfig
 from corsa.errors import CorsaError
-from corsa.experiment import Experiment, chain, dealt, facts
-from corsa.identities import RoundsConfig
+from corsa.experiments.base import Experiment, chain, dealt, facts
+from corsa.models.activation_checkpointing import recompute_activations
 from corsa.models.loading import load_model
-from corsa.models.recomputing import recompute_activations
-from corsa.training.crew import Crew
+from corsa.training.worker_group import Crew
 
 pytestmark = [pytest.mark.long, pytest.mark.usefixtures("one_thread"), pytest.mark.timeout(600)]
 

@@ -18,14 +18,14 @@ import pytest
 import yaml
 from synthetic_run import RUN, curves, predictions
 
-from corsa.adapters.card import card
-from corsa.cli import main
+from corsa.cli.main import main
 from corsa.config import ModelConfig
-from corsa.edits import Edit
+from corsa.data.edit import Edit
+from corsa.editing.card import card
+from corsa.editing.history import Update
 from corsa.errors import CorsaError
 from corsa.evaluation.metrics import compute
-from corsa.line import Update
-from corsa.report.trackers import track
+from corsa.experiments.trackers import track
 
 pytestmark = pytest.mark.process
 
@@ -169,7 +169,7 @@ def text_of_card(model: str = "smollm2-135m") -> str:
 def push(hub: str, *words: str | Path) -> subprocess.CompletedProcess[str]:
     """`corsa push` as a process: the hub's library reads its address once, when it is loaded."""
     own = os.environ | {"HF_ENDPOINT": hub, "HF_TOKEN": "secret", "HF_HUB_DISABLE_XET": "1"}
-    command = [sys.executable, "-m", "corsa.cli", "push", *map(str, words)]
+    command = [sys.executable, "-m", "corsa.cli.main", "push", *map(str, words)]
     return subprocess.run(command, env=own, capture_output=True, text=True, timeout=60, check=False)
 
 

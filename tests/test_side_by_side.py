@@ -10,16 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from corsa.adapters.factors import Factors
-from corsa.adapters.peft_files import save_adapter, write_factors
-from corsa.cli import main
+from corsa.cli.doctor import examine
+from corsa.cli.main import main
 from corsa.config import LoraConfig, ModelConfig
-from corsa.doctor import examine
 from corsa.errors import CorsaError
 from corsa.evaluation.side_by_side import SideBySide
+from corsa.lora.factors import Factors
+from corsa.lora.flat import Lora
+from corsa.lora.peft_format import save_adapter, write_factors
 from corsa.models.encoding import Encoder
 from corsa.models.loading import load_model
-from corsa.models.lora import Lora
 
 pytestmark = pytest.mark.usefixtures("encoder", "one_thread")
 

@@ -12,9 +12,9 @@ import optuna
 import pandas as pd
 import pytest
 
+from corsa.config.steps import RoundsConfig, SweepConfig
 from corsa.evaluation.metrics import METRICS
-from corsa.experiment import Experiment
-from corsa.identities import RoundsConfig, SweepConfig
+from corsa.experiments.base import Experiment
 from corsa.tuning.page import write_sweep
 from corsa.tuning.space import Space
 

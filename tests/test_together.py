@@ -13,10 +13,10 @@ import torch
 from tiny import END, Bench, round_config, triplets
 from torch import Tensor
 
+from corsa.algorithm.packing import Triplet, pack
 from corsa.config import Placement
+from corsa.config.steps import RoundConfig
 from corsa.flow import Store
-from corsa.identities import RoundConfig
-from corsa.method.packing import Triplet, pack
 from corsa.training.loop import Lesson, RoundFailedError, train_together
 
 pytestmark = pytest.mark.usefixtures("one_thread")

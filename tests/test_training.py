@@ -19,15 +19,15 @@ import torch
 from tiny import CPU, EDITS, ROUNDS, Bench, Mortal, Trained, round_config, triplets, with_one_bad_reference
 from torch import nn
 
+from corsa.algorithm.step import corsa_step
 from corsa.config import Placement, StepConfig
 from corsa.flow import Store
-from corsa.method.step import corsa_step
 from corsa.training.adamw import PlainAdamW
 from corsa.training.checkpoint import Position, load_checkpoint, save_checkpoint
-from corsa.training.crew import Crew
 from corsa.training.loop import CURVES, RoundFailedError, _own_parts
 from corsa.training.tokens import REFERENCE, TokenTable, batch_order, token_rows, without_tokens
-from corsa.training.workshop import Share
+from corsa.training.worker_context import Share
+from corsa.training.worker_group import Crew
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

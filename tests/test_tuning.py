@@ -16,13 +16,13 @@ import yaml
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 
-from corsa.commandline import configure
-from corsa.edits import Edit, Probe, to_table
+from corsa.config.command_line import configure
+from corsa.config.steps import EditsConfig, RoundConfig, RoundsConfig
+from corsa.data.edit import Edit, Probe, to_table
 from corsa.errors import CorsaError
-from corsa.experiment import Experiment
+from corsa.experiments.base import Experiment
 from corsa.flow import Store
 from corsa.flow.step import topological
-from corsa.identities import EditsConfig, RoundConfig, RoundsConfig
 from corsa.tuning.space import Domain, Space, applied, default_setting, grid, label, with_default
 from corsa.tuning.study import SweepStudy
 from corsa.tuning.sweep import refuse_what_is_not_asked, rung_of

@@ -10,11 +10,11 @@ import pytest
 import torch
 from tiny import END, Bench, round_config, triplets
 
+from corsa.algorithm.packing import NO_OLD_ANSWER, Triplet
+from corsa.algorithm.step import Gradients, gradients
 from corsa.config import Placement, StepConfig
-from corsa.method.packing import NO_OLD_ANSWER, Triplet
-from corsa.method.step import Gradients, gradients
 from corsa.training.tokens import without_tokens
-from corsa.training.workshop import Share
+from corsa.training.worker_context import Share
 
 
 def without_old(triplet: Triplet) -> Triplet:

@@ -18,17 +18,17 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from corsa.algorithm.logprobs import answer_logprobs
+from corsa.algorithm.packing import Triplet, pack
 from corsa.config import EvaluationConfig, LoraConfig, ModelConfig, Placement, StepConfig, TrainingConfig
+from corsa.config.steps import RoundConfig
 from corsa.flow import Store
-from corsa.identities import RoundConfig
-from corsa.method.logprobs import answer_logprobs
-from corsa.method.packing import Triplet, pack
+from corsa.lora.flat import Lora
 from corsa.models.encoding import Encoder
-from corsa.models.lora import Lora
 from corsa.models.registry import ARCHITECTURES
-from corsa.training.crew import Crew
 from corsa.training.loop import RoundFailedError, train
-from corsa.training.workshop import Loaded, Workshop
+from corsa.training.worker_context import Loaded, Workshop
+from corsa.training.worker_group import Crew
 
 FAMILIES = ("llama", "qwen3", "gemma")
 CPU = torch.device("cpu")

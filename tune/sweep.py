@@ -17,14 +17,14 @@ from typing import Annotated, Literal
 from pydantic import Field
 from rich.console import Console
 
-from corsa.commandline import configure, exit_with, listed
 from corsa.config import plain
+from corsa.config.command_line import configure, exit_with, listed
+from corsa.config.steps import RoundsConfig
 from corsa.errors import CorsaError, unknown_name
-from corsa.experiment import Experiment, base, chain, dealt, facts, swept
+from corsa.experiments.base import Experiment, base, chain, dealt, facts, swept
+from corsa.experiments.report_spec import Page
+from corsa.experiments.runner import announce, bring_about, lasting, launch, repeat_command
 from corsa.flow import Artifact, Step, Store, draw
-from corsa.identities import RoundsConfig
-from corsa.launch import announce, bring_about, lasting, launch, repeat_command
-from corsa.page import Page
 from corsa.tuning.space import Space, applied
 
 HEADLINES = ("edit_success", "generality", "forgetting", "retention", "neighborhood")
@@ -86,11 +86,11 @@ def placed(experiment: Sweep) -> Sweep:
     Raises:
         CorsaError: no group of the workers that were asked for can hold a trial.
     """
-    from corsa.planning.refusal import in_question
+    from corsa.planning.preflight import in_question
 
     if in_question(experiment.model, experiment.placement) is None:
         return experiment
-    from corsa.planning.groups import placement_of
+    from corsa.experiments.groups import placement_of
 
     rank = experiment.space.domains(grid=experiment.sampler == "grid").get("rank")
     largest = max(rank.values or (rank.high,)) if rank else experiment.lora.rank
@@ -101,7 +101,7 @@ def placed(experiment: Sweep) -> Sweep:
 
 def _refuse_what_cannot_be_confirmed(experiment: Sweep) -> None:
     """Raises `CorsaError` before anything is searched where no fact is left to confirm the best setting on."""
-    from corsa.benchmarks import read
+    from corsa.data.benchmarks import read
 
     try:
         read(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from corsa.evaluation.prefixes import batches, begin
+from corsa.evaluation.prefix_cache import batches, begin
 
 
 @lru_cache(maxsize=1)  # every round of a worker asks with the same tokenizer

@@ -22,7 +22,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import pandas as pd
 
-from corsa.evaluation.rows import BASE, prepared
+from corsa.evaluation.prepared_predictions import BASE, prepared
 from corsa.evaluation.uncertainty import LEVEL, Sums, difference, interval
 
 Counts = tuple[pd.Series, "pd.Series | int", "pd.Series | int"]
@@ -172,7 +172,7 @@ def compute(
     """All metrics of a predictions table as plain JSON values.
 
     Args:
-        predictions: the table described in `corsa.evaluation.asking`, one row per wording asked; the base model's
+        predictions: the table described in `corsa.evaluation.predict`, one row per wording asked; the base model's
         rows are optional.
         rule: "contains" or "exact", the match that counts.
         protocol: "full" asks everything; "paper" counts one paraphrase an edit, the first.

@@ -15,7 +15,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from corsa.benchmarks import Hub
+from corsa.data.benchmarks import Hub
 from corsa.errors import CorsaError, unknown_name
 
 HUB = Hub("cais/mmlu", "test")

@@ -16,7 +16,7 @@ from transformers import DynamicCache
 
 from corsa.errors import CorsaError
 from corsa.evaluation.mmlu import LETTERS, MmluQuestions, Subject
-from corsa.evaluation.prefixes import common
+from corsa.evaluation.prefix_cache import common
 
 ANSWERS = pa.schema(
     [

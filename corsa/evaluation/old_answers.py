@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from corsa.benchmarks.file import Draft
-from corsa.edits import normalise
+from corsa.data.benchmarks.file import Draft
+from corsa.data.edit import normalise
 from corsa.errors import CorsaError
 from corsa.evaluation.generation import generate, newline_tokens
 from corsa.evaluation.matching import contains

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import torch
 
-from corsa.adapters.peft_files import read_factors
+from corsa.algorithm.logprobs import answer_logprobs
+from corsa.algorithm.packing import Triplet, pack
 from corsa.config import EvaluationConfig, ModelConfig
 from corsa.errors import CorsaError
-from corsa.evaluation.asking import Asker
-from corsa.method.logprobs import answer_logprobs
-from corsa.method.packing import Triplet, pack
-from corsa.models.attached import Change, attached
+from corsa.evaluation.predict import Asker
+from corsa.lora.attached import Change, attached
+from corsa.lora.peft_format import read_factors
 from corsa.models.encoding import Encoder
 from corsa.models.loading import load_model, load_tokenizer
 from corsa.models.registry import hub_name

@@ -104,15 +104,15 @@ def measure(case: Case) -> dict[str, Any]:
     """
     import torch
 
+    from corsa.algorithm.packing import Triplet, pack
+    from corsa.algorithm.step import Batch, MicroBatch, corsa_step
     from corsa.config import STEPS, LoraConfig, ModelConfig, ShardingConfig, StepConfig
-    from corsa.method.packing import Triplet, pack
-    from corsa.method.step import Batch, MicroBatch, corsa_step
-    from corsa.models.lora import Lora
+    from corsa.lora.flat import Lora
     from corsa.models.shapes import architecture
     from corsa.planning.memory import hold
     from corsa.planning.rehearsal import rehearse
-    from corsa.training.crew import Crew
-    from corsa.training.peak import peak_since, resident, start_peak
+    from corsa.training.memory_usage import peak_since, resident, start_peak
+    from corsa.training.worker_group import Crew
 
     device = torch.device("cuda", 0) if case.gpu else torch.device("cpu")
     config, sharding = ModelConfig(name=case.model, dtype=case.dtype), ShardingConfig(zero_stage=case.stage)  # type: ignore[arg-type]

@@ -20,12 +20,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from rich.console import Console
 
-from corsa.benchmarks import read
+from corsa.algorithm.packing import pack
 from corsa.config import ModelConfig, Placement
-from corsa.edits import to_table
+from corsa.data.benchmarks import read
+from corsa.data.edit import to_table
 from corsa.errors import CorsaError
 from corsa.flow.cluster import connect, disconnect
-from corsa.method.packing import pack
 from corsa.models.encoding import Encoder
 from corsa.models.loading import load_tokenizer
 from corsa.training.tokens import REFERENCE, TokenTable, batch_order, token_rows
@@ -108,7 +108,7 @@ def _first_batch(blocks: Sequence[pa.Table], ids: Sequence[str], batch: int, fol
     connect(Console(stderr=True))
     try:
         began = time.time()
-        from corsa.training.group import in_group
+        from corsa.training.start_group import in_group
 
         first = [ids[i] for i in batch_order(len(ids), batch, seed=0, round_=1, epoch=0)[0]]
         tables = {"reference": str(folder / "reference.parquet")}

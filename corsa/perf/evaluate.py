@@ -10,12 +10,12 @@ from typing import Any
 import torch
 
 from corsa.config import EvaluationConfig, ModelConfig, Placement
-from corsa.edits import Edit
-from corsa.evaluation.asking import Asker, Taught
+from corsa.data.edit import Edit
+from corsa.evaluation.predict import Asker, Taught
 from corsa.models.encoding import Encoder
 from corsa.models.loading import load_model, load_tokenizer
 from corsa.perf.timeline import clock
-from corsa.training.crew import Crew
+from corsa.training.worker_group import Crew
 
 PADDED_BATCH = 32
 """Prompts of one call of `transformers.generate`, in the order they come, padded to the longest."""

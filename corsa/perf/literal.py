@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from corsa.algorithm.packing import Triplet
 from corsa.config import StepConfig
-from corsa.method.packing import Triplet
-from corsa.models.lora import Lora
+from corsa.lora.flat import Lora
 
 
 def literal_step(

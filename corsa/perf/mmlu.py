@@ -13,7 +13,7 @@ from corsa.evaluation.mmlu import LETTERS, MmluQuestions
 from corsa.evaluation.multiple_choice import MultipleChoice
 from corsa.models.loading import load_model, load_tokenizer
 from corsa.perf.timeline import clock
-from corsa.training.crew import Crew
+from corsa.training.worker_group import Crew
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any, Literal
 
-from corsa.benchmarks.programs import kind_of, read_problems
-from corsa.evaluation.sandbox.batch import judge
-from corsa.evaluation.sandbox.slot import Limits, engine
+from corsa.data.benchmarks.programs import kind_of, read_problems
+from corsa.sandbox.batch import judge
+from corsa.sandbox.worker import Limits, engine
 
 
 def measure_sandbox(

@@ -11,21 +11,21 @@ from typing import Any
 
 import torch
 
+from corsa.algorithm.logprobs import answer_logprobs
+from corsa.algorithm.packing import Triplet, pack
+from corsa.algorithm.step import Batch, corsa_step
 from corsa.config import STEPS, LoraConfig, ModelConfig, Placement, StepConfig, TrainingConfig
-from corsa.edits import Edit
+from corsa.data.edit import Edit
 from corsa.errors import CorsaError
-from corsa.method.logprobs import answer_logprobs
-from corsa.method.packing import Triplet, pack
-from corsa.method.step import Batch, corsa_step
+from corsa.lora.flat import Lora
 from corsa.models.encoding import Encoder
 from corsa.models.loading import load_model, load_tokenizer
-from corsa.models.lora import Lora
 from corsa.perf.literal import literal_step
 from corsa.perf.timeline import Timeline, clock
 from corsa.training.adamw import PlainAdamW
-from corsa.training.crew import Crew
 from corsa.training.tokens import batch_order
-from corsa.training.workshop import Loaded, Share, Workshop
+from corsa.training.worker_context import Loaded, Share, Workshop
+from corsa.training.worker_group import Crew
 
 _WARM_UP = 1  # steps of each kind that are not counted
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from corsa.benchmarks import BENCHMARKS, read
-from corsa.benchmarks.programs import read_problems
 from corsa.config import ModelConfig
+from corsa.data.benchmarks import BENCHMARKS, read
+from corsa.data.benchmarks.programs import read_problems
 from corsa.errors import CorsaError, unknown_name
 from corsa.models.encoding import Encoder
 from corsa.models.loading import load_tokenizer

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from corsa.algorithm.packing import Triplet
 from corsa.config import LoraConfig, ModelConfig, ShardingConfig, StepConfig
-from corsa.method.packing import Triplet
 from corsa.models.shapes import architecture
 from corsa.planning.memory import Holding, hold, settings
 from corsa.planning.rates import Rate

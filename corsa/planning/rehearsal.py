@@ -1,6 +1,6 @@
 """One training step of the real architecture, taken without weights: what it holds at its peak, and its arithmetic.
 
-The step is the one that trains (`corsa.method.step`), with LoRA's own hooks and transformers' own layers; only the
+The step is the one that trains (`corsa.algorithm.step`), with LoRA's own hooks and transformers' own layers; only the
 tensors are fake: they have shapes, and no memory. Layers are alike, so a deep model is rehearsed at two small depths
 and continued along the straight line through them: exact, at a tenth of the time.
 """
@@ -18,20 +18,20 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, masking_utils
 from transformers.initialization import no_init_weights
 
+from corsa.algorithm.packing import Rows, Triplet, pack
+from corsa.algorithm.step import Batch, MicroBatch, corsa_step
 from corsa.config import LoraConfig, StepConfig
-from corsa.method.packing import Rows, Triplet, pack
-from corsa.method.step import Batch, MicroBatch, corsa_step
-from corsa.models.lora import Lora
-from corsa.models.recomputing import recompute_activations
-from corsa.planning.ledger import Ledger, as_items
+from corsa.lora.flat import Lora
+from corsa.models.activation_checkpointing import recompute_activations
+from corsa.planning.memory_ledger import Ledger, as_items
 
 
 @dataclass(frozen=True)
 class Footprint:
     """What one worker holds at the peak of a step with the whole base on it.
 
-    items: bytes by purpose (`corsa.planning.ledger.ITEMS`). saved: bytes that autograd keeps from one forward pass to
-    its backward pass. flops: floating-point operations of the step (a multiplication and an addition are two).
+    items: bytes by purpose (`corsa.planning.memory_ledger.ITEMS`). saved: bytes that autograd keeps from one forward
+    pass to its backward pass. flops: floating-point operations of the step (a multiplication and an addition are two).
     parameters, trained: how many of the base, and of LoRA. activations, logits: bytes of each at its largest, which
     need not be at the peak.
     """
@@ -70,6 +70,7 @@ def rehearse(
         checkpointing: recompute each layer in the backward pass instead of keeping what it computed.
     """
     depth: int = architecture.num_hidden_layers
+    lora = lora.model_copy(update={"layers": None})  # an upper bound: the plan is made from fewer layers than there are
     period = _period(getattr(architecture, "layer_types", None) or [])
     low = depth % period + 2 * period
 

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from corsa.evaluation.matching import normalise
-from corsa.evaluation.rows import BASE
+from corsa.evaluation.prepared_predictions import BASE
 from corsa.report.findings import label
 
 OUTCOMES = ("took", "failed", "reverted", "changed", "unchanged")

@@ -19,7 +19,7 @@ def write_code_report(directory: Path, *, metrics: dict[str, Any], run: Mapping[
 
     Args:
         directory: created if absent.
-        metrics: what `corsa.code_steps` measured.
+        metrics: what `corsa.experiments.code.steps` measured.
         run: what is known of the run (`corsa.report.page.write_report`).
     """
     return write_page(

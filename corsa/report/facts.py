@@ -10,7 +10,7 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from corsa.evaluation.controls import short, told
+from corsa.evaluation.sanity_questions import short, told
 
 _SHOWN = 30
 
@@ -19,7 +19,7 @@ def facts(predictions: pd.DataFrame, rule: str) -> list[dict[str, Any]]:
     """One row for each fact that the last update taught: {edit, prompt, answer, took, right, wordings, says}.
 
     Args:
-        predictions: the table of a report (`corsa.evaluation.asking`), one method beside the base model.
+        predictions: the table of a report (`corsa.evaluation.predict`), one method beside the base model.
         rule: "contains" or "exact".
     """
     last = predictions[(predictions.method != "base") & (predictions.trained == predictions.trained.max())]

@@ -27,7 +27,7 @@ class Scenario:
     """What one scenario's part of a page is drawn from.
 
     metrics: what `corsa.evaluation.metrics.compute` returned. predictions: one row per wording asked
-    (`corsa.evaluation.asking`). curves: one row per optimizer step; may be empty. run: see `write_report`.
+    (`corsa.evaluation.predict`). curves: one row per optimizer step; may be empty. run: see `write_report`.
     """
 
     metrics: dict[str, Any]
@@ -44,7 +44,7 @@ def write_report(
     Args:
         directory: created if absent.
         metrics: what `corsa.evaluation.metrics.compute` returned.
-        predictions: one row per wording asked (`corsa.evaluation.asking`).
+        predictions: one row per wording asked (`corsa.evaluation.predict`).
         curves: one row per optimizer step; may be empty.
         run: what is known of the run, every key optional: `title`, `created`, `seconds`, `command` (text), `config`
             (nested mapping), `steps` (list of {name, seconds, state, inputs: names}), `versions` and `hardware`

@@ -17,10 +17,10 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
+from corsa.algorithm.sam import LookSam
 from corsa.flow.store import DamagedError, Store
-from corsa.method.sam import LookSam
 from corsa.training.adamw import Moments
-from corsa.training.crew import Crew
+from corsa.training.worker_group import Crew
 
 
 @dataclass

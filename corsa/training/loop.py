@@ -13,21 +13,21 @@ import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
+from corsa.algorithm.learning_rate import learning_rate
+from corsa.algorithm.packing import Triplet
+from corsa.algorithm.row_settings import Together
+from corsa.algorithm.sam import LookSam
+from corsa.algorithm.step import corsa_step
 from corsa.config import StepConfig
+from corsa.config.steps import RoundConfig
 from corsa.errors import CorsaError
 from corsa.flow.store import Store
-from corsa.identities import RoundConfig
-from corsa.method.packing import Triplet
-from corsa.method.sam import LookSam
-from corsa.method.schedule import learning_rate
-from corsa.method.step import corsa_step
-from corsa.method.together import Together
 from corsa.training.adamw import Moments, PackedAdamW, Stepping
 from corsa.training.checkpoint import Position, WithLook, load_checkpoint, save_checkpoint
-from corsa.training.crew import Crew
-from corsa.training.notice import Notice
+from corsa.training.preemption import Notice
 from corsa.training.tokens import batch_order
-from corsa.training.workshop import Loaded, Share, Workshop
+from corsa.training.worker_context import Loaded, Share, Workshop
+from corsa.training.worker_group import Crew
 
 CURVES = pa.schema(
     [

@@ -18,18 +18,18 @@ import pyarrow.parquet as pq
 import ray.data
 import torch
 
+from corsa.algorithm.logprobs import answer_logprobs, packing_is_exact
+from corsa.algorithm.packing import NO_OLD_ANSWER, Triplet, pack
 from corsa.config import ModelConfig, Placement
+from corsa.config.steps import ReferenceConfig
 from corsa.errors import CorsaError
 from corsa.flow.task import Task
-from corsa.identities import ReferenceConfig
-from corsa.method.logprobs import answer_logprobs, packing_is_exact
-from corsa.method.packing import NO_OLD_ANSWER, Triplet, pack
 from corsa.models.encoding import Encoder
 from corsa.models.loading import load_model, load_tokenizer
-from corsa.training.crew import Crew
-from corsa.training.group import in_group
-from corsa.training.stages import map_with_model, read_table, retried
+from corsa.training.ray_data_stages import map_with_model, read_table, retried
+from corsa.training.start_group import in_group
 from corsa.training.tokens import REFERENCE, token_rows, without_tokens
+from corsa.training.worker_group import Crew
 
 EDITS_PER_BATCH = 32
 """Edits of one forward pass; fixed, so that a value does not depend on how many actors share the work."""

@@ -13,12 +13,12 @@ from typing import Any
 from corsa.config import Placement
 from corsa.errors import CorsaError
 from corsa.flow.task import Progress, Task
-from corsa.training.crew import Crew
-from corsa.training.group import in_group
-from corsa.training.lessons import take, trains_with
 from corsa.training.loop import RoundFailedError
+from corsa.training.start_group import in_group
 from corsa.training.tokens import TokenTable
-from corsa.training.workshop import Workshop
+from corsa.training.worker_context import Workshop
+from corsa.training.worker_group import Crew
+from corsa.training.worker_tasks import take, trains_with
 
 
 def run(tasks: list[Task], progress: Progress) -> dict[str, str]:

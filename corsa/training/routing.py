@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from corsa.adapters.routing import EmbeddingRouter, PromptRouter
-from corsa.adapters.splits import describe
-from corsa.edits import Edit
-from corsa.evaluation.asking import Asker, Taught
-from corsa.models.attached import Change, attached
-from corsa.training.workshop import Loaded
+from corsa.data.edit import Edit
+from corsa.data.splits import describe
+from corsa.evaluation.predict import Asker, Taught
+from corsa.lora.attached import Change, attached
+from corsa.lora.routing import EmbeddingRouter, PromptRouter
+from corsa.training.worker_context import Loaded
 
 
 def route(

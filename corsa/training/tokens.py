@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from corsa.method.packing import Triplet
+from corsa.algorithm.packing import Triplet
 from corsa.models.encoding import Encoder
 
 REFERENCE = pa.schema(

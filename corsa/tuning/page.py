@@ -19,8 +19,8 @@ from scipy.interpolate import griddata
 from scipy.spatial import QhullError
 from scipy.stats import t as student
 
+from corsa.config.steps import SweepConfig
 from corsa.evaluation.metrics import METRICS
-from corsa.identities import SweepConfig
 from corsa.report.figures import Figure, _plot
 from corsa.report.layout import write_page
 from corsa.tuning.space import Domain

@@ -13,7 +13,7 @@ from tyro.conf import arg
 
 from corsa.config import Frozen
 from corsa.errors import CorsaError
-from corsa.experiment import Experiment
+from corsa.experiments.base import Experiment
 
 Setting = Mapping[str, float]
 """A value for every name of the space."""

@@ -17,13 +17,13 @@ from optuna.trial import FrozenTrial, TrialState
 from rich.console import Console
 
 from corsa.config import Placement
-from corsa.edits import from_table
+from corsa.config.steps import SweepConfig, SweepPlace
+from corsa.data.edit import from_table
 from corsa.errors import CorsaError
 from corsa.evaluation.metrics import METRICS
-from corsa.experiment import Experiment, Facts
+from corsa.experiments.base import Experiment, Facts
 from corsa.flow.task import Task
-from corsa.identities import SweepConfig, SweepPlace
-from corsa.training.placing import trials_at_once
+from corsa.training.resources import trials_at_once
 from corsa.tuning.page import write_sweep
 from corsa.tuning.search import scheduler, search
 from corsa.tuning.space import Domain, applied, default_setting, label, with_default

@@ -16,10 +16,10 @@ import pandas as pd
 from rich.console import Console
 
 from corsa.config import Placement
+from corsa.config.steps import SweepConfig, TrialPlace
 from corsa.evaluation.metrics import METRICS, compute
-from corsa.experiment import Experiment, Facts, chain
+from corsa.experiments.base import Experiment, Facts, chain
 from corsa.flow import Step, Store, run
-from corsa.identities import SweepConfig, TrialPlace
 from corsa.tuning.space import Setting, applied, label
 
 

@@ -1,0 +1,25 @@
+"""The subcommands of `corsa`, a module each; `corsa.cli.main` joins them.
+
+Heavy packages are imported inside the commands that need them, so that `corsa --help` answers at once.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from tyro.conf import arg
+from tyro.extras import SubcommandApp
+
+app = SubcommandApp()
+
+Storage = Annotated[str, arg(metavar="URL", help="root of the store: a directory, s3://... or gs://...")]
+
+AsJson = Annotated[bool, arg(name="json", help="print the result as JSON, for a program to read")]
+
+STATUSES = """exit status:
+  0  done
+  1  a step failed; finished ones are kept, and the same command goes on from there
+  2  something to mend, said on stderr: an option, a file, a name
+  3  a gate was not passed (--min-success, --min-generality, --max-forgetting); the adapter is written all the same
+  130  interrupted by Ctrl-C; finished steps are kept, and the same command goes on from there"""
+GATE_NOT_PASSED = 3

@@ -1,0 +1,10 @@
+"""`corsa perf ...`: what is measured, a module each beside this one."""
+
+from __future__ import annotations
+
+from tyro.extras import SubcommandApp
+
+from corsa.cli.commands import app
+
+perf = SubcommandApp()
+app.command(perf, name="perf", help="Measure speed and memory.")

@@ -1,0 +1,35 @@
+"""`corsa push`: an adapter with its model card to the Hugging Face hub."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+from tyro.conf import Positional, arg
+
+from corsa.cli.commands import AsJson, app
+
+
+@app.command(name="push")
+def push(
+    adapter: Annotated[Positional[str], arg(metavar="DIR", help="the adapter, as corsa edit left it")],
+    repository: Annotated[Positional[str], arg(metavar="OWNER/NAME", help="made if it is not there")],
+    public: Annotated[bool, arg(help="make a new repository public; it is private by default")] = False,
+    facts: Annotated[bool, arg(help="send the facts, all answers and the history as well")] = False,
+    revision: Annotated[str | None, arg(help="branch; default: main")] = None,
+    message: Annotated[str, arg(help="of the commit")] = "",
+    as_json: AsJson = False,
+) -> int:
+    """Send an adapter, its model card and its report to the Hugging Face hub.
+
+    The card and the report quote facts: look at README.md first. The token is HF_TOKEN, or that of hf auth
+    login; another hub than huggingface.co is named by HF_ENDPOINT.
+
+    Example: corsa push adapters/january acme/facts-january
+    """
+    from corsa.editing.push import push as pushed
+
+    how = {"private": not public, "facts": facts, "revision": revision, "message": message}
+    address = pushed(adapter, repository, **how)  # type: ignore[arg-type]
+    print(json.dumps({"commit": address}) if as_json else address)
+    return 0

@@ -1,0 +1,89 @@
+"""How the commands that teach and ask show what came out: for people, or as JSON for a program."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from corsa.cli.commands import GATE_NOT_PASSED
+from corsa.editing.options import EvaluateOptions, Teaching
+from corsa.editing.plan import Plan, plan_evaluation
+from corsa.editing.run import Result
+from corsa.experiments.runner import lasting
+from corsa.flow import Store, draw
+from corsa.report.facts import facts, summary, table
+from corsa.report.tables import summary_tables
+
+
+def teach(options: Teaching, plan: Plan, as_json: bool) -> int:
+    """Teach as planned, and show what came of it. Returns the exit status."""
+    from corsa.editing.run import teach
+
+    console = Console(stderr=as_json)
+    if options.dry_run:
+        console.print(draw([plan.report], Store(lasting(options.storage))))
+        return 0
+    _say(console, plan.report.config.canonical()["title"])
+    result = teach(options, plan, console)
+    return _show(result, as_json, Console())
+
+
+def ask(options: EvaluateOptions, as_json: bool) -> int:
+    """Ask as planned, and show the answers. Returns the exit status."""
+    from corsa.editing.run import evaluate
+
+    console = Console(stderr=as_json)
+    if options.dry_run:
+        console.print(draw([plan_evaluation(options)[1]], Store(lasting(options.storage))))
+        return 0
+    return _show(evaluate(options, console), as_json, Console())
+
+
+def show_rolled_back(out: Path, as_json: bool) -> int:
+    """Say where the adapter is that was brought back."""
+    if as_json:
+        print(json.dumps({"out": str(out)}))
+    else:
+        print(f"the adapter as it was, with its report and history:\n{out}")
+    return 0
+
+
+def _show(result: Result, as_json: bool, console: Console) -> int:
+    found = facts(result.predictions, result.metrics["rule"])
+    if as_json:
+        print(json.dumps(_plain(result, found), indent=1))
+        return 0 if result.passed else GATE_NOT_PASSED
+    if result.out:
+        if found:
+            console.print(table(found))
+        for sentence in summary(result.metrics, result.predictions):
+            _say(console, sentence)
+    else:
+        for one in summary_tables(result.metrics):
+            console.print(one)
+    for verdict in result.verdicts:
+        _say(console, f"gate {verdict}")
+    _say(console, f"report   {result.report}")
+    if result.out:
+        _say(console, f"adapter  {result.out}")
+    return 0 if result.passed else GATE_NOT_PASSED
+
+
+def _plain(result: Result, found: list[dict[str, Any]]) -> dict[str, Any]:
+    gates = [{"gate": v.gate, "bound": v.bound, "value": v.value, "passed": v.passed} for v in result.verdicts]
+    return {
+        "out": str(result.out) if result.out else None,
+        "report": str(result.report),
+        "passed": result.passed,
+        "gates": gates,
+        "metrics": result.values,
+        "facts": found,
+        "controls": result.metrics.get("controls"),
+    }
+
+
+def _say(console: Console, line: str) -> None:
+    console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -1,0 +1,44 @@
+"""The `corsa` command. Its subcommands are the modules of `corsa.cli.commands`; each is named once here."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+import tyro
+from tyro.conf import FlagCreatePairsOff
+
+from corsa.cli.commands import STATUSES, app
+from corsa.cli.commands import ask as ask
+from corsa.cli.commands import data as data
+from corsa.cli.commands import doctor as doctor
+from corsa.cli.commands import edit as edit
+from corsa.cli.commands import evaluate as evaluate
+from corsa.cli.commands import merge as merge
+from corsa.cli.commands import perf_gpu as perf_gpu
+from corsa.cli.commands import perf_sandbox as perf_sandbox
+from corsa.cli.commands import perf_speed as perf_speed
+from corsa.cli.commands import plan as plan
+from corsa.cli.commands import push as push
+from corsa.cli.commands import runs as runs
+from corsa.cli.commands import undo as undo
+from corsa.config.command_line import answered
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Entry point. Returns the exit status, see `corsa.cli.commands.STATUSES`; an error is one line on stderr."""
+    if os.environ.get("NO_COLOR"):
+        tyro._experimental_options["ansi_codes"] = False
+    return answered(
+        lambda: app.cli(
+            prog="corsa",
+            description=f"Edit what language models know, again and again.\n\n{STATUSES}",
+            args=args,
+            config=[FlagCreatePairsOff],
+        )
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,384 @@
+"""What each kind of step depends on, beside its inputs: the configurations that enter a step's identity.
+
+Imports neither torch nor ray: steps are planned from these.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from corsa.config import (
+    EvaluationConfig,
+    FLearningConfig,
+    Frozen,
+    LoraConfig,
+    MemitConfig,
+    ModelConfig,
+    Placement,
+    SamplingConfig,
+    StepConfig,
+    TrainingConfig,
+)
+from corsa.sandbox.worker import Limits
+
+
+class EditsConfig(Frozen):
+    """Which edits are read."""
+
+    benchmark: str
+    digest: str = Field(description="of the data (`corsa.data.benchmarks.digest`)")
+    offset: int = Field(default=0, ge=0, description="facts (chains) passed over")
+    limit: int | None = Field(default=None, ge=1, description="facts (chains)")
+    rounds: int | None = Field(default=None, ge=1, description="updates kept of a chain")
+    on_bad_record: Literal["skip", "stop"]
+    on_contradiction: Literal["report", "refuse", "keep-first"]
+    whole_cases: bool = Field(description="all edits of a case, or its first alone")
+
+
+class EditsPlace(Frozen):
+    """Where the data is read from; what it holds is in `EditsConfig.digest`."""
+
+    data: str | None
+
+
+class RoundsConfig(Frozen):
+    """How facts are dealt to rounds. The split does not follow the training seed: methods and seeds share it."""
+
+    rounds: int = Field(default=3, ge=1, description="rounds of updates")
+    first: int = Field(default=1, ge=1, description="number of the first of them; later ones go on from another run")
+    update_share: float = Field(
+        default=0.5, ge=0, le=1, description="share of the chains in the update set, revised from round 2 on"
+    )
+    fraction: float = Field(default=1.0, ge=0, le=1, description="share of the update set that is revised (Fig. 3)")
+    split_seed: int = Field(default=0, ge=0, description="of the split into update and evaluation set")
+
+
+class PartConfig(Frozen):
+    """Which part of a benchmark's edits is taken (routing: one adapter a part)."""
+
+    part: int = Field(ge=0)
+    parts: int = Field(ge=2)
+
+
+class ReferenceConfig(Frozen):
+    """What the reference column depends on, beside the edits."""
+
+    model: ModelConfig
+    on_bad_record: Literal["skip", "stop"] = Field(
+        default="stop", description="an answer without tokens: skip and list it, or stop"
+    )
+
+
+class AskingConfig(Frozen):
+    """What the answers of a model depend on: alone the unedited one's, with an input `adapter` those of an edited one.
+
+    With an input `schedule` the facts that stand after `round` are asked, without one all of the benchmark.
+    """
+
+    model: ModelConfig
+    evaluation: EvaluationConfig
+    seed: int = Field(default=0, ge=0, description="of the training that the answers follow")
+    round: int = Field(default=0, ge=0, description="the round after which it is asked")
+
+
+class RoundConfig(AskingConfig):
+    """What one round of one method depends on, beside its inputs: the edits, the reference, the schedule, the adapter
+    before. The method's name is not among them: what makes it is.
+    """
+
+    seed: int = Field(ge=0, description="of LoRA's initial values and the order of the edits")
+    round: int = Field(ge=1)
+    lora: LoraConfig
+    step: StepConfig
+    training: TrainingConfig
+
+
+class FLearningRoundConfig(RoundConfig):
+    """A round of F-Learning; `step` is plain LoRA's."""
+
+    f_learning: FLearningConfig
+
+
+class MemitRoundConfig(AskingConfig):
+    """A round of MEMIT."""
+
+    seed: int = Field(ge=0, description="of the random prefixes")
+    round: int = Field(ge=1)
+    memit: MemitConfig
+
+
+class StatisticsConfig(Frozen):
+    """What MEMIT's key statistics depend on, beside the benchmark whose probes are the corpus where none is named."""
+
+    model: ModelConfig
+    layers: tuple[int, ...] | None = None
+    corpus: str | None = Field(default=None, description="digest of the text file")
+
+
+class StatisticsPlace(Placement):
+    """How the statistics are gathered, and where the corpus is read from; what it holds is in `StatisticsConfig`."""
+
+    corpus: str | None
+
+
+class TrialPlace(Placement):
+    """How the rounds of a trial of a sweep, or of several in one group, are run, and what they tell on the way."""
+
+    title: str = Field(description="of the worker group, on the Ray dashboard")
+    metric: str | None = Field(default=None, description="scored at the end of epochs; None: never")
+    rung: int = Field(default=1, ge=1, description="epochs between scores")
+    rounds: int = Field(default=1, ge=1, description="of a trial, for each seed")
+    seeds: tuple[int, ...] = (0,)
+    rule: Literal["contains", "exact"] = "contains"
+    better: Literal["high", "low"] = "high"
+
+    @staticmethod
+    def named(number: int, label: str) -> str:
+        """What stands for the method in the names of a trial's steps."""
+        return f"trial{number}-{label}"
+
+    @staticmethod
+    def number(name: str) -> str:
+        """The trial, by its number in the study, that a step of this name belongs to."""
+        return name.partition("/trial")[2].partition("-")[0]
+
+
+class SweepConfig(Frozen):
+    """What the result of a sweep depends on, beside the edits and the reference."""
+
+    experiment: dict[str, Any] = Field(description="the resolved configuration that the trials change")
+    command: str = Field(description="repeats the run")
+    space: dict[str, str] = Field(description="name -> values, as `corsa.tuning.space` reads them")
+    objectives: tuple[str, ...] = Field(description="metrics of the evaluation; two or more: a Pareto front")
+    sampler: Literal["tpe", "random", "grid"]
+    seed: int
+    trials: int
+    rounds: RoundsConfig
+    stop: Literal["no", "asha", "median"]
+    rung: int | None
+    development: int
+
+
+class SweepPlace(Placement):
+    """How a sweep is run."""
+
+    study: str = Field(description="its name in the store")
+
+
+class QuestionsConfig(Frozen):
+    """Which MMLU questions are read."""
+
+    digest: str
+    limit: int | None = Field(default=None, ge=1, description="questions of each subject; all by default")
+
+
+class QuestionsPlace(Frozen):
+    """Where the questions are read from; what they hold is in `QuestionsConfig.digest`."""
+
+    data: str | None
+
+
+class SpecificityConfig(Frozen):
+    """What a model's answers to MMLU depend on, beside the questions and the adapter."""
+
+    model: ModelConfig
+
+
+class ControlsConfig(Frozen):
+    """What a model's answers to the everyday questions depend on, beside the adapter."""
+
+    model: ModelConfig
+    digest: str = Field(description="of the questions")
+    new_tokens: int = Field(ge=1)
+
+
+class LineConfig(Frozen):
+    """An adapter from outside the store, and what it was taught."""
+
+    digest: str
+    method: str = Field(description="under which its answers are shown; a later update may be made by another")
+    seed: int = Field(ge=0)
+
+
+class LinePlace(Frozen):
+    """Where it is read from; what it holds is in `LineConfig.digest`."""
+
+    directory: str
+
+
+class FactsConfig(Frozen):
+    """The facts of an update, old answers included."""
+
+    benchmark: str = Field(description="name of the file, as a report shows it")
+    digest: str
+    update: int = Field(ge=1)
+
+
+class AskedFactsConfig(FactsConfig):
+    """The same where some old answers are the model's own."""
+
+    model: ModelConfig
+    new_tokens: int = Field(ge=1)
+
+
+class FactsPlace(Placement):
+    """How the model is asked, and where the file is read from; what it holds is in `FactsConfig.digest`."""
+
+    data: str
+
+
+class TakenBackConfig(Frozen):
+    """The edits whose old answers are taught again."""
+
+    benchmark: str = Field(description="as a report shows it")
+    edits: tuple[str, ...] = Field(description="ids, chains or questions")
+    update: int = Field(ge=1)
+
+
+class RoutingConfig(AskingConfig):
+    """What routed answers depend on, beside the parts of the data and their adapters."""
+
+    router: Literal["prompt", "embedding", "oracle"] = Field(
+        description="oracle: every query to the adapter that was taught its fact, the bound of any router"
+    )
+
+
+MergeMethod = Literal["linear", "sum", "average", "svd", "ties", "dare_linear", "dare_ties"]
+
+
+class MergeConfig(Frozen):
+    """How adapters become one."""
+
+    method: MergeMethod
+    weights: tuple[float, ...] | None = Field(default=None, description="of the adapters; each 1 by default")
+    rank: int | None = Field(default=None, ge=1, description="rank of the merged adapter where the method cuts it")
+    density: float = Field(default=0.5, gt=0, le=1, description="share of the entries that ties and dare keep")
+    seed: int = Field(default=0, ge=0, description="of the entries that dare drops")
+
+
+class Shown(Frozen):
+    """Under which name, and after which round, a report shows the answers of one of its inputs."""
+
+    answers: str = Field(description="name of the input")
+    method: str
+    trained: int | None = Field(default=None, ge=0, description="by default the round the answers were given after")
+
+
+class Axis(Frozen):
+    """A metric against a setting: what a figure such as Fig. 3 or 5 of the paper draws."""
+
+    name: str = Field(description="of the setting, as the axis is labelled")
+    metrics: tuple[str, ...]
+    points: dict[str, tuple[str, float]] = Field(description="method as shown -> (line, value of the setting)")
+    logarithmic: bool = False
+
+
+class ReportConfig(Frozen):
+    """What a report shows, beside what its inputs hold."""
+
+    title: str
+    scenario: str
+    command: str = Field(description="repeats the run")
+    experiment: dict[str, Any] = Field(description="the resolved configuration")
+    rule: Literal["contains", "exact"]
+    protocol: Literal["full", "paper"]
+    headlines: tuple[str, ...] = Field(description="metrics of the main table")
+    shown: tuple[Shown, ...]
+    specificity: tuple[Shown, ...] = ()
+    controls: tuple[Shown, ...] = Field(default=(), description="answers to everyday questions: before and after")
+    axes: tuple[Axis, ...] = ()
+    compare_with: str | None = Field(
+        default=None, description="every method is compared with this one; by default each with each"
+    )
+    published: tuple[str, ...] = Field(default=(), description="tables and figures of the paper to set beside it")
+
+
+class JoinedConfig(Frozen):
+    """What a report of several scenarios shows, beside their own reports."""
+
+    title: str
+    command: str
+    experiment: dict[str, Any]
+
+
+class ProblemsConfig(Frozen):
+    """Which problems of a benchmark of programs are read."""
+
+    digest: str = Field(description="of the file's content")
+    offset: int = Field(default=0, ge=0, description="records passed over")
+    limit: int | None = Field(default=None, ge=1, description="records: updates, or HumanEval's tasks")
+    taught: bool = Field(default=False, description="the first problem of each update is taught, not asked")
+
+
+class ProblemsPlace(Frozen):
+    """Where the problems are read from; what they hold is in `ProblemsConfig.digest`."""
+
+    data: str
+
+
+class OldAnswersConfig(Frozen):
+    """What the base model's answers before the update depend on, beside the problems."""
+
+    model: ModelConfig
+    new_tokens: int = Field(ge=1)
+
+
+class ProgramEditsConfig(Frozen):
+    """How problems become edits; what they are is in the inputs."""
+
+    benchmark: str = "updates"
+    on_contradiction: Literal["report"] = "report"
+
+
+class SamplesConfig(Frozen):
+    """What a model's programs depend on, beside the problems and the adapter."""
+
+    model: ModelConfig
+    sampling: SamplingConfig
+    described: bool = Field(default=False, description="the update's description stands in the prompt")
+    seed: int = Field(default=0, ge=0, description="of the draws")
+
+
+class JudgingConfig(Frozen):
+    """What verdicts depend on, beside programs and tests."""
+
+    limits: Limits
+    isolated: bool = Field(default=True, description="nothing that is judged unprotected stands for what is not")
+
+
+class JudgingPlace(Frozen):
+    """How programs are isolated. Never part of an identity."""
+
+    allow_code_execution: bool = False
+    sandbox: Literal["auto", "bubblewrap", "namespaces", "none"] = "auto"
+
+
+class CodeShown(Frozen):
+    """Verdicts of one method on one benchmark, by the names of the inputs."""
+
+    answers: str = Field(description="name of the input with the verdicts")
+    problems: str = Field(description="name of the input with the problems")
+    method: str
+    benchmark: Literal["updates", "humaneval"]
+    seed: int = 0
+
+
+class CodeReportConfig(Frozen):
+    """What a report of the code domain shows, beside what its inputs hold."""
+
+    title: str
+    command: str
+    experiment: dict[str, Any]
+    shown: tuple[CodeShown, ...]
+    subset: tuple[str, ...] = Field(default=(), description="HumanEval tasks that are counted once more by themselves")
+    published: tuple[str, ...] = ()
+
+
+class ScalingConfig(JoinedConfig):
+    """What a report of several sizes of model shows, beside the reports of each."""
+
+    models: dict[str, str] = Field(description="report (name of the input) -> model")
+    benchmarks: dict[str, str] = Field(description="report -> benchmark")
+    missing: dict[str, str] = Field(default={}, description="report that did not come about -> why")

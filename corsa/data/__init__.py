@@ -1,0 +1,1 @@
+"""What is edited: the edit record, benchmarks, the schedule of rounds."""

@@ -1,0 +1,263 @@
+"""Benchmarks of programs: CodeUpdateArena (Liu et al. 2024), HumanEval (Chen et al. 2021), and a user's own file.
+
+Each record becomes `Problem`s: what a model is asked, and the tests that decide whether its program is right. A user's
+file is JSONL of CodeUpdateArena's record, an update and its program-synthesis problems.
+"""
+
+from __future__ import annotations
+
+import ast
+import gzip
+import hashlib
+import json
+import re
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from corsa.config import Frozen
+from corsa.data.benchmarks.rows import Row
+from corsa.data.edit import FieldError
+from corsa.errors import CorsaError
+from corsa.sandbox.worker import Program
+
+Kind = Literal["updates", "humaneval"]
+
+
+class Problem(Frozen):
+    """A program to be written. `tests` and `before` are the benchmark's, trusted; a model's program is not."""
+
+    id: str
+    update: str = Field(default="", description="id of the API update it is about; none: HumanEval")
+    package: str = ""
+    prompt: str = Field(description="what a model is asked, without any template")
+    described: str = Field(default="", description="what the update changes, in words")
+    entry: str = Field(description="name of the function that is asked for")
+    lead: str = Field(default="", description="program text that an answer completes (HumanEval)")
+    solution: str = Field(description="the reference solution, or what completes `lead`")
+    tests: str = Field(description="imports and functions test_*, which call `entry`")
+    imports: str = Field(default="", description="what is run before program and tests where there is no update")
+    before: str = Field(default="", description="the same with the update installed")
+
+    def program(self, answer: str, *, updated: bool) -> Program:
+        """The program that an answer makes, with its tests; with the update installed for both, or without it."""
+        before = self.before if updated else self.imports
+        return Program(self.lead + answer, f"{before}\n{self.tests}", before, self.entry)
+
+    @property
+    def blanked(self) -> str:
+        """The solution with the body of the function that is asked for replaced by `pass`: it must not pass."""
+        if self.lead:
+            return "    pass\n"
+        tree = _python(self.solution, "")
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef) and node.name == self.entry:
+                node.body = [ast.Pass()]
+        return ast.unparse(tree) + "\n"
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """The packages that its trusted parts import."""
+        found = [node for part in (self.before, self.tests) for node in ast.walk(_python(part, ""))]
+        names = [a.name for node in found if isinstance(node, ast.Import) for a in node.names]
+        names += [node.module for node in found if isinstance(node, ast.ImportFrom) and node.module]
+        return tuple(sorted({name.partition(".")[0] for name in names}))
+
+
+def kind_of(path: str) -> Kind:
+    """Which benchmark a file is of, by its first record. Raises CorsaError if it is neither."""
+    row = next(_rows(path))
+    if {"task_id", "prompt", "entry_point", "canonical_solution", "test"} <= row.values.keys():
+        return "humaneval"
+    if {"update", "prog_syn_examples"} <= row.values.keys():
+        return "updates"
+    raise CorsaError(
+        f"{path} is neither HumanEval (task_id, prompt, entry_point, canonical_solution, test) nor of "
+        f"CodeUpdateArena's record (update, prog_syn_examples); its first record has {', '.join(sorted(row.values))}"
+    )
+
+
+def digest(path: str) -> str:
+    """What identifies a file's content. Raises CorsaError if it cannot be read."""
+    try:
+        return hashlib.sha256(Path(path).expanduser().read_bytes()).hexdigest()
+    except OSError as error:
+        raise CorsaError(f"{path} cannot be read: {error.strerror} (seen from {Path.cwd()})") from error
+
+
+def read_problems(path: str, *, limit: int | None = None, offset: int = 0) -> list[Problem]:
+    """The problems of a file, in its order. `limit` and `offset` count its records: updates, or HumanEval's tasks.
+
+    Raises:
+        CorsaError: the file cannot be read, or a record is not one, with its line, field and reason.
+    """
+    make = _of_update if kind_of(path) == "updates" else _of_humaneval
+    problems: list[Problem] = []
+    seen: set[str] = set()
+    for number, row in enumerate(_rows(path)):
+        if number < offset or (limit is not None and number >= offset + limit):
+            continue
+        try:
+            found = make(row)
+        except FieldError as error:
+            raise CorsaError(f"{path}, {row.where}: {error}") from error
+        for problem in found:
+            if problem.id in seen:
+                raise CorsaError(f"{path}, {row.where}: the id {problem.id!r} was used before")
+            seen.add(problem.id)
+        problems += found
+    if not problems:
+        raise CorsaError(f"{path}: no record is left from number {offset} on")
+    return problems
+
+
+def _rows(path: str) -> Iterator[Row]:
+    file = Path(path).expanduser()
+    try:
+        with gzip.open(file, "rt", encoding="utf-8") if file.suffix == ".gz" else file.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    values = json.loads(line)
+                    if not isinstance(values, Mapping):
+                        raise CorsaError(f"{path}, line {number}: not a record but {type(values).__name__}")
+                    yield Row(values, number - 1, f"line {number}")
+    except OSError as error:
+        raise CorsaError(f"{path} cannot be read: {error.strerror or error} (seen from {Path.cwd()})") from error
+    except ValueError as error:
+        raise CorsaError(f"{path} is not JSON lines: {error}") from error
+
+
+def _raw(row: Row, path: str) -> str:
+    """The string at a path as it is: indentation at a program's start counts."""
+    row.text(path)
+    return str(row.get(path))
+
+
+# HumanEval
+
+
+def _of_humaneval(row: Row) -> list[Problem]:
+    entry, lead = row.text("entry_point"), _raw(row, "prompt")
+    # The examiner has the prompt's own helpers, so that a program that redefines them deceives itself alone.
+    tests = f"{lead}    pass\n\n{_raw(row, 'test')}\n\ndef test_check():\n    check({entry})\n"
+    _python(tests, "test")
+    return [
+        Problem(
+            id=row.text("task_id"),
+            prompt=f"Complete this Python function.\n```python\n{lead.strip()}\n```",
+            entry=entry,
+            lead=lead,
+            solution=_raw(row, "canonical_solution"),
+            tests=tests,
+        )
+    ]
+
+
+# CodeUpdateArena
+
+
+def _of_update(row: Row) -> list[Problem]:
+    update = {key: row.get(f"update.{key}") or "" for key in ("description", "docstring", "signature", "imports")}
+    path, code = row.text("update.function_path"), _raw(row, "update.implementation")
+    install = f"{code}\n{_installing(code, path)}"
+    described = (
+        f"{update['description']}\n{update['docstring']}\nThe new signature: {update['signature']}\n"
+        f"```python\n{code.strip()}\n```"
+    )
+    examples = row.get("prog_syn_examples")
+    if not isinstance(examples, Sequence) or not examples:
+        raise FieldError("prog_syn_examples", "is not a list with at least one problem")
+    id_ = row.text("update.update_id")
+    return [_problem(row, i, id_, path, update["imports"], install, described) for i in range(len(examples))]
+
+
+def _problem(row: Row, index: int, update: str, path: str, imports: str, install: str, described: str) -> Problem:
+    values = row.get("prog_syn_examples")[index]
+    if not isinstance(values, Mapping):
+        raise FieldError(f"prog_syn_examples[{index}]", f"is not a record but {type(values).__name__}")
+    example = Row(values, index, row.where)
+    try:
+        solution, tests = _raw(example, "ref_solution"), _raw(example, "unit_tests")
+        signature = example.text("solution_signature")
+        # Tests use the names that the solution imports: published ones were run in its namespace.
+        tests = f"{_imports(solution)}\n{tests}"
+        _python(tests, "unit_tests")
+        own = str(example.get("prog_syn_imports") or "")
+        if own != imports:  # before the update: they keep the old functions under other names
+            imports = f"{imports}\n{own}"
+        entry = re.search(r"(\w+)\s*\(", signature)
+        if entry is None:
+            raise FieldError("solution_signature", f"names no function: {signature!r}")
+        return Problem(
+            id=example.text("prog_syn_id"),
+            update=update,
+            package=path.partition(".")[0],
+            prompt=question(example.optional("scenario"), example.text("problem"), signature, values["unit_tests"]),
+            described=described,
+            entry=entry[1],
+            solution=solution,
+            tests=tests,
+            imports=imports,
+            before=f"{imports}\n{install}",
+        )
+    except FieldError as error:
+        raise FieldError(f"prog_syn_examples[{index}].{error.field}", error.reason, error.remedy) from error
+
+
+def question(scenario: str, problem: str, signature: str, tests: str) -> str:
+    """What a model is asked: the task with its unit tests (the parts of the paper's Fig. 8; the wording is ours)."""
+    return (
+        f"Scenario: {scenario}\nProblem: {problem}\n"
+        f"Write the Python function with this signature, so that the tests pass:\n```python\n{signature}\n```\n"
+        f"Tests:\n```python\n{tests.strip()}\n```"
+    )
+
+
+def _installing(code: str, path: str) -> str:
+    """What puts the functions of an update where its API is: `numpy.sum` for one; a new name beside the old."""
+    parent, _, _ = path.rpartition(".")
+    root = parent.partition(".")[0]
+    names = [
+        n.name for n in _python(code, "update.implementation").body if isinstance(n, ast.FunctionDef | ast.ClassDef)
+    ]
+    if not parent or not names:
+        raise FieldError("update.implementation", f"defines no function that could stand for {path}")
+    lines = [f"import {root}", *(f"setattr({parent}, {name!r}, {name})" for name in names)]
+    return "\n".join(lines) + "\n"
+
+
+def _imports(program: str) -> str:
+    """The import statements of a program's top level."""
+    try:
+        body = _python(program, "ref_solution").body
+    except FieldError:
+        return ""
+    return "\n".join(ast.unparse(node) for node in body if isinstance(node, ast.Import | ast.ImportFrom))
+
+
+def _python(code: str, field: str) -> ast.Module:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of published code, such as a backslash in a plain string
+            return ast.parse(code)
+    except SyntaxError as error:
+        raise FieldError(field, f"is not Python: {error.msg} (line {error.lineno})") from error
+
+
+_FENCE = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL)
+
+
+def program_in(output: str, lead: str = "") -> str:
+    """The program in a model's output: its first fenced block, or all of it. For HumanEval, where an answer may repeat
+    the function or only go on after it, `lead` is what it completes; what comes back then follows `lead`.
+    """
+    fenced = _FENCE.search(output)
+    text = fenced[1] if fenced else output
+    if not lead or re.search(r"^(def|from|import|class) ", text, re.MULTILINE):
+        return ("\n    pass\n\n" if lead else "") + text.strip("\n") + "\n"
+    lines = text.strip("\n").splitlines()
+    indented = bool(lines) and lines[0].startswith((" ", "\t"))
+    return "\n".join(line if indented else f"    {line}" for line in lines) + "\n"

@@ -1,0 +1,83 @@
+"""Which round teaches which edit, and which facts are left alone: the temporal scenario (paper, Section 4.3).
+
+Chains of successive updates are split into an update set and an evaluation set. Round 1 teaches the first update of
+both; each later round revises the update set only, so what the evaluation set loses is forgetting. A benchmark without
+chains is dealt out over the rounds instead: each round teaches new facts, and what is lost of the earlier ones is
+forgetting.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from corsa.config.steps import RoundsConfig
+from corsa.data.edit import Edit
+from corsa.errors import CorsaError
+
+ROUNDS = pa.schema([("edit", pa.string()), ("chain", pa.string()), ("learnt", pa.int32()), ("part", pa.string())])
+"""The schedule: one row per edit that is taught; `learnt` is its round, `part` is "update" or "evaluation"."""
+
+
+def deal(edits: Sequence[Edit], config: RoundsConfig) -> pa.Table:
+    """The schedule (`ROUNDS`) of these edits, in the order in which each round's edits stand in the benchmark.
+
+    Raises:
+        CorsaError: fewer facts than rounds, where each round needs facts of its own.
+    """
+    temporal = any(e.round > 1 for e in edits)
+    rows = _temporal(edits, config) if temporal else _dealt_out(edits, config)
+    for row in rows:
+        row["learnt"] += config.first - 1
+    return pa.Table.from_pylist(rows, schema=ROUNDS)
+
+
+def _temporal(edits: Sequence[Edit], config: RoundsConfig) -> list[dict[str, Any]]:
+    chains = list(dict.fromkeys(e.chain for e in edits))
+    order = [chains[i] for i in np.random.default_rng(config.split_seed).permutation(len(chains))]
+    count = round(len(chains) * config.update_share)
+    if 0 < config.update_share < 1 and len(chains) > 1:  # both sets hold something, or nothing can be told apart
+        count = min(max(count, 1), len(chains) - 1)
+    update = set(order[:count])
+    revised = set(order[: round(count * config.fraction)])
+    return [
+        {"edit": e.id, "chain": e.chain, "learnt": e.round, "part": "update" if e.chain in update else "evaluation"}
+        for e in edits
+        if e.round == 1 or (e.round <= config.rounds and e.chain in revised)
+    ]
+
+
+def _dealt_out(edits: Sequence[Edit], config: RoundsConfig) -> list[dict[str, Any]]:
+    cases: dict[str, list[Edit]] = {}  # taught together, so never cut
+    for edit in edits:
+        cases.setdefault(edit.case or edit.chain, []).append(edit)
+    if len(cases) < config.rounds:
+        raise CorsaError(
+            f"{len(cases)} edits cannot be dealt to {config.rounds} rounds: "
+            f"set --rounds {len(cases)} or less, or raise --limit"
+        )
+    parts = np.array_split(np.arange(len(cases)), config.rounds)
+    listed = list(cases.values())
+    return [
+        {"edit": edit.id, "chain": edit.chain, "learnt": r + 1, "part": "update"}
+        for r, part in enumerate(parts)
+        for i in part
+        for edit in listed[i]
+    ]
+
+
+def taught_in(schedule: pa.Table, round_: int) -> list[str]:
+    """Ids of the edits that a round teaches."""
+    return [row["edit"] for row in schedule.to_pylist() if row["learnt"] == round_]
+
+
+def valid_after(schedule: pa.Table, round_: int) -> list[dict[str, Any]]:
+    """The facts learnt so far as they stand after a round: of each chain the row of its latest edit."""
+    latest: dict[str, dict[str, Any]] = {}
+    for row in schedule.to_pylist():
+        if row["learnt"] <= round_ and row["learnt"] >= latest.setdefault(row["chain"], row)["learnt"]:
+            latest[row["chain"]] = row
+    return list(latest.values())

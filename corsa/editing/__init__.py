@@ -1,0 +1,1 @@
+"""The engineer's path: edit, undo, evaluate, export, the history of an adapter."""

@@ -1,0 +1,281 @@
+"""The plan of an update: from a file of facts, and perhaps an adapter to go on from, to the step that reports it.
+
+Behind `corsa edit`, `corsa undo` and `corsa evaluate`; the steps are those of the pipelines. Imports neither torch nor
+ray: files and names are checked, with everything that can be said before a model is loaded.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from corsa.config import LoraConfig, ModelConfig
+from corsa.config.steps import (
+    AskedFactsConfig,
+    ControlsConfig,
+    FactsConfig,
+    FactsPlace,
+    LineConfig,
+    LinePlace,
+    ReportConfig,
+    RoundsConfig,
+    Shown,
+    TakenBackConfig,
+)
+from corsa.data.benchmarks import BENCHMARKS
+from corsa.data.benchmarks.file import Draft, drafts_of
+from corsa.editing.history import FILE, Line, file_digest, join, open_line, taken_back, unanswered
+from corsa.editing.options import TEACHING, EditOptions, EvaluateOptions, Options, Teaching, UndoOptions, differences
+from corsa.errors import CorsaError, unknown_name
+from corsa.evaluation import sanity_questions as controls
+from corsa.experiments.base import REPORT, ROUND, Experiment, Facts, asked, base, chain, dealt, facts, with_reference
+from corsa.flow import Kind, Step
+from corsa.models.registry import pin
+
+LINE = Kind("line", "corsa.editing.steps:bring_in", version=1)
+FACTS = Kind("edits", "corsa.editing.steps:read_facts", version=1)
+ASKED_FACTS = Kind("edits", "corsa.editing.old_answers:complete", version=1, on_cluster=True)
+STANDING = Kind("edits", "corsa.editing.steps:take_standing", version=1)
+TAKEN_BACK = Kind("edits", "corsa.editing.steps:take_back", version=1)
+
+HEADLINES = ("edit_success", "generality", "forgetting", "retention", "neighborhood", "agreement")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be run: the step of the update, and the one that reports it."""
+
+    experiment: Experiment
+    line: Line | None
+    number: int
+    facts: int
+    round: Step
+    edits: Step
+    report: Step
+
+
+def plan_edit(options: EditOptions) -> Plan:
+    """The steps that teach a file of facts.
+
+    Raises:
+        CorsaError: a file, a name or a fact is wrong, or `out` is not free.
+    """
+    line = open_line(options.adapter) if options.adapter else None
+    path = Path(options.edits).expanduser().absolute()
+    drafts = drafts_of(path)
+    experiment = _experiment(options, line)
+    edits = facts_step(experiment, path, drafts, line, options)
+    return _plan(options, experiment, line, edits, len(drafts), f"{path.stem}")
+
+
+def plan_undo(options: UndoOptions) -> Plan:
+    """The steps that teach the old answers of some facts again.
+
+    Raises:
+        CorsaError: a name is wrong, or `out` is not free.
+    """
+    line = open_line(options.adapter)
+    if not options.edit:
+        raise CorsaError("nothing would be taken back: name facts with --edit, or an update with --to")
+    number = len(line.updates) + 1
+    taken_back(line.standing, options.edit, number)
+    config = TakenBackConfig(benchmark="facts taken back", edits=options.edit, update=number)
+    experiment = _experiment(options, line)
+    edits = Step(f"edits/undo/update{number}", TAKEN_BACK, config, {"line": _line_step(line, options)})
+    return _plan(options, experiment, line, edits, len(set(options.edit)), "undo")
+
+
+def plan_evaluation(options: EvaluateOptions) -> tuple[Experiment, Step]:
+    """The steps that ask a model, and the one that reports its answers.
+
+    Raises:
+        CorsaError: a file or a name is wrong, or nothing says what is asked.
+    """
+    line = open_line(options.adapter) if options.adapter else None
+    experiment = Experiment(
+        model=base_model(options, line),
+        benchmark=options.benchmark or "file",
+        data=options.data,
+        limit=options.limit,
+        methods=("edited",),
+        storage=options.storage,
+        dry_run=options.dry_run,
+        evaluation=options.evaluation,
+        placement=options.placement,
+    )
+    pin(experiment.model)
+    rounds = 1
+    if options.edits and options.benchmark:
+        raise CorsaError("give --edits or --benchmark, not both")
+    if options.edits:
+        path = Path(options.edits).expanduser().absolute()
+        name, edits = path.stem, facts_step(experiment, path, drafts_of(path), None, options)
+        taught = with_reference(experiment, name, edits)
+    elif options.benchmark:
+        if options.benchmark not in BENCHMARKS:
+            raise unknown_name("benchmark", options.benchmark, BENCHMARKS)
+        taught = facts(experiment, 1)
+        name = taught.name
+    elif line and line.edits:
+        name, rounds = "taught", len(line.updates)
+        config = FactsConfig(benchmark="facts taught", digest="", update=rounds)
+        edits = Step("edits/taught", STANDING, config, {"line": _line_step(line, options)})
+        taught = with_reference(experiment, name, edits)
+    else:
+        raise CorsaError(
+            "nothing would be asked: give --edits FILE, --benchmark NAME, or an --adapter with its history"
+        )
+    schedule = dealt(taught, RoundsConfig(rounds=rounds, update_share=1.0))
+    adapter = _line_step(line, options) if line else None
+    answers: list[Step] = []
+    if line and adapter:
+        # After the line's updates: what is wrong now of what was right when it was learnt is then forgetting.
+        own = name == "taught" and line.answered
+        step = asked(experiment, "edited", taught, schedule, adapter, round_=rounds + own)
+        answers = [*([adapter] if own else []), step]
+    shown = [Shown(answers=step.name, method="edited") for step in answers]
+    title = f"{name} asked of {experiment.model.name}" + (
+        f" with {Path(options.adapter or '').name}" if adapter else ""
+    )
+    command = shlex.join(["corsa", "evaluate", *differences(options)])
+    return experiment, reported(experiment, taught, schedule, title, shown, answers, adapter, command)
+
+
+def facts_step(
+    experiment: Experiment, path: Path, drafts: Sequence[Draft], line: Line | None, options: Options
+) -> Step:
+    """The step that makes edits of drafts: it asks the model where an old answer is known neither to the file nor to
+    the line.
+    """
+    number = len(line.updates) + 1 if line else 1
+    before = line.standing if line else []
+    missing = unanswered(before, drafts)
+    join(before, drafts, number, {d.fields["prompt"]: f"not {d.fields['target_new']}" for d in missing})  # checked now
+    known: dict[str, Any] = {"benchmark": path.stem, "digest": f"{path.stem}:{file_digest(path)}", "update": number}
+    inputs = {"line": _line_step(line, options)} if line else {}
+    place = FactsPlace(**dict(experiment.placement), data=str(path))
+    kind, config = FACTS, FactsConfig(**known)
+    if missing:
+        tokens = experiment.evaluation.new_tokens
+        kind, config = ASKED_FACTS, AskedFactsConfig(**known, model=pin(experiment.model), new_tokens=tokens)
+    return Step(f"edits/{path.stem}/update{number}", kind, config, inputs, place)
+
+
+def _line_step(line: Line, options: Options) -> Step:
+    method, seed = getattr(options, "method", "edited"), getattr(options, "seed", 0)
+    config = LineConfig(digest=line.digest(), method=method, seed=seed)
+    place = LinePlace(directory=str(line.directory.absolute()))
+    return Step(f"line/update{len(line.updates)}", LINE, config, placement=place)
+
+
+def _experiment(options: Teaching, line: Line | None) -> Experiment:
+    if options.method == "memit":
+        raise CorsaError("MEMIT leaves a dense change of the weights, no adapter: choose another --method")
+    if options.method not in TEACHING:
+        raise unknown_name("method", options.method, TEACHING)
+    lora = line.lora if line and options.lora == LoraConfig() else options.lora
+    if line and options.method != "f-learning" and lora != line.lora:
+        raise CorsaError(
+            f"adapter {line.directory} has rank {line.lora.rank}, alpha {line.lora.alpha:g} and its own target layers. "
+            "An update keeps them: leave the --lora options out"
+        )
+    experiment = Experiment(
+        model=base_model(options, line),
+        benchmark="file",
+        methods=(options.method,),
+        seeds=(options.seed,),
+        storage=options.storage,
+        dry_run=options.dry_run,
+        lora=lora,
+        corsa=options.corsa,
+        f_learning=options.f_learning,
+        training=options.training,
+        evaluation=options.evaluation,
+        placement=options.placement,
+    )
+    pin(experiment.model)  # an unknown name is refused before anything else is done
+    return experiment
+
+
+def _plan(options: Teaching, experiment: Experiment, line: Line | None, edits: Step, count: int, name: str) -> Plan:
+    number = len(line.updates) + 1 if line else 1
+    taught = with_reference(experiment, f"{name}/update{number}", edits)
+    # every edit of the line, in the update that taught it: its `round`
+    schedule = dealt(taught, RoundsConfig(rounds=number, update_share=1.0))
+    after = edits.inputs.get("line")
+    (step,) = chain(experiment, options.method, options.seed, taught, schedule, rounds=(number,), after=after)
+    title = f"Update {number}: {count} fact{'s' * (count > 1)} on {experiment.model.name}"
+    answers = [*([after] if after and line and line.answered else []), step]
+    shown = [Shown(answers=s.name, method=options.method) for s in answers]
+    report = reported(experiment, taught, schedule, title, shown, answers, step, _command(options))
+    check_free(Path(options.out), step.fingerprint)
+    return Plan(experiment, line, number, count, step, edits, report)
+
+
+def reported(
+    experiment: Experiment,
+    taught: Facts,
+    schedule: Step,
+    title: str,
+    shown: Sequence[Shown],
+    answers: Sequence[Step],
+    adapter: Step | None,
+    command: str,
+) -> Step:
+    """The step that reports answers beside the base model's, and what an adapter changes elsewhere."""
+    before = base(experiment, taught)
+    checked = [_controls(experiment, None)] + ([_controls(experiment, adapter)] if adapter else [])
+    inputs = [before, *answers, *taught.tables.values(), schedule, *(checked if adapter else [])]
+    config = ReportConfig(
+        title=title,
+        scenario="update",
+        command=command,
+        experiment={k: v for k, v in experiment.canonical().items() if k in _TOLD},
+        rule=experiment.evaluation.match,
+        protocol=experiment.evaluation.protocol,
+        headlines=HEADLINES,
+        shown=(Shown(answers=before.name, method="base"), *shown),
+        controls=tuple(Shown(answers=step.name, method="controls") for step in checked) if adapter else (),
+    )
+    return Step(f"report/{taught.name}", REPORT, config, {step.name: step for step in inputs})
+
+
+_TOLD = ("model", "methods", "seeds", "lora", "corsa", "f_learning", "training", "evaluation")
+
+
+def _controls(experiment: Experiment, adapter: Step | None) -> Step:
+    config = ControlsConfig(
+        model=pin(experiment.model), digest=controls.digest(), new_tokens=experiment.evaluation.new_tokens
+    )
+    name = f"{adapter.name}/controls" if adapter else "base/controls"
+    return Step(name, ROUND, config, {"adapter": adapter} if adapter else {}, experiment.placement)
+
+
+def base_model(options: Options, line: Line | None) -> ModelConfig:
+    """The base model that is meant. Raises CorsaError if the line's adapter is of another."""
+    known = line.model(None) if line and (line.history or options.model is None) else ModelConfig()
+    given = {name: getattr(options, name) for name in ("revision", "dtype", "template")} | {"name": options.model}
+    wanted = known.model_copy(update={name: value for name, value in given.items() if value is not None})
+    return line.model(wanted) if line else wanted
+
+
+def check_free(out: Path, fingerprint: str) -> None:
+    """Raises CorsaError if `out` holds something that this update would overwrite; its own earlier result may stand."""
+    out = out.expanduser()
+    if out.is_file():
+        raise CorsaError(f"--out {out} is a file: name a directory")
+    if not out.is_dir() or not any(out.iterdir()):
+        return
+    if not (out / FILE).is_file():
+        raise CorsaError(f"--out {out} is not empty: name a new directory")
+    if open_line(out).updates[-1].fingerprint != fingerprint:
+        raise CorsaError(f"--out {out} holds the adapter of another update, which is kept: name a new directory")
+
+
+def _command(options: Teaching) -> str:
+    """The command that repeats the update."""
+    verb = "edit" if isinstance(options, EditOptions) else "undo"
+    return shlex.join(["corsa", verb, *differences(options, "")])

@@ -1,0 +1,72 @@
+"""Sending an adapter to the Hugging Face hub, or to the one that HF_ENDPOINT names."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from corsa.editing.history import FILE, open_line
+from corsa.errors import CorsaError
+
+KEPT = ("adapter_config.json", "adapter_model.safetensors", "README.md", "report.html", "metrics.json")
+"""What is sent: the adapter, its card and its report."""
+
+FACTS = ("edits.parquet", "predictions.parquet", FILE)
+"""What is sent as well, if asked: the facts, every answer, and the history."""
+
+
+def push(
+    adapter: str | Path,
+    repository: str,
+    *,
+    private: bool = True,
+    facts: bool = False,
+    revision: str | None = None,
+    message: str = "",
+    token: str | None = None,
+) -> str:
+    """Make the repository if it is not there, and commit the adapter's files to it.
+
+    Args:
+        adapter: PEFT directory.
+        repository: `owner/name`.
+        private: of a new repository.
+        facts: send `FACTS` too, which may hold what is not meant for others.
+        revision: branch; main by default.
+        message: of the commit.
+        token: of the hub; HF_TOKEN or that of `hf auth login` by default.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        CorsaError: no adapter, no token, or the hub refuses or cannot be reached.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    directory = open_line(adapter).directory
+    names = [name for name in (*KEPT, *(FACTS if facts else ())) if (directory / name).is_file()]
+    api = HfApi(token=token)
+    try:
+        api.create_repo(repository, private=private, exist_ok=True)
+        commit = api.upload_folder(
+            repo_id=repository,
+            folder_path=directory,
+            allow_patterns=names,
+            revision=revision,
+            commit_message=message or f"Adapter {directory.name}",
+        )
+    except HFValidationError as error:
+        raise CorsaError(f"{repository!r} is no name of a repository: give owner/name") from error
+    except HfHubHTTPError as error:
+        status = error.response.status_code if error.response is not None else 0
+        remedy = (
+            "hf auth login, or set HF_TOKEN to a token that may write" if status in (401, 403) else "try again later"
+        )
+        raise CorsaError(f"the hub refused {repository}: {str(error).splitlines()[0]}. {remedy}") from error
+    except Exception as error:  # the library raises whatever its transport raises
+        raise CorsaError(
+            f"the hub at {api.endpoint} cannot be reached: {type(error).__name__}: {error}. "
+            "Check the network and HF_ENDPOINT"
+        ) from error
+    return str(commit.commit_url)

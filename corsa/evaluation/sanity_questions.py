@@ -1,0 +1,96 @@
+"""The small specificity check of an update: everyday questions, asked of the base model and of the edited one."""
+
+from __future__ import annotations
+
+import hashlib
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from corsa.config import Frozen
+from corsa.data.edit import Text
+from corsa.evaluation.matching import contains, exact
+
+_FILE = Path(__file__).with_name("sanity_questions.yaml")
+
+
+class Control(Frozen):
+    """A question that no edit touches, and its answer."""
+
+    question: Text
+    answer: Text
+    aliases: tuple[Text, ...] = ()
+
+
+@cache
+def controls() -> tuple[Control, ...]:
+    """The questions that ship with the project."""
+    return tuple(Control.model_validate(entry) for entry in yaml.safe_load(_FILE.read_text(encoding="utf-8")))
+
+
+def digest() -> str:
+    """What the answers depend on, beside the model: the file's SHA-256."""
+    return hashlib.sha256(_FILE.read_bytes()).hexdigest()
+
+
+def judged(outputs: list[str]) -> list[dict[str, Any]]:
+    """One row {question, answer, output, right} for each question, from its output; right by the rule `contains`."""
+    return [
+        {
+            "question": control.question,
+            "answer": control.answer,
+            "output": output,
+            "right": contains(output, control.answer, control.aliases),
+        }
+        for control, output in zip(controls(), outputs, strict=True)
+    ]
+
+
+def changes(base: list[dict[str, Any]], edited: list[dict[str, Any]]) -> dict[str, Any]:
+    """What an edit did to the questions: {questions, right_before, right_now, same, changed: rows that lost or gained
+    the right answer}. `same` counts answers whose first line, normalised, is the base model's.
+    """
+    pairs = list(zip(base, edited, strict=True))
+    return {
+        "questions": len(pairs),
+        "right_before": sum(before["right"] for before, _ in pairs),
+        "right_now": sum(now["right"] for _, now in pairs),
+        "same": sum(
+            before["output"] == now["output"] or exact(now["output"], before["output"]) for before, now in pairs
+        ),
+        "changed": [
+            {"question": now["question"], "before": before["output"], "now": now["output"], "right": now["right"]}
+            for before, now in pairs
+            if before["right"] != now["right"]
+        ],
+    }
+
+
+def told(found: dict[str, Any] | None) -> list[str]:
+    """The changes in a sentence, what to do where more than half is lost, and up to five questions that lost or gained
+    the right answer.
+    """
+    if found is None:
+        return []
+    lines = [
+        f"Everyday questions: {found['right_now']} of {found['questions']} right, before the edits "
+        f"{found['right_before']}; {found['same']} answered as before."
+    ]
+    if 2 * found["right_now"] < found["right_before"]:
+        lines.append(
+            "More than half of that is lost: try fewer --training.epochs, or a lower --training.learning-rate, and see "
+            "that the facts still take."
+        )
+    for change in found["changed"][:5]:
+        was = "Now right" if change["right"] else "No longer right"
+        before, now = (short(change[key]) for key in ("before", "now"))
+        lines.append(f"{was}: {change['question']} {before!r} before, {now!r} now.")
+    return lines
+
+
+def short(text: str, length: int = 40) -> str:
+    """One line of a text, cut at so many characters."""
+    line = " ".join(text.split())
+    return line if len(line) <= length else f"{line[: length - 1]}…"

@@ -1,0 +1,189 @@
+"""The steps of the code domain: updates of APIs learnt as weights, measured by programs that use them.
+
+As `corsa.experiments.base`: planned before torch or ray is imported.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from corsa.config import LoraConfig, SamplingConfig, TrainingConfig, plain
+from corsa.config.steps import (
+    CodeReportConfig,
+    CodeShown,
+    JudgingConfig,
+    JudgingPlace,
+    OldAnswersConfig,
+    ProblemsConfig,
+    ProblemsPlace,
+    ProgramEditsConfig,
+    RoundsConfig,
+    SamplesConfig,
+)
+from corsa.data.benchmarks.programs import digest
+from corsa.errors import CorsaError, unknown_name
+from corsa.experiments.base import ROUND, Experiment, Facts, Methods, chain, dealt, identity, with_reference
+from corsa.flow import Kind, Step
+from corsa.models.registry import pin
+from corsa.sandbox.worker import Limits
+
+PROBLEMS = Kind("problems", "corsa.experiments.code.steps:read", version=1)
+OLD_ANSWERS = Kind("old-answers", "corsa.training.old_programs:compute", version=1, on_cluster=True)
+JUDGING = Kind("judging", "corsa.training.running_tests:compute", version=1, on_cluster=True)
+PROGRAM_EDITS = Kind("program-edits", "corsa.experiments.code.steps:as_edits", version=1)
+REPORT = Kind("report", "corsa.experiments.code.steps:make_report", version=1)
+
+TAUGHT = ("lora", "f-learning", "corsa")
+CODE_METHODS = ("prepend", *TAUGHT)
+SUBSET = "sampled_humaneval_task_ids.json"
+
+
+class CodeExperiment(Experiment):
+    """An experiment on programs; `data` is CodeUpdateArena's file or one of the same record."""
+
+    benchmark: str = Field(default="updates", description="always updates: what --data names")
+    methods: Methods = CODE_METHODS
+    humaneval: str | None = Field(
+        default=None, description="HumanEval.jsonl(.gz), for SPass; without it none is measured"
+    )
+    humaneval_limit: int | None = Field(default=None, ge=1, description="tasks of it; all by default")
+    humaneval_subset: str | None = Field(
+        default=None, description=f"JSON list of task ids counted once more; by default {SUBSET} beside --data"
+    )
+    sampling: SamplingConfig = SamplingConfig()
+    limits: Limits = Limits()
+    allow_code_execution: bool = Field(default=False, description="run the programs that the models write")
+    sandbox: Annotated[Literal["auto", "bubblewrap", "namespaces", "none"], plain()] = Field(
+        default="auto", description="what isolates them; none: nothing does, they can do all that you can"
+    )
+    lora: LoraConfig = LoraConfig(rank=128, alpha=256.0)
+    training: TrainingConfig = TrainingConfig(learning_rate=2e-5)
+
+    def checked(self) -> CodeExperiment:
+        """Itself, if it can be run.
+
+        Raises:
+            CorsaError: no file, a method that is unknown or has no place here, or no leave to run programs.
+        """
+        if self.data is None:
+            raise CorsaError("give CodeUpdateArena's arena.jsonl, or a file of the same record, with --data")
+        for method in self.methods:
+            if method == "memit":
+                raise CorsaError(
+                    "method 'memit' cannot learn an update: it changes what is said of a subject to one short object, "
+                    f"and an update of an API has neither. Choose from {', '.join(CODE_METHODS)}"
+                )
+            if method not in CODE_METHODS and not method.startswith("corsa-"):
+                raise unknown_name("method", method, CODE_METHODS)
+        known = [method for method in self.methods if method != "prepend"]
+        if known:
+            self.model_copy(update={"methods": tuple(known), "benchmark": "file"})._names_checked()
+        if not self.allow_code_execution and not self.dry_run:
+            raise CorsaError(
+                "this runs programs that a model writes: read docs/sandbox.md, then say so with --allow-code-execution"
+            )
+        return self
+
+    def _names_checked(self) -> None:
+        super().checked()
+
+
+class _Domain:
+    """The steps of one experiment, made once each."""
+
+    def __init__(self, experiment: CodeExperiment) -> None:
+        self.experiment, self.model = experiment, pin(experiment.model)
+        self.judging_place = JudgingPlace(
+            allow_code_execution=experiment.allow_code_execution, sandbox=experiment.sandbox
+        )
+        assert experiment.data is not None
+        self.updates = _problems("updates", experiment.data, experiment.limit, experiment.offset, taught=True)
+        self.humaneval = (
+            _problems("humaneval", experiment.humaneval, experiment.humaneval_limit, 0, taught=False)
+            if experiment.humaneval
+            else None
+        )
+        self.benchmarks: dict[Literal["updates", "humaneval"], Step | None] = {
+            "updates": self.updates,
+            "humaneval": self.humaneval,
+        }
+
+    def judged(self, name: str, problems: Step, answers: Step) -> Step:
+        """The verdicts on answers."""
+        config = JudgingConfig(limits=self.experiment.limits, isolated=self.experiment.sandbox != "none")
+        return Step(f"{name}/verdicts", JUDGING, config, {"problems": problems, "answers": answers}, self.judging_place)
+
+    def taught(self) -> Facts:
+        """The problems that are taught, as edits: y_new is the reference solution, y_old what the base model writes."""
+        config = OldAnswersConfig(model=self.model, new_tokens=self.experiment.sampling.new_tokens)
+        old = Step("updates/old-answers", OLD_ANSWERS, config, {"problems": self.updates}, self.experiment.placement)
+        verdicts = self.judged("updates/old-answers", self.updates, old)
+        inputs = {"problems": self.updates, "answers": old, "verdicts": verdicts}
+        edits = Step("edits/updates", PROGRAM_EDITS, ProgramEditsConfig(), inputs)
+        return with_reference(self.experiment, "updates", edits)
+
+    def programs(self, name: str, problems: Step, adapter: Step | None, *, described: bool, seed: int) -> Step:
+        """Programs drawn from the unedited model or an edited one, and the verdicts on them."""
+        config = SamplesConfig(model=self.model, sampling=self.experiment.sampling, described=described, seed=seed)
+        inputs = {"problems": problems} | ({"adapter": adapter} if adapter else {})
+        samples = Step(f"{name}/samples", ROUND, config, inputs, self.experiment.placement)
+        return self.judged(name, problems, samples)
+
+
+def _problems(name: str, path: str, limit: int | None, offset: int, *, taught: bool) -> Step:
+    if limit is not None and limit < 1:
+        raise CorsaError(f"--limit {limit}: nothing would be taught; give 1 or more, or leave it out to take all")
+    config = ProblemsConfig(digest=digest(path), limit=limit, offset=offset, taught=taught)
+    place = ProblemsPlace(data=str(Path(path).expanduser().absolute()))
+    return Step(f"problems/{name}", PROBLEMS, config, placement=place)
+
+
+def code_report(experiment: CodeExperiment, command: str, published: Sequence[str] = ()) -> Step:
+    """Base, prepend and every taught method on the problems that no method was taught, and on HumanEval."""
+    domain = _Domain(experiment)
+    facts = domain.taught()
+    schedule = dealt(facts, RoundsConfig(rounds=1))
+    inputs: dict[str, Step] = {}
+    shown = []
+    for seed in experiment.seeds:
+        edited: dict[str, Step | None] = {"base": None}
+        for method in experiment.methods:
+            edited[method] = None if method == "prepend" else chain(experiment, method, seed, facts, schedule)[0]
+        for method, adapter in edited.items():
+            for benchmark, problems in domain.benchmarks.items():
+                if problems is None or (method == "prepend" and benchmark == "humaneval"):
+                    continue  # there is nothing to describe: it would be the base model again
+                name = f"{benchmark}/{method}/seed{seed}"
+                verdicts = domain.programs(name, problems, adapter, described=method == "prepend", seed=seed)
+                inputs |= {verdicts.name: verdicts, problems.name: problems}
+                names = {"answers": verdicts.name, "problems": problems.name}
+                shown.append(CodeShown(**names, method=method, benchmark=benchmark, seed=seed))
+    config = CodeReportConfig(
+        title=f"Code updates: {Path(experiment.data or '').name} on {experiment.model.name}",
+        command=command,
+        experiment=identity(experiment),
+        shown=tuple(shown),
+        subset=_subset(experiment),
+        published=tuple(published),
+    )
+    return Step("report/code update", REPORT, config, {**inputs, facts.edits.name: facts.edits})
+
+
+def _subset(experiment: CodeExperiment) -> tuple[str, ...]:
+    """The tasks of HumanEval that the benchmark's authors chose."""
+    named = experiment.humaneval_subset
+    path = Path(named).expanduser() if named else Path(experiment.data or "").expanduser().with_name(SUBSET)
+    if experiment.humaneval is None or (named is None and not path.is_file()):
+        return ()
+    try:
+        ids = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise CorsaError(f"{path} is not a JSON list of HumanEval task ids: {error}") from error
+    if not isinstance(ids, list) or not all(isinstance(id_, str) for id_ in ids):
+        raise CorsaError(f"{path} is not a JSON list of HumanEval task ids")
+    return tuple(ids)

@@ -1,0 +1,210 @@
+"""Running a scenario: planned from its configuration, brought to its report, shown on the terminal.
+
+Nothing here imports torch or ray: a run in which all is done starts nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import yaml
+from rich.console import Console
+
+from corsa.config import Frozen, ModelConfig, Placement
+from corsa.config.command_line import configure
+from corsa.experiments.base import Experiment
+from corsa.flow import Outcome, Step, Store, draw, run
+from corsa.flow.cluster import connect, disconnect, submitted
+from corsa.flow.step import topological
+from corsa.flow.store import Artifact
+from corsa.planning.preflight import refuse_what_memory_cannot_hold
+from corsa.training.resources import groups_side_by_side, refuse_what_cannot_fit
+
+E = TypeVar("E", bound=Experiment)
+
+
+@dataclass(frozen=True)
+class Branches:
+    """Reports of their own, and the step that joins those that came about: {name: report}, {name: why it is missing}.
+
+    A branch that fails leaves the others running, and the joined report appears without it.
+    """
+
+    reports: Mapping[str, Step]
+    join: Callable[[Mapping[str, Step], Mapping[str, str]], Step]
+
+
+def start(
+    plan: Callable[[E, str], Step | Branches], default: E, *, program: str, description: str, demo: E | None = None
+) -> int:
+    """Run a scenario from the command line: `plan` makes the step that reports it (or several, to be joined), from a
+    configuration and the command that repeats the run. `demo` is the default where neither model nor benchmark nor
+    file is named.
+    """
+    arguments = sys.argv[1:]
+    named = {a.split("=")[0] for a in arguments} & {"--model", "--benchmark", "--config"}
+    chosen = default if named or demo is None else demo
+    experiment = configure(chosen, arguments, program=program, description=description)
+    experiment.checked()
+    # Naming the benchmark keeps the demo's sizes out of the command that repeats the run.
+    known = default.model_copy(update={"benchmark": ""}) if named and demo is not None else chosen
+    return launch(experiment, plan(experiment, repeat_command(program, experiment, known)), Console())
+
+
+def launch(experiment: Experiment, planned: Step | Branches, console: Console) -> int:
+    """Bring a scenario's report about and show it. Returns the exit status: 0, or 1 if a step failed."""
+    from corsa.experiments.trackers import track_run
+    from corsa.report.tables import summary_tables
+
+    store = Store(lasting(experiment.storage))
+    branches = planned if isinstance(planned, Branches) else None
+    targets = list(branches.reports.values()) if branches else [cast(Step, planned)]
+    if experiment.dry_run:
+        console.print(draw([branches.join(branches.reports, {})] if branches else targets, store))
+        return 0
+    announce(experiment, store, console)
+    outcome = _attempt(targets, store, console)
+    if branches:
+        made = {name: step for name, step in branches.reports.items() if step.fingerprint in outcome.artifacts}
+        missing = {name: _why(step, outcome) for name, step in branches.reports.items() if name not in made}
+        targets = [branches.join(made, missing)] if made else targets
+        outcome = _and(outcome, _attempt(targets, store, console)) if made else outcome
+    page = outcome.artifacts.get(targets[-1].fingerprint)
+    if page is None:
+        _say_what_failed(outcome, console)
+        return 1
+    for table in summary_tables(json.loads(page.read("metrics.json"))):
+        console.print(table)
+    if "scaling.json" in page.record.files:
+        from corsa.report.sizes import sizes_table
+
+        console.print(sizes_table(json.loads(page.read("scaling.json"))))
+    for place in track_run(experiment.track, page):
+        console.print(f"tracked in {place}", markup=False, highlight=False, soft_wrap=True)
+    if outcome.failed:
+        _say_what_failed(outcome, console)
+    for name in ("report.html", "metrics.json", "predictions.parquet"):
+        if name in page.record.files:
+            console.print(page.path(name), markup=False, highlight=False, soft_wrap=True)
+    return 1 if outcome.failed else 0
+
+
+def announce(experiment: Experiment, store: Store, console: Console) -> None:
+    """Print the resolved configuration."""
+    shown = _shown(experiment) | {"storage": store.url}
+    console.print(
+        yaml.safe_dump(shown, sort_keys=False, default_flow_style=None, width=110).rstrip(),
+        markup=False,
+        highlight=False,
+        style="dim",
+    )
+
+
+def bring_about(report: Step, store: Store, console: Console) -> Artifact | None:
+    """Run what is not done yet of a step and all that it needs. None if a step failed: what failed, and why, is said.
+
+    Raises:
+        CorsaError: the cluster or its memory cannot hold what is asked of it, or the store cannot be written to.
+        KeyboardInterrupt: after Ctrl-C; finished steps are kept.
+    """
+    outcome = _attempt([report], store, console)
+    if outcome.failed:
+        _say_what_failed(outcome, console)
+        return None
+    return outcome.artifacts[report.fingerprint]
+
+
+def _attempt(targets: Sequence[Step], store: Store, console: Console) -> Outcome:
+    """Run what is not done yet of some steps and all that they need, each with the resources of its own placement."""
+    pending = [step for step in topological(targets) if step.kind.on_cluster and not store.find(step)]
+    placements = [step.placement for step in pending if isinstance(step.placement, Placement)]
+
+    def refuse() -> None:
+        for placement in placements:
+            refuse_what_cannot_fit(placement)
+
+    refuse()  # at once where no cluster is to be joined, else as soon as it is
+    refuse_what_memory_cannot_hold(pending, console)
+
+    def join() -> None:
+        connect(console)
+        refuse()
+
+    # What Ray has to say of its cluster it prints to stdout, at any moment: there it would stand among the results.
+    console.file = console.file
+    with redirect_stdout(sys.stderr):
+        outcome = run(targets, store, join, _groups, console)
+        disconnect()  # a submitted job's log joins both streams: nothing may follow the last lines
+    return outcome
+
+
+def _groups(steps: Sequence[Step]) -> int:
+    """How many worker groups like that of these steps the cluster runs side by side."""
+    placement = steps[0].placement
+    return groups_side_by_side(placement if isinstance(placement, Placement) else Placement())
+
+
+def _why(step: Step, outcome: Outcome) -> str:
+    """The first cause among what a step needs; of a worker's traceback the line that says what was wrong."""
+    failed = [needed.name for needed in topological([step]) if needed.name in outcome.failed]
+    if not failed:
+        return "it was not run"
+    reason = outcome.failed[failed[0]].strip().splitlines()[-1]
+    return f"{failed[0]}: {reason.removeprefix('corsa.errors.CorsaError: ')}"
+
+
+def _and(first: Outcome, second: Outcome) -> Outcome:
+    return Outcome(first.artifacts | second.artifacts, first.failed | second.failed, [*first.not_run, *second.not_run])
+
+
+def lasting(storage: str) -> str:
+    """Where a storage is. In a submitted job a relative path is taken below the home directory: what is written to the
+    job's own directory would go with it, and the next submission would not find it.
+    """
+    if not submitted() or "://" in storage or Path(storage).expanduser().is_absolute():
+        return storage
+    return str(Path.home() / storage)
+
+
+def _say_what_failed(outcome: Outcome, console: Console) -> None:
+    for name, cause in outcome.failed.items():
+        console.print(f"error: {name}: {cause}", markup=False, highlight=False, soft_wrap=True)
+    if outcome.not_run:
+        console.print(
+            f"not run, for want of these: {', '.join(outcome.not_run)}", markup=False, highlight=False, soft_wrap=True
+        )
+    console.print("finished steps are kept: once the cause is gone, the same command goes on from here")
+
+
+def _shown(experiment: Experiment) -> dict[str, Any]:
+    """The resolved configuration without what is empty."""
+    return {k: v for k, v in experiment.canonical().items() if v is not None and k not in ("config", "dry_run")}
+
+
+def repeat_command(program: str, experiment: Experiment, default: Experiment) -> str:
+    """The command that repeats a run: every field of its identity that differs from the default's, as an option."""
+    return shlex.join(["python", program, *_differences(experiment, default, "")])
+
+
+def _differences(value: Frozen, default: Frozen, prefix: str) -> list[str]:
+    found: list[str] = []
+    for name, field in type(value).model_fields.items():
+        mine, theirs = getattr(value, name), getattr(default, name)
+        if isinstance(mine, Frozen):
+            found += [] if isinstance(mine, Placement) else _differences(mine, theirs, f"{prefix}{name}.")
+        elif mine != theirs and name not in ("config", "storage", "track", "dry_run"):
+            option = (field.alias or name).replace("_", "-")
+            group = "" if isinstance(value, ModelConfig) else prefix
+            if isinstance(mine, bool):
+                found.append(f"--{group}{'' if mine else 'no-'}{option}")
+                continue
+            word = ",".join(map(str, mine)) if isinstance(mine, tuple) else str(mine)
+            found += [f"--{group}{'model' if isinstance(value, ModelConfig) and name == 'name' else option}", word]
+    return found

@@ -1,0 +1,1 @@
+"""LoRA as one flat tensor, PEFT files, arithmetic of adapters."""

@@ -1,0 +1,1 @@
+"""F-Learning (Ni et al. 2024)."""

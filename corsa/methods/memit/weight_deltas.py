@@ -1,0 +1,37 @@
+"""Dense changes of weights on disk: `delta.safetensors` and `delta.json`. `corsa.lora.attached` puts one on a model
+and takes it off, without touching the weights.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from corsa.errors import CorsaError
+
+
+def save_delta(delta: Mapping[str, Tensor], directory: Path, base_model: str) -> None:
+    """Write `delta` (module name -> (out, in)) as float32, and beside it the model that it belongs to."""
+    directory.mkdir(parents=True, exist_ok=True)
+    tensors = {f"{name}.weight": change.detach().float().cpu().contiguous() for name, change in delta.items()}
+    save_file(tensors, directory / "delta.safetensors", metadata={"format": "pt"})
+    described = {"base_model_name_or_path": base_model, "modules": sorted(delta)}
+    (directory / "delta.json").write_text(json.dumps(described, indent=2) + "\n")
+
+
+def load_delta(directory: str | Path) -> dict[str, Tensor]:
+    """What `save_delta` wrote: module name -> change of its weight (out, in), float32.
+
+    Raises:
+        CorsaError: the directory holds no delta.
+    """
+    try:
+        tensors = load_file(Path(directory) / "delta.safetensors")
+    except (OSError, SafetensorError) as e:
+        raise CorsaError(f"{directory} holds no readable weight delta (delta.safetensors): {e}") from e
+    return {name.removesuffix(".weight"): change for name, change in tensors.items()}

@@ -1,0 +1,290 @@
+"""The trusted process of a sandbox: it hands each program and its tests to two processes, and watches them.
+
+Started by `worker.py` as `python -c ... ENGINE OWNER MODULES`. Requests and verdicts are frames of JSON on standard
+input and output. Each program gets a fork, a process namespace, a mount namespace and a directory of its own, all of
+which end with it; its tests get the same.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+from corsa.sandbox import kernel, memory
+from corsa.sandbox.confinement import UNCONFINED
+from corsa.sandbox.entering import enter
+from corsa.sandbox.rooting import CODE
+
+_START = "import sys; sys.path.insert(0, {root!r}); from corsa.sandbox.zygote import main; del sys.path[0]; main()"
+_VERDICT = 4 << 20
+"""Bytes of a verdict at most."""
+_UNCOUNTED = 0.1
+"""Seconds after which memory is counted: most programs are done before."""
+
+
+def main() -> NoReturn:
+    """Enter the sandbox, load, then serve. `ENGINE` is namespaces, bubblewrap or none."""
+    engine, owner, modules, root = sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4]
+    wire = os.dup(1)  # what a module prints while it is loaded must not stand among the frames
+    os.dup2(2, 1)
+    enter(engine, owner)
+    isolated = engine != "none"
+    if isolated:
+        kernel.keep_privileges()
+    supervisor = _Supervisor(modules, CODE if isolated else root, isolated=isolated)
+    _frame(wire, {"ready": True})
+    while (request := _request()) is not None:
+        _frame(wire, supervisor.run(request))
+    os._exit(0)
+
+
+def _exactly(size: int) -> bytes | None:
+    parts = bytearray()
+    while len(parts) < size:
+        part = os.read(0, min(size - len(parts), 1 << 20))
+        if not part:
+            return None
+        parts += part
+    return bytes(parts)
+
+
+def _request() -> dict[str, Any] | None:
+    head = _exactly(4)
+    raw = head and _exactly(struct.unpack("!I", head)[0])
+    return json.loads(raw) if raw else None
+
+
+def _frame(file: int, message: Mapping[str, Any]) -> None:
+    raw = json.dumps(message).encode()
+    raw = struct.pack("!I", len(raw)) + raw
+    while raw:
+        raw = raw[os.write(file, raw) :]
+
+
+class _Zygote:
+    """A process that forks: see `zygote.py`."""
+
+    def __init__(self, role: str, modules: str, root: str, *, isolated: bool) -> None:
+        self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        start = [sys.executable, "-s", "-P", "-c", _START.format(root=root), role, modules, str(int(isolated))]
+        self.process = subprocess.Popen(start, stdin=theirs.fileno(), stdout=2)
+        theirs.close()
+
+    def wait(self) -> None:
+        """Until its modules are loaded. Raises OSError where it ended."""
+        if not self.control.recv(16):
+            raise OSError("a process of the sandbox ended while it loaded")
+
+    def ask(self, limits: Mapping[str, Any], files: Sequence[int]) -> None:
+        """Ask for a confined process that works on these files. Raises OSError where nobody listens."""
+        socket.send_fds(self.control, [json.dumps(limits).encode()], list(files))
+
+    def forked(self) -> _Child:
+        """The process that was asked for. Raises OSError where there is none."""
+        raw, handles, _, _ = socket.recv_fds(self.control, 64, 1)
+        if not raw or not handles:
+            raise OSError("a process of the sandbox ended")
+        return _Child(int(raw), handles[0], self.control)
+
+
+@dataclass
+class _Child:
+    """A process of a program's or of its tests'.
+
+    handle: its pidfd, which stays its own when its number is reused. control: where its zygote says that it has ended.
+    """
+
+    number: int
+    handle: int
+    control: socket.socket
+
+    def kill(self, *, isolated: bool) -> None:
+        """End it and all that it has started: it is the first of its namespace, and the kernel ends all others with it.
+
+        Raises:
+            OSError: it does not end.
+        """
+        with suppress(ProcessLookupError):
+            if isolated:
+                signal.pidfd_send_signal(self.handle, signal.SIGKILL)
+            else:
+                os.killpg(self.number, signal.SIGKILL)
+        os.close(self.handle)
+        if not select.select([self.control], [], [], 10.0)[0] or self.control.recv(16) != b"ended":
+            raise OSError("a process of the sandbox does not end")
+
+
+@dataclass
+class _Watch:
+    """What is seen of a program from outside."""
+
+    began: float
+    output: bytes = b""
+    printed: int = 0
+    verdict: bytes = b""
+    stopped: str = ""
+    most_processes: int = 0
+    counted: float = 0.0
+    open: set[int] = field(default_factory=set)
+
+
+def _held(content: Mapping[str, Any]) -> int:
+    """A file in memory with JSON, to be read from its start: no reader, however slow, keeps the writer waiting."""
+    file = os.memfd_create("request")
+    raw = json.dumps(content).encode()
+    while raw:
+        raw = raw[os.write(file, raw) :]
+    os.lseek(file, 0, os.SEEK_SET)
+    return file
+
+
+class _Supervisor:
+    def __init__(self, modules: str, root: str, *, isolated: bool) -> None:
+        self.isolated = isolated
+        roles = ("program", "tests")
+        self.program, self.tests = (_Zygote(role, modules, root, isolated=isolated) for role in roles)
+        for zygote in (self.program, self.tests):
+            zygote.wait()
+        self.own = {os.getpid(), self.program.process.pid, self.tests.process.pid}
+
+    def run(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """Both processes of one program, from their start to the end of all they have started."""
+        limits = request["limits"]
+        wires = socket.socketpair()
+        verdict, output, ends = os.pipe(), os.pipe(), os.pipe()
+        asked = _held({"before": request["before"], "text": request["text"]})
+        examined = _held({"tests": request["tests"], "entry": request["entry"]})
+        watch = _Watch(time.monotonic(), open={verdict[0], output[0]})
+        started: list[_Child] = []
+        try:
+            self.program.ask(limits, [asked, wires[1].fileno(), output[1], ends[1]])
+            self.tests.ask(limits, [examined, wires[0].fileno(), verdict[1]])
+            started += [tests := self.tests.forked(), self.program.forked()]
+            for end in (asked, examined, verdict[1], output[1], ends[1]):
+                os.close(end)
+            for wire in wires:
+                wire.close()
+            self._watch(watch, tests, verdict[0], output[0], limits)
+            # A program that is gone has told how, or is about to.
+            soon = 1.0 if b'"gone"' in watch.verdict else 0.0
+            how = os.read(ends[0], 64) if select.select([ends[0]], [], [], soon)[0] else b""
+        finally:
+            for child in reversed(started):
+                child.kill(isolated=self.isolated)
+        for end in (verdict[0], output[0], ends[0]):
+            os.close(end)
+        return _judged(watch, how, limits)
+
+    def _watch(self, watch: _Watch, tests: _Child, verdict: int, output: int, limits: Mapping[str, Any]) -> None:
+        poll = select.poll()
+        for end in (*watch.open, tests.handle):
+            poll.register(end, select.POLLIN)
+        deadline = watch.began + limits["wall_s"]
+        while True:
+            found = dict(poll.poll(10))
+            for end in found.keys() & watch.open:
+                part = os.read(end, 1 << 16)
+                if not part:
+                    poll.unregister(end)
+                    watch.open.discard(end)
+                elif end == verdict:
+                    watch.verdict += part
+                else:
+                    watch.printed += len(part)
+                    watch.output = (watch.output + part)[-2000:]
+            now = time.monotonic()
+            if watch.printed > limits["output"]:
+                watch.stopped = "output"
+            elif len(watch.verdict) > _VERDICT:
+                watch.stopped = "verdict"
+            elif now > deadline:
+                watch.stopped = "timeout"
+            elif now > watch.began + _UNCOUNTED and now > watch.counted:
+                self._count(watch, limits)
+            if watch.stopped or (tests.handle in found and verdict not in watch.open):
+                return
+
+    def _count(self, watch: _Watch, limits: Mapping[str, Any]) -> None:
+        """Memory and processes of a program and its tests, in all (limits of the kernel are per process)."""
+        if not self.isolated:
+            return
+        began = time.monotonic()
+        who = memory.processes(self.own)
+        watch.most_processes = max(watch.most_processes, len(who))
+        if memory.held(who, limits["memory"]) > limits["memory"]:
+            watch.stopped = "memory"
+        watch.counted = time.monotonic() + 2 * (time.monotonic() - began)  # a third of the time at most
+
+
+def _judged(watch: _Watch, how: bytes, limits: Mapping[str, Any]) -> dict[str, Any]:
+    seconds = time.monotonic() - watch.began
+    found: dict[str, Any] = {"seconds": seconds, "output": watch.output.decode(errors="replace"), "tests": {}}
+    if how == UNCONFINED:
+        return found | {"outcome": "broken", "detail": "a process could not be confined"}
+    if watch.stopped:
+        outcome = "broken" if watch.stopped == "verdict" else watch.stopped
+        return found | {"outcome": outcome, "detail": _STOPPED[watch.stopped].format(**limits)}
+    try:
+        said = json.loads(watch.verdict)
+        found |= {key: said[key] for key in ("outcome", "detail", "tests")}
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return found | {"outcome": "broken", "detail": "the process of the tests ended without a verdict"}
+    if found["outcome"] == "gone":
+        found |= _ended(how, in_time=seconds < limits["cpu_s"])
+    elif found["outcome"] == "error":
+        found["outcome"] = _limit_of(str(found["detail"])) or "error"
+    if found["outcome"] == "error" and watch.most_processes >= limits["processes"]:
+        found["outcome"] = "processes"
+    return found
+
+
+_STOPPED = {
+    "output": "printed more than {output} bytes",
+    "timeout": "ran longer than {wall_s} s",
+    "memory": "its processes held more than {memory} bytes in all",
+    "verdict": "the process of the tests wrote too long a verdict",
+}
+
+
+def _ended(how: bytes, *, in_time: bool) -> dict[str, str]:
+    """What it means that the program ended before its tests did; `how`: its exit code, negative for a signal.
+
+    `in_time`: before it can have used all its CPU time, for which the kernel kills it with either of two signals.
+    """
+    code = int(how) if how.lstrip(b"-").isdigit() else 0
+    if code in (-signal.SIGXCPU, -signal.SIGKILL) and not in_time:
+        return {"outcome": "cpu", "detail": "used more CPU time than it may"}
+    if code < 0:
+        return {"outcome": "crashed", "detail": f"killed by signal {-code}{_signal_name(-code)}"}
+    return {"outcome": "exited", "detail": f"exited with status {code} before its tests were done"}
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return f" ({signal.Signals(number).name})"
+    except ValueError:  # one of the real-time signals, most of which have no name
+        return ""
+
+
+_LIMITS = {
+    "memory": ("MemoryError",),
+    "disk": ("No space left on device", "File too large"),
+    "processes": ("BlockingIOError", "can't start new thread"),
+    "files": ("Too many open files",),
+}
+
+
+def _limit_of(detail: str) -> str | None:
+    """Which limit an exception tells of."""
+    return next((name for name, words in _LIMITS.items() if any(word in detail for word in words)), None)

@@ -1,0 +1,102 @@
+"""A group of Ray Train workers: started, brought to its end, its failure told in a worker's own words."""
+
+from __future__ import annotations
+
+import math
+import os
+import uuid
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from corsa.config import Placement
+from corsa.config.steps import TrialPlace
+from corsa.errors import CorsaError
+from corsa.flow.cluster import cluster_resources, nodes
+from corsa.training.resources import cpus_per_worker
+
+
+def in_group(
+    work: Callable[[dict[str, Any]], Any],
+    config: Mapping[str, Any],
+    placement: Placement,
+    storage: str,
+    tables: Mapping[str, str],
+) -> Any:
+    """What `work(config)` returns on the first worker; it runs on all of them.
+
+    Args:
+        work: runs on every worker of one group.
+        config: its argument, the same on all.
+        placement: how many workers, on what, and how often they may fail.
+        storage: where Ray Train keeps its own state.
+        tables: Parquet files that every worker streams whole, by the name of their shard.
+
+    Raises:
+        CorsaError: the group failed more often than `placement.max_failures`, with the worker's own error, or the
+            cluster had no room for it for `placement.start_timeout`, or was lost.
+    """
+    from ray.exceptions import RayActorError
+    from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+    from ray.train.torch import TorchTrainer
+    from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
+    from ray.tune.integration.ray_train import TuneReportCallback
+
+    from corsa.training.ray_data_stages import read_table
+    from corsa.training.rendezvous import Meeting
+
+    watched = isinstance(placement, TrialPlace)  # by Ray Tune
+    os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(placement.heartbeat_timeout)
+    patience = min(60.0, placement.start_timeout)  # of one attempt to get room for the workers
+    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(patience)
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # a group's end is noticed this much later
+    trainer = TorchTrainer(
+        work,
+        train_loop_config=dict(config),
+        torch_config=Meeting(),
+        scaling_config=ScalingConfig(
+            num_workers=placement.workers,
+            use_gpu=placement.gpu,
+            # Tune holds 0.01 CPU for a trial itself, which is not to come out of the data stream's room.
+            resources_per_worker={"CPU": round(cpus_per_worker(placement) - 0.02 * watched, 2)},
+        ),
+        run_config=RunConfig(
+            name=f"{placement.title if watched else 'rounds'}-{uuid.uuid4().hex[:8]}",
+            storage_path=f"{storage}/ray",
+            failure_config=FailureConfig(
+                max_failures=placement.max_failures,
+                controller_failure_limit=math.ceil(placement.start_timeout / patience) - 1,
+            ),
+            callbacks=[TuneReportCallback()] if watched and placement.metric else [],
+        ),
+        datasets={name: read_table(path) for name, path in tables.items()},
+        dataset_config=DataConfig(datasets_to_split=[]),  # every worker sees every row: no edit is dropped
+    )
+    try:
+        return trainer.fit().return_value
+    except TrainingFailedError as e:
+        if isinstance(getattr(e, "controller_failure", None), WorkerGroupStartupTimeoutError):
+            raise CorsaError(_no_room(placement)) from e
+        raise CorsaError(f"the training workers failed: {_root_cause(e)}") from e
+    except RayActorError as e:  # of the controller, which Ray Train keeps on the driver's node
+        raise CorsaError(
+            f"the head of the cluster, or the node of this driver, is gone ({type(e).__name__}). Finished rounds are "
+            "kept: on a cluster that is whole the same command goes on from the last checkpoint"
+        ) from e
+
+
+def _no_room(placement: Placement) -> str:
+    each = {"CPU": cpus_per_worker(placement), "GPU": 1.0 if placement.gpu else 0.0}
+    asked = " and ".join(f"{amount:g} {name}" for name, amount in each.items() if amount)
+    has = cluster_resources()
+    return (
+        f"the cluster had no room for {placement.workers} worker{'s' * (placement.workers > 1)} of {asked} for "
+        f"{placement.start_timeout:g} s; it has {has['CPU']:g} CPU and {has['GPU']:g} GPU on {len(nodes())} nodes now. "
+        "Bring back what it has lost, ask for less, or raise --placement.start-timeout; finished rounds are kept, and "
+        "the same command goes on from the last checkpoint"
+    )
+
+
+def _root_cause(error: Exception) -> str:
+    failures = getattr(error, "worker_failures", None) or {0: error}
+    text = str(next(iter(failures.values()))).strip()
+    return text.splitlines()[-1] if text else type(error).__name__

@@ -1,0 +1,146 @@
+"""What a group of workers keeps from round to round: the model that is loaded, with LoRA attached, and the token
+tables.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from corsa.algorithm.logprobs import packing_is_exact
+from corsa.algorithm.packing import Triplet, pack
+from corsa.algorithm.step import Batch, MicroBatch
+from corsa.config import LoraConfig, ModelConfig, Placement
+from corsa.config.steps import AskingConfig, ControlsConfig, RoundConfig, SamplesConfig, SpecificityConfig
+from corsa.lora.flat import Lora
+from corsa.models.encoding import Encoder
+from corsa.models.loading import load_tokenizer
+from corsa.training.tokens import TokenTable
+from corsa.training.worker_group import Crew
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model with LoRA attached, and how it is asked. `packed`: its packed rows give the same log-probabilities."""
+
+    model: PreTrainedModel
+    lora: Lora
+    encoder: Encoder
+    packed: bool
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one adapter learns from in a step: the whole global batch, and this worker's parts of it."""
+
+    whole: Sequence[Triplet]
+    parts: Sequence[Sequence[Triplet]]
+
+
+class Workshop:
+    """One worker's tools. The model changes only where the next step needs another one."""
+
+    def __init__(self, crew: Crew, placement: Placement, tables: dict[str, TokenTable]) -> None:
+        self.crew, self.placement, self.tables = crew, placement, tables
+        self.notes: list[str] = []  # what befell the step in progress, for its record
+        self.spent: dict[str, float] = {}  # seconds of the step in progress that are neither training nor asking
+        self._key: tuple[ModelConfig, LoraConfig] | None = None
+        self._loaded: Loaded | None = None
+        self._checked = False  # whether packed rows have been compared with plain ones
+
+    @property
+    def parameters(self) -> int | None:
+        """How many the base model that is loaded has, whole, also where it lies in shards."""
+        if self._loaded is None:
+            return None
+        return sum(getattr(p, "ds_numel", p.numel()) for p in self._loaded.model.parameters())
+
+    @contextmanager
+    def timed(self, what: str) -> Iterator[None]:
+        """What happens inside is counted as `what` of the step in progress: stream, loading, data or checkpoints."""
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self.spent[what] = self.spent.get(what, 0.0) + time.monotonic() - began
+
+    def open(
+        self,
+        config: AskingConfig | SamplesConfig | SpecificityConfig | ControlsConfig,
+        sample: Sequence[Triplet],
+        adapters: int = 1,
+    ) -> Loaded:
+        """The model of a step with so many adapters of its shape; `sample` shows whether its rows can be packed."""
+        with self.timed("loading"):
+            return self._open(config, sample, adapters)
+
+    def _open(
+        self,
+        config: AskingConfig | SamplesConfig | SpecificityConfig | ControlsConfig,
+        sample: Sequence[Triplet],
+        adapters: int,
+    ) -> Loaded:
+        shape = config.lora if isinstance(config, RoundConfig) else None  # None: asked with LoRA off, any shape will do
+        if not (self._loaded and self._key and self._key[0] == config.model and shape in (None, self._key[1])):
+            if self._loaded:  # the old one goes before the new one comes
+                old, self._loaded = self._loaded.model, None
+                self.crew.let_go(old)
+                del old
+            self._key = (config.model, shape or LoraConfig())
+            model = self.crew.place(config.model)
+            encoder = Encoder(load_tokenizer(config.model), config.model.template)
+            self._loaded, self._checked = Loaded(model, Lora(model, self._key[1]), encoder, packed=True), False
+        if len(self._loaded.lora.phi) != adapters:
+            self._loaded.lora.resize(adapters)
+        if sample and not self._checked:
+            self._loaded, self._checked = replace(self._loaded, packed=self._packs(self._loaded, config, sample)), True
+        return self._loaded
+
+    def _packs(
+        self,
+        loaded: Loaded,
+        config: AskingConfig | SamplesConfig | SpecificityConfig | ControlsConfig,
+        sample: Sequence[Triplet],
+    ) -> bool:
+        with loaded.lora.off():
+            packed = packing_is_exact(loaded.model, sample, loaded.model.dtype, self.crew.device)
+        if not packed and self.crew.leads:
+            print(f"warning: {config.model.name} treats packed rows differently: running unpacked, slower, same result")
+        return packed
+
+    def batch(self, loaded: Loaded, shares: Sequence[Share], unit: int) -> Batch:
+        """This worker's part of a global batch, cut to micro-batches with neighbours in length together.
+
+        Args:
+            loaded: the model.
+            shares: of one adapter, or of each of several that are trained together.
+            unit: no part of so many edits or less is cut: a perturbation is made from it.
+        """
+        size = max(self.placement.micro_batch, unit)
+        micro = []
+        for parts in zip(*(share.parts for share in shares), strict=True):  # of every adapter the same number of edits
+            ordered = [sorted(part, key=len) for part in parts]
+            cuts = range(0, len(ordered[0]), size)
+            micro += [self._micro_batch(loaded, [part[i : i + size] for part in ordered]) for i in cuts]
+        whole = [share.whole for share in shares]
+        unpaired = torch.tensor([[sum(not t.old for t in own)] for own in whole], device=self.crew.device)
+        return Batch(self.crew.level(micro), len(whole[0]), self._tokens(whole), unpaired)
+
+    def _micro_batch(self, loaded: Loaded, adapters: Sequence[Sequence[Triplet]]) -> MicroBatch:
+        device, flat = self.crew.device, [t for own in adapters for t in own]
+        packed = pack(flat, dtype=loaded.model.dtype, packed=loaded.packed, adapters=len(adapters))
+        reference = torch.tensor([t.reference for t in flat], dtype=torch.float32, device=device).T
+        return MicroBatch(
+            [rows.to(device) for rows in packed], reference.reshape(2, len(adapters), -1), self._tokens(adapters)
+        )
+
+    def _tokens(self, adapters: Sequence[Sequence[Triplet]]) -> Tensor:
+        """Tokens of each adapter's new answers: (K, 1)."""
+        counts = [[float(sum(len(t.new) for t in own))] for own in adapters]
+        return torch.tensor(counts, device=self.crew.device)

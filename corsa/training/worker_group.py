@@ -1,0 +1,132 @@
+"""The workers of one group: who am I, how are tensors summed and shared, and where do parameters live.
+
+What is sharded among the workers, and how, is known here alone and in what this calls; the step does not know it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from corsa.algorithm.step import MicroBatch
+from corsa.config import ModelConfig, Placement, ShardingConfig
+from corsa.models.activation_checkpointing import recompute_activations
+from corsa.models.loading import load_model
+from corsa.training.adamw import AdamW, PlainAdamW
+from corsa.training.zero3_lockstep import keeping_pace, level
+
+
+@dataclass(frozen=True)
+class Crew:
+    """This worker among `size` of them."""
+
+    rank: int
+    size: int
+    device: torch.device
+    sharding: ShardingConfig = field(default_factory=ShardingConfig)
+
+    @classmethod
+    def join(cls, placement: Placement) -> Crew:
+        """The process group that Ray Train has set up, or one process alone."""
+        grouped = dist.is_available() and dist.is_initialized()
+        rank, size = (dist.get_rank(), dist.get_world_size()) if grouped else (0, 1)
+        if placement.gpu:
+            from ray.train.torch import get_device
+
+            device = get_device()
+        else:
+            device = torch.device("cpu")
+            torch.set_num_threads(placement.threads or max(1, len(os.sched_getaffinity(0)) // _on_this_node(size)))
+        return cls(rank, size, device, placement.sharding)  # type: ignore[arg-type]
+
+    @property
+    def leads(self) -> bool:
+        """Whether this worker reads and writes the store for all."""
+        return self.rank == 0
+
+    def place(self, model: ModelConfig) -> PreTrainedModel:
+        """The frozen base model, ready for forward passes: whole on this worker, or sharded among all (stage 3)."""
+        if self.sharding.zero_stage == 3:
+            from corsa.training.sharding import load_sharded
+
+            placed = load_sharded(model, self.sharding, self.device)
+        else:
+            placed = load_model(model, self.device)
+        if self.sharding.activation_checkpointing:
+            recompute_activations(placed)
+        return placed
+
+    def let_go(self, model: PreTrainedModel) -> None:
+        """Give a placed model's memory back."""
+        if self.sharding.zero_stage == 3:
+            from corsa.training.sharding import discard
+
+            discard(model)
+
+    def optimizer(self, phi: nn.Parameter) -> AdamW:
+        """A fresh AdamW over phi, its state whole on this worker or sharded among all (stages 1 to 3)."""
+        if self.sharding.zero_stage == 0:
+            return PlainAdamW(phi)
+        from corsa.training.sharding import ShardedAdamW
+
+        return ShardedAdamW(phi, self.sharding, self.device)
+
+    def in_step(self, model: PreTrainedModel) -> AbstractContextManager[None]:
+        """A block in which each worker runs forward passes without gradients, as many as its share of the work takes.
+
+        Where the base is sharded, one that is through keeps pace with the others until all are.
+        """
+        return keeping_pace(model, self.device) if self._gathers else nullcontext()
+
+    def level(self, parts: Sequence[MicroBatch]) -> Sequence[MicroBatch]:
+        """A worker's micro-batches of a step, filled up with empty ones to the number that all workers must run."""
+        return level(parts, self.device) if self._gathers else parts
+
+    @property
+    def _gathers(self) -> bool:
+        """Whether a pass of one worker needs the others."""
+        return self.sharding.zero_stage == 3 and self.size > 1
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum over all workers, in place."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def share(self, value: Any) -> Any:
+        """The leader's value, on every worker (small objects)."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def share_tensor(self, tensor: Tensor) -> None:
+        """Overwrite with the leader's values."""
+        if self.size > 1:
+            dist.broadcast(tensor, src=0)
+
+    def collect(self, rows: list[Any]) -> list[Any]:
+        """All workers' rows, on the leader; elsewhere an empty list."""
+        if self.size == 1:
+            return rows
+        boxes: list[Any] = [None] * self.size
+        dist.gather_object(rows, boxes if self.leads else None, dst=0)
+        return [row for box in boxes for row in box] if self.leads else []
+
+
+def _on_this_node(size: int) -> int:
+    try:
+        from ray.train import get_context
+
+        return get_context().get_local_world_size()
+    except (ImportError, RuntimeError):
+        return size
