@@ -12,7 +12,7 @@
     walls    entering.py     the namespaces of a sandbox; rooting.py: its file system
              confinement.py  what is taken from a process that runs a program or its tests
              kernel.py       system calls that the standard library lacks; syscalls.py: the filter of system calls
-             memory.py       what processes hold together
+             memory.py       what processes hold together; cgroup.py: the kernel's bound on it, where it can be had
 
 See docs/sandbox.md for what is kept from a program and what is not.
 """

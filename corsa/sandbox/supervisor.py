@@ -1,7 +1,7 @@
 """The trusted process of a sandbox: it hands each program and its tests to two processes, and watches them.
 
-Started by `worker.py` as `python -c ... ENGINE OWNER MODULES`. Requests and verdicts are frames of JSON on standard
-input and output. Each program gets a fork, a process namespace, a mount namespace and a directory of its own, all of
+Started by `worker.py` as `python -c ... ENGINE OWNER MODULES ROOT [CGROUP]`. Requests and verdicts are frames of JSON
+on standard input and output. Each program gets a fork, a process namespace, a mount namespace and a directory of its own, all of
 which end with it; its tests get the same.
 """
 
@@ -21,7 +21,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
-from corsa.sandbox import kernel, memory
+from corsa.sandbox import cgroup, kernel, memory
 from corsa.sandbox.confinement import UNCONFINED
 from corsa.sandbox.entering import enter
 from corsa.sandbox.rooting import CODE
@@ -34,10 +34,15 @@ _UNCOUNTED = 0.1
 
 
 def main() -> NoReturn:
-    """Enter the sandbox, load, then serve. `ENGINE` is namespaces, bubblewrap or none."""
+    """Enter the sandbox, load, then serve. `ENGINE` is namespaces, bubblewrap or none.
+
+    A last argument is the descriptor through which to join a cgroup.
+    """
     engine, owner, modules, root = sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4]
     wire = os.dup(1)  # what a module prints while it is loaded must not stand among the frames
     os.dup2(2, 1)
+    for procs in sys.argv[5:]:
+        cgroup.join(int(procs))
     enter(engine, owner)
     isolated = engine != "none"
     if isolated:

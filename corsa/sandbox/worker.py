@@ -25,6 +25,7 @@ from typing import Any, Literal
 import corsa
 from corsa.config import Frozen
 from corsa.errors import CorsaError
+from corsa.sandbox import cgroup
 from corsa.sandbox.rooting import CODE, bubblewrap
 from corsa.sandbox.texts import clean
 from corsa.sandbox.verdicts import Outcome, Verdict, verdict
@@ -90,6 +91,7 @@ class Sandbox:
     def __init__(self, engine: Engine, modules: Sequence[str] = (), limits: Limits | None = None) -> None:
         self.engine, self.modules, self.limits = engine, tuple(modules), limits or Limits()
         self._process: subprocess.Popen[bytes] | None = None
+        self._group: cgroup.Group | None = None
         self._said: Any = None
 
     def __enter__(self) -> Sandbox:
@@ -145,7 +147,10 @@ class Sandbox:
         root = str(Path(corsa.__file__).resolve().parents[1])
         start = _START.format(root=CODE if self.engine == "bubblewrap" else root)
         owner = _FIRST_USER + secrets.randbits(29) if os.geteuid() == 0 else 0
+        self._group = cgroup.make() if self.engine != "none" else None
+        procs = [self._group.procs] if self._group else []
         command = [sys.executable, "-s", "-P", "-c", start, self.engine, str(owner), ",".join(self.modules), root]
+        command += map(str, procs)
         if self.engine == "bubblewrap":
             command = bubblewrap(shutil.which("bwrap") or "bwrap", _ENVIRONMENT) + command
         self._process = subprocess.Popen(
@@ -156,12 +161,15 @@ class Sandbox:
             env=_ENVIRONMENT,
             start_new_session=True,
             cwd="/",
+            pass_fds=procs,
         )
         try:
             self._receive(_LOADING)
-        except SandboxError:
+            if self._group:
+                self._group.bound(self.limits.memory)
+        except (SandboxError, OSError) as error:
             self.close()
-            raise
+            raise SandboxError(str(error)) from error
 
     def close(self) -> None:
         """End the sandbox and all in it."""
@@ -180,6 +188,9 @@ class Sandbox:
             process.wait()
         process.stdout.close()
         self._said.close()
+        if self._group:
+            self._group.close()
+            self._group = None
 
     def _send(self, request: dict[str, Any]) -> None:
         assert self._process
@@ -206,8 +217,8 @@ class Sandbox:
             part = os.read(file, size - len(parts))
             if not part:
                 self._said.seek(0)
-                said = self._said.read().decode(errors="replace").strip()
-                raise SandboxError(f"the sandbox ended: {said.splitlines()[-1] if said else 'without a word'}")
+                said = self._said.read().decode(errors="replace").strip().splitlines()
+                raise SandboxError(f"the sandbox ended: {clean(said[-1], 300) if said else 'without a word'}")
             parts += part
         return parts
 

@@ -67,6 +67,7 @@ def _act(role: str, limits: Mapping[str, Any], files: list[int], held: int, *, i
     """In the fork: be confined, then run what the first file asks for, and end."""
     try:
         os.setsid()
+        kernel.die_with_parent()
         keep_files(*files)
         if isolated:
             try:
