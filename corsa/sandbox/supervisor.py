@@ -1,8 +1,8 @@
 """The trusted process of a sandbox: it hands each program and its tests to two processes, and watches them.
 
 Started by `worker.py` as `python -c ... ENGINE OWNER MODULES ROOT [CGROUP]`. Requests and verdicts are frames of JSON
-on standard input and output. Each program gets a fork, a process namespace, a mount namespace and a directory of its own, all of
-which end with it; its tests get the same.
+on standard input and output. Each program gets a fork, a process namespace, a mount namespace and a directory of its
+own, all of which end with it; its tests get the same.
 """
 
 from __future__ import annotations

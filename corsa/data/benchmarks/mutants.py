@@ -54,7 +54,8 @@ class _Numbers(ast.NodeTransformer):
     """Uses other numbers."""
 
     def visit_Constant(self, node: ast.Constant) -> ast.AST:
-        return ast.Constant(node.value + 1) if type(node.value) in (int, float) else node
+        value = node.value
+        return ast.Constant(value + 1) if isinstance(value, int | float) and not isinstance(value, bool) else node
 
 
 class _Results(ast.NodeTransformer):
@@ -70,7 +71,7 @@ def plain(code: str) -> str:
 
 
 def mutants(code: str) -> list[str]:
-    r"""Mutants of the functions that some code defines, the least conspicuous first. What it imports and installs stays.
+    r"""Mutants of the functions that some code defines, the least conspicuous first. What it installs stays.
 
     >>> mutants("def double(x):\n    return 2 * x\n")[0]
     'def double(x):\n    return 2 + x\n'
