@@ -36,7 +36,7 @@ PROBLEMS = Kind("problems", "corsa.experiments.code.steps:read", version=1)
 OLD_ANSWERS = Kind("old-answers", "corsa.training.old_programs:compute", version=1, on_cluster=True)
 JUDGING = Kind("judging", "corsa.training.running_tests:compute", version=2, on_cluster=True)
 PROGRAM_EDITS = Kind("program-edits", "corsa.experiments.code.steps:as_edits", version=1)
-REPORT = Kind("report", "corsa.experiments.code.steps:make_report", version=1)
+REPORT = Kind("report", "corsa.experiments.code.steps:make_report", version=2)
 
 TAUGHT = ("lora", "f-learning", "corsa")
 CODE_METHODS = ("prepend", *TAUGHT)
