@@ -316,6 +316,7 @@ REFUSING = {
     "an exception that cannot be shown": "class Bad(Exception):\n    def __str__(self):\n        raise SystemExit\n"
     "def secret(x):\n    raise Bad\n",
     "recursion through the tests": "import sys\nsys.setrecursionlimit(10**6)\ndef secret(x):\n    return secret(x)\n",
+    "values that keep the tests busy": returns({"match": ["(a+)+$", 0, "a" * 64 + "b", 0, 64]}),
     "a list that the tests cannot hold": "def secret(x):\n    return [[] for _ in range(10**7)]\n",
     "a value of its own class": "class Mine:\n    pass\ndef secret(x):\n    return Mine()\n",
     "a value within itself": "def secret(x):\n    x = []\n    x.append(x)\n    return x\n",
