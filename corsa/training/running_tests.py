@@ -103,7 +103,7 @@ def _needs(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 def _pass_with_a_mutant(
     programs: Sequence[tuple[Problem, str]], run: Callable[[list[Program]], list[Verdict]]
 ) -> list[bool]:
-    """Whether programs pass with a mutant of their update, the first under which the reference solution fails a test.
+    """Whether programs pass with a mutant of their update, one under which the reference solution fails a test.
 
     Where there is none, nothing can be said, and they do not.
     """
@@ -111,9 +111,11 @@ def _pass_with_a_mutant(
     tried = [(problem, mutant) for problem in problems.values() for mutant in mutants(problem.before)]
     verdicts = run([problem.program(problem.solution, updated=True, before=mutant) for problem, mutant in tried])
     chosen: dict[str, str] = {}
-    for (problem, mutant), verdict in zip(tried, verdicts, strict=True):
-        if verdict.tests and verdict.outcome not in ("passed", "sandbox"):
-            chosen.setdefault(problem.id, mutant)
+    # A wrong result rather than an exception, which a program could take for a sign.
+    for outcomes in (("failed",), ("error", "timeout", "cpu", "memory")):
+        for (problem, mutant), verdict in zip(tried, verdicts, strict=True):
+            if verdict.tests and verdict.outcome in outcomes:
+                chosen.setdefault(problem.id, mutant)
     again = [(i, p, text) for i, (p, text) in enumerate(programs) if p.id in chosen]
     verdicts = run([problem.program(text, updated=True, before=chosen[problem.id]) for _, problem, text in again])
     passing = {i for (i, _, _), verdict in zip(again, verdicts, strict=True) if verdict.passed}
