@@ -11,7 +11,9 @@ from corsa.sandbox.kernel import (
     MS_BIND,
     MS_NODEV,
     MS_NOSUID,
+    MS_RDONLY,
     MS_REC,
+    MS_REMOUNT,
     bind_device,
     bind_read_only,
     enter_root,
@@ -65,6 +67,8 @@ def build_root() -> None:
     Path(stage, "dev/shm").symlink_to("/tmp")
     mount("proc", f"{stage}/proc", "proc")
     enter_root(stage)
+    # The user who has made it owns it: a program of the same user could write there, for the next one to find.
+    mount("none", "/", flags=MS_BIND | MS_REMOUNT | MS_RDONLY | MS_NOSUID)
 
 
 def private_directory(size: int | str) -> None:
@@ -148,4 +152,4 @@ def bubblewrap(tool: str, environment: Mapping[str, str]) -> list[str]:
         words += ["--symlink", os.readlink(place), place]
     for name, value in environment.items():
         words += ["--setenv", name, value]
-    return [*words, "--chdir", "/", "--"]
+    return [*words, "--remount-ro", "/", "--chdir", "/", "--"]
