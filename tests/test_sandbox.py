@@ -285,6 +285,18 @@ def test_value():
 
 
 @isolated
+def test_text_of_a_program_is_not_evaluated_by_sympy() -> None:
+    """`sympy.simplify` and others read text with `eval`, here in the process that decides."""
+    tests = "import sympy\ndef test_it():\n    assert sympy.simplify(answer(1)) == sympy.Symbol('x')\n"
+    forged = "def answer(x):\n    return 'exec(\"import os; os._exit(0)\") or Symbol(\\'x\\')'\n"
+    with Sandbox(engine(), ("sympy",), Limits(wall_s=20, cpu_s=20)) as sandbox:
+        assert sandbox.run(Program("def answer(x):\n    return 'x'\n", tests)).passed
+        verdict = sandbox.run(Program(forged, tests))
+        assert verdict.outcome == "error"
+        assert "would be evaluated" in verdict.detail
+
+
+@isolated
 def test_programs_and_tests_do_not_share_their_addresses(sandbox: Sandbox) -> None:
     text = (
         "import ctypes\ndef place():\n    return ctypes.addressof(ctypes.c_int.in_dll(ctypes.CDLL(None), 'opterr'))\n"

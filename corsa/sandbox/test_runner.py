@@ -78,8 +78,9 @@ def examined(end: socket.socket, request: Mapping[str, Any]) -> dict[str, Any]:
     namespace.update({name: value for name, value in values.items() if name in known})
     namespace.update({name: partial(peer.call, name) for name in functions if name in known})
     try:
-        exec(compile(tests, "<tests>", "exec"), namespace)
         read_no_expressions_of_others(tests)
+        exec(compile(tests, "<tests>", "exec"), namespace)
+        read_no_expressions_of_others(tests)  # where they have loaded SymPy themselves
     except ProgramGone as gone:
         return _unasked("gone", str(gone))
     except BaseException as error:
