@@ -84,7 +84,8 @@ class Peer:
             raise CannotCrossError(f"a value of {len(raw) + len(area)} bytes, more than {LARGEST}")
         try:
             self.end.sendall(_HEAD.pack(len(raw), len(area)) + raw)
-            self.end.sendall(area)
+            if area:  # nothing more is sent to a side that has read all, and may have gone
+                self.end.sendall(area)
         except ConnectionError as error:
             raise ProgramGone("the program ended before it was called") from error
 
