@@ -11,6 +11,7 @@ import ctypes
 import errno
 import platform
 import struct
+from functools import lru_cache
 
 _MACHINES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 _DENIED = {
@@ -144,6 +145,17 @@ def supported() -> bool:
     return platform.machine() in _MACHINES
 
 
+@lru_cache(maxsize=1)
+def _packed() -> bytes:
+    return b"".join(struct.pack("HBBI", *one) for one in _instructions(platform.machine()))
+
+
+def prepare() -> None:
+    """Work the filter out, for the forks of this process."""
+    if supported():
+        _packed()
+
+
 def restrict() -> None:
     """Put the filter on this process and all that it starts; it cannot be taken off. `no_new_privs` is set already.
 
@@ -152,8 +164,7 @@ def restrict() -> None:
     """
     if not supported():
         raise OSError(errno.ENOSYS, f"no filter of system calls is known for {platform.machine()}")
-    raw = b"".join(struct.pack("HBBI", *one) for one in _instructions(platform.machine()))
-    program = _Program(len(raw) // 8, raw)
+    program = _Program(len(_packed()) // 8, _packed())
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(_SET_SECCOMP, _MODE_FILTER, ctypes.byref(program), 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "seccomp")

@@ -16,7 +16,7 @@ from contextlib import suppress
 from importlib import import_module
 from typing import Any, NoReturn
 
-from corsa.sandbox import kernel
+from corsa.sandbox import kernel, syscalls
 from corsa.sandbox.confinement import UNCONFINED, address_space, bound, confine, keep_files
 from corsa.sandbox.program import run_program
 from corsa.sandbox.test_runner import examine
@@ -38,6 +38,7 @@ def main() -> NoReturn:
     for module in modules:
         with suppress(Exception):  # programs that need it will say so
             import_module(module)
+    syscalls.prepare()
     gc.collect()
     gc.freeze()  # forks share the pages of what is loaded
     own = os.open("/proc/self/ns/pid", os.O_RDONLY) if isolated else -1
