@@ -115,10 +115,8 @@ class _Child:
     control: socket.socket
 
     def kill(self, *, isolated: bool) -> None:
-        """End it and all that it has started: it is the first of its namespace, and the kernel ends all others with it.
-
-        Raises:
-            OSError: it does not end.
+        """End it and all that it has started: it is the first of its namespace, and the kernel ends all others with
+        it.
         """
         with suppress(ProcessLookupError):
             if isolated:
@@ -126,6 +124,9 @@ class _Child:
             else:
                 os.killpg(self.number, signal.SIGKILL)
         os.close(self.handle)
+
+    def wait(self) -> None:
+        """Until it has ended, with all that it has started. Raises OSError where it does not."""
         if not select.select([self.control], [], [], 10.0)[0] or self.control.recv(16) != b"ended":
             raise OSError("a process of the sandbox does not end")
 
@@ -185,8 +186,10 @@ class _Supervisor:
             soon = 1.0 if b'"gone"' in watch.verdict else 0.0
             how = os.read(ends[0], 64) if select.select([ends[0]], [], [], soon)[0] else b""
         finally:
-            for child in reversed(started):
+            for child in started:
                 child.kill(isolated=self.isolated)
+            for child in started:
+                child.wait()
         for end in (verdict[0], output[0], ends[0]):
             os.close(end)
         return _judged(watch, how, limits)
