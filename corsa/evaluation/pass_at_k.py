@@ -1,7 +1,8 @@
 """Pass rates of programs: UPass@k of CodeUpdateArena, SPass@k on HumanEval, from one table of verdicts.
 
 A sample of a problem about an update counts as right if it passes with the update installed and does not pass without
-it: a program that never uses the update would pass both. Of n samples with c right ones, pass@k is estimated without
+it: a program that never uses the update would pass both. (A row without the update also stands for a mutant of it that
+gives wrong results, see `corsa.training.running_tests`.) Of n samples with c right ones, pass@k is estimated without
 bias by 1 - C(n - c, k) / C(n, k) (Chen et al. 2021); `single` is the share of right first samples. A problem with a
 sample whose sandbox broke, or whose tests nobody can run, is counted for no method: so methods stay paired, and none
 gains by what could not be judged.

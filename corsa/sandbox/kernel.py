@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import platform
 from pathlib import Path
 
 CLONE_NEWNS = 0x00020000
@@ -20,7 +21,8 @@ _MNT_DETACH = 2
 _LOCKED = MS_NOSUID | MS_NODEV | MS_NOEXEC | MS_NOATIME | MS_NODIRATIME | MS_RELATIME
 
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_CAPBSET_DROP = 1, 4, 24
-_PR_SET_SECUREBITS, _PR_SET_NO_NEW_PRIVS = 28, 38
+_PR_SET_SECUREBITS, _PR_SET_NO_NEW_PRIVS, _PR_CAP_AMBIENT = 28, 38, 47
+_KEYCTL = {"x86_64": 250, "aarch64": 219}
 _SECBITS = 0b101111  # no capability by being root, none kept over a change of user; both locked
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -90,10 +92,34 @@ class _Sets(ctypes.Structure):
     _fields_ = [(name, ctypes.c_uint32) for name in ("effective", "permitted", "inheritable")]
 
 
+def _last_capability() -> int:
+    place = Path("/proc/sys/kernel/cap_last_cap")
+    return int(place.read_text()) if place.exists() else 40
+
+
+def keep_privileges() -> None:
+    """Keep this process's capabilities when it executes a file."""
+    header, sets = _Header(0x20080522, 0), (_Sets * 2)()
+    _checked(_libc.capget(ctypes.byref(header), ctypes.byref(sets)), "capget")
+    for part in sets:
+        part.inheritable = part.permitted
+    _checked(_libc.capset(ctypes.byref(header), ctypes.byref(sets)), "capset")
+    for capability in range(_last_capability() + 1):
+        _libc.prctl(_PR_CAP_AMBIENT, 2, capability, 0, 0)  # refused for those it has not
+
+
+def new_keyring() -> None:
+    """A session keyring of this process's own, in place of the one it has inherited. Refused where a filter of system
+    calls from outside denies keys altogether.
+    """
+    number = _KEYCTL.get(platform.machine())
+    if number is not None:
+        _libc.syscall(number, 1, None)
+
+
 def drop_privileges() -> None:
     """No capability, now or by executing a file."""
-    last = int(Path("/proc/sys/kernel/cap_last_cap").read_text()) if os.path.exists("/proc/sys") else 40
-    for capability in range(last + 1):
+    for capability in range(_last_capability() + 1):
         _libc.prctl(_PR_CAPBSET_DROP, capability, 0, 0, 0)  # refused where there is none to drop
     _libc.prctl(_PR_SET_SECUREBITS, _SECBITS, 0, 0, 0)
     header, sets = _Header(0x20080522, 0), (_Sets * 2)()

@@ -1,49 +1,63 @@
-"""The process that runs the program, and does what the examiner asks of it."""
+"""The process that runs the program, and does what its tests ask of it."""
 
 from __future__ import annotations
 
+import json
 import os
-import resource
 import socket
 import sys
 import types
 from collections.abc import Mapping
 from typing import Any
 
-from corsa.sandbox.protocol import CannotCrossError, Peer, ProgramGone
+from corsa.sandbox import kernel
+from corsa.sandbox.confinement import bound, empty_environment
+from corsa.sandbox.protocol import Peer, ProgramGone
+from corsa.sandbox.values import CannotCrossError
 
 WIRE = 3
 """The descriptor of the wire; there is no other beside standard input and output."""
 
 
-def limit(limits: Mapping[str, Any], held: int) -> None:
-    """Bound what this process and its children use. `held`: bytes of address space that the interpreter has already."""
-    cpu, memory = int(limits["cpu_s"]), held + int(limits["memory"])
-    bounds = {
-        resource.RLIMIT_CPU: (cpu, cpu + 1),
-        resource.RLIMIT_AS: (memory, memory),
-        resource.RLIMIT_NPROC: (int(limits["processes"]),) * 2,
-        resource.RLIMIT_FSIZE: (int(limits["file"]),) * 2,
-        resource.RLIMIT_NOFILE: (int(limits["files"]),) * 2,
-        resource.RLIMIT_CORE: (0, 0),
-        resource.RLIMIT_MEMLOCK: (0, 0),
-        resource.RLIMIT_MSGQUEUE: (0, 0),
-    }
-    for kind, values in bounds.items():
-        hard = resource.getrlimit(kind)[1]
-        fitting = [v if hard == resource.RLIM_INFINITY else min(v, hard) for v in values]
-        resource.setrlimit(kind, (fitting[0], fitting[1]))
+def run_program(files: list[int], limits: Mapping[str, Any], held: int) -> None:
+    """Run a program below this process, and say how it ended.
 
+    This is the first process of its namespace and waits: the program is a child of it, so that signals are what they
+    are elsewhere.
 
-def empty_environment() -> None:
-    """Nothing of the machine's environment reaches a program."""
-    for name in list(os.environ):
-        del os.environ[name]
+    Args:
+        files: the request {before, text}, the wire, where output goes, where the exit status goes.
+        limits: of the program and all that it starts.
+        held: bytes of address space that the interpreter has already.
+    """
+    request, wire, output, ends = files
+    kernel.undumpable()
+    child = os.fork()
+    if child == 0:
+        with os.fdopen(request, "rb") as file:
+            asked = json.load(file)
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        os.dup2(wire, 1023)
+        os.dup2(1023, WIRE)
+        os.closerange(WIRE + 1, 4096)
+        sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+        kernel.die_with_parent()
+        bound(limits, held)
+        serve(socket.socket(fileno=WIRE), asked)
+        os._exit(0)
+    for file in (request, wire, output):
+        os.close(file)
+    while True:
+        process, status = os.wait()
+        if process == child:
+            os.write(ends, str(os.waitstatus_to_exitcode(status)).encode())
+            return
 
 
 def serve(end: socket.socket, request: Mapping[str, Any]) -> None:
-    """Run the program; then answer calls until the examiner hangs up. What the program does to this process is its
-    own affair: nothing that is decided here counts.
+    """Run the program; then answer calls until its tests hang up. What the program does to this process is its own
+    affair: nothing that is decided here counts.
     """
     empty_environment()
     peer = Peer(end, strict=False)
@@ -54,9 +68,11 @@ def serve(end: socket.socket, request: Mapping[str, Any]) -> None:
         exec(compile(request["before"], "<before>", "exec"), namespace)
         exec(compile(request["text"], "<program>", "exec"), namespace)
     except Exception as error:
+        peer.receive()  # what is unread when this process ends would take the message below with it
         peer.send("failed", type(error).__name__, _said(error))
         return
-    names = [name for name in request["names"] if name in namespace]
+    _, names = peer.receive()
+    names = [name for name in names if name in namespace]
     peer.functions.update({name: namespace[name] for name in names if callable(namespace[name])})
     peer.send("ready", sorted(peer.functions), {n: _data(peer, namespace[n]) for n in names if n not in peer.functions})
     while True:
@@ -64,7 +80,8 @@ def serve(end: socket.socket, request: Mapping[str, Any]) -> None:
             message = peer.receive()
         except ProgramGone:
             return
-        peer.answer(*message)
+        kind, target, args, kwargs = message
+        peer.answer(kind, target, args, kwargs)
 
 
 def _said(error: Exception) -> str:
@@ -78,7 +95,7 @@ def _said(error: Exception) -> str:
 
 def _data(peer: Peer, value: Any) -> Any:
     try:
-        peer.pickled(value)
+        peer.encoded(value)
     except CannotCrossError:
         return None
     return value

@@ -1,125 +1,37 @@
-"""What passes between a program and its examiner: calls, results, exceptions, and values as data.
+"""What passes between a program and its tests: calls, results, exceptions, and values as data.
 
-Values are pickled. The examiner reads them with a loader that makes plain data alone (numbers, text, containers,
-arrays, tensors, symbolic expressions): no class of the program's own, so no `__eq__` that says yes to everything; no
-callable that would run on reading; and nothing is given an attribute. Functions and iterators stay where they are; the
-other side gets a stand-in.
+Functions and iterators stay where they are; the other side gets a stand-in that calls back. All else crosses as the
+kinds of `values.py` and `packages.py`.
 """
 
 from __future__ import annotations
 
 import builtins
-import io
-import pickle
 import socket
 import struct
 import sys
 import types
 from collections.abc import Callable, Iterator
 from functools import partial
+from importlib import import_module
 from typing import Any
 
-from corsa.sandbox.values import MAKERS, CannotCrossError, reduced
+from corsa.sandbox.texts import clean
+from corsa.sandbox.values import CannotCrossError, decoded, encoded
 
 LARGEST = 512 << 20
 """Bytes of one message at most."""
-
-_ALLOWED = {
-    "builtins": frozenset(
-        {"bool", "bytearray", "bytes", "complex", "dict", "float", "frozenset", "int"}
-        | {"list", "range", "set", "slice", "str", "tuple"}
-    ),
-    "collections": frozenset({"Counter", "OrderedDict", "defaultdict", "deque"}),
-    "datetime": frozenset({"date", "datetime", "time", "timedelta", "timezone"}),
-    "decimal": frozenset({"Decimal"}),
-    "fractions": frozenset({"Fraction"}),
-    "re": frozenset({"RegexFlag"}),
-    "numpy": frozenset({"dtype", "ndarray"}),
-    "numpy._core.multiarray": frozenset({"_reconstruct", "scalar"}),
-    "torch": frozenset({"Size", "device"}),
-    "corsa.sandbox.values": frozenset({"tensor", "frame", "expression", "mapping", "match", "pattern"}),
-}
-"""What the examiner's loader makes."""
-
-
-_BY_NAME = ("copyreg", "numpy", "torch")
+_STRUCTURE = 128 << 20
+"""Bytes of its JSON at most: what is built of it takes several times as many."""
+_TEXT = 2000
+"""Characters of an exception's text at most."""
+_HEAD = struct.Struct("!II")
+_KEPT = 1 << 16
+"""Functions and iterators that the other side may hold at most."""
 
 
 class ProgramGone(BaseException):
     """The program ended where it should have answered: no test may catch this, so it is no Exception."""
-
-
-class _Standing:
-    """What both loaders have: the peer whose stand-ins they make."""
-
-    def __init__(self, raw: bytes, peer: Peer) -> None:
-        super().__init__(io.BytesIO(raw))  # type: ignore[call-arg]
-        self._peer = peer
-
-    def persistent_load(self, pid: Any) -> Any:
-        kind, number = pid
-        if kind == "own":
-            return self._peer.kept[number]
-        if kind == "iterator":
-            return RemoteIterator(self._peer, number)
-        return partial(self._peer.call, number)
-
-
-class _Loader(_Standing, pickle.Unpickler):
-    """Makes whatever it is told to: the program reads what the examiner says with it."""
-
-
-class _DataLoader(_Standing, pickle._Unpickler):
-    """Makes data alone. It is Python's own loader in Python, because that in C sets attributes on whatever it is told
-    to: of `Counter` itself, of a tensor, of the examiner's own functions.
-    """
-
-    def find_class(self, module: str, name: str) -> Any:
-        if name in _ALLOWED.get(module, ()):
-            return super().find_class(module, name)
-        if module == "builtins" and name.endswith(("Error", "Exception", "Iteration")):
-            return super().find_class(module, name)
-        if module.partition(".")[0] in ("numpy", "torch"):  # number types, such as numpy.float64 and torch.int8
-            found = super().find_class(module, name)
-            if (isinstance(found, type) and issubclass(found, _numbers())) or type(found).__name__ == "dtype":
-                return found
-        raise CannotCrossError(f"a value of {module}.{name}, which is not plain data")
-
-    def load_build(self) -> None:
-        """Give an object its state: an array its numbers and nothing else."""
-        numpy: Any = sys.modules.get("numpy")
-        if numpy is None or not isinstance(self.stack[-2], numpy.ndarray | numpy.dtype):  # type: ignore[attr-defined]
-            raise CannotCrossError("a value whose attributes would be set")
-        super().load_build()  # type: ignore[misc]
-
-    dispatch = {**pickle._Unpickler.dispatch, pickle.BUILD[0]: load_build}  # type: ignore[attr-defined]  # noqa: RUF012
-
-
-def _numbers() -> tuple[type, ...]:
-    numpy: Any = sys.modules.get("numpy")
-    return (numpy.generic, numpy.dtype) if numpy else ()
-
-
-class _Pickler(pickle.Pickler):
-    def __init__(self, file: io.BytesIO, peer: Peer) -> None:
-        super().__init__(file, protocol=4)
-        self._peer = peer
-
-    def persistent_id(self, obj: Any) -> Any:
-        if isinstance(obj, RemoteIterator) and obj.peer is self._peer:
-            return ("own", obj.number)
-        if isinstance(obj, partial) and obj.func == self._peer.call:
-            return ("own", obj.args[0])
-        if isinstance(obj, types.FunctionType | types.BuiltinFunctionType | types.MethodType | partial):
-            root = str(getattr(obj, "__module__", "")).partition(".")[0]
-            own = obj in MAKERS or root in _BY_NAME  # what values are made by again
-            return None if own else ("function", self._peer.keep(obj))
-        if hasattr(obj, "__next__") and not isinstance(obj, type):
-            return ("iterator", self._peer.keep(obj))
-        return None
-
-    def reducer_override(self, obj: Any) -> Any:
-        return reduced(obj)
 
 
 class RemoteIterator:
@@ -136,64 +48,73 @@ class RemoteIterator:
 
 
 class Peer:
-    """One end of the wire. Either side may call the other while it is being called itself."""
+    """One end of the wire. Either side may call the other while it is being called itself.
+
+    `strict`: the side of the tests, which trusts nothing that arrives. `spoilt`: why nothing more is to be had from the
+    other side; a test that catches every exception does not change that.
+    """
 
     def __init__(self, end: socket.socket, *, strict: bool) -> None:
         self.end, self.strict = end, strict
         self.kept: list[Any] = []
+        self.spoilt: BaseException | None = None
         self.functions: dict[str, Any] = {}
+        self._read: dict[str, Callable[[Any], Any]] = {
+            "function": lambda number: partial(self.call, self._number(number)),
+            "iterator": lambda number: RemoteIterator(self, self._number(number)),
+            "own": lambda number: self.kept[self._number(number)],
+        }
+        if not strict:
+            self._read["named"] = _named
 
     def keep(self, obj: Any) -> int:
         """Hold what the other side gets a stand-in for."""
         for number, known in enumerate(self.kept):
             if known is obj:
                 return number
+        if len(self.kept) >= _KEPT:
+            raise CannotCrossError(f"more than {_KEPT} functions")
         self.kept.append(obj)
         return len(self.kept) - 1
 
     def send(self, *message: Any) -> None:
-        """Send a message. Raises CannotCrossError where a value in it cannot be pickled."""
-        raw = self.pickled(message)
-        if len(raw) > LARGEST:
-            raise CannotCrossError(f"a value of {len(raw)} bytes, more than {LARGEST}")
-        self.end.sendall(struct.pack("!I", len(raw)) + raw)
-
-    def pickled(self, value: Any) -> bytes:
-        """A value as bytes. Raises CannotCrossError where that cannot be."""
-        file = io.BytesIO()
+        """Send a message. Raises CannotCrossError where a value in it is not data."""
+        raw, area = self.encoded(message)
+        if len(raw) > _STRUCTURE or len(raw) + len(area) > LARGEST:
+            raise CannotCrossError(f"a value of {len(raw) + len(area)} bytes, more than {LARGEST}")
         try:
-            _Pickler(file, self).dump(value)
-        except (pickle.PicklingError, TypeError, AttributeError, ValueError) as error:
-            raise CannotCrossError(str(error)) from error
-        return file.getvalue()
+            self.end.sendall(_HEAD.pack(len(raw), len(area)) + raw)
+            if area:  # nothing more is sent to a side that has read all, and may have gone
+                self.end.sendall(area)
+        except ConnectionError as error:
+            raise ProgramGone("the program ended before it was called") from error
 
-    def receive(self) -> tuple[Any, ...]:
-        """The next message. Raises ProgramGone at the end of the wire, CannotCrossError for what is not data."""
-        (size,) = struct.unpack("!I", self._exactly(4))
-        if size > LARGEST:
-            raise CannotCrossError(f"a message of {size} bytes, more than {LARGEST}")
-        raw = self._exactly(size)
+    def encoded(self, value: Any) -> tuple[bytes, bytes]:
+        """A value as it crosses. Raises CannotCrossError where it is not data."""
+        return encoded(value, self._stand_in)
+
+    def receive(self) -> list[Any]:
+        """The next message: its name and what belongs to it.
+
+        Raises:
+            ProgramGone: the other side has ended.
+            CannotCrossError: what arrives is no message.
+        """
         try:
-            message = (_DataLoader if self.strict else _Loader)(raw, self).load()
-        except CannotCrossError:
+            return self._receive()
+        except (ProgramGone, CannotCrossError) as error:
+            self.spoilt = self.spoilt or error
             raise
-        except Exception as error:
-            raise CannotCrossError(f"{type(error).__name__}: {error}") from error
-        if type(message) is not tuple or not message:
-            raise CannotCrossError("a message that is none")
-        return message
 
-    def _exactly(self, size: int) -> bytes:
-        parts = bytearray()
-        while len(parts) < size:
-            try:
-                part = self.end.recv(min(size - len(parts), 1 << 20))
-            except ConnectionError:
-                part = b""
-            if not part:
-                raise ProgramGone("the program ended before it had answered")
-            parts += part
-        return bytes(parts)
+    def _receive(self) -> list[Any]:
+        sizes = _HEAD.unpack(self._exactly(_HEAD.size))
+        if sizes[0] > _STRUCTURE or sum(sizes) > LARGEST:
+            raise CannotCrossError(f"a message of {sum(sizes)} bytes, more than {LARGEST}")
+        raw = bytes(self._exactly(sizes[0]))
+        message = decoded(raw, memoryview(self._exactly(sizes[1])), self._read)
+        if type(message) is not tuple or not message or type(message[0]) is not str:
+            raise CannotCrossError("a message that is none")
+        return list(message)
 
     def call(self, target: Any, /, *args: Any, kind: str = "call", **kwargs: Any) -> Any:
         """Call a function of the other side (by name, or by the number of a stand-in), as if it were here.
@@ -203,38 +124,92 @@ class Peer:
         self.send(kind, target, args, kwargs)
         while True:
             answer, *rest = self.receive()
-            if answer == "returned":
+            if answer == "returned" and len(rest) == 2:
                 value, after = rest
-                for mine, theirs in zip([*args, *kwargs.values()], after or (), strict=False):
+                after = after if type(after) is list else []
+                for mine, theirs in zip([*args, *kwargs.values()], after, strict=False):
                     _copy_into(mine, theirs)
                 return value
-            if answer == "raised":
-                raise _exception(*rest)
+            if answer == "raised" and len(rest) == 2:
+                error = _exception(*rest)
+                if kind == "call" and isinstance(error, StopIteration):  # it would end a loop of the caller's
+                    raise RuntimeError(f"the function raised StopIteration: {error}")
+                raise error
+            if answer not in ("call", "next") or len(rest) != 3:
+                self.spoilt = CannotCrossError("an answer that is none")
+                raise self.spoilt
             self.answer(answer, *rest)
 
-    def answer(self, kind: str, target: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> None:
+    def answer(self, kind: str, target: Any, args: Any, kwargs: Any) -> None:
         """Do what the other side asks, and send it the result."""
         try:
             if kind == "next":
-                value, after = next(self.kept[target]), None
+                value, after = next(self.kept[self._number(target)]), None
             else:
-                function: Callable[..., Any] = self.functions[target] if isinstance(target, str) else self.kept[target]
-                given = [*args, *(kwargs or {}).values()]
+                function: Callable[..., Any] = (
+                    self.functions[target] if type(target) is str else self.kept[self._number(target)]
+                )
+                given = [*args, *kwargs.values()]
                 before = self._picture(given)
-                value = function(*args, **(kwargs or {}))
+                value = function(*args, **kwargs)
                 after = None if before is None or self._picture(given) == before else given
             self.send("returned", value, after)
         except Exception as error:
             self.send("raised", *described(error))
 
-    def _picture(self, args: list[Any]) -> bytes | None:
+    def _stand_in(self, value: Any) -> dict[str, Any] | None:
+        if isinstance(value, RemoteIterator) and value.peer is self:
+            return {"own": value.number}
+        if isinstance(value, partial) and value.func == self.call:
+            return {"own": value.args[0]}
+        if isinstance(value, type):
+            return None
+        # A package's function goes by its name: kept here, a program could call it with values of its own.
+        if self.strict and callable(value) and (named := _name(value)):
+            return named
+        if isinstance(value, types.FunctionType | types.BuiltinFunctionType | types.MethodType | partial):
+            return {"function": self.keep(value)}
+        if hasattr(value, "__next__"):
+            return {"iterator": self.keep(value)}
+        return None
+
+    def _number(self, tree: Any) -> int:
+        if type(tree) is not int or tree < 0:
+            raise CannotCrossError("a stand-in that is none")
+        return tree
+
+    def _exactly(self, size: int) -> bytearray:
+        parts = bytearray()
+        while len(parts) < size:
+            try:
+                part = self.end.recv(min(size - len(parts), 1 << 20))
+            except ConnectionError:
+                part = b""
+            if not part:
+                raise ProgramGone("the program ended before it had answered")
+            parts += part
+        return parts
+
+    def _picture(self, args: list[Any]) -> tuple[bytes, bytes] | None:
         """What shows whether a call changed its arguments; None where there is nothing to change."""
         if not any(isinstance(a, list | dict | set | bytearray) or hasattr(a, "__array__") for a in args):
             return None
         try:
-            return self.pickled(args)
+            return self.encoded(args)
         except CannotCrossError:
             return None
+
+
+def _name(function: Any) -> dict[str, Any] | None:
+    module = getattr(function, "__module__", None) or type(function).__module__
+    name = getattr(function, "__name__", "")
+    found = getattr(sys.modules.get(module), name, None)
+    return {"named": [module, name]} if found is function and module != "__tests__" else None
+
+
+def _named(tree: Any) -> Any:
+    module, name = tree
+    return getattr(import_module(module), name)
 
 
 def _copy_into(mine: Any, theirs: Any) -> None:
@@ -254,27 +229,31 @@ def _copy_into(mine: Any, theirs: Any) -> None:
             return
 
 
-def described(error: BaseException) -> tuple[list[tuple[str, str]], str]:
+def described(error: BaseException) -> tuple[list[list[str]], str]:
     """An exception as the other side may know it: its classes, nearest first, and its text."""
-    classes = [(kind.__module__, kind.__qualname__) for kind in type(error).__mro__]
+    classes = [[kind.__module__, kind.__qualname__] for kind in type(error).__mro__]
     try:
         text = str(error)
     except Exception:
         text = ""
-    return classes, text[:2000]
+    return classes, clean(text, _TEXT)
 
 
 def _exception(classes: Any, text: Any) -> BaseException:
     """The exception of the other side, as the nearest of its classes that is known here."""
-    for module, name in classes:
+    text = clean(text, _TEXT)
+    for pair in classes if type(classes) is list else []:
+        if type(pair) is not list or len(pair) != 2 or any(type(part) is not str for part in pair):
+            continue
+        module, name = pair
         found = None
         if module == "builtins":
             found = getattr(builtins, name, None)
-        elif str(module).partition(".")[0] in ("numpy", "torch", "sympy", "pandas", "re", "decimal"):
+        elif module.partition(".")[0] in ("numpy", "torch", "sympy", "pandas", "re", "decimal"):
             found = getattr(sys.modules.get(module), name, None)
         if isinstance(found, type) and issubclass(found, Exception):
             try:
-                return found(str(text))
+                return found(text)
             except Exception:
                 continue
-    return ProgramGone(str(text))
+    return ProgramGone(text)

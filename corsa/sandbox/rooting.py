@@ -11,14 +11,19 @@ from corsa.sandbox.kernel import (
     MS_BIND,
     MS_NODEV,
     MS_NOSUID,
+    MS_RDONLY,
     MS_REC,
+    MS_REMOUNT,
     bind_device,
     bind_read_only,
     enter_root,
     mount,
 )
 
-DEVICES = ("null", "zero", "full", "random", "urandom")
+DEVICES = ("null", "full", "random", "urandom")
+"""Not zero: pages of it that are shared stay when no process maps them, and are counted for none."""
+CODE = "/sandbox"
+"""Where the sandbox's own code is seen inside."""
 _STAGES = ("/mnt", "/tmp", "/var/tmp", "/srv", "/opt", "/run")
 
 
@@ -30,14 +35,29 @@ def python_places() -> list[str]:
     return [place for place in dict.fromkeys(places) if os.path.lexists(place)]
 
 
+def code_places() -> dict[str, str]:
+    """The sandbox's own code: where it is outside, and where inside."""
+    own = Path(__file__).resolve().parent
+    return {str(place): f"{CODE}/{place.relative_to(own.parents[1])}" for place in (own.parent / "__init__.py", own)}
+
+
 def build_root() -> None:
     """Put this process, alone in its mount namespace, into a root of its own."""
     places = python_places()
     # Built over a directory that hides none of them; the mount is seen by this process alone.
-    stage = next(s for s in _STAGES if os.path.isdir(s) and not any(p.startswith(f"{s}/") for p in places))
+    sources = [*places, *code_places()]
+    stage = next(s for s in _STAGES if os.path.isdir(s) and not any(p.startswith(f"{s}/") for p in sources))
     mount("none", stage, "tmpfs", data="size=4m,mode=0755")
     for place in places:
         _show(place, stage, places)
+    for place, inside in code_places().items():
+        target = Path(stage + inside)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if os.path.isdir(place):
+            target.mkdir()
+        else:
+            target.touch()
+        bind_read_only(place, str(target))
     for name in ("tmp", "proc", "dev"):
         Path(stage, name).mkdir(exist_ok=True)
     for name in DEVICES:
@@ -47,6 +67,8 @@ def build_root() -> None:
     Path(stage, "dev/shm").symlink_to("/tmp")
     mount("proc", f"{stage}/proc", "proc")
     enter_root(stage)
+    # The user who has made it owns it: a program of the same user could write there, for the next one to find.
+    mount("none", "/", flags=MS_BIND | MS_REMOUNT | MS_RDONLY | MS_NOSUID)
 
 
 def private_directory(size: int | str) -> None:
@@ -97,21 +119,37 @@ def _show(place: str, stage: str, places: list[str]) -> None:
     bind_read_only(place, str(target))
 
 
-def bubblewrap(tool: str, code: str, environment: Mapping[str, str]) -> list[str]:
-    """The command that puts what follows it into the same root with bubblewrap. `code`: this package's source."""
+def bubblewrap(tool: str, environment: Mapping[str, str]) -> list[str]:
+    """The command that puts what follows it into the same root with bubblewrap."""
     words = [tool, "--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts", "--die-with-parent"]
     if os.geteuid() != 0:
         words += ["--unshare-user"]
-    words += ["--cap-add", "ALL", "--clearenv", "--proc", "/proc", "--dev", "/dev", "--tmpfs", "/tmp"]
+    words += [
+        "--cap-add",
+        "ALL",
+        "--clearenv",
+        "--proc",
+        "/proc",
+        "--perms",
+        "0755",
+        "--dir",
+        "/dev",
+        "--tmpfs",
+        "/tmp",
+    ]
+    for name in DEVICES:
+        words += ["--dev-bind", f"/dev/{name}", f"/dev/{name}"]
+    words += ["--symlink", "/tmp", "/dev/shm"]
     links = [place for place in python_places() if os.path.islink(place)]
     real = dict.fromkeys(os.path.realpath(p) if os.path.islink(p) else p for p in python_places())
-    parents = dict.fromkeys(str(p) for place in [*real, code] for p in reversed(Path(place).parents[:-1]))
+    shown = {place: place for place in real} | code_places()
+    parents = dict.fromkeys(str(p) for place in shown.values() for p in reversed(Path(place).parents[:-1]))
     for parent in parents:  # which bubblewrap would make for its own user alone
         words += ["--perms", "0755", "--dir", parent]
-    for place in [*real, code]:
-        words += ["--ro-bind", place, place]
+    for place, inside in shown.items():
+        words += ["--ro-bind", place, inside]
     for place in links:
         words += ["--symlink", os.readlink(place), place]
     for name, value in environment.items():
         words += ["--setenv", name, value]
-    return [*words, "--chdir", "/", "--"]
+    return [*words, "--remount-ro", "/", "--chdir", "/", "--"]

@@ -16,7 +16,13 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from corsa.sandbox.protocol import CannotCrossError, Peer, ProgramGone
+from corsa.sandbox.confinement import empty_environment
+from corsa.sandbox.expressions import read_no_expressions_of_others
+from corsa.sandbox.protocol import Peer, ProgramGone
+from corsa.sandbox.values import CannotCrossError
+
+_TEXT = 500
+"""Characters of what is said of a test at most."""
 
 
 def free_names(tests: str) -> list[str]:
@@ -33,40 +39,83 @@ def free_names(tests: str) -> list[str]:
     return sorted(used - defined - set(dir(builtins)))
 
 
-def examine(end: socket.socket, request: Mapping[str, Any]) -> dict[str, Any]:
+def examine(files: list[int]) -> None:
+    """Run tests against a program. files: the request {tests, entry}, the wire, where the verdict goes, as JSON."""
+    request, wire, verdict = files
+    with os.fdopen(request, "rb") as file:
+        asked = json.load(file)
+    null = os.open("/dev/null", os.O_RDWR)
+    for standard in (0, 1, 2):
+        os.dup2(null, standard)
+    empty_environment()
+    raw = json.dumps(examined(socket.socket(fileno=wire), asked)).encode()
+    while raw:
+        raw = raw[os.write(verdict, raw) :]
+
+
+def examined(end: socket.socket, request: Mapping[str, Any]) -> dict[str, Any]:
     """Run every function `test_*` of the tests against the program: {outcome, tests: {name: "" or what went wrong}}.
 
     outcome: passed, failed (an assertion), error (an exception), gone (the program ended), or faulty (the tests
-    themselves cannot be run: no verdict on the program).
+    do not get as far as their functions).
     """
     gc.disable()
+    entry, tests = request["entry"], request["tests"]
+    known = {entry, *free_names(tests)} - {""}
     peer = Peer(end, strict=True)
     try:
-        greeting, *rest = peer.receive()
-    except (ProgramGone, CannotCrossError) as error:
-        return {"outcome": "gone", "detail": str(error), "tests": {}}
-    if greeting != "ready":
-        return {"outcome": "error", "detail": ": ".join(str(part) for part in rest), "tests": {}}
+        peer.send("names", sorted(known))
+        functions, values = _greeting(peer.receive())
+    except ProgramGone as error:
+        return _unasked("gone", str(error))
+    except Exception as error:
+        return _unasked("error", str(error))
+    # Only what the tests ask for: a program that defines `all` or `isinstance` redefines them for itself alone.
+    if entry and entry not in functions:
+        return _unasked("error", f"the program defines no function {entry}")
     module = types.ModuleType("__tests__")
     namespace = module.__dict__
-    functions, values = rest
-    # Only what the tests ask for: a program that defines `all` or `isinstance` redefines them for itself alone.
-    known, entry = set(request["names"]), request["entry"]
-    if entry and entry not in functions:
-        return {"outcome": "error", "detail": f"the program defines no function {entry}", "tests": {}}
-    namespace.update({name: value for name, value in dict(values).items() if name in known})
+    namespace.update({name: value for name, value in values.items() if name in known})
     namespace.update({name: partial(peer.call, name) for name in functions if name in known})
     try:
-        exec(compile(request["tests"], "<tests>", "exec"), namespace)
+        read_no_expressions_of_others(tests)
+        exec(compile(tests, "<tests>", "exec"), namespace)
+        read_no_expressions_of_others(tests)  # where they have loaded SymPy themselves
     except ProgramGone as gone:
-        return {"outcome": "gone", "detail": str(gone), "tests": {}}
-    except Exception as error:
-        return {"outcome": "faulty", "detail": f"{type(error).__name__}: {error}", "tests": {}}
+        return _unasked("gone", str(gone))
+    except BaseException as error:
+        return _unasked("faulty", f"{type(error).__name__}: {error}")
     if entry:
         namespace[entry] = partial(peer.call, entry)
-    tests = {n: f for n, f in namespace.items() if n.startswith("test") and isinstance(f, types.FunctionType)}
+    tests_ = {n: f for n, f in namespace.items() if n.startswith("test") and isinstance(f, types.FunctionType)}
+    found = _each(tests_)
+    if peer.spoilt:  # also where a test caught it
+        outcome = "gone" if isinstance(peer.spoilt, ProgramGone) else "error"
+        return found | {"outcome": outcome, "detail": found["detail"] or _text(peer.spoilt)}
+    return found
+
+
+def _unasked(outcome: str, detail: str) -> dict[str, Any]:
+    return {"outcome": outcome, "detail": detail[:_TEXT], "tests": {}}
+
+
+def _greeting(message: list[Any]) -> tuple[list[str], dict[str, Any]]:
+    """What a program says first: the names of its functions, and its values by name.
+
+    Raises:
+        CannotCrossError: it says that it has failed, or nothing that can be understood.
+    """
+    match message:
+        case ["ready", list() as functions, dict() as values] if all(type(n) is str for n in [*functions, *values]):
+            return functions, values
+        case ["failed", str() as kind, str() as text]:
+            raise CannotCrossError(f"{kind}: {text}")
+    raise CannotCrossError("a program that does not say what it defines")
+
+
+def _each(tests: Mapping[str, types.FunctionType]) -> dict[str, Any]:
     if not tests:
-        return {"outcome": "faulty", "detail": "there is no function test_* among the tests", "tests": {}}
+        return _unasked("faulty", "there is no function test_* among the tests")
     found: dict[str, str] = {}
     outcome = "passed"
     for name, test in tests.items():
@@ -74,21 +123,21 @@ def examine(end: socket.socket, request: Mapping[str, Any]) -> dict[str, Any]:
             test()
             found[name] = ""
         except AssertionError as error:
-            found[name] = f"AssertionError: {error}"[:500].rstrip(": ")
+            found[name] = f"AssertionError: {_text(error)}".rstrip(": ")
             outcome = "failed" if outcome == "passed" else outcome
         except ProgramGone as gone:
-            found[name] = str(gone)
+            found[name] = _text(gone)
             outcome = "gone"
             break
         except BaseException as error:
-            found[name] = f"{type(error).__name__}: {error}"[:500]
+            found[name] = f"{type(error).__name__}: {_text(error)}"
             outcome = "error" if outcome in ("passed", "failed") else outcome
     detail = next((f"{name}: {text}" for name, text in found.items() if text), "")
     return {"outcome": outcome, "detail": detail, "tests": found}
 
 
-def report(end: socket.socket, request: Mapping[str, Any], verdict: int) -> None:
-    """Examine, and write the verdict as JSON to the pipe."""
-    raw = json.dumps(examine(end, request)).encode()
-    while raw:
-        raw = raw[os.write(verdict, raw) :]
+def _text(error: BaseException) -> str:
+    try:
+        return str(error)[:_TEXT]
+    except Exception:
+        return ""

@@ -1,146 +1,343 @@
-"""Values of packages as plain data, and made from it again: tensors, data frames, symbolic expressions, matches.
+"""Values as data: JSON for their structure, one run of bytes for what is not text.
 
-Their own pickles can name functions to be called and attributes to be set, so whoever writes the bytes by hand decides
-what the reader runs. These forms cannot.
+A message crosses between two processes that do not trust each other. What arrives is built from the closed list of
+kinds in this module and in `packages.py`, each from parts whose types, lengths and depth are checked. Nothing is
+unpickled, nothing that arrives names a function to call, and no object is given a state.
+
+JSON's own values (None, bool, int, float, str, list) stand for themselves. Every other kind is an object with one key,
+its name: `{"tuple": [1, 2]}`, `{"bytes": [0, 16]}` (offset and length in the run of bytes).
 """
 
 from __future__ import annotations
 
-import ast
+import json
 import re
-import sys
 import types
+from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import Callable
+from datetime import date, datetime, time, timedelta, timezone
+from decimal import Decimal
+from fractions import Fraction
 from typing import Any
+
+DEPTH = 100
+"""Containers in one another at most."""
+_WIDEST = 1 << 62
+"""Larger integers cross as hexadecimal text, which Python reads in linear time and without its limit on digits."""
+_DIGITS = 1 << 20
+"""Digits of a number at most."""
+_PLAIN = frozenset({type(None), bool, str, float})
+_CLASSES = {
+    f"builtins.{kind.__name__}": kind
+    for kind in (bool, bytes, complex, dict, float, frozenset, int, list, set, str, tuple)
+}
 
 
 class CannotCrossError(Exception):
-    """A value that is not data: a program's own class, or one that the examiner does not read."""
+    """A value that is not data: of a class that is not on the list, too deep, or malformed."""
 
 
-def reduced(obj: Any) -> Any:
-    """How `pickle` is to write a value of a package, or NotImplemented where it knows itself."""
-    if isinstance(obj, re.Match):
-        return match, (obj.re.pattern, obj.re.flags, obj.string, *obj.span())
-    if isinstance(obj, re.Pattern):
-        return pattern, (obj.pattern, obj.flags)
-    if isinstance(obj, types.MappingProxyType):
-        return mapping, (dict(obj),)
-    package = type(obj).__module__.partition(".")[0]
-    if package == "torch" and isinstance(obj, sys.modules["torch"].Tensor):
-        torch: Any = sys.modules["torch"]
-        flat = obj.detach().resolve_conj().resolve_neg().contiguous().reshape(-1)
-        return tensor, (flat.view(torch.uint8).numpy().tobytes(), obj.dtype, tuple(obj.shape), obj.requires_grad)
-    if package == "sympy" and isinstance(obj, sys.modules["sympy"].Basic | sys.modules["sympy"].MatrixBase):
-        return expression, (sys.modules["sympy"].srepr(obj),)
-    if package == "pandas":
-        return _written_frame(obj)
-    return NotImplemented
+class Writer:
+    """Turns values into JSON's own, and collects their bytes.
 
-
-def tensor(raw: bytes, dtype: Any, shape: tuple[int, ...], requires_grad: bool) -> Any:
-    """A tensor from its bytes."""
-    import torch
-
-    flat = torch.frombuffer(bytearray(raw), dtype=dtype) if raw else torch.empty(0, dtype=dtype)
-    flat = flat.clone()  # of a storage that can be resized, as a tensor's own is
-    return flat.reshape(shape).requires_grad_(bool(requires_grad))
-
-
-def _written_frame(obj: Any) -> Any:
-    import pandas as pd
-    import pyarrow as pa
-
-    if not isinstance(obj, pd.DataFrame | pd.Series | pd.Index):
-        return NotImplemented
-    name = getattr(obj, "name", None)
-    data = obj if isinstance(obj, pd.DataFrame) else obj.to_frame(name="value")
-    if isinstance(obj, pd.Index):
-        data = data.reset_index(drop=True)
-    kind = next(k.__name__ for k in (pd.DataFrame, pd.Series, pd.Index) if isinstance(obj, k))
-    sink = pa.BufferOutputStream()
-    table = pa.Table.from_pandas(data)
-    with pa.ipc.new_stream(sink, table.schema) as writer:
-        writer.write_table(table)
-    return frame, (kind, name, sink.getvalue().to_pybytes())
-
-
-def frame(kind: str, name: Any, raw: bytes) -> Any:
-    """A data frame, series or index from an Arrow stream."""
-    import pandas as pd
-    import pyarrow as pa
-
-    data = pa.ipc.open_stream(raw).read_all().to_pandas()
-    if kind == "DataFrame":
-        return data
-    return data["value"].rename(name) if kind == "Series" else pd.Index(data["value"], name=name)
-
-
-def expression(text: str) -> Any:
-    """A symbolic expression from what `sympy.srepr` writes of it; nothing is evaluated but constructors of sympy.
-
-    Raises:
-        CannotCrossError: the text is anything else.
+    Args:
+        stand_in: the tree of a value that stays on this side, such as a function; None where it is none.
     """
-    import sympy
 
+    def __init__(self, stand_in: Callable[[Any], dict[str, Any] | None] = lambda value: None) -> None:
+        self.stand_in = stand_in
+        self.blobs: list[bytes] = []
+        self._size = 0
+        self._depth = 0
+
+    def blob(self, raw: bytes) -> list[int]:
+        """Where in the run of bytes these are: [offset, length]."""
+        place = [self._size, len(raw)]
+        self.blobs.append(raw)
+        self._size += len(raw)
+        return place
+
+    def write(self, value: Any) -> Any:
+        """The tree of a value.
+
+        Raises:
+            CannotCrossError: the value is not data.
+        """
+        kind = type(value)
+        if kind in _PLAIN:
+            return value
+        if kind is int:
+            return value if -_WIDEST < value < _WIDEST else {"int": hex(value)}
+        if self._depth > DEPTH:
+            raise CannotCrossError(f"a value more than {DEPTH} containers deep")
+        self._depth += 1
+        try:
+            if kind is list:
+                return [self.write(item) for item in value]
+            if isinstance(value, type):
+                return _write_class(self, value)
+            writer = WRITERS.get(kind)
+            if writer:
+                return writer(self, value)
+            found = self.stand_in(value)
+            if found is None:
+                from corsa.sandbox import packages
+
+                found = packages.written(self, value)
+        finally:
+            self._depth -= 1
+        if found is None:
+            raise CannotCrossError(f"a value of {kind.__module__}.{kind.__qualname__}, which is not plain data")
+        return found
+
+
+class Reader:
+    """Builds values from trees and a run of bytes.
+
+    Args:
+        area: the run of bytes.
+        stand_ins: further kinds, such as functions of the other side.
+    """
+
+    def __init__(self, area: memoryview, stand_ins: dict[str, Callable[[Any], Any]] | None = None) -> None:
+        self.area = area
+        self.stand_ins = stand_ins or {}
+        self._depth = 0
+
+    def blob(self, place: Any) -> memoryview:
+        """The bytes at [offset, length]. Raises CannotCrossError where there are none."""
+        offset, length = self.integers(place, 2)
+        if offset < 0 or length < 0 or offset + length > len(self.area):
+            raise CannotCrossError("bytes that were not sent")
+        return self.area[offset : offset + length]
+
+    def integers(self, tree: Any, count: int | None = None) -> list[int]:
+        """A list of small integers. Raises CannotCrossError for anything else."""
+        if type(tree) is not list or any(type(item) is not int for item in tree) or count not in (None, len(tree)):
+            raise CannotCrossError("a list of integers that is none")
+        return tree
+
+    def text(self, tree: Any) -> str:
+        """A text. Raises CannotCrossError for anything else."""
+        if type(tree) is not str:
+            raise CannotCrossError("a text that is none")
+        return tree
+
+    def items(self, tree: Any) -> list[Any]:
+        """The values of a list. Raises CannotCrossError where the tree is no list."""
+        if type(tree) is not list:
+            raise CannotCrossError("a list that is none")
+        return [item if type(item) in _PLAIN else self.read(item) for item in tree]
+
+    def pairs(self, tree: Any) -> list[tuple[Any, Any]]:
+        """The pairs of a list of lists of two. Raises CannotCrossError for anything else."""
+        found = [self.items(pair) for pair in tree] if type(tree) is list else [[]]
+        if any(len(pair) != 2 for pair in found):
+            raise CannotCrossError("pairs that are none")
+        return [(key, value) for key, value in found]
+
+    def read(self, tree: Any) -> Any:
+        """The value of a tree.
+
+        Raises:
+            CannotCrossError: its kind is not on the list, or it is malformed.
+        """
+        if type(tree) in _PLAIN or type(tree) is int:
+            return tree
+        if self._depth > DEPTH:
+            raise CannotCrossError(f"a value more than {DEPTH} containers deep")
+        self._depth += 1
+        try:
+            if type(tree) is list:
+                return self.items(tree)
+            if type(tree) is not dict or len(tree) != 1:
+                raise CannotCrossError("a value of no kind")
+            ((kind, parts),) = tree.items()
+            make = self.stand_ins.get(kind)
+            if make:
+                return make(parts)
+            reader = READERS.get(kind)
+            if reader is None:
+                from corsa.sandbox import packages
+
+                reader = packages.READERS.get(kind)
+            if reader is None:
+                raise CannotCrossError("a value of a kind that is not on the list")
+            return reader(self, parts)
+        except CannotCrossError:
+            raise
+        except Exception as error:  # such as a set of lists, or a date in month 13
+            raise CannotCrossError(f"a malformed value: {type(error).__name__}: {error}"[:300]) from error
+        finally:
+            self._depth -= 1
+
+
+def encoded(value: Any, stand_in: Callable[[Any], dict[str, Any] | None] = lambda value: None) -> tuple[bytes, bytes]:
+    """A value as JSON and its run of bytes. Raises CannotCrossError where it is not data."""
+    writer = Writer(stand_in)
     try:
-        return _made(ast.parse(text, mode="eval").body, sympy)
-    except CannotCrossError:
-        raise
-    except Exception as error:
-        raise CannotCrossError(f"an expression that cannot be made again: {error}") from error
+        tree = writer.write(value)
+        return json.dumps(tree).encode(), b"".join(writer.blobs)
+    except (TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise CannotCrossError(f"{type(error).__name__}: {error}"[:300]) from error
 
 
-_TAKE_TEXT = ("Symbol", "Dummy", "Wild", "Float", "Function", "Str", "Integer")
-"""Constructors that take text as it is; others would evaluate it."""
+def decoded(raw: bytes, area: memoryview, stand_ins: dict[str, Callable[[Any], Any]] | None = None) -> Any:
+    """The value that `encoded` has written. Raises CannotCrossError for anything that is none."""
+    try:
+        tree = json.loads(raw)
+    except (ValueError, RecursionError, MemoryError) as error:
+        raise CannotCrossError(f"a message that is no JSON: {type(error).__name__}") from error
+    return Reader(area, stand_ins).read(tree)
 
 
-def _made(node: ast.expr, sympy: Any) -> Any:
-    match node:
-        case ast.Constant(value=int() | float() | bool() | None):
-            return node.value
-        case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int() | float() as value)):
-            return -value
-        case ast.List(elts=parts) | ast.Tuple(elts=parts):
-            made = [_made(part, sympy) for part in parts]
-            return made if isinstance(node, ast.List) else tuple(made)
-        case ast.Name(id=name):
-            found = getattr(sympy, name, None)
-            sorts = sympy.Basic | sympy.MatrixBase
-            if isinstance(found, sorts) or (isinstance(found, type) and issubclass(found, sorts)):
-                return found
-        case ast.Call(func=function, args=args, keywords=keywords):
-            plain = isinstance(function, ast.Name) and function.id in _TAKE_TEXT
-            given = [a.value if plain and _is_text(a) else _made(a, sympy) for a in args]  # type: ignore[attr-defined]
-            return _made(function, sympy)(*given, **{str(k.arg): _made(k.value, sympy) for k in keywords})
-    raise CannotCrossError(f"{ast.unparse(node)[:80]} in an expression")
+def _number(reader: Reader, tree: Any) -> int:
+    text = reader.text(tree)
+    if len(text) > _DIGITS or not re.fullmatch("-?0x[0-9a-f]+", text):
+        raise CannotCrossError("an integer that is none")
+    return int(text, 16)
 
 
-def _is_text(node: ast.expr) -> bool:
-    return isinstance(node, ast.Constant) and isinstance(node.value, str)
+def _decimal(reader: Reader, tree: Any) -> Decimal:
+    text = reader.text(tree)
+    if len(text) > _DIGITS:
+        raise CannotCrossError(f"a number of more than {_DIGITS} digits")
+    return Decimal(text)
 
 
-def pattern(text: Any, flags: int) -> Any:
-    """A regular expression."""
-    return re.compile(text, flags)
+def _timezone(reader: Reader, tree: Any) -> timezone | None:
+    return None if tree is None else timezone(timedelta(*reader.integers(tree, 3)))
 
 
-def match(text: Any, flags: int, string: Any, start: int, end: int) -> Any:
-    """The match of a regular expression that covers string[start:end].
+def _write_timezone(zone: Any) -> list[int] | None:
+    if zone is not None and type(zone) is not timezone:
+        raise CannotCrossError("a time zone that is no fixed offset")
+    return None if zone is None else _days(zone.utcoffset(None))
 
-    Raises:
-        CannotCrossError: there is none.
-    """
-    regex = re.compile(text, flags)
-    for found in (regex.match(string, start), regex.fullmatch(string, start, end)):
+
+def _days(delta: timedelta) -> list[int]:
+    return [delta.days, delta.seconds, delta.microseconds]
+
+
+def _clock(value: datetime | time) -> list[int]:
+    return [value.hour, value.minute, value.second, value.microsecond]
+
+
+def _read_datetime(reader: Reader, tree: Any) -> datetime:
+    *parts, zone, fold = tree
+    year, month, day, *clock = reader.integers(parts, 7)
+    return datetime(year, month, day, *clock, tzinfo=_timezone(reader, zone), fold=fold)
+
+
+def _read_time(reader: Reader, tree: Any) -> time:
+    *parts, zone, fold = tree
+    hour, minute, second, micro = reader.integers(parts, 4)
+    return time(hour, minute, second, micro, tzinfo=_timezone(reader, zone), fold=fold)
+
+
+def _read_pattern(reader: Reader, tree: Any) -> re.Pattern[Any]:
+    text, flags = reader.items(tree)
+    if type(text) not in (str, bytes) or type(flags) is not int:
+        raise CannotCrossError("a regular expression that is none")
+    return re.compile(text, flags & ~re.DEBUG)
+
+
+def _write_match(writer: Writer, value: re.Match[Any]) -> dict[str, Any]:
+    parts = (value.re.pattern, value.re.flags, value.string, *value.span())
+    return {"match": [writer.write(part) for part in parts]}
+
+
+def _read_match(reader: Reader, tree: Any) -> re.Match[Any]:
+    pattern, (text, start, end) = _read_pattern(reader, tree[:2]), reader.items(tree[2:])
+    for found in (pattern.match(text, start), pattern.fullmatch(text, start, end)):
         if found and found.span() == (start, end):
             return found
-    raise CannotCrossError("a match that the examiner does not find")
+    raise CannotCrossError("a match that the reader does not find")
 
 
-def mapping(values: dict[Any, Any]) -> Any:
-    """A mapping that cannot be changed."""
-    return types.MappingProxyType(values)
+def _read_defaultdict(reader: Reader, tree: Any) -> defaultdict[Any, Any]:
+    factory, pairs = tree
+    return defaultdict(reader.read(factory), reader.pairs(pairs))
 
 
-MAKERS = (tensor, frame, expression, mapping, match, pattern)
+def _read_class(reader: Reader, tree: Any) -> type:
+    return _CLASSES[reader.text(tree)]
+
+
+def _write_class(writer: Writer, value: type) -> dict[str, Any] | None:
+    name = f"{value.__module__}.{value.__qualname__}"
+    if _CLASSES.get(name) is value:
+        return {"class": name}
+    from corsa.sandbox import packages
+
+    found = writer.stand_in(value) or packages.written(writer, value)
+    if found is None:
+        raise CannotCrossError(f"the class {name}, which is not plain data")
+    return found
+
+
+def _listed(writer: Writer, values: Any) -> list[Any]:
+    return [writer.write(value) for value in values]
+
+
+def _paired(writer: Writer, values: Any) -> list[list[Any]]:
+    return [[writer.write(key), writer.write(value)] for key, value in values.items()]
+
+
+WRITERS: dict[type, Callable[[Writer, Any], Any]] = {
+    tuple: lambda w, v: {"tuple": _listed(w, v)},
+    dict: lambda w, v: {"dict": _paired(w, v)},
+    set: lambda w, v: {"set": _listed(w, v)},
+    frozenset: lambda w, v: {"frozenset": _listed(w, v)},
+    bytes: lambda w, v: {"bytes": w.blob(v)},
+    bytearray: lambda w, v: {"bytearray": w.blob(bytes(v))},
+    complex: lambda w, v: {"complex": [v.real, v.imag]},
+    range: lambda w, v: {"range": _listed(w, (v.start, v.stop, v.step))},
+    slice: lambda w, v: {"slice": _listed(w, (v.start, v.stop, v.step))},
+    Counter: lambda w, v: {"Counter": _paired(w, v)},
+    OrderedDict: lambda w, v: {"OrderedDict": _paired(w, v)},
+    defaultdict: lambda w, v: {"defaultdict": [w.write(v.default_factory), _paired(w, v)]},
+    deque: lambda w, v: {"deque": [v.maxlen, _listed(w, v)]},
+    date: lambda w, v: {"date": [v.year, v.month, v.day]},
+    time: lambda w, v: {"time": [*_clock(v), _write_timezone(v.tzinfo), v.fold]},
+    datetime: lambda w, v: {"datetime": [v.year, v.month, v.day, *_clock(v), _write_timezone(v.tzinfo), v.fold]},
+    timedelta: lambda w, v: {"timedelta": _days(v)},
+    timezone: lambda w, v: {"timezone": _write_timezone(v)},
+    Decimal: lambda w, v: {"Decimal": str(v)},
+    Fraction: lambda w, v: {"Fraction": _listed(w, (v.numerator, v.denominator))},
+    re.RegexFlag: lambda w, v: {"RegexFlag": int(v)},
+    re.Pattern: lambda w, v: {"pattern": [w.write(v.pattern), v.flags]},
+    re.Match: _write_match,
+    types.MappingProxyType: lambda w, v: {"mapping": _paired(w, v)},
+}
+"""What is written of each class of the standard library."""
+
+READERS: dict[str, Callable[[Reader, Any], Any]] = {
+    "int": _number,
+    "tuple": lambda r, t: tuple(r.items(t)),
+    "dict": lambda r, t: dict(r.pairs(t)),
+    "set": lambda r, t: set(r.items(t)),
+    "frozenset": lambda r, t: frozenset(r.items(t)),
+    "bytes": lambda r, t: bytes(r.blob(t)),
+    "bytearray": lambda r, t: bytearray(r.blob(t)),
+    "complex": lambda r, t: complex(*(float(part) for part in r.items(t))),
+    "range": lambda r, t: range(*r.items(t)),
+    "slice": lambda r, t: slice(*r.items(t)),
+    "Counter": lambda r, t: Counter(dict(r.pairs(t))),
+    "OrderedDict": lambda r, t: OrderedDict(r.pairs(t)),
+    "defaultdict": _read_defaultdict,
+    "deque": lambda r, t: deque(r.items(t[1]), r.read(t[0])),
+    "date": lambda r, t: date(*r.integers(t, 3)),
+    "time": _read_time,
+    "datetime": _read_datetime,
+    "timedelta": lambda r, t: timedelta(*r.integers(t, 3)),
+    "timezone": _timezone,
+    "Decimal": _decimal,
+    "Fraction": lambda r, t: Fraction(*r.items(t)),
+    "RegexFlag": lambda r, t: re.RegexFlag(t),
+    "pattern": _read_pattern,
+    "match": _read_match,
+    "mapping": lambda r, t: types.MappingProxyType(dict(r.pairs(t))),
+    "class": _read_class,
+}
+"""What is built for each kind."""

@@ -16,7 +16,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
@@ -25,28 +25,18 @@ from typing import Any, Literal
 import corsa
 from corsa.config import Frozen
 from corsa.errors import CorsaError
+from corsa.sandbox import cgroup
+from corsa.sandbox.rooting import CODE, bubblewrap
+from corsa.sandbox.texts import clean
+from corsa.sandbox.verdicts import Outcome, Verdict, verdict
 
 Engine = Literal["bubblewrap", "namespaces", "none"]
-Outcome = Literal[
-    "passed",
-    "failed",
-    "error",
-    "timeout",
-    "cpu",
-    "memory",
-    "processes",
-    "disk",
-    "files",
-    "output",
-    "crashed",
-    "exited",
-    "sandbox",
-]
-"""How a program ended. `sandbox`: the sandbox broke, or nobody can run the tests: nothing is known of the program."""
-
 _START = "import sys; sys.path.insert(0, {root!r}); from corsa.sandbox.supervisor import main; del sys.path[0]; main()"
 _GRACE = 20.0
 """Seconds beyond a program's own wall time after which a silent sandbox is taken for broken."""
+_LONGEST = 16 << 20
+"""Bytes of an answer at most."""
+_UNRUN = "the tests cannot be run"
 _LOADING = 300.0
 """Seconds that a sandbox may take to load its modules."""
 _FIRST_USER = 1 << 30
@@ -75,39 +65,25 @@ class Program:
     """A program and the tests it is judged by.
 
     text: the program, trusted with nothing. before: run before it in its own process (the updated API). tests: run in
-    the examiner's process, trusted; its functions `test_*` call the program's by name, whatever else of that name the
-    tests define where it is the `entry`.
+    another process, trusted; its functions `test_*` call the program's by name, whatever else of that name the tests
+    define where it is the `entry`. known_good: a program that passes; it tells a fault of the program from one of the
+    sandbox or of the tests.
     """
 
     text: str
     tests: str
     before: str = ""
     entry: str = ""
+    known_good: str = ""
 
     def digest(self, limits: Limits) -> str:
         """What a verdict depends on, beside the versions of Python and of packages."""
-        parts = json.dumps([self.text, self.tests, self.before, self.entry, limits.canonical()])
+        parts = json.dumps([self.text, self.tests, self.before, self.entry, self.known_good, limits.canonical()])
         return hashlib.sha256(parts.encode()).hexdigest()
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """How a program did. `tests` says of each what went wrong ("": nothing); `output` is the end of what it printed."""
-
-    outcome: Outcome
-    detail: str = ""
-    tests: dict[str, str] = field(default_factory=dict)
-    output: str = ""
-    seconds: float = 0.0
-
-    @property
-    def passed(self) -> bool:
-        """Whether every test passed."""
-        return self.outcome == "passed"
-
-
 class Sandbox:
-    """A warden with its namespaces, started when the first program comes. Use it in a `with` block.
+    """A supervisor with its namespaces, started when the first program comes. Use it in a `with` block.
 
     `modules` are loaded once, before any program: those that programs import and that take long.
     """
@@ -115,6 +91,7 @@ class Sandbox:
     def __init__(self, engine: Engine, modules: Sequence[str] = (), limits: Limits | None = None) -> None:
         self.engine, self.modules, self.limits = engine, tuple(modules), limits or Limits()
         self._process: subprocess.Popen[bytes] | None = None
+        self._group: cgroup.Group | None = None
         self._said: Any = None
 
     def __enter__(self) -> Sandbox:
@@ -124,41 +101,58 @@ class Sandbox:
         self.close()
 
     def run(self, program: Program) -> Verdict:
-        """The verdict on a program.
+        """The verdict on a program. What a program causes is its failure, whatever it does to its sandbox.
 
         Raises:
-            SandboxError: the sandbox could not be started or broke down twice, or the tests cannot be run by anybody.
+            SandboxError: a known-good program fares no better: the sandbox breaks down, or nobody can run the tests.
         """
-        request = {**asdict(program), "limits": self.limits.canonical()}
-        for attempt in (1, 2):
-            try:
-                self.start()
-                self._send(request)
-                found = self._receive(self.limits.wall_s + _GRACE)
-                if found["outcome"] == "broken":
-                    raise SandboxError(found["detail"])
+        fault = ""
+        for _ in range(2):
+            found, fault = self._once(program)
+            if found:
+                return found
+            # Whose fault is it? A known-good program in its place shows it.
+            _, other = self._once(_known_good(program))
+            if other and (program.known_good or "NameError" not in other):
+                raise SandboxError(other)
+            if fault.startswith(_UNRUN):
                 break
-            except (SandboxError, OSError) as error:
-                self.close()
-                if attempt == 2:
-                    raise SandboxError(f"the sandbox broke down twice over one program: {error}") from error
-        if found["outcome"] == "faulty":
-            raise SandboxError(f"the tests cannot be run: {found['detail']}")
-        return Verdict(**found)
+        outcome: Outcome = "error" if fault.startswith(_UNRUN) else "crashed"
+        return Verdict(outcome, f"{fault}; a known-good program in its place does not cause this")
+
+    def _once(self, program: Program) -> tuple[Verdict | None, str]:
+        """The verdict, or what stands in the way of one; a sandbox that broke down is closed."""
+        try:
+            self.start()
+        except SandboxError as error:
+            return None, str(error)
+        try:
+            self._send({**asdict(program), "limits": self.limits.canonical()})
+            found = self._receive(self.limits.wall_s + _GRACE)
+            if found.get("outcome") == "faulty":
+                return None, clean(f"{_UNRUN}: {found.get('detail')}", 1000)
+            judged = verdict(found)
+            if judged:
+                return judged, ""
+            raise SandboxError(f"the sandbox gave no verdict: {found.get('detail')}")
+        except (SandboxError, OSError, ValueError, AttributeError) as error:
+            self.close()
+            return None, clean(f"the sandbox broke down: {error}", 1000)
 
     def start(self) -> None:
-        """Start the warden, if it does not run. Raises SandboxError with what it said where it cannot."""
+        """Start the supervisor, if it does not run. Raises SandboxError with what it said where it cannot."""
         if self._process is not None:
             return
         self._said = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the process)
         root = str(Path(corsa.__file__).resolve().parents[1])
-        command = [sys.executable, "-s", "-P", "-c", _START.format(root=root), self.engine]
-        command += [str(_FIRST_USER + secrets.randbits(29) if os.geteuid() == 0 else 0), ",".join(self.modules)]
+        start = _START.format(root=CODE if self.engine == "bubblewrap" else root)
+        owner = _FIRST_USER + secrets.randbits(29) if os.geteuid() == 0 else 0
+        self._group = cgroup.make() if self.engine != "none" else None
+        procs = [self._group.procs] if self._group else []
+        command = [sys.executable, "-s", "-P", "-c", start, self.engine, str(owner), ",".join(self.modules), root]
+        command += map(str, procs)
         if self.engine == "bubblewrap":
-            from corsa.sandbox.rooting import bubblewrap
-
-            tool = shutil.which("bwrap")
-            command = bubblewrap(tool or "bwrap", f"{root}/corsa", _ENVIRONMENT) + command
+            command = bubblewrap(shutil.which("bwrap") or "bwrap", _ENVIRONMENT) + command
         self._process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
@@ -167,12 +161,15 @@ class Sandbox:
             env=_ENVIRONMENT,
             start_new_session=True,
             cwd="/",
+            pass_fds=procs,
         )
         try:
             self._receive(_LOADING)
-        except SandboxError:
+            if self._group:
+                self._group.bound(self.limits.memory)
+        except (SandboxError, OSError) as error:
             self.close()
-            raise
+            raise SandboxError(str(error)) from error
 
     def close(self) -> None:
         """End the sandbox and all in it."""
@@ -182,7 +179,7 @@ class Sandbox:
         assert process.stdin
         assert process.stdout
         with suppress(OSError):
-            process.stdin.close()  # the warden ends when nothing more can come
+            process.stdin.close()  # the supervisor ends when nothing more can come
         try:
             process.wait(1.0)
         except subprocess.TimeoutExpired:
@@ -191,6 +188,9 @@ class Sandbox:
             process.wait()
         process.stdout.close()
         self._said.close()
+        if self._group:
+            self._group.close()
+            self._group = None
 
     def _send(self, request: dict[str, Any]) -> None:
         assert self._process
@@ -202,6 +202,8 @@ class Sandbox:
     def _receive(self, seconds: float) -> dict[str, Any]:
         deadline = time.monotonic() + seconds
         (size,) = struct.unpack("!I", self._exactly(4, deadline))
+        if size > _LONGEST:
+            raise SandboxError(f"an answer of {size} bytes")
         return json.loads(self._exactly(size, deadline))
 
     def _exactly(self, size: int, deadline: float) -> bytes:
@@ -215,10 +217,19 @@ class Sandbox:
             part = os.read(file, size - len(parts))
             if not part:
                 self._said.seek(0)
-                said = self._said.read().decode(errors="replace").strip()
-                raise SandboxError(f"the sandbox ended: {said.splitlines()[-1] if said else 'without a word'}")
+                said = self._said.read().decode(errors="replace").strip().splitlines()
+                raise SandboxError(f"the sandbox ended: {clean(said[-1], 300) if said else 'without a word'}")
             parts += part
         return parts
+
+
+def _known_good(program: Program) -> Program:
+    """What stands for a program to test its sandbox. Where none is known to pass, one that defines nothing: tests that
+    lack a name of it are no fault of theirs.
+    """
+    if program.known_good:
+        return replace(program, text=program.known_good)
+    return replace(program, text="pass\n", entry="")
 
 
 _THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
@@ -229,7 +240,7 @@ _ENVIRONMENT = {
     "PYTHONHASHSEED": "0",
     "PYTHONDONTWRITEBYTECODE": "1",
 } | dict.fromkeys(_THREADS, "1")
-"""What the warden is started with; the program's own environment is empty."""
+"""What the supervisor is started with; the program's own environment is empty."""
 
 
 @lru_cache(maxsize=1)
@@ -245,10 +256,10 @@ def available() -> tuple[Engine | None, str]:
             continue
         try:
             with Sandbox(engine) as sandbox:
-                verdict = sandbox.run(Program("def f():\n    return 1\n", "def test_f():\n    assert f() == 1\n"))
-            if verdict.passed:
+                found = sandbox.run(Program("def f():\n    return 1\n", "def test_f():\n    assert f() == 1\n"))
+            if found.passed:
                 return engine, "; ".join(reasons)
-            reasons.append(f"{engine}: {verdict.outcome}: {verdict.detail}")
+            reasons.append(f"{engine}: {found.outcome}: {found.detail}")
         except SandboxError as error:
             reasons.append(f"{engine}: {error}")
     return None, "; ".join(reasons)
@@ -270,8 +281,3 @@ def engine(asked: Literal["auto", "bubblewrap", "namespaces", "none"] = "auto") 
             "programs can do all that you can with --sandbox none"
         )
     return found
-
-
-def as_row(verdict: Verdict) -> dict[str, Any]:
-    """A verdict as plain values."""
-    return asdict(verdict)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +11,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from corsa.config.steps import JudgingConfig
+from corsa.data.benchmarks.mutants import mutants
 from corsa.data.benchmarks.programs import Problem, program_in
 from corsa.errors import CorsaError
 from corsa.flow.cluster import cluster_resources
 from corsa.flow.task import Task
-from corsa.sandbox.worker import Limits, Program, SandboxError, Verdict
+from corsa.sandbox.verdicts import Verdict
+from corsa.sandbox.worker import Limits, Program, SandboxError
 
 VERDICTS = pa.schema(
     [
@@ -26,7 +30,13 @@ VERDICTS = pa.schema(
         ("seconds", pa.float64()),
     ]
 )
-"""One row a program and way of running it: with the update installed, and of updates also without."""
+"""One row a program and way of running it: with the update installed, and of updates also without it (`updated` false).
+
+A program that passes with the update and not without it may only have looked whether the update is there. So it is run
+once more with a mutant of the update, under which the reference solution fails. If it passes, its row without the
+update says `passed`: it does not need what the update returns.
+"""
+UNUSED = "passes as well where the update gives wrong results"
 
 PER_TASK = 32
 """Programs of one Ray task at most: a sandbox loads the packages once for all of them."""
@@ -45,22 +55,71 @@ def compute(task: Task) -> dict[str, Any]:
         )
     problems = {p.id: p for p in problems_of(pq.read_table(task.inputs["problems"].local("problems.parquet")))}
     answers = pq.read_table(task.inputs["answers"].local("answers.parquet")).to_pylist()
-    keys, programs = [], []
-    for answer in answers:
-        problem = problems[answer["problem"]]
-        text = program_in(answer["output"], problem.lead)
-        for updated in (True, False) if problem.update else (True,):
-            keys.append({"problem": problem.id, "sample": answer["sample"], "updated": updated})
-            programs.append(problem.program(text, updated=updated))
     modules = tuple(sorted({module for problem in problems.values() for module in problem.modules}))
-    verdicts = _on_cluster(programs, config, modules, task.placement.sandbox)
-    rows = [
-        {**key, "outcome": v.outcome, "detail": v.detail[:500], "loaded": bool(v.tests), "seconds": v.seconds}
-        for key, v in zip(keys, verdicts, strict=True)
-    ]
+
+    def run(programs: list[Program]) -> list[Verdict]:
+        return _on_cluster(programs, config, modules, task.placement.sandbox) if programs else []
+
+    asked = [(problems[a["problem"]], a["sample"], a["output"]) for a in answers]
+    rows = judged([(problem, sample, program_in(output, problem.lead)) for problem, sample, output in asked], run)
     pq.write_table(pa.Table.from_pylist(rows, schema=VERDICTS), task.output / "verdicts.parquet")
-    broken = sum(row["outcome"] == "sandbox" for row in rows)
-    return {"programs": len(rows), "passed": sum(row["outcome"] == "passed" for row in rows), "not_judged": broken}
+    counts = Counter(row["outcome"] for row in rows)
+    unused = sum(row["detail"] == UNUSED for row in rows)
+    return {"programs": len(rows), "passed": counts["passed"], "not_judged": counts["sandbox"], "unused": unused}
+
+
+def judged(
+    answers: Sequence[tuple[Problem, int, str]], run: Callable[[list[Program]], list[Verdict]]
+) -> list[dict[str, Any]]:
+    """The rows of `VERDICTS` for answers (problem, number of the sample, program). `run` runs programs."""
+    ways = [(p, n, text, way) for p, n, text in answers for way in ((True, False) if p.update else (True,))]
+    verdicts = run([problem.program(text, updated=updated) for problem, _, text, updated in ways])
+    rows = [
+        {
+            "problem": problem.id,
+            "sample": number,
+            "updated": updated,
+            "outcome": verdict.outcome,
+            "detail": verdict.detail[:500],
+            "loaded": bool(verdict.tests),
+            "seconds": verdict.seconds,
+        }
+        for (problem, number, _, updated), verdict in zip(ways, verdicts, strict=True)
+    ]
+    # With the update and without it stand next to each other.
+    pairs = [(w, without) for w, with_, without in zip(ways, rows, rows[1:], strict=False) if _needs(with_, without)]
+    unused = _pass_with_a_mutant([(problem, text) for (problem, _, text, _), _ in pairs], run)
+    for (_, row), passes in zip(pairs, unused, strict=True):
+        if passes:
+            row.update(outcome="passed", detail=UNUSED)
+    return rows
+
+
+def _needs(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Whether two rows say that a program passes with the update and not without it."""
+    return one["updated"] and not other["updated"] and one["outcome"] == "passed" != other["outcome"]
+
+
+def _pass_with_a_mutant(
+    programs: Sequence[tuple[Problem, str]], run: Callable[[list[Program]], list[Verdict]]
+) -> list[bool]:
+    """Whether programs pass with a mutant of their update, one under which the reference solution fails a test.
+
+    Where there is none, nothing can be said, and they do not.
+    """
+    problems = {problem.id: problem for problem, _ in programs}
+    tried = [(problem, mutant) for problem in problems.values() for mutant in mutants(problem.before)]
+    verdicts = run([problem.program(problem.solution, updated=True, before=mutant) for problem, mutant in tried])
+    chosen: dict[str, str] = {}
+    # A wrong result rather than an exception, which a program could take for a sign.
+    for outcomes in (("failed",), ("error", "timeout", "cpu", "memory")):
+        for (problem, mutant), verdict in zip(tried, verdicts, strict=True):
+            if verdict.tests and verdict.outcome in outcomes:
+                chosen.setdefault(problem.id, mutant)
+    again = [(i, p, text) for i, (p, text) in enumerate(programs) if p.id in chosen]
+    verdicts = run([problem.program(text, updated=True, before=chosen[problem.id]) for _, problem, text in again])
+    passing = {i for (i, _, _), verdict in zip(again, verdicts, strict=True) if verdict.passed}
+    return [i in passing for i in range(len(programs))]
 
 
 def problems_of(table: pa.Table) -> list[Problem]:

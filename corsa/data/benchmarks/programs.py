@@ -20,6 +20,7 @@ from corsa.config import Frozen
 from corsa.data.benchmarks import BadRecord
 from corsa.data.benchmarks.code_prompt import TEMPLATE, question
 from corsa.data.benchmarks.files import name_of, records, regular
+from corsa.data.benchmarks.mutants import plain
 from corsa.data.benchmarks.rows import Row
 from corsa.data.edit import FieldError
 from corsa.data.text import shown
@@ -45,10 +46,15 @@ class Problem(Frozen):
     imports: str = Field(default="", description="what is run before program and tests where there is no update")
     before: str = Field(default="", description="the same with the update installed")
 
-    def program(self, answer: str, *, updated: bool) -> Program:
-        """The program that an answer makes, with its tests; with the update installed for both, or without it."""
-        before = self.before if updated else self.imports
-        return Program(self.lead + answer, f"{before}\n{self.tests}", before, self.entry)
+    def program(self, answer: str, *, updated: bool, before: str | None = None) -> Program:
+        """The program that an answer makes, with its tests.
+
+        updated: with the update installed for both, or without it. before: what installs another update, a mutant, for
+        the program alone.
+        """
+        own = self.before if updated else self.imports
+        tests = f"{own}\n{self.tests}"
+        return Program(self.lead + answer, tests, before or plain(own), self.entry, self.lead + self.solution)
 
     @property
     def blanked(self) -> str:

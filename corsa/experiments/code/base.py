@@ -37,7 +37,7 @@ from corsa.sandbox.worker import Limits
 
 PROBLEMS = Kind("problems", "corsa.experiments.code.steps:read", version=2)
 OLD_ANSWERS = Kind("old-answers", "corsa.training.old_programs:compute", version=2, on_cluster=True)
-JUDGING = Kind("judging", "corsa.training.running_tests:compute", version=1, on_cluster=True)
+JUDGING = Kind("judging", "corsa.training.running_tests:compute", version=2, on_cluster=True)
 PROGRAM_EDITS = Kind("program-edits", "corsa.experiments.code.steps:as_edits", version=1)
 REPORT = Kind("report", "corsa.experiments.code.steps:make_report", version=2)
 

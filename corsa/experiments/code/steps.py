@@ -182,7 +182,8 @@ def measured(task: Task, config: CodeReportConfig) -> dict[str, Any]:
 
 
 _TEXTS = {
-    "updates": "programs that pass their tests with the update installed and do not without it",
+    "updates": "programs that pass their tests with the update installed, and neither without it nor where it gives "
+    "wrong results",
     "humaneval": "programs that pass HumanEval's tests: what an update of another API should not touch",
     "subset": "the same on the tasks that CodeUpdateArena's authors chose",
 }

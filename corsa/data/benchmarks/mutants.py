@@ -1,0 +1,94 @@
+"""Mutants of an update: the same names and signatures, with wrong results (mutation testing, DeMillo et al. 1978).
+
+A program that passes with such an update does not use what the update returns.
+"""
+
+from __future__ import annotations
+
+import ast
+import warnings
+from collections.abc import Callable
+
+_SWAPPED: dict[type, Callable[[], ast.AST]] = {
+    ast.Add: ast.Sub,
+    ast.Sub: ast.Add,
+    ast.Mult: ast.Add,
+    ast.Div: ast.Mult,
+    ast.Eq: ast.NotEq,
+    ast.NotEq: ast.Eq,
+    ast.Lt: ast.GtE,
+    ast.GtE: ast.Lt,
+    ast.Gt: ast.LtE,
+    ast.LtE: ast.Gt,
+    ast.And: ast.Or,
+    ast.Or: ast.And,
+    ast.Is: ast.IsNot,
+    ast.IsNot: ast.Is,
+}
+
+
+class _Conditions(ast.NodeTransformer):
+    """Takes the other branch everywhere."""
+
+    def visit_If(self, node: ast.If) -> ast.AST:
+        self.generic_visit(node)
+        node.test = ast.UnaryOp(ast.Not(), node.test)
+        return node
+
+    def visit_IfExp(self, node: ast.IfExp) -> ast.AST:
+        self.generic_visit(node)
+        node.test = ast.UnaryOp(ast.Not(), node.test)
+        return node
+
+
+class _Operators(ast.NodeTransformer):
+    """Computes and compares the other way round."""
+
+    def generic_visit(self, node: ast.AST) -> ast.AST:
+        super().generic_visit(node)
+        swapped = _SWAPPED.get(type(node))
+        return swapped() if swapped else node
+
+
+class _Numbers(ast.NodeTransformer):
+    """Uses other numbers."""
+
+    def visit_Constant(self, node: ast.Constant) -> ast.AST:
+        value = node.value
+        return ast.Constant(value + 1) if isinstance(value, int | float) and not isinstance(value, bool) else node
+
+
+class _Results(ast.NodeTransformer):
+    """Returns nothing."""
+
+    def visit_Return(self, node: ast.Return) -> ast.AST:
+        return ast.Return(ast.Constant(None)) if node.value else node
+
+
+def plain(code: str) -> str:
+    """Code as it is written anew from its syntax, like its mutants: without comments, with their line numbers."""
+    return ast.unparse(_parsed(code)) + "\n"
+
+
+def mutants(code: str) -> list[str]:
+    r"""Mutants of the functions that some code defines, the least conspicuous first. What it installs stays.
+
+    >>> mutants("def double(x):\n    return 2 * x\n")[0]
+    'def double(x):\n    return 2 + x\n'
+    """
+    found = []
+    for kind in (_Conditions, _Operators, _Numbers, _Results):
+        tree = _parsed(code)
+        for node in tree.body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                node.body = [kind().visit(statement) for statement in node.body]
+        changed = ast.unparse(ast.fix_missing_locations(tree)) + "\n"
+        if changed != plain(code):
+            found.append(changed)
+    return found
+
+
+def _parsed(code: str) -> ast.Module:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return ast.parse(code)

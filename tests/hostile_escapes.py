@@ -1,0 +1,161 @@
+"""Programs that use everything up, try to get out, or leave something behind.
+
+`ESCAPES` and the second half of `LEFTOVERS` say whether they were refused what they tried.
+"""
+# ruff: noqa: E501
+
+from __future__ import annotations
+
+from hostile_programs import READY, says
+
+DENYING = {
+    "endless loop": "while True:\n    pass\n",
+    "endless loop in C": "sum(iter(int, 1))\n",
+    "sleep": "import time\ntime.sleep(60)\n",
+    "sleep that ignores signals": "import signal, time\nfor s in signal.valid_signals():\n    try:\n"
+    "        signal.signal(s, signal.SIG_IGN)\n    except (OSError, ValueError):\n        pass\ntime.sleep(60)\n",
+    "fork bomb": "import os\nwhile True:\n    os.fork()\n",
+    "quiet fork bomb": "import os\nwhile True:\n    try:\n        os.fork()\n    except OSError:\n        pass\n",
+    "threads": "import threading, time\nwhile True:\n    threading.Thread(target=time.sleep, args=(60,)).start()\n",
+    "memory": "x = []\nwhile True:\n    x.append(bytearray(1 << 24))\n",
+    "memory of many processes": "import os, time\nfor _ in range(8):\n    if os.fork() == 0:\n        break\n"
+    "x = b'x' * (100 << 20)\ntime.sleep(9)\n",
+    "memory of many small processes": "import os, time\nfor _ in range(16):\n    if os.fork() == 0:\n        break\n"
+    "x = b'x' * (30 << 20)\ntime.sleep(9)\n",
+    "memory of processes that execute": "import os, sys, time\nfor _ in range(12):\n    if os.fork() == 0:\n"
+    "        os.execv(sys.executable, [sys.executable, '-c', 'x = b\"x\" * (60 << 20); import time; time.sleep(9)'])\n"
+    "time.sleep(9)\n",
+    "segments of System V": "import ctypes\nlibc = ctypes.CDLL(None, use_errno=True)\nlibc.shmat.restype = ctypes.c_void_p\n"
+    "while True:\n    n = libc.shmget(0, 64 << 20, 0o1600)\n    if n < 0:\n        raise OSError(ctypes.get_errno(), 'shmget')\n"
+    "    ctypes.memset(libc.shmat(n, 0, 0), 1, 64 << 20)\n    libc.shmdt(0)\n",
+    "files in memory": "import os\nkept = []\nwhile True:\n    kept.append(os.memfd_create('x'))\n"
+    "    os.write(kept[-1], bytes(32 << 20))\n",
+    "shared pages of nobody": "import mmap, os\nwhile True:\n    m = mmap.mmap(-1, 64 << 20)\n    m[:] = bytes(64 << 20)\n"
+    "    if os.fork() == 0:\n        os.pause() if hasattr(os, 'pause') else __import__('time').sleep(9)\n    m.close()\n",
+    "shared pages of zero": "import mmap, os\nf = os.open('/dev/zero', os.O_RDWR)\nwhile True:\n"
+    "    m = mmap.mmap(f, 64 << 20)\n    m[:] = b'x' * (64 << 20)\n    if os.fork() == 0:\n"
+    "        __import__('time').sleep(9)\n    m.close()\n",
+    "disk": "n = 0\nwhile True:\n    n += 1\n    with open(f'/tmp/{n}', 'wb') as f:\n        f.write(bytes(8 << 20))\n",
+    "disk of shared memory": "n = 0\nwhile True:\n    n += 1\n    with open(f'/dev/shm/{n}', 'wb') as f:\n"
+    "        f.write(bytes(8 << 20))\n",
+    "one large file": "with open('/tmp/x', 'wb') as f:\n    f.write(bytes(48 << 20))\n",
+    "many small files": "n = 0\nwhile True:\n    n += 1\n    open(f'/tmp/{n}', 'w').close()\n",
+    "open files": "kept = [open('/dev/null') for _ in range(1000)]\n",
+    "full pipes": "import fcntl, os\nkept = []\nwhile True:\n    kept.append(os.pipe())\n"
+    "    fcntl.fcntl(kept[-1][1], 1031, 1 << 20)\n    os.set_blocking(kept[-1][1], False)\n"
+    "    os.write(kept[-1][1], bytes(1 << 20))\n",
+    "output": "while True:\n    print('x' * 1000)\n",
+    "output of one line": "import os\nwhile True:\n    os.write(2, b'x' * 65536)\n",
+    "a full wire": "import os\nwhile True:\n    os.write(3, b'\\0\\0\\0\\0\\0\\0\\0\\0')\n",
+    "calls without end": says(
+        READY, then='while True:\n    os.write(3, b\'\\0\\0\\0\\x20\\0\\0\\0\\0{"tuple": ["next", 0, [], null]}\')\n'
+    ),
+    "crash": "import ctypes\nctypes.string_at(0)\n",
+    "deep recursion": "def f(n):\n    return f(n + 1)\nf(0)\n",
+    "deeper recursion": "import sys\nsys.setrecursionlimit(10**9)\nclass A:\n    def __repr__(self):\n"
+    "        return repr(self)\nrepr(A())\n",
+    "a slow pattern": "import re\nre.match('(a+)+$', 'a' * 64 + 'b')\n",
+    "a large power": "x = 9 ** 9 ** 9\n",
+}
+
+NAMED = {
+    "memory": {"memory"},
+    "memory of many processes": {"memory"},
+    "memory of many small processes": {"memory"},
+    "memory of processes that execute": {"memory"},
+    "segments of System V": {"error"},
+    "files in memory": {"error"},
+    "shared pages of nobody": {"error"},
+    "shared pages of zero": {"error"},
+    "disk": {"disk"},
+    "disk of shared memory": {"disk"},
+    "many small files": {"disk"},
+    "open files": {"files"},
+    "output": {"output"},
+    "output of one line": {"output"},
+    "fork bomb": {"processes"},
+}
+"""What some of these are stopped by: memory that is counted, or a call that is refused."""
+
+_LIBC = "import ctypes, os\nlibc = ctypes.CDLL(None, use_errno=True)\ndef call(*a):\n    found = libc.syscall(*a)\n"
+_LIBC += "    if found < 0:\n        raise OSError(ctypes.get_errno(), 'refused')\n    return found\n"
+
+ESCAPES = {
+    "reads a file of the host": "open('/etc/passwd').read()",
+    "reads a home": "import os\nos.listdir('/root')\nos.listdir('/home')",
+    "reads the tests' file": f"open({__file__!r}).read()",
+    "reads the kernel's log": _LIBC + "call(103, 3, ctypes.create_string_buffer(100), 100)",
+    "writes beside Python": "import sys\nopen(sys.prefix + '/lib/x', 'w')",
+    "writes to the root": "open('/x', 'w')",
+    "writes to the sandbox's code": "open('/sandbox/corsa/x.py', 'w')",
+    "reads another process": "open('/proc/1/environ').read()",
+    "reads its own process": "open('/proc/self/maps').read()",
+    "reads the mounts": "open('/proc/mounts').read()",
+    "makes a device": "import os, stat\nos.mknod('/tmp/sda', 0o600 | stat.S_IFBLK, os.makedev(8, 0))",
+    "kills the first process": "import os, time\nos.kill(1, 9)\ntime.sleep(0.2)\nos.kill(1, 0)\nraise OSError('it lives')",
+    "connects to this machine": "import socket\nsocket.create_connection(('127.0.0.1', PORT), 1)",
+    "connects by IPv6": "import socket\nsocket.create_connection(('::1', PORT), 1)",
+    "listens on the loopback": "import socket\ns = socket.create_server(('127.0.0.1', 0))\n"
+    "socket.create_connection(s.getsockname(), 1)",
+    "looks up a name": "import socket\nsocket.getaddrinfo('pypi.org', 443)",
+    "asks the kernel for its interfaces": "import socket\nsocket.socket(16, 3, 0)",
+    "a raw socket": "import socket\nsocket.socket(socket.AF_PACKET, socket.SOCK_RAW)",
+    "a socket to the host's machine": "import socket\nsocket.socket(40, 1)",
+    "a socket of the kernel's ciphers": "import socket\nsocket.socket(38, 5)",
+    "becomes root": "import os\nos.setuid(0)",
+    "gets a capability back": _LIBC
+    + "head = (ctypes.c_uint32 * 2)(0x20080522, 0)\nsets = (ctypes.c_uint32 * 6)(*[2**21] * 6)\n"
+    "call(126, head, sets)",
+    "mounts": _LIBC + "call(165, b'none', b'/tmp', b'tmpfs', 0, b'')",
+    "takes a mount off": _LIBC + "call(166, b'/proc', 2)",
+    "opens a file system": _LIBC + "call(430, b'tmpfs', 0)",
+    "makes a user namespace": _LIBC + "call(272, 0x10000000)",
+    "makes a namespace with a process": _LIBC + "call(56, 0x10000000 | 17, 0, 0, 0, 0)",
+    "makes a namespace with clone3": _LIBC
+    + "args = (ctypes.c_uint64 * 11)(0x10000000, 0, 0, 0, 17)\ncall(435, args, 88)",
+    "enters a namespace": _LIBC + "call(308, os.pidfd_open(os.getpid()), 0x20000000)",
+    "changes its root": "import os\nos.chroot('/tmp')",
+    "reads the session's keys": _LIBC + "room = ctypes.create_string_buffer(64)\n"
+    "key = call(249, b'user', b'corsa-test', None, 0)\ncall(250, 11, key, room, 64)",
+    "writes a key": _LIBC + "call(248, b'user', b'corsa-left', b'x', 1, -3)",
+    "asks for its keyring": _LIBC + "call(250, 0, -3, 1)",
+    "loads a program into the kernel": _LIBC + "call(321, 5, ctypes.create_string_buffer(128), 128)",
+    "counts events": _LIBC + "call(298, ctypes.create_string_buffer(128), 0, -1, -1, 0)",
+    "handles page faults": _LIBC + "call(323, 1)",
+    "a ring of requests": _LIBC + "call(425, 4, ctypes.create_string_buffer(256))",
+    "secret memory": _LIBC + "call(447, 0)",
+    "a table of segments": _LIBC + "call(154, 0, ctypes.create_string_buffer(64), 64)",
+    "traces": _LIBC + "call(101, 0, 0, 0, 0)",
+    "another interface of the kernel": _LIBC + "call(0x40000000 + 39)",
+    "a filter of its own": _LIBC + "call(317, 1, 8, 0)",
+    "a file handle": _LIBC + "call(304, -100, ctypes.create_string_buffer(64), 0)",
+    "loads a module": _LIBC + "call(175, b'x', 1, b'')",
+    "sets the clock": "import time\ntime.clock_settime(time.CLOCK_REALTIME, 0)",
+    "names the machine": "import socket\nsocket.sethostname('owned')",
+    "raises its limits": "import resource\nresource.setrlimit(resource.RLIMIT_NPROC, (10**6, 10**6))",
+    "asks for priority": "import os\nos.setpriority(os.PRIO_PROCESS, 0, -5)",
+}
+
+LEFTOVERS = {
+    "a file": ("open('/tmp/left', 'w').write('x')", "open('/tmp/left').read()"),
+    "a file of shared memory": ("open('/dev/shm/left', 'w').write('x')", "open('/dev/shm/left').read()"),
+    "an abstract socket of a daemon": (
+        "import os, socket, time\nif os.fork() == 0:\n    os.setsid()\n    if os.fork() == 0:\n"
+        "        s = socket.socket(socket.AF_UNIX)\n        s.bind('\\0left')\n        s.listen()\n        time.sleep(60)\n"
+        "    os._exit(0)\ntime.sleep(0.2)",
+        "import socket\nsocket.socket(socket.AF_UNIX).connect('\\0left')",
+    ),
+    "a segment of System V": (
+        "import ctypes\nctypes.CDLL(None).shmget(4711, 4096, 0o1666)",
+        "import ctypes\nif ctypes.CDLL(None).shmget(4711, 4096, 0o666) < 0:\n    raise OSError('none')",
+    ),
+    "a module that is patched": (
+        "import sys, json\njson.dumps = json.loads = lambda *a: 'left'\nsys.left = 1",
+        "import json\nif json.dumps(1) != 'left':\n    raise OSError('as new')",
+    ),
+    "code beside the package": (
+        "import sys\nopen(sys.path[-1] + '/left.py', 'w').write('x = 1')",
+        "try:\n    import left\nexcept ImportError:\n    raise OSError('none')",
+    ),
+}
+"""What a program leaves, and how a later one looks for it."""

@@ -1,0 +1,323 @@
+"""Programs that try to pass without being right, to see what they must not, to get out, or not to be judged.
+
+Each is judged by tests that ask for a secret (`SECRET`), which no program can guess: one that passes has forged, or has
+read its tests. Those that want out or use everything up are in `hostile_escapes.py`.
+"""
+# ruff: noqa: E501
+
+from __future__ import annotations
+
+import json
+import struct
+
+SECRET = "hidden-6f1c9e4ab7d2"
+TESTS = f"def test_secret():\n    assert secret(21) == {SECRET!r}\n"
+"""What a program must answer, and cannot know."""
+KNOWN_GOOD = f"def secret(x):\n    return {SECRET!r}\n"
+
+
+def _send(message: object, area: bytes = b"") -> bytes:
+    raw = json.dumps({"tuple": message}).encode()
+    return struct.pack("!II", len(raw), len(area)) + raw + area
+
+
+def says(*messages: object, area: bytes = b"", then: str = "") -> str:
+    """A program that writes its messages itself, one after the other, and then waits to be judged."""
+    raw = b"".join(_send(m, area) if not isinstance(m, bytes) else m for m in messages)
+    return f"import os, time\nraw = {raw!r}\nwhile raw:\n    raw = raw[os.write(3, raw):]\n{then}time.sleep(1.5)\nos._exit(0)\n"
+
+
+READY = ["ready", ["secret"], {"dict": []}]
+
+
+def returns(value: object, area: bytes = b"") -> str:
+    """A program that answers with a tree written by hand."""
+    return says(READY, ["returned", value, None], area=area)
+
+
+def raises(classes: object, text: object = "") -> str:
+    """A program that answers with an exception written by hand."""
+    return says(READY, ["raised", classes, text])
+
+
+FORGING = {
+    "exits 0": "import os\nos._exit(0)\n",
+    "exits 0 when called": "import os\ndef secret(x):\n    os._exit(0)\n",
+    "leaves with SystemExit": "import sys\ndef secret(x):\n    sys.exit(0)\n",
+    "leaves from an exit hook": "import atexit\ndef leave():\n    raise SystemExit(0)\natexit.register(leave)\n"
+    "def secret(x):\n    return 0\n",
+    "prints a pass": 'print(\'{"outcome": "passed", "tests": {}}\')\ndef secret(x):\n    return 0\n',
+    "writes a pass to every file": """
+import os
+def secret(x):
+    for file in range(1, 1024):
+        try:
+            os.write(file, b'{"outcome": "passed", "tests": {"test_secret": ""}, "detail": ""}')
+        except OSError:
+            pass
+    os._exit(0)
+""",
+    "redefines what tests are made of": """
+import builtins
+AssertionError = type('AssertionError', (Exception,), {})
+builtins.AssertionError = AssertionError
+builtins.isinstance = builtins.all = lambda *a: True
+def test_secret():
+    pass
+def secret(x):
+    return 0
+""",
+    "patches the runner": """
+import sys
+for module in list(sys.modules.values()):
+    for name in ('examine', 'examined', 'report', 'exec', 'compile'):
+        if hasattr(module, name):
+            setattr(module, name, lambda *a, **k: {'outcome': 'passed', 'detail': '', 'tests': {}})
+def secret(x):
+    return 0
+""",
+    "is equal to everything": """
+class Yes(str):
+    def __eq__(self, other):
+        return True
+    __hash__ = str.__hash__
+def secret(x):
+    return Yes('')
+""",
+    "looks for a verdict in frames": """
+import sys
+def secret(x):
+    frame = sys._getframe()
+    while frame:
+        for value in list(frame.f_globals.values()) + list(frame.f_locals.values()):
+            if isinstance(value, dict) and 'outcome' in value:
+                value['outcome'] = 'passed'
+        frame = frame.f_back
+    return 0
+""",
+    "ends the loop of its caller": "def secret(x):\n    raise StopIteration\n",
+    "raises what a runner may not catch": "def secret(x):\n    raise KeyboardInterrupt\n",
+    "raises an assertion of its own": "def secret(x):\n    raise AssertionError\n",
+    "returns a function": "def secret(x):\n    return lambda *a: True\n",
+    "returns an endless iterator": "import itertools\ndef secret(x):\n    return itertools.count()\n",
+    "returns not a number": "def secret(x):\n    return float('nan')\n",
+    "defines the tests' own names": "test_secret = None\n__name__ = '__tests__'\ndef secret(x):\n    return 0\n",
+    "claims to have passed": says(READY, ["passed"]),
+    "claims functions of the tests": says(["ready", ["secret", "test_secret"], {"dict": [["test_secret", 1]]}]),
+    "raises SystemExit by hand": raises([["builtins", "SystemExit"]]),
+    "raises no exception": raises([["builtins", "exec"]], "import os; os._exit(0)"),
+    "raises a class of a package": raises([["numpy", "ndarray"], ["builtins", "object"]]),
+    "asks the tests to call": says(READY, ["call", 0, [], {"dict": []}]),
+    "asks the tests to call by name": says(READY, ["call", "exit", [0], {"dict": []}]),
+}
+
+_SHOW = "def secret(x):\n    import re\n    found = re.findall(rb'hidden-[0-9a-f]{12}', b' '.join(seen()))\n"
+_SHOW += "    return found[0].decode() if found else ''\n"
+
+_PAGES = """
+import ctypes, os
+libc = ctypes.CDLL(None)
+out, into = os.pipe()
+def page(place):
+    if libc.write(into, ctypes.c_void_p(place), 4096) < 0:  # not a page that can be read
+        return b''
+    return os.read(out, 4096)
+"""
+
+READING = {
+    "collector's objects": """
+import gc
+def seen():
+    found, queue, known = [], list(gc.get_objects()), set()
+    while queue and len(known) < 400_000:
+        value = queue.pop()
+        if id(value) in known:
+            continue
+        known.add(id(value))
+        if isinstance(value, str):
+            found.append(value.encode(errors='replace'))
+        elif isinstance(value, bytes):
+            found.append(value)
+        else:
+            queue += gc.get_referents(value)
+    return found
+""",
+    "frames": """
+import sys
+def seen():
+    found, frame = [], sys._getframe()
+    while frame:
+        found += [repr(v).encode(errors='replace') for v in [*frame.f_locals.values(), *list(frame.f_globals.values())]]
+        frame = frame.f_back
+    return found
+""",
+    "the heap": _PAGES
+    + """
+def seen():
+    libc.sbrk.restype = ctypes.c_void_p
+    end = libc.sbrk(0) & ~4095
+    return [page(p) for p in range(end - (64 << 20), end, 4096)]
+""",
+    "pages beside small objects": _PAGES
+    + """
+def seen():
+    first = {id(object()) >> 20, id([]) >> 20, id('x' * 40) >> 20}
+    blocks = sorted({b + d for b in first for d in range(-24, 24)})
+    return [page(p) for b in blocks for p in range(b << 20, (b + 1) << 20, 4096)]
+""",
+    "open files": """
+import os
+def seen():
+    found = []
+    for file in [*range(3), *range(4, 256)]:
+        try:
+            os.set_blocking(file, False)
+            os.lseek(file, 0, 0)
+        except OSError:
+            pass
+        try:
+            found.append(os.read(file, 1 << 16))
+        except OSError:
+            pass
+    return found
+""",
+    "memory as a file": "def seen():\n    return [open('/proc/self/mem', 'rb').read(1 << 20)]\n",
+    "modules of the sandbox": """
+import sys
+def seen():
+    return [repr(vars(m)).encode(errors='replace') for n, m in list(sys.modules.items()) if n.startswith(('corsa', '__'))]
+""",
+    "source that tracebacks show": """
+import linecache, sys, traceback
+def seen():
+    return [repr(linecache.cache).encode(), ''.join(traceback.format_stack()).encode(), repr(sys.argv).encode()]
+""",
+    "the first process by ptrace": """
+import ctypes
+def seen():
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.ptrace(16, 1, 0, 0):
+        raise OSError(ctypes.get_errno(), 'ptrace')
+    raise RuntimeError
+""",
+    "the first process's memory": """
+import ctypes
+def seen():
+    libc = ctypes.CDLL(None, use_errno=True)
+    class Part(ctypes.Structure):
+        _fields_ = [('base', ctypes.c_void_p), ('size', ctypes.c_size_t)]
+    libc.sbrk.restype = ctypes.c_void_p
+    end, size = libc.sbrk(0), 1 << 20
+    room = ctypes.create_string_buffer(size)
+    mine, theirs = Part(ctypes.addressof(room), size), Part(end - size, size)
+    if libc.process_vm_readv(1, ctypes.byref(mine), 1, ctypes.byref(theirs), 1, 0) < 0:
+        raise OSError(ctypes.get_errno(), 'process_vm_readv')
+    return [room.raw]
+""",
+    "the first process's files": """
+import ctypes, os
+def seen():
+    libc = ctypes.CDLL(None, use_errno=True)
+    found = []
+    handle = os.pidfd_open(1)
+    for number in range(3, 64):
+        file = libc.syscall(438, handle, number, 0)
+        if file >= 0:
+            os.lseek(file, 0, 0)
+            found.append(os.read(file, 1 << 16))
+    return found
+""",
+    "callers of a callback": """
+import sys
+def seen():
+    return [repr(sys.exc_info()).encode(), repr([f for f in sys._current_frames().values()]).encode()]
+""",
+}
+READING = {name: text + _SHOW for name, text in READING.items()}
+
+_ARRAY = {"array": ["float64", [1], [0, 8]]}
+
+IN_THE_RUNNER = {
+    "an array of objects": returns({"array": ["object", [1], [0, 8]]}, area=b"\x41" * 8),
+    "an array of type O": returns({"array": ["O", [1], [0, 8]]}, area=b"\x41" * 8),
+    "an array of records": returns({"array": [[["a", "O"]], [1], [0, 8]]}, area=b"\x41" * 8),
+    "an array larger than its bytes": returns({"array": ["float64", [1 << 40], [0, 8]]}, area=b"\0" * 8),
+    "an array of negative shape": returns({"array": ["float64", [-1, -1], [0, 8]]}, area=b"\0" * 8),
+    "an array whose shape overflows": returns({"array": ["uint8", [1 << 32, 1 << 32], [0, 0]]}),
+    "an array of too many dimensions": returns({"array": ["uint8", [1] * 64, [0, 1]]}, area=b"\0"),
+    "bytes beyond the message": returns({"bytes": [0, 1 << 30]}, area=b"\0" * 8),
+    "bytes before the message": returns({"bytes": [-4096, 4096]}, area=b"\0" * 8),
+    "a class by name": returns({"class": "os.system"}),
+    "a function by name": returns({"named": ["os", "system"]}),
+    "a function of a package": returns({"numpy class": "load"}),
+    "a kind that is not there": returns({"__reduce__": ["os.system", ["true"]]}),
+    "two kinds at once": returns({"tuple": [], "list": []}),
+    "a stand-in for nothing": returns({"own": 7}),
+    "a stand-in of negative number": returns({"own": -1}),
+    "an expression that runs code": returns({"expression": "__import__('os')._exit(0)"}),
+    "an expression of a lambda": returns({"expression": "(lambda: 1)()"}),
+    "a name that is code": returns({"expression": "Symbol('x]; import os; os._exit(0)#')"}),
+    "a number that is code": returns({"expression": "Float('__import__(\"os\")')"}),
+    "a hostile key of a set": returns({"set": [{"dict": []}, []]}),
+    "an integer of many digits": says(READY, b"\0\x0f\x42\x5f\0\0\0\0" + b'{"tuple": ["returned", ' + b"9" * 1_000_070),
+    "a hexadecimal that is none": returns({"int": "__import__('os')"}),
+    "a deep list": says(READY, struct.pack("!II", 200_000, 0) + b"[" * 200_000),
+    "a deep dictionary": says(READY, struct.pack("!II", 500_000, 0) + b'{"a":' * 100_000),
+    "a pattern that takes for ever": returns({"match": ["(a+)+$", 0, "a" * 64 + "b", 0, 64]}),
+    "a pattern that prints itself": returns({"pattern": ["a", 128]}),
+    "a month that is none": returns({"date": [2020, 13, 1]}),
+    "a date of texts": returns({"date": ["2020", "1", "1"]}),
+    "a default that is code": returns({"defaultdict": [{"class": "builtins.exec"}, []]}),
+    "a timezone of a program's own": returns({"timezone": ["x"]}),
+    "a decimal of an endless exponent": returns({"Decimal": "1E+999999999999999999"}),
+    "a tensor, where there is no torch": returns({"tensor": ["float32", [1], [0, 4], False]}, area=b"\0" * 4),
+    "a device of torch": returns({"device": "cuda; import os"}),
+    "old pickles": "import os, pickle, struct\nclass Evil:\n    def __reduce__(self):\n"
+    "        return exec, ('import os; os._exit(0)',)\ndef secret(x):\n"
+    "    raw = pickle.dumps(('returned', Evil(), None))\n"
+    "    os.write(3, struct.pack('!II', len(raw), 0) + raw)\n    return 0\n",
+}
+
+REFUSING = {
+    **{
+        f"ends by signal {number}": f"import os\nos.kill(os.getpid(), {number})\n"
+        for number in (1, 9, 11, 15, 34, 35, 40, 50, 63, 64)
+    },
+    "all signals": "import os, signal\nfor s in [*range(1, 65)]:\n    try:\n        os.kill(os.getpid(), s)\n"
+    "    except OSError:\n        pass\n",
+    "signals to all": "import os\nfor s in [*range(35, 65), 9]:\n    try:\n        os.kill(-1, s)\n    except OSError:\n"
+    "        pass\nos._exit(3)\n",
+    "signals to its parent": "import os\nfor s in [*range(1, 65)]:\n    try:\n        os.kill(os.getppid(), s)\n"
+    "    except OSError:\n        pass\nos._exit(3)\n",
+    "exits at import": "import os\nos._exit(9)\n",
+    "stops itself": "import os, signal\nos.kill(os.getpid(), signal.SIGSTOP)\n",
+    "closes the wire": "import os\nos.close(3)\ndef secret(x):\n    return 0\n",
+    "closes all": "import os\nos.closerange(0, 1024)\ndef secret(x):\n    return 0\n",
+    "a greeting that is short": says(["ready"]),
+    "a greeting of nothing": says([]),
+    "a greeting of unhashable names": says(["ready", [[]], {"dict": [[{"tuple": []}, 1]]}]),
+    "a greeting of other kinds": says(["ready", 1, 2]),
+    "a greeting that is no message": says(b"hello, here I am" * 8),
+    "a greeting cut off": says(b"\0\0\x01"),
+    "a greeting of 4 GiB": says(b"\xff" * 8),
+    "a greeting of a million names": says(["ready", ["secret"] * 1_000_000, {"dict": []}]),
+    "a greeting that names a module which exits": says(["ready", [], {"dict": [["secret", {"class": "this.exit"}]]}]),
+    "an answer that is none": says(READY, ["no answer at all"]),
+    "an answer without a value": says(READY, ["returned"]),
+    "an answer before it is asked": says(["returned", 1, None], READY),
+    "a failure without words": says(["failed"]),
+    "a verdict with keys of its own": says(["failed", {"dict": [["outcome", "sandbox"]]}, "x"]),
+    "a verdict in a message": 'def secret(x):\n    raise ValueError(\'{"outcome": "sandbox", "no": 1}\')\n',
+    "a lone surrogate": "def secret(x):\n    raise ValueError('\\ud800')\n",
+    "a lone surrogate in a name": "raise type('\\udc80x', (Exception,), {})('\\udfff')\n",
+    "a message of 10 MB": "def secret(x):\n    raise ValueError('x' * 10_000_000)\n",
+    "a text of 10 MB": "def secret(x):\n    return 'x' * 10_000_000\n",
+    "terminal controls": "print('\\x1b[2J\\x07')\ndef secret(x):\n    raise ValueError('\\x1b]0;owned\\x07\\u202e')\n",
+    "an exception that cannot be shown": "class Bad(Exception):\n    def __str__(self):\n        raise SystemExit\n"
+    "def secret(x):\n    raise Bad\n",
+    "recursion through the tests": "import sys\nsys.setrecursionlimit(10**6)\ndef secret(x):\n    return secret(x)\n",
+    "values that keep the tests busy": returns({"match": ["(a+)+$", 0, "a" * 64 + "b", 0, 64]}),
+    "a list that the tests cannot hold": "def secret(x):\n    return [[] for _ in range(10**7)]\n",
+    "a value of its own class": "class Mine:\n    pass\ndef secret(x):\n    return Mine()\n",
+    "a value within itself": "def secret(x):\n    x = []\n    x.append(x)\n    return x\n",
+}

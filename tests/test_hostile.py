@@ -1,0 +1,157 @@
+"""Every hostile program is contained, on every engine: it does not pass, it is judged, and nothing of it is left."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import hostile_escapes as escapes
+import hostile_programs as hostile
+import pytest
+
+from corsa.sandbox.texts import clean
+from corsa.sandbox.verdicts import Verdict
+from corsa.sandbox.worker import Engine, Limits, Program, Sandbox, available
+
+LIMITS = Limits(wall_s=3.0, cpu_s=2, memory=256 << 20, processes=24)
+
+pytestmark = [
+    pytest.mark.process,
+    pytest.mark.skipif(available()[0] is None, reason=f"programs cannot be isolated here: {available()[1]}"),
+]
+
+
+@pytest.fixture(scope="module", params=["namespaces", "bubblewrap"])
+def sandbox(request: pytest.FixtureRequest) -> Iterator[Sandbox]:
+    engine: Engine = request.param
+    if engine == "bubblewrap" and shutil.which("bwrap") is None:
+        pytest.skip("bubblewrap is not installed")
+    _host_key()
+    with Sandbox(engine, limits=LIMITS) as started:
+        yield started
+
+
+def _host_key() -> None:
+    """Put a key into this process's session keyring, which a sandbox must not inherit."""
+    ctypes.CDLL(None).syscall(248, b"user", b"corsa-test", b"secret", 6, -3)
+
+
+def below(sandbox: Sandbox) -> set[int]:
+    """All processes of the sandbox."""
+    assert sandbox._process is not None
+    parents = {}
+    for entry in os.listdir("/proc"):
+        if entry.isdigit():
+            try:
+                parents[int(entry)] = int(Path(f"/proc/{entry}/stat").read_text().rpartition(")")[2].split()[1])
+            except OSError:
+                continue
+    found = {sandbox._process.pid}
+    while more := {p for p, parent in parents.items() if parent in found} - found:
+        found |= more
+    return found
+
+
+def judged(sandbox: Sandbox, text: str, tests: str = hostile.TESTS, known_good: str = hostile.KNOWN_GOOD) -> Verdict:
+    """The verdict on a program that is contained: in time, with nothing left, and with a sandbox that still works."""
+    sandbox.start()
+    before, began = below(sandbox), time.monotonic()
+    verdict = sandbox.run(Program(text, tests, known_good=known_good))  # raises where it is not judged
+    assert time.monotonic() - began < LIMITS.wall_s + 3
+    assert below(sandbox) == before
+    for said in (verdict.detail, verdict.output, *verdict.tests, *verdict.tests.values()):
+        assert said == clean(said, 2000)
+    assert sandbox.run(Program(hostile.KNOWN_GOOD, hostile.TESTS)).passed
+    return verdict
+
+
+@pytest.mark.parametrize("name", hostile.FORGING)
+def test_no_forgery_passes(sandbox: Sandbox, name: str) -> None:
+    assert judged(sandbox, hostile.FORGING[name]).outcome in ("failed", "error", "exited")
+
+
+@pytest.mark.parametrize("name", hostile.READING)
+def test_no_program_reads_its_tests(sandbox: Sandbox, name: str) -> None:
+    verdict = judged(sandbox, hostile.READING[name])
+    assert not verdict.passed
+    assert hostile.SECRET not in verdict.output
+
+
+@pytest.mark.parametrize("name", hostile.IN_THE_RUNNER)
+def test_no_value_runs_code(sandbox: Sandbox, name: str) -> None:
+    # `gone` would be the tests' process that ended; a value that is no data is an error of the program's.
+    verdict = judged(sandbox, hostile.IN_THE_RUNNER[name])
+    assert verdict.outcome in ("failed", "error", "timeout", "exited", "memory", "cpu"), verdict
+
+
+@pytest.mark.parametrize("name", hostile.REFUSING)
+def test_no_program_avoids_its_verdict(sandbox: Sandbox, name: str) -> None:
+    verdict = judged(sandbox, hostile.REFUSING[name])
+    assert verdict.outcome not in ("passed", "sandbox")
+    assert "known-good" not in verdict.detail  # none of them breaks the sandbox
+    assert len(verdict.detail) <= 1000
+
+
+@pytest.mark.parametrize("name", escapes.DENYING)
+def test_what_uses_everything_up_is_stopped(sandbox: Sandbox, name: str) -> None:
+    verdict = judged(sandbox, escapes.DENYING[name])
+    assert not verdict.passed
+    assert verdict.outcome in escapes.NAMED.get(name, {verdict.outcome}), verdict
+
+
+@pytest.mark.parametrize("name", escapes.ESCAPES)
+def test_the_machine_is_out_of_reach(sandbox: Sandbox, name: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        attempt = escapes.ESCAPES[name].replace("PORT", str(server.getsockname()[1]))
+        verdict = judged(sandbox, *refused(attempt))
+    assert verdict.passed, verdict
+
+
+def refused(attempt: str) -> tuple[str, str]:
+    """A program that says whether an attempt raised OSError, or ValueError where Python itself has the limit; tests."""
+    indented = "".join(f"        {line}\n" for line in attempt.splitlines())
+    text = f"""
+def tried():
+    try:
+{indented}    except (OSError, ValueError) as error:
+        return type(error).__name__
+    return 'done'
+"""
+    return text, "def test_tried():\n    assert tried() != 'done', tried()\n"
+
+
+@pytest.mark.parametrize("name", escapes.LEFTOVERS)
+def test_a_program_finds_nothing_of_an_earlier_one(sandbox: Sandbox, name: str) -> None:
+    leaving, looking = escapes.LEFTOVERS[name]
+    judged(sandbox, leaving)
+    verdict = judged(sandbox, *refused(looking))
+    assert verdict.passed, verdict
+
+
+def test_a_program_finds_no_answer_of_an_earlier_one(sandbox: Sandbox) -> None:
+    """Nor tests: the process that all programs are forked from has read neither."""
+    judged(sandbox, f"answer = 'hidden-0123456789ab'\n{hostile.KNOWN_GOOD}")
+    for name in ("collector's objects", "the heap", "pages beside small objects"):
+        text = hostile.READING[name].replace("found[0].decode() if found else ''", "sorted(set(found))")
+        verdict = judged(sandbox, text, "def test_none():\n    found = secret(1)\n    assert found == [], found\n")
+        assert verdict.passed, verdict
+
+
+def test_the_searches_find_what_is_there(sandbox: Sandbox) -> None:
+    """So that finding nothing means something."""
+    for name in ("collector's objects", "the heap", "pages beside small objects", "frames"):
+        own = "kept = ['hidden-' + 'abcdef' * 2 + '!' * n for n in range(2000)]\n"
+        tests = "def test_found():\n    assert secret(1) == 'hidden-abcdefabcdef'\n"
+        verdict = judged(sandbox, own + hostile.READING[name], tests)
+        assert verdict.passed, (name, verdict)
+
+
+def test_there_are_enough_of_them() -> None:
+    families = [hostile.FORGING, hostile.READING, hostile.IN_THE_RUNNER, hostile.REFUSING]
+    families += [escapes.DENYING, escapes.ESCAPES, escapes.LEFTOVERS]
+    assert sum(map(len, families)) >= 80
