@@ -14,9 +14,10 @@ import hostile_escapes as escapes
 import hostile_programs as hostile
 import pytest
 
+from corsa.config.sandbox import Limits
 from corsa.sandbox.texts import clean
 from corsa.sandbox.verdicts import Verdict
-from corsa.sandbox.worker import Engine, Limits, Program, Sandbox, available
+from corsa.sandbox.worker import Engine, Program, Sandbox, available
 
 LIMITS = Limits(wall_s=3.0, cpu_s=2, memory=256 << 20, processes=24)
 

@@ -16,6 +16,7 @@ import torch
 from code_files import task, update, write_lines
 from tiny import tiny_model
 
+from corsa.config.sandbox import Limits
 from corsa.config.steps import CodeReportConfig, CodeShown
 from corsa.data.benchmarks.programs import program_in, read_problems
 from corsa.data.edit import from_table
@@ -24,7 +25,7 @@ from corsa.evaluation.generation import generate, sample
 from corsa.evaluation.pass_at_k import Tried, measure, pass_at, tried
 from corsa.experiments.code.steps import as_edits, measured
 from corsa.sandbox.batch import judge
-from corsa.sandbox.worker import Limits, available
+from corsa.sandbox.worker import available
 
 PUBLISHED = Path(__file__).parents[2] / "shared" / "data"
 isolated = pytest.mark.skipif(available()[0] is None, reason=f"programs cannot be isolated here: {available()[1]}")

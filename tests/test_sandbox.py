@@ -15,9 +15,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from corsa.config.sandbox import Limits
 from corsa.evaluation.pass_at_k import unjudged
 from corsa.sandbox.batch import judge
-from corsa.sandbox.worker import Engine, Limits, Program, Sandbox, SandboxError, available, engine
+from corsa.sandbox.worker import Engine, Program, Sandbox, SandboxError, available, engine
 
 pytestmark = pytest.mark.process
 

@@ -10,12 +10,13 @@ from types import FunctionType
 import pytest
 from code_files import update, write_lines
 
+from corsa.config.sandbox import Limits
 from corsa.data.benchmarks.mutants import mutants, plain
 from corsa.data.benchmarks.programs import Problem, read_problems
 from corsa.evaluation.pass_at_k import tried
 from corsa.sandbox.batch import judge
 from corsa.sandbox.verdicts import Verdict
-from corsa.sandbox.worker import Limits, Program, available
+from corsa.sandbox.worker import Program, available
 from corsa.training.running_tests import UNUSED, judged
 
 isolated = pytest.mark.skipif(available()[0] is None, reason=f"programs cannot be isolated here: {available()[1]}")

@@ -21,7 +21,7 @@ from corsa.config import (
     TrainingConfig,
 )
 from corsa.config.evaluation import ProbeKind, Protocol, Rule
-from corsa.sandbox.worker import Limits
+from corsa.config.sandbox import Limits
 
 
 class EditsConfig(Frozen):

@@ -8,9 +8,10 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any, Literal
 
+from corsa.config.sandbox import Limits
 from corsa.data.benchmarks.programs import kind_of, read_problems
 from corsa.sandbox.batch import judge
-from corsa.sandbox.worker import Limits, engine
+from corsa.sandbox.worker import engine
 
 
 def measure_sandbox(

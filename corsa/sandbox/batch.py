@@ -15,7 +15,8 @@ from importlib.metadata import distributions
 from pathlib import Path
 from queue import SimpleQueue
 
-from corsa.sandbox.worker import Engine, Limits, Program, Sandbox, SandboxError, Verdict
+from corsa.config.sandbox import Limits
+from corsa.sandbox.worker import Engine, Program, Sandbox, SandboxError, Verdict
 
 _SURE = ("passed", "failed", "error", "exited", "crashed")
 """Outcomes that another run would have as well; a time limit may be met on a faster machine."""

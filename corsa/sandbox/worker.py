@@ -23,7 +23,7 @@ from types import TracebackType
 from typing import Any, Literal
 
 import corsa
-from corsa.config import Frozen
+from corsa.config.sandbox import Limits
 from corsa.errors import CorsaError
 from corsa.sandbox import cgroup
 from corsa.sandbox.rooting import CODE, bubblewrap
@@ -45,19 +45,6 @@ _FIRST_USER = 1 << 30
 
 class SandboxError(CorsaError):
     """The sandbox itself failed: nothing is known of the program."""
-
-
-class Limits(Frozen):
-    """What one program may use. Bytes and seconds; memory and disk are bounds on all its processes together."""
-
-    wall_s: float = 10.0
-    cpu_s: int = 10
-    memory: int = 2 << 30
-    processes: int = 32
-    disk: int = 64 << 20
-    file: int = 32 << 20
-    files: int = 64
-    output: int = 1 << 20
 
 
 @dataclass(frozen=True)

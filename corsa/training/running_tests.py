@@ -10,6 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from corsa.config.sandbox import Limits
 from corsa.config.steps import JudgingConfig
 from corsa.data.benchmarks.mutants import mutants
 from corsa.data.benchmarks.programs import Problem, program_in
@@ -17,7 +18,7 @@ from corsa.errors import CorsaError
 from corsa.flow.cluster import cluster_resources
 from corsa.flow.task import Task
 from corsa.sandbox.verdicts import Verdict
-from corsa.sandbox.worker import Limits, Program, SandboxError
+from corsa.sandbox.worker import Program, SandboxError
 
 VERDICTS = pa.schema(
     [

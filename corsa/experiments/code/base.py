@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from corsa.config import LoraConfig, SamplingConfig, TrainingConfig, plain
+from corsa.config.sandbox import Limits
 from corsa.config.steps import (
     CodeReportConfig,
     CodeShown,
@@ -33,7 +34,6 @@ from corsa.experiments.base import ROUND, Experiment, Facts, Methods, chain, dea
 from corsa.flow import Kind, Step
 from corsa.methods import METHODS
 from corsa.models.registry import pin
-from corsa.sandbox.worker import Limits
 
 PROBLEMS = Kind("problems", "corsa.experiments.code.steps:read", version=2)
 OLD_ANSWERS = Kind("old-answers", "corsa.training.old_programs:compute", version=2, on_cluster=True)
