@@ -42,7 +42,7 @@ HOSTILE = [
     "$x^2$ $$y$$",
     "&lt;b&gt; &#60;b&#62;",
     "back\\slash \\[x](y)",
-    "\x1b[2J \u202egnp.exe",
+    "\u202egnp.exe",
     "=====",
     "<!-- hidden -->",
     "{{ 7 * 7 }} {% raw %}",

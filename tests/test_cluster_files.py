@@ -55,6 +55,17 @@ def assert_it_plans(command: list[str], place: Path) -> None:
     """`python SCRIPT OPTION...` is a script of this repository, and its options are among those it takes."""
     python, script, *options = command
     assert python == "python"
+    if "counterfact" in options and "--data" not in options:  # no hub here: one record of the benchmark stands for it
+        rewrite = {"prompt": "{} leads", "subject": "Ada", "relation_id": "P1"}
+        targets = {"target_new": {"str": "Acme"}, "target_true": {"str": "Initech"}}
+        record = {
+            "case_id": 1,
+            "requested_rewrite": rewrite | targets,
+            "paraphrase_prompts": [],
+            "neighborhood_prompts": [],
+        }
+        (place / "counterfact.json").write_text(json.dumps([record]))
+        options += ["--data", str(place / "counterfact.json")]
     planned = [sys.executable, script, *options, "--dry-run", "--storage", str(place)]
     done = subprocess.run(planned, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -104,7 +104,7 @@ def test_adapters_that_nothing_can_be_taught_on_are_refused(
     from corsa.errors import CorsaError
     from corsa.lora.peft_format import read_factors
 
-    with pytest.raises(CorsaError, match=r"lora_A.weight holds values that are not finite"):
+    with pytest.raises(CorsaError, match=r"lora_A.weight has values that are not finite"):
         read_factors(broken)
 
 

@@ -228,13 +228,18 @@ def test_a_dry_run_refuses_a_wrong_file(
     assert caught.value.status == 2
 
 
-def test_a_dry_run_draws_what_is_sound_and_asks_no_hub(
+def test_a_dry_run_draws_what_is_sound_and_names_a_hub_that_is_not_there(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Capture
 ) -> None:
     assert dry(monkeypatch, tmp_path, "--benchmark", "file", "--data", written(tmp_path / "f.jsonl", fact())) == 0
     assert "edits/file" in capsys.readouterr().out
-    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: pytest.fail("the hub is not asked"))
-    assert dry(monkeypatch, tmp_path, "--benchmark", "counterfact") == 0
+
+    def unreachable(*_: Any, **__: Any) -> None:
+        raise ConnectionError("no route to the hub")
+
+    monkeypatch.setattr("datasets.load_dataset", unreachable)
+    with pytest.raises(CorsaError, match="counterfact"):
+        dry(monkeypatch, tmp_path, "--benchmark", "counterfact")
     path = written(tmp_path / "g.jsonl", fact())
     with pytest.raises(CorsaError, match="has 1 facts, and all of them are passed over"):
         dry(monkeypatch, tmp_path, "--benchmark", "file", "--data", path, "--offset", "100000")

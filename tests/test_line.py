@@ -129,7 +129,7 @@ def test_an_adapter_is_known_by_its_files(tmp_path: Path) -> None:
     with pytest.raises(CorsaError, match="nowhere does not exist: name a PEFT directory"):
         open_line(tmp_path / "nowhere")
     (tmp_path / "a" / FILE).write_text("{")
-    with pytest.raises(CorsaError, match="a file of it is damaged"):
+    with pytest.raises(CorsaError, match=r"line\.json is damaged"):
         open_line(tmp_path / "a")
 
 

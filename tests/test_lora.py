@@ -236,9 +236,9 @@ def test_a_corrupt_adapter_is_refused(saved: Path) -> None:
 
 def test_a_corrupt_or_absent_configuration_is_refused(saved: Path) -> None:
     (saved / "adapter_config.json").write_text('{"r": 4,')
-    assert "no readable PEFT adapter" in refused(saved)
+    assert "adapter_config.json is damaged" in refused(saved)
     (saved / "adapter_config.json").unlink()
-    assert "no readable PEFT adapter" in refused(saved)
+    assert "adapter_config.json cannot be read" in refused(saved)
     shutil.rmtree(saved)
     assert "no readable PEFT adapter" in refused(saved)
 

@@ -259,9 +259,9 @@ def test_several_seeds_are_averaged_and_their_spread_is_given() -> None:
 # Drawing
 
 
-def drawn(prompts: list[list[int]], seeds: list[tuple[int, ...]], batch: int = 8, **how: float) -> list[list[int]]:
+def drawn(prompts: list[list[int]], seeds: list[tuple[int, ...]], batch: int = 8, **how: Any) -> list[list[int]]:
     stops = torch.zeros(1024, dtype=torch.bool)
-    options = {"temperature": 0.8, "top_p": 0.7} | how
+    options: dict[str, Any] = {"temperature": 0.8, "top_p": 0.7} | how
     return sample(tiny_model(), prompts, seeds=seeds, stops=stops, new_tokens=6, batch=batch, device="cpu", **options)
 
 

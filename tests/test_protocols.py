@@ -348,9 +348,8 @@ def test_thinking_needs_a_template_that_knows_it(encoder: Encoder) -> None:
 
 
 def test_a_tokenizer_without_a_chat_template_is_named(encoder: Encoder) -> None:
-    bare = chat(encoder, "")
     with pytest.raises(CorsaError, match="use --template qa"):
-        bare.prompt("Who?")
+        chat(encoder, "").prompt("Who?")
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -104,9 +104,12 @@ def test_an_answer_without_tokens_is_found_whatever_its_end(chat: Encoder) -> No
 def test_a_template_that_hides_the_answer_is_refused() -> None:
     class Hiding:
         eos_token_id = 0
+        chat_template = "a template"
+        name_or_path = "hiding"
+        added_tokens_decoder: ClassVar = {}
 
-        def apply_chat_template(self, turns: Any, **options: Any) -> str:
-            return "nothing"
+        def apply_chat_template(self, conversations: Any, **options: Any) -> list[str]:
+            return ["nothing" for _ in conversations]
 
     with pytest.raises(CorsaError, match=r"set --training\.answer-end end_token"):
         Encoder(Hiding(), "chat", "turn").answer("Bo")

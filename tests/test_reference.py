@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -34,6 +34,7 @@ class Letters:
     """A tokenizer with a token for every letter and for nothing else."""
 
     eos_token_id = 0
+    added_tokens_decoder: ClassVar = {}
 
     def __call__(self, texts: list[str], **options: Any) -> dict[str, list[list[int]]]:
         return {"input_ids": [[ord(letter) for letter in text if letter.isalpha()] for text in texts]}

@@ -94,7 +94,7 @@ def test_one_round_teaches_everything() -> None:
 
 
 def test_fewer_facts_than_rounds_are_refused() -> None:
-    with pytest.raises(CorsaError, match="2 edits cannot be dealt to 3 rounds: set --rounds 2 or less"):
+    with pytest.raises(CorsaError, match="2 edits cannot be divided over 3 rounds: set --rounds 2 or less"):
         deal(facts(2), RoundsConfig(rounds=3))
     assert len(rows(facts(3), rounds=3)) == 3
 

@@ -82,6 +82,7 @@ def sample(
     new_tokens: int,
     batch: int,
     device: torch.device | str,
+    told: Callable[[int], None] = lambda done: None,
 ) -> list[list[int]]:
     """As `generate`, each token drawn from the likeliest that hold `top_p` of softmax(logits / temperature).
 
@@ -102,7 +103,7 @@ def sample(
         place = torch.searchsorted(heights, drawn * heights[:, -1:], right=True)
         return place.clamp(max=p.shape[-1] - 1)[:, 0]
 
-    return _generate(model, prompts, stops, new_tokens, batch, device, choose)
+    return _generate(model, prompts, stops, new_tokens, batch, device, choose, told)
 
 
 def _generate(

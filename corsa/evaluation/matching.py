@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
-from corsa import text as forms
+from corsa.data import text as forms
 
 Answer = tuple[str, Sequence[str]]
 """A target and its aliases: any of the names counts."""

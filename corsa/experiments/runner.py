@@ -112,8 +112,8 @@ def show_plan(targets: Sequence[Step], store: Store, console: Console) -> None:
     for step in topological(targets):
         config = step.config
         data = getattr(step.placement, "data", None)
-        # A file that is there is read when its step is run, the first of all; what may not be there is looked for now.
-        if isinstance(config, EditsConfig) and (config.offset or data is None) and not store.find(step):
+        # `check_files` reads files; whether the hub can be reached is found out here.
+        if isinstance(config, EditsConfig) and config.digest.startswith("hub:") and not store.find(step):
             read(config.benchmark, data, limit=1, offset=config.offset, on_bad_record="skip")
     console.print(draw(targets, store))
 

@@ -36,7 +36,6 @@ def perf_sandbox(
             "this runs the programs of a file: read docs/sandbox.md, then say so with --allow-code-execution"
         )
     from corsa.perf.sandbox import measure_sandbox
-    from corsa.sandbox.texts import clean
 
     def told(what: str, count: int, of: int) -> None:
         if sys.stderr.isatty():
@@ -54,4 +53,4 @@ def perf_sandbox(
         if not isinstance(value, list):
             print(visible(f"{name.replace('_', ' ')}: {value}"))
     for entry in found["cannot_pass"]:
-        print(clean(f"cannot pass: {entry['id']}: {entry['outcome']}: {entry['reason']}", 1000))
+        print(visible(f"cannot pass: {entry['id']}: {entry['outcome']}: {entry['reason']}"))

@@ -15,14 +15,14 @@ ALONE = """
 import json, os, sys
 import psutil, ray.util, torch
 import torch.distributed as dist
-from corsa.training.rendezvous import _listen_where_it_is_called
+from corsa.training.rendezvous import _listen_on_node_address
 
 ray.util.get_node_ip_address = lambda: sys.argv[1]
 
 def listening():
     return sorted({c.laddr.ip for c in psutil.Process().net_connections() if c.status == psutil.CONN_LISTEN})
 
-_listen_where_it_is_called()
+_listen_on_node_address()
 dist.init_process_group("gloo", init_method="env://", rank=0, world_size=1)
 total = torch.ones(2)
 dist.all_reduce(total)
