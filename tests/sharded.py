@@ -30,7 +30,7 @@ from corsa.lora.flat import Lora
 from corsa.lora.peft_format import save_adapter
 from corsa.models.encoding import Encoder
 from corsa.training.worker_context import Loaded
-from corsa.training.worker_group import Crew
+from corsa.training.worker_group import WorkerGroup
 
 CASES = list(product((0, 1, 2, 3), (False, True), (1, 16)))
 """Stage, activation checkpointing, edits of a micro-batch."""
@@ -39,11 +39,11 @@ PROMPTS = [[5, 6, 7], [8, 9], [10, 11, 12, 13, 14], [15], [16, 17, 18]]
 STOPS = torch.zeros(1024, dtype=torch.bool)
 
 
-def bench(folder: Path, crew: Crew, dtype: str = "float32") -> Bench:
-    """The tests' base model, placed on the crew, and seven edits, one of which is too long to be packed."""
+def bench(folder: Path, group: WorkerGroup, dtype: str = "float32") -> Bench:
+    """The tests' base model, placed on the group, and seven edits, one of which is too long to be packed."""
     made = Bench.__new__(Bench)
-    model = crew.place(ModelConfig.model_validate({"name": str(folder / "base"), "dtype": dtype}))
-    made.crew, made.edits = crew, with_reference(tiny_model(), triplets(EDITS, long=(3,)))
+    model = group.place(ModelConfig.model_validate({"name": str(folder / "base"), "dtype": dtype}))
+    made.group, made.edits = group, with_reference(tiny_model(), triplets(EDITS, long=(3,)))
     made.loaded = Loaded(model, Lora(model, LORA), cast(Encoder, None), packed=True)
     made.start = shaken(made.loaded.lora, 0.05).phi.detach().clone()
     return made
@@ -51,13 +51,13 @@ def bench(folder: Path, crew: Crew, dtype: str = "float32") -> Bench:
 
 def asked(made: Bench, share: slice) -> dict[str, Any]:
     """Answers and log-probabilities of one worker's share, plain and with an adapter attached by hooks."""
-    model, crew = made.loaded.model, made.crew
+    model, group = made.loaded.model, made.group
     other = Lora(tiny_model(), LORA)
     change = shaken(other, 0.2, seed=8).adapter()
     found: dict[str, Any] = {}
     with made.loaded.lora.off(), torch.no_grad():
         for name, changes in (("plain", []), ("attached", [change])):
-            with attached(model, *changes), crew.in_step(model):
+            with attached(model, *changes), group.in_step(model):
                 mine = PROMPTS[share]
                 found[name] = generate(model, mine, stops=STOPS, new_tokens=4, batch=2, device="cpu") if mine else []
                 edits = made.edits[share]
@@ -125,13 +125,13 @@ def work(rank: int, workers: int, folder: Path) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=workers)
     torch.set_num_threads(1)
 
-    def crew(stage: int, **sharding: Any) -> Crew:
+    def group(stage: int, **sharding: Any) -> WorkerGroup:
         settings = ShardingConfig(zero_stage=stage, **sharding)
-        return Crew.join(Placement(threads=1, workers=workers, sharding=settings))
+        return WorkerGroup.join(Placement(threads=1, workers=workers, sharding=settings))
 
     found: dict[str, Any] = {}
     for stage, again in sorted({case[:2] for case in CASES}):
-        made = bench(folder, crew(stage, activation_checkpointing=again))
+        made = bench(folder, group(stage, activation_checkpointing=again))
         for size in sorted({case[2] for case in CASES}):
             trained = made.train(ROUNDS["corsa"], folder / f"{stage}{again}{size}", micro_batch=size)
             found[f"{stage} {again} {size}"] = trained.phi
@@ -146,11 +146,11 @@ def work(rank: int, workers: int, folder: Path) -> None:
                     save_adapter(made.loaded.lora, folder / f"adapter{rank}", "base")
                 found["gathers of saving"] = count[0]
                 interrupted(made, folder, found)
-            made.crew.let_go(made.loaded.model)
-    offloaded = bench(folder, crew(3, offload_parameters=True, offload_optimizer=True))
+            made.group.let_go(made.loaded.model)
+    offloaded = bench(folder, group(3, offload_parameters=True, offload_optimizer=True))
     found["offloaded"] = offloaded.train(ROUNDS["corsa"], folder / "offloaded").phi
     for stage in (0, 1, 2, 3):
-        made = bench(folder, crew(stage), "bfloat16")
+        made = bench(folder, group(stage), "bfloat16")
         with cosines() as seen:
             for size in (1, 16):
                 trained = made.train(ROUNDS["corsa"], folder / f"bfloat16{stage}{size}", micro_batch=size)
@@ -159,7 +159,7 @@ def work(rank: int, workers: int, folder: Path) -> None:
         found[f"dtypes {stage}"] = (made.loaded.model.dtype, made.loaded.lora.phi.dtype)
     for name in (f"random:{folder / 'large'}", str(folder / "large")):
         gc.collect()  # what was loaded before goes first, or its end would be counted in
-        loader = crew(3)
+        loader = group(3)
         with peak_memory() as peak:
             model: Any = loader.place(ModelConfig(name=name))
         parts = [p.ds_tensor.double().sum() for p in model.parameters()]
@@ -185,13 +185,13 @@ def counts(made: Bench, folder: Path) -> list[float]:
 
 def interrupted(made: Bench, folder: Path, found: dict[str, Any]) -> None:
     """A round that ends in its fifth step, and goes on at the same stage; its checkpoint is left for others."""
-    crew = made.crew
-    broken = Mortal(crew.rank, crew.size, crew.device, crew.sharding, sums=4 * 4 + 1)
+    group = made.group
+    broken = Mortal(group.rank, group.size, group.device, group.sharding, sums=4 * 4 + 1)
     for name in ("resumed", "left"):
         try:
-            made.train(ROUNDS["corsa"], folder / name, crew=broken, checkpoint_every=2)
+            made.train(ROUNDS["corsa"], folder / name, group=broken, checkpoint_every=2)
         except ConnectionError:
-            broken = Mortal(crew.rank, crew.size, crew.device, crew.sharding, sums=4 * 4 + 1)
+            broken = Mortal(group.rank, group.size, group.device, group.sharding, sums=4 * 4 + 1)
     dist.barrier()
     found["resumed"] = made.train(ROUNDS["corsa"], folder / "resumed").phi
 

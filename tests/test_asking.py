@@ -16,7 +16,7 @@ from corsa.algorithm.packing import Triplet, pack
 from corsa.config import EvaluationConfig
 from corsa.data.edit import Edit
 from corsa.evaluation.generation import generate, newline_tokens
-from corsa.evaluation.predict import PREDICTIONS, Asker, Taught
+from corsa.evaluation.predict import PREDICTIONS, Predictor, Taught
 from corsa.lora.flat import Lora
 from corsa.models.encoding import Encoder
 
@@ -152,15 +152,15 @@ def speaker(encoder: Encoder) -> Any:
 
 
 @pytest.fixture
-def asker(speaker: Any, encoder: Encoder) -> Callable[..., Asker]:
-    def make(batch: int = 16, packed: bool = True, **fields: Any) -> Asker:
-        return Asker(speaker, encoder, EvaluationConfig(new_tokens=4, **fields), CPU, batch, packed)
+def predictor(speaker: Any, encoder: Encoder) -> Callable[..., Predictor]:
+    def make(batch: int = 16, packed: bool = True, **fields: Any) -> Predictor:
+        return Predictor(speaker, encoder, EvaluationConfig(new_tokens=4, **fields), CPU, batch, packed)
 
     return make
 
 
-def test_rows_are_those_of_the_predictions_table(asker: Callable[..., Asker]) -> None:
-    rows = asker().ask(edits())
+def test_rows_are_those_of_the_predictions_table(predictor: Callable[..., Predictor]) -> None:
+    rows = predictor().ask(edits())
     labels = {"method": "corsa", "seed": 0, "trained": 2}
     assert all({*labels, *row} == set(PREDICTIONS.names) for row in rows)
     table = pa.Table.from_pylist([labels | row for row in rows], schema=PREDICTIONS)
@@ -169,8 +169,8 @@ def test_rows_are_those_of_the_predictions_table(asker: Callable[..., Asker]) ->
     assert all(table[name].null_count == 0 for name in PREDICTIONS.names if name not in nullable)
 
 
-def test_every_wording_is_asked_once_in_the_order_of_the_probes(asker: Callable[..., Asker]) -> None:
-    rows = asker().ask(edits())
+def test_every_wording_is_asked_once_in_the_order_of_the_probes(predictor: Callable[..., Predictor]) -> None:
+    rows = predictor().ask(edits())
     assert [(row["edit"], row["kind"], row["probe"], row["wording"]) for row in rows] == [
         ("x/a/1", "edit", 0, 0),
         ("x/a/1", "paraphrase", 1, 0),
@@ -193,16 +193,16 @@ def test_every_wording_is_asked_once_in_the_order_of_the_probes(asker: Callable[
     assert (third["chain"], third["learnt"], third["part"]) == ("x/b", 1, "evaluation")
 
 
-def test_the_paper_s_protocol_asks_what_it_counts_alone(asker: Callable[..., Asker]) -> None:
-    full = asker().ask(edits())
-    paper = asker(protocol="paper").ask(edits())
+def test_the_paper_s_protocol_asks_what_it_counts_alone(predictor: Callable[..., Predictor]) -> None:
+    full = predictor().ask(edits())
+    paper = predictor(protocol="paper").ask(edits())
     counted = [row for row in full if row["kind"] == "edit" or (row["kind"] == "paraphrase" and row["wording"] == 0)]
     assert paper == counted
     assert len(paper) == 5 < len(full)
 
 
 def test_a_wording_that_recurs_is_generated_once(
-    asker: Callable[..., Asker], encoder: Encoder, monkeypatch: pytest.MonkeyPatch
+    predictor: Callable[..., Predictor], encoder: Encoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[list[int]] = []
 
@@ -216,7 +216,7 @@ def test_a_wording_that_recurs_is_generated_once(
         return generate(model, prompts, **rest)
 
     monkeypatch.setattr("corsa.evaluation.predict.generate", spy)
-    rows = asker().ask(edits())
+    rows = predictor().ask(edits())
     wordings = dict.fromkeys(row["prompt"] for row in rows)
     assert len(wordings) == 8 < len(rows)
     assert asked == [encoder.prompt(w) for w in wordings]
@@ -224,10 +224,12 @@ def test_a_wording_that_recurs_is_generated_once(
         assert len({row["output"] for row in rows if row["prompt"] == wording}) == 1
 
 
-def test_outputs_are_the_greedy_continuations(asker: Callable[..., Asker], speaker: Any, encoder: Encoder) -> None:
+def test_outputs_are_the_greedy_continuations(
+    predictor: Callable[..., Predictor], speaker: Any, encoder: Encoder
+) -> None:
     stops = newline_tokens(encoder.tokenizer).clone()
     stops[encoder.tokenizer.eos_token_id] = True
-    row = asker().ask(edits()[2:])[0]
+    row = predictor().ask(edits()[2:])[0]
     ids = theirs(speaker, encoder.prompt("Where is the Louvre?"), stops, 4)
     assert row["output"] == encoder.tokenizer.decode(ids).strip()
     assert row["output"]
@@ -235,10 +237,10 @@ def test_outputs_are_the_greedy_continuations(asker: Callable[..., Asker], speak
 
 @pytest.mark.parametrize(("batch", "packed"), [(16, True), (2, True), (16, False)])
 def test_both_answers_are_scored_on_the_edit_and_the_first_paraphrase(
-    asker: Callable[..., Asker], speaker: Any, encoder: Encoder, batch: int, packed: bool
+    predictor: Callable[..., Predictor], speaker: Any, encoder: Encoder, batch: int, packed: bool
 ) -> None:
     by_id = {t.edit.id: t.edit for t in edits()}
-    for row in asker(batch, packed).ask(edits()):
+    for row in predictor(batch, packed).ask(edits()):
         if row["kind"] not in ("edit", "paraphrase") or row["wording"] > 0:
             assert (row["logp_new"], row["logp_old"]) == (None, None)
             continue
@@ -250,7 +252,7 @@ def test_both_answers_are_scored_on_the_edit_and_the_first_paraphrase(
 
 
 def test_an_output_is_matched_under_every_rule(
-    asker: Callable[..., Asker], encoder: Encoder, monkeypatch: pytest.MonkeyPatch
+    predictor: Callable[..., Predictor], encoder: Encoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said = {
         "Who leads Acme?": " Bo Berg",
@@ -266,7 +268,7 @@ def test_an_output_is_matched_under_every_rule(
         return [encoder.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
 
     monkeypatch.setattr("corsa.evaluation.predict.generate", speak)
-    rows = asker().ask(edits())
+    rows = predictor().ask(edits())
 
     def found(edit: str, probe: int, wording: int = 0) -> tuple[str, bool, bool, bool, bool]:
         (row,) = [r for r in rows if (r["edit"], r["probe"], r["wording"]) == (edit, probe, wording)]
@@ -281,11 +283,11 @@ def test_an_output_is_matched_under_every_rule(
     assert found("x/a/1", 4) == ("Ahn", True, False, True, False)
 
 
-def test_asking_leaves_the_newline_tokens_as_they_are(asker: Callable[..., Asker], encoder: Encoder) -> None:
-    """They are kept for the next asker; the end token is each asker's own addition."""
-    asker().ask(edits()[2:])
+def test_asking_leaves_the_newline_tokens_as_they_are(predictor: Callable[..., Predictor], encoder: Encoder) -> None:
+    """They are kept for the next predictor; the end token is each predictor's own addition."""
+    predictor().ask(edits()[2:])
     assert not newline_tokens(encoder.tokenizer)[encoder.tokenizer.eos_token_id]
 
 
-def test_a_worker_without_facts_asks_nothing(asker: Callable[..., Asker]) -> None:
-    assert asker().ask([]) == []
+def test_a_worker_without_facts_asks_nothing(predictor: Callable[..., Predictor]) -> None:
+    assert predictor().ask([]) == []

@@ -35,10 +35,10 @@ def taught(bench: Bench, folder: Path, before: Adapter | None = None, **settings
     """A round of F-Learning on the bench's edits."""
     plain = dict(round_config(epochs=4)) | {"step": STEPS["lora"](StepConfig())}
     config = FLearningRoundConfig(**plain, f_learning=FLearningConfig(**settings))
-    loaded, workshop = bench.loaded, bench.workshop(Placement())
+    loaded, context = bench.loaded, bench.context(Placement())
 
     def learn(examples: Any, name: str) -> Any:
-        return train(config, examples, loaded, workshop, (Store(folder), f"partial/x/{name}"), lambda line: None)
+        return train(config, examples, loaded, context, (Store(folder), f"partial/x/{name}"), lambda line: None)
 
     found = teach(
         Round(

@@ -23,8 +23,8 @@ from corsa.models.encoding import Encoder
 from corsa.models.loading import load_tokenizer
 from corsa.training.rounds import take_rounds
 from corsa.training.tokens import REFERENCE, TokenTable, token_rows
-from corsa.training.worker_context import Workshop
-from corsa.training.worker_group import Crew
+from corsa.training.worker_context import WorkerContext
+from corsa.training.worker_group import WorkerGroup
 
 MODEL = ModelConfig(name="random:tiny-llama")
 
@@ -70,8 +70,8 @@ def taken(storage: Path, pack: int, chains: Chains) -> tuple[Store, list[Step], 
     pq.write_table(pa.Table.from_pandas(table, schema=REFERENCE, preserve_index=False), output / "reference.parquet")
     store.commit(taught.reference, output, {}, 0.0)
     tokens = {taught.reference.fingerprint: TokenTable([pa.Table.from_pylist(rows, schema=REFERENCE)])}
-    workshop = Workshop(Crew(0, 1, torch.device("cpu")), experiment.placement, tokens)
-    return store, steps, take_rounds([Task(step, store) for step in steps], workshop, Silent())
+    context = WorkerContext(WorkerGroup(0, 1, torch.device("cpu")), experiment.placement, tokens)
+    return store, steps, take_rounds([Task(step, store) for step in steps], context, Silent())
 
 
 @pytest.mark.long

@@ -16,8 +16,8 @@ from corsa.algorithm.logprobs import answer_logprobs, packing_is_exact
 from corsa.algorithm.packing import PADDING, SAVING, WIDEST, Rows, Triplet, pack
 from corsa.config import Placement
 from corsa.lora.flat import Lora
-from corsa.training.worker_context import Share, Workshop
-from corsa.training.worker_group import Crew
+from corsa.training.worker_context import Share, WorkerContext
+from corsa.training.worker_group import WorkerGroup
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -184,19 +184,19 @@ def test_a_window_shorter_than_the_rows_is_detected() -> None:
 
 
 def test_the_workshop_falls_back_to_plain_rows(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
-    def place(crew: Crew, config: Any) -> Any:
+    def place(group: WorkerGroup, config: Any) -> Any:
         model = tiny_model()
         model.register_forward_pre_hook(lambda m, args, kw: (args, {**kw, "position_ids": None}), with_kwargs=True)
         return model
 
-    monkeypatch.setattr(Crew, "place", place)
+    monkeypatch.setattr(WorkerGroup, "place", place)
     monkeypatch.setattr("corsa.training.worker_context.load_tokenizer", lambda config: None)
-    workshop = Workshop(Crew(0, 1, CPU), Placement(), {})
+    context = WorkerContext(WorkerGroup(0, 1, CPU), Placement(), {})
     edits = triplets(5)
-    loaded = workshop.open(round_config(), edits[:4])
+    loaded = context.open(round_config(), edits[:4])
     assert loaded.packed is False
     assert "random:tiny-llama treats packed rows differently" in capsys.readouterr().out
-    batch = workshop.batch(loaded, [Share(edits, [edits])], unit=1)
+    batch = context.batch(loaded, [Share(edits, [edits])], unit=1)
     (part,) = batch.parts
     assert [rows.mask for rows in part.rows] == [None]
     found = answer_logprobs(loaded.model, part.rows, 5)
@@ -206,11 +206,11 @@ def test_the_workshop_falls_back_to_plain_rows(monkeypatch: pytest.MonkeyPatch, 
 
 def test_the_workshop_packs_where_it_is_exact(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
     monkeypatch.setattr("corsa.training.worker_context.load_tokenizer", lambda config: None)
-    workshop = Workshop(Crew(0, 1, CPU), Placement(), {})
-    loaded = workshop.open(round_config(), triplets(4))
+    context = WorkerContext(WorkerGroup(0, 1, CPU), Placement(), {})
+    loaded = context.open(round_config(), triplets(4))
     assert loaded.packed is True
     assert capsys.readouterr().out == ""
-    assert workshop.open(round_config(), triplets(4)) is loaded, "a model is loaded once"
+    assert context.open(round_config(), triplets(4)) is loaded, "a model is loaded once"
 
 
 def test_rows_move_as_a_whole() -> None:

@@ -22,7 +22,7 @@ from corsa.evaluation.generation import end_tokens, generate, newline_tokens, sa
 from corsa.evaluation.matching import plain_matches
 from corsa.evaluation.metrics import compute
 from corsa.evaluation.old_answers import old_answers
-from corsa.evaluation.predict import PREDICTIONS, Asker, Taught
+from corsa.evaluation.predict import PREDICTIONS, Predictor, Taught
 from corsa.experiments.base import Experiment
 from corsa.lora.flat import Lora
 from corsa.models.encoding import Encoder
@@ -71,9 +71,9 @@ def evaluation(**fields: Any) -> EvaluationConfig:
     return EvaluationConfig.model_validate(fields)
 
 
-def asker(speaker: Any, encoder: Encoder, batch: int = 16, seed: int = 0, **fields: Any) -> Asker:
+def predictor(speaker: Any, encoder: Encoder, batch: int = 16, seed: int = 0, **fields: Any) -> Predictor:
     config = evaluation(**{"new_tokens": 4, "reasoning_tokens": 6} | fields)
-    return Asker(speaker, encoder, config, CPU, batch, seed=seed)
+    return Predictor(speaker, encoder, config, CPU, batch, seed=seed)
 
 
 def kinds(rows: Sequence[dict[str, Any]]) -> list[tuple[str, int, int]]:
@@ -96,7 +96,7 @@ def test_what_no_number_counts_is_not_asked(speaker: Any, encoder: Encoder, prot
 
     monkeypatch.setattr("corsa.evaluation.predict.generate", spy)
     monkeypatch.setattr("corsa.evaluation.predict.sample", spy)
-    rows = asker(speaker, encoder, protocol=protocol).ask([Taught(edit(), 1, "update")])
+    rows = predictor(speaker, encoder, protocol=protocol).ask([Taught(edit(), 1, "update")])
     assert [(kind, wording) for kind, wording, _ in kinds(rows)] == PAPER
     assert len(asked) == len(PAPER)
 
@@ -106,15 +106,15 @@ def test_a_second_paraphrase_probe_is_not_the_first_paraphrase(speaker: Any, enc
     one = edit(history=[], neighbors=[])
     more = Probe(kind="paraphrase", prompts=("Acme has which leader?",), answer="Bo Berg", aliases=())
     taught = [Taught(one.model_copy(update={"probes": (*one.probes, more)}), 1, "update")]
-    rows = asker(speaker, encoder, protocol="paper").ask(taught)
+    rows = predictor(speaker, encoder, protocol="paper").ask(taught)
     assert [row["prompt"] for row in rows if row["kind"] == "paraphrase"] == ["Acme is led by"]
 
 
 def test_full_asks_the_kinds_that_are_chosen(speaker: Any, encoder: Encoder) -> None:
     taught = [Taught(edit(), 1, "update")]
-    every = asker(speaker, encoder).ask(taught)
+    every = predictor(speaker, encoder).ask(taught)
     assert len(every) == 1 + 2 + 1 + 1 + 2
-    some = asker(speaker, encoder, probes=("neighbor", "edit")).ask(taught)
+    some = predictor(speaker, encoder, probes=("neighbor", "edit")).ask(taught)
     assert some == [row for row in every if row["kind"] in ("edit", "neighbor")]
 
 
@@ -130,7 +130,7 @@ def test_the_authors_evaluation_samples_as_theirs_does(speaker: Any, encoder: En
 
     monkeypatch.setattr("corsa.evaluation.predict.sample", spy)
     one = edit(target_new="Iran", aliases_new=["Berg"])
-    rows = asker(speaker, encoder, protocol="authors", new_tokens=32).ask([Taught(one, 1, "update")])
+    rows = predictor(speaker, encoder, protocol="authors", new_tokens=32).ask([Taught(one, 1, "update")])
     for how in found:
         assert (how["temperature"], how["top_p"], how["new_tokens"]) == (0.7, 1.0, 128)
         assert not (how["stops"] & newline_tokens(encoder.tokenizer)).any()  # only end tokens end an answer
@@ -143,13 +143,13 @@ def test_the_authors_evaluation_samples_as_theirs_does(speaker: Any, encoder: En
 def test_draws_follow_from_seed_question_and_number_alone(speaker: Any, encoder: Encoder, monkeypatch) -> None:
     monkeypatch.setattr("corsa.config.evaluation._AUTHORS_TOKENS", 5)
     taught = [Taught(edit(), 1, "update")]
-    rows = asker(speaker, encoder, protocol="authors", draws=3).ask(taught)
+    rows = predictor(speaker, encoder, protocol="authors", draws=3).ask(taught)
     assert kinds(rows) == [(kind, wording, draw) for kind, wording in PAPER for draw in range(3)]
     outputs = {(row["prompt"], row["draw"]): row["output"] for row in rows}
     assert len({outputs["Who leads Acme?", draw] for draw in range(3)}) == 3
-    assert asker(speaker, encoder, batch=1, protocol="authors", draws=3).ask(taught) == rows
-    assert asker(speaker, encoder, protocol="authors", draws=1).ask(taught) == [r for r in rows if r["draw"] == 0]
-    other = asker(speaker, encoder, seed=1, protocol="authors", draws=3).ask(taught)
+    assert predictor(speaker, encoder, batch=1, protocol="authors", draws=3).ask(taught) == rows
+    assert predictor(speaker, encoder, protocol="authors", draws=1).ask(taught) == [r for r in rows if r["draw"] == 0]
+    other = predictor(speaker, encoder, seed=1, protocol="authors", draws=3).ask(taught)
     assert [row["output"] for row in other] != [row["output"] for row in rows]
     assert [row["logp_new"] is not None for row in rows if row["kind"] == "edit"] == [True, False, False]
     for row in rows:
@@ -248,7 +248,7 @@ def test_every_end_token_that_a_model_publishes_ends_its_answers(
     assert first == endless[0][: endless[0].index(other)]
     assert first
     # Probes, and what a multi-hop question is answered with
-    ask = asker(speaker, encoder)
+    ask = predictor(speaker, encoder)
     assert bool(ask.stops()[other])
     assert ask.stops(lines=True).tolist() == stops.tolist()
     # Old answers that are filled in
@@ -280,7 +280,7 @@ def test_an_answer_of_several_lines_does_not_end_at_the_first(speaker: Any, enco
 
     monkeypatch.setattr("corsa.evaluation.predict.generate", speak)
     several = edit(target_new="Ada Lind\nBo Holm", aliases_new=[])
-    rows = asker(speaker, encoder).ask([Taught(several, 1, "update")])
+    rows = predictor(speaker, encoder).ask([Taught(several, 1, "update")])
     by_kind = {row["kind"]: row for row in rows}
     for kind in ("edit", "paraphrase"):
         row = by_kind[kind]
@@ -288,7 +288,7 @@ def test_an_answer_of_several_lines_does_not_end_at_the_first(speaker: Any, enco
         assert (row["words_new"], row["matched_new"], row["exact_new"]) == (True, True, True)
     assert by_kind["neighbor"]["output"] == "Ada Lind"  # there a line is expected
     half = edit(target_new="Ada Lind\nCy Moss", aliases_new=[])
-    row = asker(speaker, encoder).ask([Taught(half, 1, "update")])[0]
+    row = predictor(speaker, encoder).ask([Taught(half, 1, "update")])[0]
     assert (row["words_new"], row["matched_new"], row["exact_new"]) == (False, False, False)
 
 
@@ -388,14 +388,14 @@ def test_a_model_that_thinks_gets_the_tokens_and_lines_it_needs(speaker: Any, en
         return [qwen.tokenizer(text, add_special_tokens=False)["input_ids"] for _ in prompts]
 
     monkeypatch.setattr("corsa.evaluation.predict.generate", speak)
-    thinking = asker(speaker, qwen, probes=("edit",), thinking=True, thinking_tokens=50)
+    thinking = predictor(speaker, qwen, probes=("edit",), thinking=True, thinking_tokens=50)
     (row,) = thinking.ask([Taught(edit(), 1, "update")])
     assert seen["new_tokens"] == 4 + 50
     assert not (seen["stops"] & newline_tokens(encoder.tokenizer)).any()
     assert seen["prompts"] == [qwen.prompt("Who leads Acme?", thinking=True)]
     assert row["output"] == "Al Ahn"  # the line after the thoughts
     assert (row["words_new"], row["words_old"]) == (False, True)
-    asker(speaker, qwen, probes=("edit",)).ask([Taught(edit(), 1, "update")])
+    predictor(speaker, qwen, probes=("edit",)).ask([Taught(edit(), 1, "update")])
     assert seen["new_tokens"] == 4
     assert seen["prompts"] == [qwen.prompt("Who leads Acme?")]
 
@@ -422,7 +422,7 @@ def test_the_answers_of_every_protocol_are_counted(
     speaker: Any, encoder: Encoder, protocol: Any, draws: int, monkeypatch
 ) -> None:
     monkeypatch.setattr("corsa.config.evaluation._AUTHORS_TOKENS", 3)
-    ask = asker(speaker, encoder, protocol=protocol, draws=draws)
+    ask = predictor(speaker, encoder, protocol=protocol, draws=draws)
     rows = ask.ask([Taught(edit(id=f"x/{n}"), 1, "update") for n in (1, 2)])
     labelled = [{"method": method, "seed": 0, "trained": 1} | row for method in ("base", "lora") for row in rows]
     table = pa.Table.from_pylist(labelled, schema=PREDICTIONS).to_pandas()

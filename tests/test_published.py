@@ -28,8 +28,8 @@ from corsa.lora.peft_format import save_adapter
 from corsa.models.encoding import Encoder
 from corsa.training.loop import train
 from corsa.training.tokens import batch_order, token_rows, without_tokens
-from corsa.training.worker_context import Loaded, Workshop
-from corsa.training.worker_group import Crew
+from corsa.training.worker_context import Loaded, WorkerContext
+from corsa.training.worker_group import WorkerGroup
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -218,7 +218,14 @@ def ours(config: RoundConfig, encoder: Encoder, folder: Path) -> dict[str, Tenso
     lora = shaken(Lora(model, LORA), 0.02)
     save_adapter(lora, folder / "start", "tiny")
     loaded = Loaded(model, lora, encoder, packed=True)
-    train(config, edits, loaded, Workshop(Crew(0, 1, CPU), Placement(), {}), (Store(folder), "x"), lambda line: None)
+    train(
+        config,
+        edits,
+        loaded,
+        WorkerContext(WorkerGroup(0, 1, CPU), Placement(), {}),
+        (Store(folder), "x"),
+        lambda line: None,
+    )
     save_adapter(lora, folder / "end", "tiny")
     return load_file(folder / "end" / "adapter_model.safetensors")
 

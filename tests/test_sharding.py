@@ -23,7 +23,7 @@ from corsa.errors import CorsaError
 from corsa.experiments.base import Experiment, chain, dealt, facts
 from corsa.models.activation_checkpointing import recompute_activations
 from corsa.models.loading import load_model
-from corsa.training.worker_group import Crew
+from corsa.training.worker_group import WorkerGroup
 
 pytestmark = [pytest.mark.long, pytest.mark.usefixtures("one_thread"), pytest.mark.timeout(600)]
 
@@ -76,7 +76,7 @@ def found(group: list[subprocess.Popen[str]], folder: Path) -> list[dict[str, An
 @pytest.fixture(scope="module")
 def bench(folder: Path, group: list[subprocess.Popen[str]]) -> Bench:
     """The same base, whole, on one process."""
-    return made_on(folder, Crew(0, 1, CPU))
+    return made_on(folder, WorkerGroup(0, 1, CPU))
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +137,7 @@ def test_a_bfloat16_base_ends_as_near_as_its_rounding_allows(
     """Stages 1 and 2 change nothing but the rounding of AdamW's own kernel. Stage 3 adds the same gradients up in
     another order (DeepSpeed's hooks), which in bfloat16 shows as much as another size of the micro-batches does.
     """
-    base = made_on(folder, Crew(0, 1, CPU), "bfloat16")
+    base = made_on(folder, WorkerGroup(0, 1, CPU), "bfloat16")
     one = {size: base.train(ROUNDS["corsa"], tmp_path / str(size), micro_batch=size).phi for size in (1, 16)}
     noise = relative(one[1], one[16], base.start)
     assert noise < 0.1

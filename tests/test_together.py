@@ -22,7 +22,7 @@ from corsa.errors import CorsaError
 from corsa.experiments.base import Experiment, chain, dealt, facts
 from corsa.flow import Store
 from corsa.flow.task import Task
-from corsa.training.loop import Lesson, RoundFailedError, train_together
+from corsa.training.loop import RoundFailedError, RoundRun, train_together
 from corsa.training.rounds import _together
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -64,10 +64,10 @@ def together(
     lora.resize(len(configs))
     with torch.no_grad():
         lora.phi.copy_(bench.start.expand(len(configs), -1))
-    lessons = [Lesson(config, (Store(folder), f"partial/{i}")) for i, config in enumerate(configs)]
+    round_runs = [RoundRun(config, (Store(folder), f"partial/{i}")) for i, config in enumerate(configs)]
     try:
-        workshop = bench.workshop(Placement(**placement))
-        found = train_together(lessons, bench.edits if edits is None else edits, bench.loaded, workshop, post)
+        context = bench.context(Placement(**placement))
+        found = train_together(round_runs, bench.edits if edits is None else edits, bench.loaded, context, post)
         return lora.phi.detach().clone(), found
     finally:
         lora.resize(1)
@@ -246,10 +246,10 @@ def test_a_pack_goes_on_from_its_checkpoints_even_where_one_is_ahead(bench: Benc
 
     with pytest.raises(LostError):
         together(bench, configs, tmp_path / "lost", post=stop, checkpoint_every=2)
-    lesson = [Lesson(configs[1], (Store(tmp_path / "lost"), "partial/1"))]
-    workshop = bench.workshop(Placement(checkpoint_every=1))
+    round_runs = [RoundRun(configs[1], (Store(tmp_path / "lost"), "partial/1"))]
+    context = bench.context(Placement(checkpoint_every=1))
     with pytest.raises(LostError):  # the second round alone gets a step further
-        train_together(lesson, bench.edits, bench.loaded, workshop, lambda line: stop({"step": line["step"] - 1}))
+        train_together(round_runs, bench.edits, bench.loaded, context, lambda line: stop({"step": line["step"] - 1}))
     phi, found = together(bench, configs, tmp_path / "lost", checkpoint_every=2)
     torch.testing.assert_close(phi, expected, rtol=0, atol=1e-5)
     assert [[c["step"] for c in own] for own in found] == [[c["step"] for c in own] for own in curves]

@@ -27,7 +27,7 @@ from corsa.training.checkpoint import Position, load_checkpoint, save_checkpoint
 from corsa.training.loop import CURVES, RoundFailedError, _own_parts
 from corsa.training.tokens import REFERENCE, TokenTable, batch_order, token_rows, without_tokens
 from corsa.training.worker_context import Share
-from corsa.training.worker_group import Crew
+from corsa.training.worker_group import WorkerGroup
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -116,9 +116,9 @@ def test_workers_share_a_batch_out_and_nothing_twice(scope: str) -> None:
     """
     step = StepConfig.model_validate({"scope": scope, "microbatch": 3})
     for chosen in batch_order(33, 16, seed=1, round_=1, epoch=0):
-        units = {tuple(part) for part in _own_parts(chosen, step, Crew(0, 1, CPU))}
+        units = {tuple(part) for part in _own_parts(chosen, step, WorkerGroup(0, 1, CPU))}
         for size in (2, 3, 5, 40):
-            parts = [part for rank in range(size) for part in _own_parts(chosen, step, Crew(rank, size, CPU))]
+            parts = [part for rank in range(size) for part in _own_parts(chosen, step, WorkerGroup(rank, size, CPU))]
             assert sorted(i for part in parts for i in part) == sorted(chosen)
             if scope == "microbatch":
                 assert {tuple(part) for part in parts} == units
@@ -188,13 +188,13 @@ def test_accumulation_does_not_change_the_result(tmp_path: Path, bench: Bench) -
 
 
 def test_a_perturbation_s_edits_are_never_cut(bench: Bench, tmp_path: Path) -> None:
-    workshop = bench.workshop(Placement(micro_batch=1))
+    context = bench.context(Placement(micro_batch=1))
     edits = bench.edits
     parts = [edits[:4], edits[4:]]
-    batch = workshop.batch(bench.loaded, [Share(edits, parts)], unit=4)
+    batch = context.batch(bench.loaded, [Share(edits, parts)], unit=4)
     assert [part.edits for part in batch.parts] == [4, 3]
     assert (batch.edits, batch.tokens) == (7, sum(len(t.new) for t in edits))
-    assert [part.edits for part in workshop.batch(bench.loaded, [Share(edits, [edits])], unit=1).parts] == [1] * 7
+    assert [part.edits for part in context.batch(bench.loaded, [Share(edits, [edits])], unit=1).parts] == [1] * 7
     config = round_config(step={"scope": "microbatch", "microbatch": 2})
     small, large = (bench.train(config, tmp_path / str(size), micro_batch=size).phi for size in (1, 16))
     assert torch.equal(small, large)
@@ -202,7 +202,7 @@ def test_a_perturbation_s_edits_are_never_cut(bench: Bench, tmp_path: Path) -> N
 
 def test_a_micro_batch_holds_neighbours_in_length(bench: Bench) -> None:
     edits = triplets(8, seed=2)
-    batch = bench.workshop(Placement(micro_batch=4)).batch(bench.loaded, [Share(edits, [edits])], unit=1)
+    batch = bench.context(Placement(micro_batch=4)).batch(bench.loaded, [Share(edits, [edits])], unit=1)
     tokens = [int(part.rows[0].input_ids.count_nonzero()) for part in batch.parts]
     lengths = sorted(len(t.prompt) + len(t.new) + len(t.old) for t in edits)
     assert tokens == [sum(lengths[:4]), sum(lengths[4:])]
@@ -294,17 +294,17 @@ def test_a_damaged_checkpoint_starts_over_and_says_so(
 
 
 def test_a_checkpoint_holds_all_that_a_step_depends_on(tmp_path: Path) -> None:
-    store, crew = Store(tmp_path), Crew(0, 1, CPU)
+    store, group = Store(tmp_path), WorkerGroup(0, 1, CPU)
     phi = nn.Parameter(torch.randn(1, 50))
     optimizer = PlainAdamW(phi)
     for _ in range(3):
         phi.grad = torch.randn(1, 50)
         optimizer.step()
     position = Position(3, [{"step": 1, "loss_sft": math.nan, "cosine": None}])
-    save_checkpoint(store, "partial/x", phi, optimizer, position, crew)
+    save_checkpoint(store, "partial/x", phi, optimizer, position, group)
     other = nn.Parameter(torch.zeros(1, 50))
     fresh = PlainAdamW(other)
-    found = load_checkpoint(store, "partial/x", other, fresh, crew)
+    found = load_checkpoint(store, "partial/x", other, fresh, group)
     assert found.step == 3
     assert math.isnan(found.curves[0].pop("loss_sft"))
     assert found.curves == [{"step": 1, "cosine": None}]
@@ -318,7 +318,7 @@ def test_a_checkpoint_holds_all_that_a_step_depends_on(tmp_path: Path) -> None:
 def test_without_a_checkpoint_a_round_starts_where_phi_is(tmp_path: Path) -> None:
     phi = nn.Parameter(torch.ones(1, 5))
     optimizer = PlainAdamW(phi)
-    assert load_checkpoint(Store(tmp_path), "partial/x", phi, optimizer, Crew(0, 1, CPU)) == Position()
+    assert load_checkpoint(Store(tmp_path), "partial/x", phi, optimizer, WorkerGroup(0, 1, CPU)) == Position()
     assert torch.equal(phi.detach(), torch.ones(1, 5))
     assert not optimizer.state
 
@@ -327,7 +327,7 @@ def test_a_worker_lost_in_the_middle_of_a_step_leaves_phi_to_the_checkpoint(
     bench: Bench, alone: dict[str, Trained], tmp_path: Path
 ) -> None:
     with pytest.raises(ConnectionError):  # between the two phases of a step: phi is perturbed
-        bench.train(ROUNDS["corsa"], tmp_path, crew=Mortal(0, 1, CPU, sums=4 * 3 + 2), checkpoint_every=1)
+        bench.train(ROUNDS["corsa"], tmp_path, group=Mortal(0, 1, CPU, sums=4 * 3 + 2), checkpoint_every=1)
     assert torch.equal(bench.train(ROUNDS["corsa"], tmp_path).phi, alone["corsa"].phi)
 
 
@@ -427,7 +427,7 @@ def test_a_round_without_edits_is_refused(bench: Bench, tmp_path: Path) -> None:
 def test_an_edit_that_would_be_missed_is_an_error(
     bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("corsa.training.loop._own_parts", lambda chosen, step, crew: [chosen[1:]])
+    monkeypatch.setattr("corsa.training.loop._own_parts", lambda chosen, step, group: [chosen[1:]])
     with pytest.raises(AssertionError, match="epoch 1: 2 edits were not seen exactly once"):
         bench.train(round_config(), tmp_path)
 

@@ -23,11 +23,11 @@ def without_old(triplet: Triplet) -> Triplet:
 
 def found(bench: Bench, edits: Sequence[Triplet], micro_batch: int = 16) -> Gradients:
     """Both gradients of a batch of these edits."""
-    workshop = bench.workshop(Placement(micro_batch=micro_batch))
+    context = bench.context(Placement(micro_batch=micro_batch))
     phi = bench.loaded.lora.phi
     with torch.no_grad():
         phi.copy_(bench.start)
-    batch = workshop.batch(bench.loaded, [Share(edits, [edits])], 1)
+    batch = context.batch(bench.loaded, [Share(edits, [edits])], 1)
     return gradients(bench.loaded.model, phi, batch, StepConfig(), lambda t: t)
 
 

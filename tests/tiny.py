@@ -27,8 +27,8 @@ from corsa.lora.flat import Lora
 from corsa.models.encoding import Encoder
 from corsa.models.registry import ARCHITECTURES
 from corsa.training.loop import RoundFailedError, train
-from corsa.training.worker_context import Loaded, Workshop
-from corsa.training.worker_group import Crew
+from corsa.training.worker_context import Loaded, WorkerContext
+from corsa.training.worker_group import WorkerGroup
 
 FAMILIES = ("llama", "qwen3", "gemma")
 CPU = torch.device("cpu")
@@ -121,16 +121,16 @@ class Trained:
 class Bench:
     """A base model and edits, on which one worker trains rounds, each from the same initial phi."""
 
-    def __init__(self, edits: Sequence[Triplet], crew: Crew | None = None) -> None:
-        self.crew = crew or Crew(0, 1, CPU)
+    def __init__(self, edits: Sequence[Triplet], group: WorkerGroup | None = None) -> None:
+        self.group = group or WorkerGroup(0, 1, CPU)
         model = tiny_model()
         self.edits = with_reference(model, edits)
         self.loaded = Loaded(model, Lora(model, LORA), cast(Encoder, None), packed=True)
         self.start = shaken(self.loaded.lora, 0.05).phi.detach().clone()
 
-    def workshop(self, placement: Placement | None = None) -> Workshop:
+    def context(self, placement: Placement | None = None) -> WorkerContext:
         """A worker's tools."""
-        return Workshop(self.crew, placement or Placement(), {})
+        return WorkerContext(self.group, placement or Placement(), {})
 
     def train(
         self,
@@ -139,16 +139,16 @@ class Bench:
         *,
         edits: Sequence[Triplet] | None = None,
         post: Any = lambda line: None,
-        crew: Crew | None = None,
+        group: WorkerGroup | None = None,
         **placement: Any,
     ) -> Trained:
         """The round, from the checkpoint in `folder` if one is there."""
         edits = self.edits if edits is None else edits
         with torch.no_grad():
             self.loaded.lora.phi.copy_(self.start)
-        workshop = Workshop(crew or self.crew, Placement(**placement), {})
-        curves = train(config, edits, self.loaded, workshop, (Store(folder), "partial/x"), post)
-        return Trained(self.loaded.lora.phi.detach().clone(), curves, workshop.notes)
+        context = WorkerContext(group or self.group, Placement(**placement), {})
+        curves = train(config, edits, self.loaded, context, (Store(folder), "partial/x"), post)
+        return Trained(self.loaded.lora.phi.detach().clone(), curves, context.notes)
 
 
 # Rounds that are trained by one process and by a group of two
@@ -166,7 +166,7 @@ ROUNDS = {
 
 
 @dataclass(frozen=True)
-class Mortal(Crew):
+class Mortal(WorkerGroup):
     """Workers that all break down at the same sum: one for gradients and losses each, twice a step."""
 
     sums: int = 10**9
@@ -187,15 +187,15 @@ def with_one_bad_reference(edits: Sequence[Triplet]) -> list[Triplet]:
 def work(rank: int, workers: int, folder: Path) -> None:
     """What one worker of the group does; each leaves what it found in a file of its own."""
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=workers)
-    crew = Crew.join(Placement(threads=1))
-    bench = Bench(triplets(EDITS), crew)
+    group = WorkerGroup.join(Placement(threads=1))
+    bench = Bench(triplets(EDITS), group)
     found: dict[str, Any] = {}
     for name, config in ROUNDS.items():
         trained = bench.train(config, folder / name)
         found[name] = (trained.phi, trained.curves)
-    broken = Mortal(crew.rank, crew.size, crew.device, sums=4 * 4 + 1)  # in the fifth step
+    broken = Mortal(group.rank, group.size, group.device, sums=4 * 4 + 1)  # in the fifth step
     try:
-        bench.train(ROUNDS["corsa"], folder / "resumed", crew=broken, checkpoint_every=2)
+        bench.train(ROUNDS["corsa"], folder / "resumed", group=broken, checkpoint_every=2)
     except ConnectionError:
         trained = bench.train(ROUNDS["corsa"], folder / "resumed")
         found["resumed"] = (trained.phi, trained.curves)
@@ -206,8 +206,8 @@ def work(rank: int, workers: int, folder: Path) -> None:
         bench.train(config, folder / "failed", edits=with_one_bad_reference(bench.edits))
     except RoundFailedError as error:
         found["failed"] = str(error)
-    found["collected"] = crew.collect([f"row of {rank}"])
-    found["shared"] = crew.share(f"word of {rank}")
+    found["collected"] = group.collect([f"row of {rank}"])
+    found["shared"] = group.share(f"word of {rank}")
     torch.save(found, folder / f"{rank}.pt")
     dist.destroy_process_group()
 

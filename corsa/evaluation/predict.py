@@ -72,7 +72,7 @@ class Taught:
 
 
 @dataclass
-class Asker:
+class Predictor:
     """Asks one model on one worker. `batch` bounds how many probes are generated (or scored) together; `seed` is that
     of the draws where the protocol samples; `told` is called with how many prompts are answered, of how many.
     """

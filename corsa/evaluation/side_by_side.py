@@ -13,7 +13,7 @@ from corsa.algorithm.logprobs import answer_logprobs
 from corsa.algorithm.packing import Triplet, pack
 from corsa.config import EvaluationConfig, ModelConfig
 from corsa.errors import CorsaError
-from corsa.evaluation.predict import Asker
+from corsa.evaluation.predict import Predictor
 from corsa.lora.attached import Change, attached
 from corsa.lora.peft_format import read_factors
 from corsa.models.encoding import Encoder
@@ -70,13 +70,13 @@ class SideBySide:
             raise CorsaError("the question is empty: ask something")
         if any(not candidate.strip() for candidate in candidates):
             raise CorsaError("a candidate is empty: give answers, such as --candidates 'Ada Byron,Grace Murray'")
-        asker = Asker(
+        predictor = Predictor(
             self._model, self._encoder, EvaluationConfig(new_tokens=new_tokens), self._device, batch=1, packed=False
         )
         answers = []
         for name, change in self._changes.items():
             with attached(self._model, change):
-                (output,) = asker.answers([question.strip()])
+                (output,) = predictor.answers([question.strip()])
                 answers.append(Answer(name, output, self._probabilities(question.strip(), candidates)))
         return answers
 

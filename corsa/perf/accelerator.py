@@ -112,18 +112,18 @@ def measure(case: Case) -> dict[str, Any]:
     from corsa.planning.memory import hold
     from corsa.planning.rehearsal import rehearse
     from corsa.training.memory_usage import peak_since, resident, start_peak
-    from corsa.training.worker_group import Crew
+    from corsa.training.worker_group import WorkerGroup
 
     device = torch.device("cuda", 0) if case.gpu else torch.device("cpu")
     config, sharding = ModelConfig(name=case.model, dtype=case.dtype), ShardingConfig(zero_stage=case.stage)  # type: ignore[arg-type]
     step, lora_config = STEPS[case.method](StepConfig()), LoraConfig(rank=case.rank)
     edits = [Triplet(range(10, 10 + PROMPT), range(10, 10 + ANSWER), range(20, 20 + ANSWER))] * case.edits
     before = 0 if case.gpu else resident("VmRSS") or 0
-    crew = Crew(0, 1, device, sharding)
+    group = WorkerGroup(0, 1, device, sharding)
     with device:  # random weights are made where they are used: 14B on the CPU would take the time of everything else
-        model = crew.place(config)
+        model = group.place(config)
     lora = Lora(model, lora_config)
-    optimizer: Any = crew.optimizer(lora.phi)
+    optimizer: Any = group.optimizer(lora.phi)
     rows = [r.to(device) for r in pack(edits, dtype=model.dtype)]
     reference = torch.zeros(2, case.edits, device=device)
     tokens = case.edits * ANSWER
@@ -131,7 +131,7 @@ def measure(case: Case) -> dict[str, Any]:
 
     def take() -> float:
         began = time.perf_counter()
-        corsa_step(model, lora.phi, batch, step, optimizer, 1.0, crew.sum)
+        corsa_step(model, lora.phi, batch, step, optimizer, 1.0, group.sum)
         if case.gpu:
             torch.cuda.synchronize()
         return time.perf_counter() - began

@@ -11,11 +11,11 @@ import torch
 
 from corsa.config import EvaluationConfig, ModelConfig, Placement
 from corsa.data.edit import Edit
-from corsa.evaluation.predict import Asker, Taught
+from corsa.evaluation.predict import Predictor, Taught
 from corsa.models.encoding import Encoder
 from corsa.models.loading import load_model, load_tokenizer
 from corsa.perf.timeline import clock
-from corsa.training.worker_group import Crew
+from corsa.training.worker_group import WorkerGroup
 
 PADDED_BATCH = 32
 """Prompts of one call of `transformers.generate`, in the order they come, padded to the longest."""
@@ -49,25 +49,25 @@ def measure_evaluation(
     say: Callable[[str], None] = lambda line: None,
 ) -> EvaluationFigures:
     """Answer all probes of the edits, `repeats` times in turn with `transformers.generate`."""
-    crew, config = Crew.join(placement), EvaluationConfig()
-    base, encoder = load_model(model, crew.device), Encoder(load_tokenizer(model), model.template)
-    asker = Asker(base, encoder, config, crew.device, placement.probe_batch)
+    group, config = WorkerGroup.join(placement), EvaluationConfig()
+    base, encoder = load_model(model, group.device), Encoder(load_tokenizer(model), model.template)
+    predictor = Predictor(base, encoder, config, group.device, placement.probe_batch)
     prompts = list(dict.fromkeys(w for e in edits for p in e.probes if p.kind != "multihop" for w in p.prompts))
-    now = clock(crew.device, cpu_time)
-    asker.answers(prompts[:2])  # the tokens that end a line are found once
+    now = clock(group.device, cpu_time)
+    predictor.answers(prompts[:2])  # the tokens that end a line are found once
     ours, theirs, different = [], [], 0
     for number in range(1, repeats + 1):
         start = now()
-        answers = asker.answers(prompts)
+        answers = predictor.answers(prompts)
         middle = now()
-        expected = _padded(base, encoder, asker.stops(), config.new_tokens, prompts)
+        expected = _padded(base, encoder, predictor.stops(), config.new_tokens, prompts)
         end = now()
         ours.append(middle - start)
         theirs.append(end - middle)
         different = sum(a != e for a, e in zip(answers, expected, strict=True))
         say(f"{number}/{repeats}: {ours[-1]:.1f} s, transformers.generate {theirs[-1]:.1f} s")
     start = now()
-    rows = asker.ask([Taught(edit, 1, "") for edit in edits])
+    rows = predictor.ask([Taught(edit, 1, "") for edit in edits])
     asked = now() - start
     return EvaluationFigures(
         probes=len(prompts),
@@ -79,7 +79,7 @@ def measure_evaluation(
         asked_rows_per_s=len(rows) / asked,
         threads=torch.get_num_threads(),
         clock="cpu" if cpu_time else "wall",
-        device=crew.device.type,
+        device=group.device.type,
         model=model.name,
         dtype=model.dtype,
     )

@@ -13,7 +13,7 @@ from corsa.evaluation.mmlu import LETTERS, MmluQuestions
 from corsa.evaluation.multiple_choice import MultipleChoice
 from corsa.models.loading import load_model, load_tokenizer
 from corsa.perf.timeline import clock
-from corsa.training.worker_group import Crew
+from corsa.training.worker_group import WorkerGroup
 
 
 @dataclass(frozen=True)
@@ -46,11 +46,11 @@ def measure_mmlu(
     say: Callable[[str], None] = lambda line: None,
 ) -> MmluFigures:
     """Answer all questions both ways in turn, `repeats` times."""
-    crew = Crew.join(placement)
-    base, tokenizer = load_model(model, crew.device), load_tokenizer(model)
-    shared = MultipleChoice(base, tokenizer, crew.device, placement.probe_batch)
+    group = WorkerGroup.join(placement)
+    base, tokenizer = load_model(model, group.device), load_tokenizer(model)
+    shared = MultipleChoice(base, tokenizer, group.device, placement.probe_batch)
     whole = replace(shared, share=False)
-    now = clock(crew.device, cpu_time)
+    now = clock(group.device, cpu_time)
     shared.answers(MmluQuestions(questions.subjects[:1]))  # to warm up
     seconds: dict[str, list[float]] = {"shared": [], "whole": []}
     passed: list[int] = []
@@ -84,7 +84,7 @@ def measure_mmlu(
         largest_difference=max(abs(a[f"logp_{x}"] - b[f"logp_{x}"]) for a, b in pairs for x in LETTERS),
         threads=torch.get_num_threads(),
         clock="cpu" if cpu_time else "wall",
-        device=crew.device.type,
+        device=group.device.type,
         model=model.name,
         dtype=model.dtype,
     )

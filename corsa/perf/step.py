@@ -24,8 +24,8 @@ from corsa.perf.literal import literal_step
 from corsa.perf.timeline import Timeline, clock
 from corsa.training.adamw import PlainAdamW
 from corsa.training.tokens import batch_order
-from corsa.training.worker_context import Loaded, Share, Workshop
-from corsa.training.worker_group import Crew
+from corsa.training.worker_context import Loaded, Share, WorkerContext
+from corsa.training.worker_group import WorkerGroup
 
 _WARM_UP = 1  # steps of each kind that are not counted
 
@@ -76,21 +76,21 @@ def measure_step(
     """
     if len(edits) < batch:
         raise CorsaError(f"a batch of {batch} edits was asked, the benchmark has {len(edits)}: lower --batch")
-    crew = Crew.join(placement)
-    base, encoder = load_model(model, crew.device), Encoder(load_tokenizer(model), model.template)
+    group = WorkerGroup.join(placement)
+    base, encoder = load_model(model, group.device), Encoder(load_tokenizer(model), model.template)
     loaded = Loaded(base, Lora(base, LoraConfig()), encoder, packed=True)
-    workshop, training = Workshop(crew, placement, {}), TrainingConfig()
+    context, training = WorkerContext(group, placement, {}), TrainingConfig()
     phi, corsa, lora = loaded.lora.phi, StepConfig(), STEPS["lora"](StepConfig())
     optimizer = PlainAdamW(phi)
     optimizer.param_groups[0]["lr"] = training.learning_rate
-    timeline = Timeline(base, optimizer, clock(crew.device, cpu_time))
+    timeline = Timeline(base, optimizer, clock(group.device, cpu_time))
     order = batch_order(len(edits), batch, seed=0, round_=1, epoch=0)
     batches = [order[i % len(order)] for i in range(_WARM_UP + steps + 1)]
     batches = [chosen if len(chosen) == batch else order[0] for chosen in batches]
 
     def fast(config: StepConfig, whole: Sequence[Triplet]) -> Batch:
         timeline.start()
-        cut = workshop.batch(loaded, [Share(whole, [whole])], unit=1)
+        cut = context.batch(loaded, [Share(whole, [whole])], unit=1)
         timeline.cut("packing")
         corsa_step(timeline.model, phi, cut, config, optimizer, training.clip, timeline.reduce)
         timeline.cut("log")
@@ -145,13 +145,13 @@ def measure_step(
         tokens_needed=round(sum(needed) / steps),
         max_update_error=error,
         breakdown_s={name: median(p.get(name, 0.0) for p in parts) for name in parts[0]},
-        peak_memory_gib=_peak_memory(crew.device),
+        peak_memory_gib=_peak_memory(group.device),
         steps=steps,
         batch=batch,
         micro_batch=placement.micro_batch,
         threads=torch.get_num_threads(),
         clock="cpu" if cpu_time else "wall",
-        device=torch.cuda.get_device_name(crew.device) if crew.device.type == "cuda" else "cpu",
+        device=torch.cuda.get_device_name(group.device) if group.device.type == "cuda" else "cpu",
         model=model.name,
         dtype=model.dtype,
     )

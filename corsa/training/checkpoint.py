@@ -20,7 +20,7 @@ from torch import Tensor
 from corsa.algorithm.sam import LookSam
 from corsa.flow.store import DamagedError, Store
 from corsa.training.adamw import Moments
-from corsa.training.worker_group import Crew
+from corsa.training.worker_group import WorkerGroup
 
 
 @dataclass
@@ -37,32 +37,34 @@ class Position:
         self.curves.append(row)
 
 
-def save_checkpoint(store: Store, path: str, phi: Tensor, optimizer: Moments, position: Position, crew: Crew) -> None:
+def save_checkpoint(
+    store: Store, path: str, phi: Tensor, optimizer: Moments, position: Position, group: WorkerGroup
+) -> None:
     """Replace the round's checkpoint in one atomic write. `path` is relative to the store's root.
 
     All workers call it. A sharded optimizer state is gathered first, so the round can continue with another number of
     workers or another sharding. The leader writes. The base model is not part of a checkpoint.
     """
     moments = optimizer.moments()
-    if not crew.leads:
+    if not group.leads:
         return
     tensors = {"phi": phi.detach().cpu(), **{name: moment.detach().cpu() for name, moment in moments.items()}}
     content = save(tensors) + _frame(json.dumps(asdict(position)))
     store.files.replace(path, hashlib.sha256(content).digest() + content)
 
 
-def load_checkpoint(store: Store, path: str, phi: Tensor, optimizer: Moments, crew: Crew) -> Position:
+def load_checkpoint(store: Store, path: str, phi: Tensor, optimizer: Moments, group: WorkerGroup) -> Position:
     """Restore phi and the optimizer from the round's last checkpoint, on every worker. Only the leader reads.
 
     Without a checkpoint, or with a damaged one, the round starts at step 0 with phi as it is. Damage is noted.
     """
     found, notes = None, []
-    if crew.leads:
+    if group.leads:
         try:
             found = read_checkpoint(store, path)
         except DamagedError as damage:
             notes = [f"{damage}: the round was started again"]
-    position, names = crew.share((found[1], sorted(set(found[0]) - {"phi"})) if found else (None, []))
+    position, names = group.share((found[1], sorted(set(found[0]) - {"phi"})) if found else (None, []))
     if position is None:
         return Position(notes=notes)
     tensors = found[0] if found else {}
@@ -71,7 +73,7 @@ def load_checkpoint(store: Store, path: str, phi: Tensor, optimizer: Moments, cr
         target = phi.detach() if name == "phi" else moments.setdefault(name, _like(name, phi))
         if tensors:
             target.copy_(tensors[name])
-        crew.share_tensor(target)
+        group.share_tensor(target)
     optimizer.restore(moments)
     return position
 

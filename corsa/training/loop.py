@@ -26,8 +26,8 @@ from corsa.training.adamw import Moments, PackedAdamW, Stepping
 from corsa.training.checkpoint import Position, WithLook, load_checkpoint, save_checkpoint
 from corsa.training.preemption import PreemptionWatch
 from corsa.training.tokens import batch_order
-from corsa.training.worker_context import Loaded, Share, Workshop
-from corsa.training.worker_group import Crew
+from corsa.training.worker_context import Loaded, Share, WorkerContext
+from corsa.training.worker_group import WorkerGroup
 
 CURVES = pa.schema(
     [
@@ -61,7 +61,7 @@ class RoundFailedError(CorsaError):
 
 
 @dataclass(frozen=True)
-class Lesson:
+class RoundRun:
     """A round to be trained, and where in the store its checkpoint is kept."""
 
     config: RoundConfig
@@ -76,32 +76,32 @@ def train(
     config: RoundConfig,
     triplets: Sequence[Triplet],
     loaded: Loaded,
-    workshop: Workshop,
+    context: WorkerContext,
     checkpoint: tuple[Store, str],
     post: Callable[[dict[str, Any]], None],
 ) -> list[dict[str, Any]]:
     """Train one round, as `train_together`. Returns its curves, or raises what stopped it."""
-    (found,) = train_together([Lesson(config, checkpoint)], triplets, loaded, workshop, post)
+    (found,) = train_together([RoundRun(config, checkpoint)], triplets, loaded, context, post)
     if isinstance(found, RoundFailedError):
         raise found
     return found
 
 
 def train_together(
-    lessons: Sequence[Lesson],
+    round_runs: Sequence[RoundRun],
     triplets: Sequence[Triplet],
     loaded: Loaded,
-    workshop: Workshop,
+    context: WorkerContext,
     post: Callable[[dict[str, Any]], None],
     at_epoch: AtEpoch = lambda epochs: None,
 ) -> list[list[dict[str, Any]] | RoundFailedError]:
     """Take phi from where it stands (or each row from its round's last checkpoint) through all epochs.
 
     Args:
-        lessons: a round for each row of phi; they may differ in seed, lambda, beta, rho and learning rate alone.
+        round_runs: a round for each row of phi; they may differ in seed, lambda, beta, rho and learning rate alone.
         triplets: the edits that the rounds teach, with their reference.
         loaded: the model; its `lora.phi` is trained in place.
-        workshop: this worker's tools.
+        context: this worker's tools.
         post: takes a line for the progress display.
         at_epoch: called at the end of every epoch that is trained here.
 
@@ -113,26 +113,26 @@ def train_together(
         RoundFailedError: the rounds have no edits.
         CorsaError: the rounds differ in what rounds trained together must share.
     """
-    crew, phi = workshop.crew, loaded.lora.phi
+    group, phi = context.group, loaded.lora.phi
     if not triplets:
         raise RoundFailedError(
-            f"round {lessons[0].config.round} has no edits to teach: lower --rounds, "
+            f"round {round_runs[0].config.round} has no edits to teach: lower --rounds, "
             "or give chains with as many updates"
         )
-    _refuse_mixed([lesson.config for lesson in lessons])
-    optimizer, rows, kept = _optimizer(phi, crew, len(lessons))
-    look, step = None, lessons[0].config.step
+    _refuse_mixed([round_run.config for round_run in round_runs])
+    optimizer, rows, kept = _optimizer(phi, group, len(round_runs))
+    look, step = None, round_runs[0].config.step
     if step.sam and step.perturb_every > 1:
         look = LookSam(phi, step.perturb_every, step.reuse)
         kept = [WithLook(state, look) for state in kept]  # of one round: such are not trained together
     with closing(optimizer):
-        pupils = [
-            _Pupil(lesson, row, state, load_checkpoint(*lesson.checkpoint, row, state, crew))
-            for lesson, row, state in zip(lessons, rows, kept, strict=True)
+        row_states = [
+            _RowState(round_run, row, state, load_checkpoint(*round_run.checkpoint, row, state, group))
+            for round_run, row, state in zip(round_runs, rows, kept, strict=True)
         ]
-        _learn(pupils, triplets, loaded, workshop, optimizer, look, post, at_epoch)
-    workshop.notes += [note for pupil in pupils for note in pupil.position.notes]
-    return [pupil.outcome for pupil in pupils]
+        _learn(row_states, triplets, loaded, context, optimizer, look, post, at_epoch)
+    context.notes += [note for row_state in row_states for note in row_state.position.notes]
+    return [row_state.outcome for row_state in row_states]
 
 
 def _refuse_mixed(configs: Sequence[RoundConfig]) -> None:
@@ -143,87 +143,97 @@ def _refuse_mixed(configs: Sequence[RoundConfig]) -> None:
             raise CorsaError(f"rounds trained together must have the same {name}: train them apart (--pack 1)")
 
 
-def _optimizer(phi: nn.Parameter, crew: Crew, rows: int) -> tuple[Stepping, list[Tensor], list[Moments]]:
+def _optimizer(phi: nn.Parameter, group: WorkerGroup, rows: int) -> tuple[Stepping, list[Tensor], list[Moments]]:
     """A fresh optimizer over phi, its rows, and what a checkpoint keeps of each."""
     if rows == 1:
-        whole = crew.optimizer(phi)
+        whole = group.optimizer(phi)
         return whole, [phi], [whole]
     packed = PackedAdamW(phi)
     return packed, packed.rows, [packed.of(row) for row in range(rows)]
 
 
 def _learn(
-    pupils: Sequence[_Pupil],
+    row_states: Sequence[_RowState],
     triplets: Sequence[Triplet],
     loaded: Loaded,
-    workshop: Workshop,
+    context: WorkerContext,
     optimizer: Stepping,
     look: LookSam | None,
     post: Callable[[dict[str, Any]], None],
     at_epoch: AtEpoch,
 ) -> None:
     """All steps that are left to take."""
-    crew, phi, configs = workshop.crew, loaded.lora.phi, [pupil.config for pupil in pupils]
+    group, phi, configs = (
+        context.group,
+        loaded.lora.phi,
+        [row_state.config for row_state in row_states],
+    )
     config, training = configs[0], configs[0].training
     per_epoch = -(-len(triplets) // training.batch)
     steps = per_epoch * training.epochs
     unit = config.step.microbatch if config.step.scope == "microbatch" else 1
     preemption = PreemptionWatch()
     setting = Together.of([config.step for config in configs], phi.device)
-    began, resumed_at = time.monotonic(), min(pupil.position.step for pupil in pupils)
+    began, resumed_at = time.monotonic(), min(row_state.position.step for row_state in row_states)
     for epoch in range(resumed_at // per_epoch, training.epochs):
-        seen = np.zeros((len(pupils), len(triplets)), dtype=np.int64)  # by this worker
+        seen = np.zeros((len(row_states), len(triplets)), dtype=np.int64)  # by this worker
         orders = [batch_order(len(triplets), training.batch, seed=c.seed, round_=c.round, epoch=epoch) for c in configs]
         for number, chosen in enumerate(zip(*orders, strict=True), start=epoch * per_epoch + 1):
-            own = [_own_parts(whole, config.step, crew) for whole in chosen]
+            own = [_own_parts(whole, config.step, group) for whole in chosen]
             for counts, parts in zip(seen, own, strict=True):
                 for part in parts:
                     counts[part] += 1
             if number <= resumed_at:
                 continue
             start = time.monotonic()
-            for pupil, group in zip(pupils, optimizer.param_groups, strict=True):
-                peak = pupil.config.training.learning_rate
-                group["lr"] = learning_rate(peak, number - 1, steps, training.warmup, training.first_rate)
-                group["waits"] = pupil.waits(number)
+            for row_state, param_group in zip(row_states, optimizer.param_groups, strict=True):
+                peak = row_state.config.training.learning_rate
+                param_group["lr"] = learning_rate(peak, number - 1, steps, training.warmup, training.first_rate)
+                param_group["waits"] = row_state.waits(number)
             shares = [
                 Share([triplets[i] for i in whole], [[triplets[i] for i in part] for part in parts])
                 for whole, parts in zip(chosen, own, strict=True)
             ]
-            batch = workshop.batch(loaded, shares, unit)
+            batch = context.batch(loaded, shares, unit)
             if look:
                 look.begin(number)
-            logs = corsa_step(loaded.model, phi, batch, setting, optimizer, training.clip, crew.sum, look)
-            seconds = (time.monotonic() - start) / len(pupils)
-            for pupil, log, group in zip(pupils, logs, optimizer.param_groups, strict=True):
-                if not group["waits"]:
-                    more = {"epoch": epoch + 1, "learning_rate": group["lr"], "seconds": seconds}
-                    pupil.learnt({"step": number} | log | more)
-            if all(pupil.failed for pupil in pupils):
+            logs = corsa_step(loaded.model, phi, batch, setting, optimizer, training.clip, group.sum, look)
+            seconds = (time.monotonic() - start) / len(row_states)
+            for row_state, log, param_group in zip(row_states, logs, optimizer.param_groups, strict=True):
+                if not param_group["waits"]:
+                    more = {"epoch": epoch + 1, "learning_rate": param_group["lr"], "seconds": seconds}
+                    row_state.learnt({"step": number} | log | more)
+            if all(row_state.failed for row_state in row_states):
                 return
             warned = preemption.new_warning()
-            if warned or number % workshop.placement.checkpoint_every == 0 or number == steps:
-                for pupil in pupils:
-                    if pupil.position.step == number and not pupil.failed:
+            if warned or number % context.placement.checkpoint_every == 0 or number == steps:
+                for row_state in row_states:
+                    if row_state.position.step == number and not row_state.failed:
                         if warned:
-                            pupil.position.notes.append(f"{warned}: checkpoint taken after step {number}")
-                        with workshop.timed("checkpoints"):
-                            save_checkpoint(*pupil.lesson.checkpoint, pupil.row, pupil.state, pupil.position, crew)
-            if crew.leads:
+                            row_state.position.notes.append(f"{warned}: checkpoint taken after step {number}")
+                        with context.timed("checkpoints"):
+                            save_checkpoint(
+                                *row_state.round_run.checkpoint,
+                                row_state.row,
+                                row_state.state,
+                                row_state.position,
+                                group,
+                            )
+            if group.leads:
                 pace = (time.monotonic() - began) / (number - resumed_at)
                 post(
                     {"epoch": epoch + 1, "epochs": training.epochs, "step": number, "steps": steps}
                     | {"loss": _mean_loss(configs, logs), "eta_s": pace * (steps - number)}
                 )
-        _check_every_edit_once(seen, crew, epoch + 1)
+        _check_every_edit_once(seen, group, epoch + 1)
         at_epoch(epoch + 1)
 
 
 @dataclass
-class _Pupil:
+class _RowState:
     """One row of phi on its way through its round."""
 
-    lesson: Lesson
+    round_run: RoundRun
     row: Tensor
     state: Moments
     position: Position
@@ -231,7 +241,7 @@ class _Pupil:
 
     @property
     def config(self) -> RoundConfig:
-        return self.lesson.config
+        return self.round_run.config
 
     @property
     def outcome(self) -> list[dict[str, Any]] | RoundFailedError:
@@ -261,16 +271,16 @@ def _mean_loss(configs: Sequence[RoundConfig], logs: Sequence[dict[str, Any]]) -
     return sum(losses) / len(losses)
 
 
-def _own_parts(chosen: np.ndarray, step: StepConfig, crew: Crew) -> list[np.ndarray]:
+def _own_parts(chosen: np.ndarray, step: StepConfig, group: WorkerGroup) -> list[np.ndarray]:
     """This worker's positions of a global batch, as the parts that perturbations are made from."""
     if step.scope == "microbatch":  # parts go to workers whole, so the result does not depend on how many there are
         parts = [chosen[i : i + step.microbatch] for i in range(0, len(chosen), step.microbatch)]
-        return parts[crew.rank :: crew.size]
-    own = chosen[crew.rank :: crew.size]
+        return parts[group.rank :: group.size]
+    own = chosen[group.rank :: group.size]
     return [own] if len(own) else []
 
 
-def _check_every_edit_once(seen: np.ndarray, crew: Crew, epoch: int) -> None:
-    counts = crew.sum(torch.from_numpy(seen).to(crew.device))
+def _check_every_edit_once(seen: np.ndarray, group: WorkerGroup, epoch: int) -> None:
+    counts = group.sum(torch.from_numpy(seen).to(group.device))
     if not bool((counts == 1).all()):
         raise AssertionError(f"epoch {epoch}: {int((counts != 1).sum())} edits were not seen exactly once")

@@ -29,7 +29,7 @@ from corsa.models.encoding import Encoder
 from corsa.models.loading import load_model, load_tokenizer
 from corsa.training.start_group import in_group
 from corsa.training.tokens import REFERENCE, token_rows, without_tokens
-from corsa.training.worker_group import Crew
+from corsa.training.worker_group import WorkerGroup
 
 EDITS_PER_BATCH = 32
 """Edits of one forward pass; fixed, so that a value does not depend on how many actors share the work."""
@@ -51,13 +51,13 @@ class Score:
     """Positions that the model has; None where its architecture sets no bound."""
 
     def __init__(
-        self, model: ModelConfig, placement: Placement, answer_end: AnswerEnd, crew: Crew | None = None
+        self, model: ModelConfig, placement: Placement, answer_end: AnswerEnd, group: WorkerGroup | None = None
     ) -> None:
-        if crew is None:
+        if group is None:
             torch.set_num_threads(placement.threads or len(os.sched_getaffinity(0)))
-        self.device = crew.device if crew else torch.device("cuda" if placement.gpu else "cpu")
+        self.device = group.device if group else torch.device("cuda" if placement.gpu else "cpu")
         self.encoder = Encoder(load_tokenizer(model), model.template, answer_end)
-        self.model = crew.place(model) if crew else load_model(model, self.device)
+        self.model = group.place(model) if group else load_model(model, self.device)
         self.context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         self.packed, self.longest = True, 0
 
@@ -135,13 +135,13 @@ def _edits(task: Task) -> pa.Table:
 def score_in_step(config: dict[str, Any]) -> list[pa.Table]:
     """What each worker of a group runs that shards the base: its share of the batches. The leader returns all."""
     task: Task = config["task"]
-    crew = Crew.join(task.placement)
+    group = WorkerGroup.join(task.placement)
     edits = _edits(task)
-    score = Score(task.config.model, task.placement, task.config.answer_end, crew)
-    with crew.in_step(score.model):
-        starts = range(crew.rank * EDITS_PER_BATCH, len(edits), crew.size * EDITS_PER_BATCH)
+    score = Score(task.config.model, task.placement, task.config.answer_end, group)
+    with group.in_step(score.model):
+        starts = range(group.rank * EDITS_PER_BATCH, len(edits), group.size * EDITS_PER_BATCH)
         own = [(start, score(edits.slice(start, EDITS_PER_BATCH))) for start in starts]
-    return [table for _, table in sorted(crew.collect(own), key=lambda pair: pair[0])]
+    return [table for _, table in sorted(group.collect(own), key=lambda pair: pair[0])]
 
 
 def _write(task: Task, scored: Iterable[pa.Table]) -> tuple[int, list[dict[str, str]]]:

@@ -22,13 +22,13 @@ class Rendezvous(TorchConfig):
 
 
 class _Backend(_TorchBackend):
-    def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
-        worker_group.execute(_listen_on_node_address)
-        super().on_start(worker_group, backend_config)
+    def on_start(self, group: Any, backend_config: TorchConfig) -> None:
+        group.execute(_listen_on_node_address)
+        super().on_start(group, backend_config)
 
-    def on_shutdown(self, worker_group: Any, backend_config: TorchConfig) -> None:
+    def on_shutdown(self, group: Any, backend_config: TorchConfig) -> None:
         os.environ.setdefault("TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S", "5")  # not 30 s: no answer comes
-        super().on_shutdown(worker_group, backend_config)
+        super().on_shutdown(group, backend_config)
 
 
 def _listen_on_node_address() -> None:

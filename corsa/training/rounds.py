@@ -16,8 +16,8 @@ from corsa.flow.task import Progress, Task
 from corsa.training.loop import RoundFailedError
 from corsa.training.start_group import in_group
 from corsa.training.tokens import TokenTable
-from corsa.training.worker_context import Workshop
-from corsa.training.worker_group import Crew
+from corsa.training.worker_context import WorkerContext
+from corsa.training.worker_group import WorkerGroup
 from corsa.training.worker_tasks import pack_key, take
 
 
@@ -38,11 +38,11 @@ def work(config: dict[str, Any]) -> dict[str, str]:
     """What each Ray Train worker runs: the stream into token tables, then the rounds."""
     tasks: list[Task] = config["tasks"]
     placement: Placement = tasks[0].placement
-    crew = Crew.join(placement)
-    workshop = Workshop(crew, placement, {})
-    with workshop.timed("stream"):
-        workshop.tables |= {name: streamed_table(name) for name in config["tables"]}
-    return take_rounds(tasks, workshop, config["progress"])
+    group = WorkerGroup.join(placement)
+    context = WorkerContext(group, placement, {})
+    with context.timed("stream"):
+        context.tables |= {name: streamed_table(name) for name in config["tables"]}
+    return take_rounds(tasks, context, config["progress"])
 
 
 def streamed_table(name: str) -> TokenTable:
@@ -53,14 +53,14 @@ def streamed_table(name: str) -> TokenTable:
     return TokenTable(shard.iter_batches(batch_size=4096, batch_format="pyarrow"))
 
 
-def take_rounds(tasks: Sequence[Task], workshop: Workshop, progress: Progress) -> dict[str, str]:
+def take_rounds(tasks: Sequence[Task], context: WorkerContext, progress: Progress) -> dict[str, str]:
     """Train, ask and commit each round in turn, or as many together as `placement.pack` allows and can be; a round that
     fails takes with it only the later ones of its chain.
     """
-    crew = workshop.crew
-    done = crew.share([crew.leads and task.finished is not None for task in tasks])
+    group = context.group
+    done = group.share([group.leads and task.finished is not None for task in tasks])
     # Sharded, phi's optimizer and the passes of its workers are one adapter's.
-    most = workshop.placement.pack if workshop.placement.sharding.zero_stage == 0 else 1
+    most = context.placement.pack if context.placement.sharding.zero_stage == 0 else 1
     waiting = [task for task, finished in zip(tasks, done, strict=True) if not finished]
     failed: dict[str, str] = {}
     while waiting:
@@ -71,11 +71,11 @@ def take_rounds(tasks: Sequence[Task], workshop: Workshop, progress: Progress) -
             failed[pack[0].fingerprint] = f"not run: {before[0]} failed"
             waiting = [*pack[1:], *waiting]
             continue
-        line = _Line(pack[0], tasks, crew, progress)
+        line = _Line(pack[0], tasks, group, progress)
         try:
-            failed |= take(pack, workshop, line.post)
+            failed |= take(pack, context, line.post)
         except CorsaError as e:
-            if crew.size > 1 and not isinstance(e, RoundFailedError):
+            if group.size > 1 and not isinstance(e, RoundFailedError):
                 raise  # known to this worker alone: the others must not wait for it
             failed |= dict.fromkeys((task.fingerprint for task in pack), str(e))
         line.post({"phase": "done"})
@@ -97,8 +97,8 @@ def _together(waiting: Sequence[Task], failed: Mapping[str, str], most: int) -> 
 class _Line:
     """The progress line of a step's chain, one of `tasks`; what is posted is added to what is shown."""
 
-    def __init__(self, task: Task, tasks: Sequence[Task], crew: Crew, progress: Progress) -> None:
-        self._progress = progress if crew.leads else None
+    def __init__(self, task: Task, tasks: Sequence[Task], group: WorkerGroup, progress: Progress) -> None:
+        self._progress = progress if group.leads else None
         chain = _chain(task)
         self._shown: dict[str, Any] = {"chain": chain}
         if chain != task.name:

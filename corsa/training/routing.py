@@ -7,7 +7,7 @@ from typing import Any
 
 from corsa.data.edit import Edit
 from corsa.data.splits import describe
-from corsa.evaluation.predict import Asker, Taught
+from corsa.evaluation.predict import Predictor, Taught
 from corsa.lora.attached import Change, attached
 from corsa.lora.routing import EmbeddingRouter, PromptRouter
 from corsa.training.worker_context import Loaded
@@ -16,7 +16,7 @@ from corsa.training.worker_context import Loaded
 def route(
     router: str,
     loaded: Loaded,
-    asker: Asker,
+    predictor: Predictor,
     parts: Sequence[Sequence[Edit]],
     changes: Sequence[Change],
     taught: Sequence[Taught],
@@ -26,7 +26,7 @@ def route(
     Args:
         router: "prompt", "embedding" or "oracle".
         loaded: the base model, LoRA off.
-        asker: asks it.
+        predictor: asks it.
         parts: the edits that each adapter was taught.
         changes: the adapters, in the order of the parts.
         taught: what is asked.
@@ -40,15 +40,15 @@ def route(
         chosen = dict(prompts)
     else:
         if router == "prompt":
-            sends: Any = PromptRouter(loaded.model, loaded.encoder, [describe(part) for part in parts], asker.batch)
+            sends: Any = PromptRouter(loaded.model, loaded.encoder, [describe(part) for part in parts], predictor.batch)
         else:
             sends = EmbeddingRouter(
-                loaded.model, loaded.encoder, [[e.prompt for e in part] for part in parts], asker.batch
+                loaded.model, loaded.encoder, [[e.prompt for e in part] for part in parts], predictor.batch
             )
         chosen = dict(zip(prompts, sends.route(list(prompts)), strict=True))
     rows: list[dict[str, Any]] = []
     for number, change in enumerate(changes):
         with attached(loaded.model, change):
             own = {prompt for prompt, part in chosen.items() if part == number}
-            rows += asker.ask(taught, only=own)
+            rows += predictor.ask(taught, only=own)
     return rows, [{"prompt": p, "part": part, "chosen": chosen[p]} for p, part in prompts.items()]

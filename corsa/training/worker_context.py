@@ -22,7 +22,7 @@ from corsa.lora.flat import Lora
 from corsa.models.encoding import Encoder
 from corsa.models.loading import load_tokenizer
 from corsa.training.tokens import TokenTable
-from corsa.training.worker_group import Crew
+from corsa.training.worker_group import WorkerGroup
 
 
 @dataclass(frozen=True)
@@ -43,11 +43,11 @@ class Share:
     parts: Sequence[Sequence[Triplet]]
 
 
-class Workshop:
+class WorkerContext:
     """One worker's tools. The model changes only where the next step needs another one."""
 
-    def __init__(self, crew: Crew, placement: Placement, tables: dict[str, TokenTable]) -> None:
-        self.crew, self.placement, self.tables = crew, placement, tables
+    def __init__(self, group: WorkerGroup, placement: Placement, tables: dict[str, TokenTable]) -> None:
+        self.group, self.placement, self.tables = group, placement, tables
         self.notes: list[str] = []  # what befell the step in progress, for its record
         self.spent: dict[str, float] = {}  # seconds of the step in progress that are neither training nor asking
         self._key: tuple[ModelConfig, LoraConfig] | None = None
@@ -90,10 +90,10 @@ class Workshop:
         if not (self._loaded and self._key and self._key[0] == config.model and shape in (None, self._key[1])):
             if self._loaded:  # the old one goes before the new one comes
                 old, self._loaded = self._loaded.model, None
-                self.crew.let_go(old)
+                self.group.let_go(old)
                 del old
             self._key = (config.model, shape or LoraConfig())
-            model = self.crew.place(config.model)
+            model = self.group.place(config.model)
             encoder = Encoder(load_tokenizer(config.model), config.model.template)
             self._loaded, self._checked = Loaded(model, Lora(model, self._key[1]), encoder, packed=True), False
         if len(self._loaded.lora.phi) != adapters:
@@ -109,8 +109,8 @@ class Workshop:
         sample: Sequence[Triplet],
     ) -> bool:
         with loaded.lora.off():
-            packed = packing_is_exact(loaded.model, sample, loaded.model.dtype, self.crew.device)
-        if not packed and self.crew.leads:
+            packed = packing_is_exact(loaded.model, sample, loaded.model.dtype, self.group.device)
+        if not packed and self.group.leads:
             print(f"warning: {config.model.name} treats packed rows differently: running unpacked, slower, same result")
         return packed
 
@@ -129,11 +129,11 @@ class Workshop:
             cuts = range(0, len(ordered[0]), size)
             micro += [self._micro_batch(loaded, [part[i : i + size] for part in ordered]) for i in cuts]
         whole = [share.whole for share in shares]
-        unpaired = torch.tensor([[sum(not t.old for t in own)] for own in whole], device=self.crew.device)
-        return Batch(self.crew.pad_passes(micro), len(whole[0]), self._tokens(whole), unpaired)
+        unpaired = torch.tensor([[sum(not t.old for t in own)] for own in whole], device=self.group.device)
+        return Batch(self.group.pad_passes(micro), len(whole[0]), self._tokens(whole), unpaired)
 
     def _micro_batch(self, loaded: Loaded, adapters: Sequence[Sequence[Triplet]]) -> MicroBatch:
-        device, flat = self.crew.device, [t for own in adapters for t in own]
+        device, flat = self.group.device, [t for own in adapters for t in own]
         packed = pack(flat, dtype=loaded.model.dtype, packed=loaded.packed, adapters=len(adapters))
         reference = torch.tensor([t.reference for t in flat], dtype=torch.float32, device=device).T
         return MicroBatch(
@@ -143,4 +143,4 @@ class Workshop:
     def _tokens(self, adapters: Sequence[Sequence[Triplet]]) -> Tensor:
         """Tokens of each adapter's new answers: (K, 1)."""
         counts = [[float(sum(len(t.new) for t in own))] for own in adapters]
-        return torch.tensor(counts, device=self.crew.device)
+        return torch.tensor(counts, device=self.group.device)

@@ -25,7 +25,7 @@ from corsa.training.zero3_lockstep import in_lockstep, pad_passes
 
 
 @dataclass(frozen=True)
-class Crew:
+class WorkerGroup:
     """This worker among `size` of them."""
 
     rank: int
@@ -34,7 +34,7 @@ class Crew:
     sharding: ShardingConfig = field(default_factory=ShardingConfig)
 
     @classmethod
-    def join(cls, placement: Placement) -> Crew:
+    def join(cls, placement: Placement) -> WorkerGroup:
         """The process group that Ray Train has set up, or one process alone."""
         grouped = dist.is_available() and dist.is_initialized()
         rank, size = (dist.get_rank(), dist.get_world_size()) if grouped else (0, 1)

@@ -34,7 +34,7 @@ from corsa.evaluation.generation import end_tokens, sample
 from corsa.evaluation.metrics import measure
 from corsa.evaluation.mmlu import from_questions_table
 from corsa.evaluation.multiple_choice import ANSWERS, MultipleChoice
-from corsa.evaluation.predict import PREDICTIONS, Asker, Taught
+from corsa.evaluation.predict import PREDICTIONS, Predictor, Taught
 from corsa.evaluation.programs import PROGRAMS
 from corsa.evaluation.sanity_questions import controls, judged
 from corsa.flow.task import Task
@@ -44,43 +44,47 @@ from corsa.lora.peft_format import load_adapter, read_factors, save_adapter, wri
 from corsa.lora.weight_deltas import load_delta, save_delta
 from corsa.methods import method_of
 from corsa.methods.base import Round
-from corsa.training.loop import CURVES, AtEpoch, Lesson, train, train_together
+from corsa.training.loop import CURVES, AtEpoch, RoundRun, train, train_together
 from corsa.training.memory_usage import peak_since, start_peak
 from corsa.training.routing import route
-from corsa.training.worker_context import Loaded, Workshop
-from corsa.training.worker_group import Crew
+from corsa.training.worker_context import Loaded, WorkerContext
+from corsa.training.worker_group import WorkerGroup
 
 Post = Callable[[dict[str, Any]], None]
 """Takes a line for the progress display."""
 
 
-def take(tasks: Sequence[Task], workshop: Workshop, post: Post) -> dict[str, str]:
+def take(tasks: Sequence[Task], context: WorkerContext, post: Post) -> dict[str, str]:
     """Do one step, or several that are trained together, and commit their results. Every worker of the group calls
     this; the leader reads and writes. Returns {fingerprint: cause} of those that failed.
     """
     started = time.monotonic()
     post({"phase": "loading"})
-    workshop.notes = []
-    start_peak(workshop.crew.device)
+    context.notes = []
+    start_peak(context.group.device)
     if type(tasks[0].config) is RoundConfig:
-        return _teach_lora(tasks, workshop, post)
+        return _teach_lora(tasks, context, post)
     (task,) = tasks
     do = _teach_method if method_of(task.config) else _ASKING[type(task.config)]
-    metrics = do(task, workshop, post)
-    if workshop.crew.leads:
-        task.commit(metrics | _notes(workshop), time.monotonic() - started)
-    workshop.spent.clear()
+    metrics = do(task, context, post)
+    if context.group.leads:
+        task.commit(metrics | _notes(context), time.monotonic() - started)
+    context.spent.clear()
     return {}
 
 
-def _notes(workshop: Workshop, together: int = 1) -> dict[str, Any]:
+def _notes(context: WorkerContext, together: int = 1) -> dict[str, Any]:
     """What a step's record says of how it was run; the peak is the leading worker's, bytes. `together`: with how many
     steps it shared the time.
     """
-    crew = workshop.crew
-    how = {"peak_memory": peak_since(crew.device), "workers": crew.size, "gpu": crew.device.type == "cuda"}
-    spent = {f"{what}_s": round(seconds / together, 3) for what, seconds in workshop.spent.items()}
-    return how | spent | {"parameters": workshop.parameters} | ({"notes": workshop.notes} if workshop.notes else {})
+    group = context.group
+    how = {
+        "peak_memory": peak_since(group.device),
+        "workers": group.size,
+        "gpu": group.device.type == "cuda",
+    }
+    spent = {f"{what}_s": round(seconds / together, 3) for what, seconds in context.spent.items()}
+    return how | spent | {"parameters": context.parameters} | ({"notes": context.notes} if context.notes else {})
 
 
 def pack_key(task: Task) -> tuple[RoundConfig, tuple[tuple[str, str | None], ...]] | None:
@@ -97,43 +101,43 @@ def pack_key(task: Task) -> tuple[RoundConfig, tuple[tuple[str, str | None], ...
 # Teaching
 
 
-def _teach_lora(tasks: Sequence[Task], workshop: Workshop, post: Post) -> dict[str, str]:
+def _teach_lora(tasks: Sequence[Task], context: WorkerContext, post: Post) -> dict[str, str]:
     """CoRSA, LoRA and the ablations: one adapter, trained on through the rounds; or several of them together."""
-    crew, started = workshop.crew, time.monotonic()
-    lesson, loaded = _open(tasks[0], workshop, adapters=len(tasks))
+    group, started = context.group, time.monotonic()
+    facts, loaded = _open(tasks[0], context, adapters=len(tasks))
     lora = loaded.lora
     lora.initialise(*(task.config.seed for task in tasks))
     if "previous" in tasks[0].step.inputs:
-        if crew.leads:
+        if group.leads:
             for row, task in enumerate(tasks):
                 load_adapter(lora, task.inputs["previous"].local("adapter"), row)
-        crew.share_tensor(lora.phi.detach())
+        group.share_tensor(lora.phi.detach())
     post({"phase": "training"})
-    lessons = [Lesson(task.config, (task.store, f"partial/{task.fingerprint[:16]}/checkpoint")) for task in tasks]
-    scored = _scores(tasks, lesson, loaded, workshop)
-    found = train_together(lessons, lesson.triplets, loaded, workshop, post, scored)
+    round_runs = [RoundRun(task.config, (task.store, f"partial/{task.fingerprint[:16]}/checkpoint")) for task in tasks]
+    scored = _scores(tasks, facts, loaded, context)
+    found = train_together(round_runs, facts.triplets, loaded, context, post, scored)
     failed = {t.fingerprint: str(cause) for t, cause in zip(tasks, found, strict=True) if isinstance(cause, CorsaError)}
     shared = (time.monotonic() - started) / len(tasks)
     for row, (task, curves) in enumerate(zip(tasks, found, strict=True)):
         if not isinstance(curves, CorsaError):
             began = time.monotonic()
             with lora.only(row):
-                metrics = _ask(task, lesson, loaded, workshop, post)
-            if crew.leads:
-                with workshop.timed("checkpoints"):
+                metrics = _ask(task, facts, loaded, context, post)
+            if group.leads:
+                with context.timed("checkpoints"):
                     save_adapter(lora, task.output / "adapter", task.config.model.name, row)
-                metrics |= _write_curves(task, curves) | {"packed": len(tasks)} | _notes(workshop, len(tasks))
+                metrics |= _write_curves(task, curves) | {"packed": len(tasks)} | _notes(context, len(tasks))
                 task.commit(metrics, shared + time.monotonic() - began)
-    workshop.spent.clear()
+    context.spent.clear()
     return failed
 
 
-def _scores(tasks: Sequence[Task], lesson: _Subject, loaded: Loaded, workshop: Workshop) -> AtEpoch:
+def _scores(tasks: Sequence[Task], facts: _StepFacts, loaded: Loaded, context: WorkerContext) -> AtEpoch:
     """Asks the rounds of trials at the end of every so many epochs and tells Ray Tune, which may stop them there."""
     place = tasks[0].placement
     if not isinstance(place, TrialPlace) or place.metric is None:
         return lambda epochs: None
-    metric, crew, first = place.metric, workshop.crew, tasks[0].config
+    metric, group, first = place.metric, context.group, tasks[0].config
     protocol = first.evaluation.protocol
     before = (place.seeds.index(first.seed) * place.rounds + first.round - 1) * first.training.epochs
 
@@ -144,10 +148,10 @@ def _scores(tasks: Sequence[Task], lesson: _Subject, loaded: Loaded, workshop: W
             return
         scores: dict[str, list[float]] = {}
         for row, task in enumerate(tasks):
-            with loaded.lora.only(row), crew.in_step(loaded.model):
-                rows = _asker(task.config, loaded, workshop).ask(_own_chains(lesson.asked, crew))
-            rows = crew.collect(rows)
-            if crew.leads:
+            with loaded.lora.only(row), group.in_step(loaded.model):
+                rows = _predictor(task.config, loaded, context).ask(_own_chains(facts.asked, group))
+            rows = group.collect(rows)
+            if group.leads:
                 labels = {"method": "corsa", "seed": task.config.seed, "trained": task.config.round}
                 table = pd.DataFrame([{**labels, **answer} for answer in rows])
                 value = measure(metric, table, rule=place.rule, protocol=protocol)
@@ -159,35 +163,35 @@ def _scores(tasks: Sequence[Task], lesson: _Subject, loaded: Loaded, workshop: W
     return at_epoch
 
 
-def _teach_method(task: Task, workshop: Workshop, post: Post) -> dict[str, Any]:
+def _teach_method(task: Task, context: WorkerContext, post: Post) -> dict[str, Any]:
     """A round of a method with a function of its own: F-Learning, MEMIT."""
-    config, crew = task.config, workshop.crew
+    config, group = task.config, context.group
     method = method_of(config)
     assert method is not None
     assert method.load_teach is not None
-    lesson, loaded = _open(task, workshop)
+    facts, loaded = _open(task, context)
     post({"phase": "training"})
     taught = method.load_teach()(
         Round(
             config=config,
-            edits=lesson.taught_now,
-            triplets=lesson.triplets,
+            edits=facts.taught_now,
+            triplets=facts.triplets,
             model=loaded.model,
             encoder=loaded.encoder,
             lora=loaded.lora,
-            before=_change(task, "previous", crew) if "previous" in task.step.inputs else None,
-            leads=crew.leads,
-            share=crew.share,
+            before=_change(task, "previous", group) if "previous" in task.step.inputs else None,
+            leads=group.leads,
+            share=group.share,
             train=lambda triplets, name: train(
-                config, triplets, loaded, workshop, (task.store, f"partial/{task.fingerprint[:16]}/{name}"), post
+                config, triplets, loaded, context, (task.store, f"partial/{task.fingerprint[:16]}/{name}"), post
             ),
             input_file=lambda name, file: task.inputs[name].local(file),
             post=post,
         )
     )
     with loaded.lora.off(), attached(loaded.model, taught.change):
-        metrics = dict(taught.metrics) | _ask(task, lesson, loaded, workshop, post)
-    if crew.leads:
+        metrics = dict(taught.metrics) | _ask(task, facts, loaded, context, post)
+    if group.leads:
         _write_change(taught.change, task)
         metrics |= {} if taught.curves is None else _write_curves(task, taught.curves)
     return metrics
@@ -207,80 +211,88 @@ def _write_change(change: Change, task: Task) -> None:
 # Asking
 
 
-def _ask_only(task: Task, workshop: Workshop, post: Post) -> dict[str, Any]:
+def _ask_only(task: Task, context: WorkerContext, post: Post) -> dict[str, Any]:
     """The answers of the unedited model, or of one that another step has edited."""
-    lesson, loaded = _open(task, workshop)
-    with _edited(task, loaded, workshop.crew):
-        return _ask(task, lesson, loaded, workshop, post)
+    facts, loaded = _open(task, context)
+    with _edited(task, loaded, context.group):
+        return _ask(task, facts, loaded, context, post)
 
 
-def _answer_questions(task: Task, workshop: Workshop, post: Post) -> dict[str, Any]:
+def _answer_questions(task: Task, context: WorkerContext, post: Post) -> dict[str, Any]:
     """The answers to MMLU, the subjects divided over the workers."""
-    crew = workshop.crew
-    questions = from_questions_table(_shared_table(task, "questions", crew))
-    loaded = workshop.open(task.config, ())
+    group = context.group
+    questions = from_questions_table(_shared_table(task, "questions", group))
+    loaded = context.open(task.config, ())
     post({"phase": "evaluating"})
-    asker = MultipleChoice(loaded.model, loaded.encoder.tokenizer, crew.device, workshop.placement.probe_batch)
-    with _edited(task, loaded, crew):
-        with crew.in_step(loaded.model):
-            own = list(asker.answers(questions.share(crew.rank, crew.size)))
-        rows = crew.collect(own)
-    if not crew.leads:
+    predictor = MultipleChoice(loaded.model, loaded.encoder.tokenizer, group.device, context.placement.probe_batch)
+    with _edited(task, loaded, group):
+        with group.in_step(loaded.model):
+            own = list(predictor.answers(questions.share(group.rank, group.size)))
+        rows = group.collect(own)
+    if not group.leads:
         return {}
     rows.sort(key=lambda row: (row["subject"], row["index"]))
     pq.write_table(pa.Table.from_pylist(rows, schema=ANSWERS), task.output / "answers.parquet")
     return {"questions": len(rows), "accuracy": sum(row["correct"] for row in rows) / len(rows)}
 
 
-def _ask_controls(task: Task, workshop: Workshop, post: Post) -> dict[str, Any]:
+def _ask_controls(task: Task, context: WorkerContext, post: Post) -> dict[str, Any]:
     """The answers to the everyday questions; they are few, so every worker answers them all."""
     config: ControlsConfig = task.config
-    loaded = workshop.open(config, ())
+    loaded = context.open(config, ())
     post({"phase": "evaluating"})
     evaluation = EvaluationConfig(new_tokens=config.new_tokens)
-    asker = Asker(
-        loaded.model, loaded.encoder, evaluation, workshop.crew.device, workshop.placement.probe_batch, loaded.packed
+    predictor = Predictor(
+        loaded.model,
+        loaded.encoder,
+        evaluation,
+        context.group.device,
+        context.placement.probe_batch,
+        loaded.packed,
     )
-    with _edited(task, loaded, workshop.crew), workshop.crew.in_step(loaded.model):
-        rows = judged(asker.answers([control.question for control in controls()]))
-    if not workshop.crew.leads:
+    with _edited(task, loaded, context.group), context.group.in_step(loaded.model):
+        rows = judged(predictor.answers([control.question for control in controls()]))
+    if not context.group.leads:
         return {}
     pq.write_table(pa.Table.from_pylist(rows), task.output / "answers.parquet")
     return {"questions": len(rows), "right": sum(row["right"] for row in rows)}
 
 
-def _route(task: Task, workshop: Workshop, post: Post) -> dict[str, Any]:
+def _route(task: Task, context: WorkerContext, post: Post) -> dict[str, Any]:
     """The answers of a model that sends each query to one of several adapters."""
-    crew, parts = workshop.crew, [name.removeprefix("adapter") for name in task.step.inputs if "adapter" in name]
-    lesson, loaded = _open(task, workshop)
-    splits = [from_table(_shared_table(task, f"edits{part}", crew, "edits")) for part in parts]
-    changes = [_change(task, f"adapter{part}", crew) for part in parts]
+    group, parts = (
+        context.group,
+        [name.removeprefix("adapter") for name in task.step.inputs if "adapter" in name],
+    )
+    facts, loaded = _open(task, context)
+    splits = [from_table(_shared_table(task, f"edits{part}", group, "edits")) for part in parts]
+    changes = [_change(task, f"adapter{part}", group) for part in parts]
     post({"phase": "evaluating"})
-    asker = _asker(task.config, loaded, workshop)
-    with loaded.lora.off(), crew.in_step(loaded.model):
-        rows, chosen = route(task.config.router, loaded, asker, splits, changes, _own_chains(lesson.asked, crew))
-    rows, chosen = crew.collect(rows), crew.collect(chosen)
-    if not crew.leads:
+    predictor = _predictor(task.config, loaded, context)
+    with loaded.lora.off(), group.in_step(loaded.model):
+        rows, chosen = route(task.config.router, loaded, predictor, splits, changes, _own_chains(facts.asked, group))
+    rows, chosen = group.collect(rows), group.collect(chosen)
+    if not group.leads:
         return {}
     pq.write_table(pa.Table.from_pylist(chosen), task.output / "routes.parquet")
     right = sum(row["chosen"] == row["part"] for row in chosen) / len(chosen)
     return {"routing_accuracy": right} | _write_predictions(task, rows)
 
 
-def _write_programs(task: Task, workshop: Workshop, post: Post) -> dict[str, Any]:
+def _write_programs(task: Task, context: WorkerContext, post: Post) -> dict[str, Any]:
     """Programs drawn for the problems that are asked, divided over the workers."""
     config: SamplesConfig = task.config
-    crew, how = workshop.crew, config.sampling
-    table = _shared_table(task, "problems", crew)
+    group, how = context.group, config.sampling
+    table = _shared_table(task, "problems", group)
     problems = [row for row in table.to_pylist() if row["part"] == "asked"]
-    loaded = workshop.open(config, ())
+    loaded = context.open(config, ())
     post({"phase": "evaluating"})
     every = [(i, n) for i in range(len(problems)) for n in range(how.samples)]
-    share = -(-len(every) // crew.size)  # in a row: the samples of one problem have their prompt in common
-    own = every[crew.rank * share :][:share]
+    share = -(-len(every) // group.size)  # in a row: the samples of one problem have their prompt in common
+    own = every[group.rank * share :][:share]
     told = {"described": config.described, "implementation": config.implementation}
     prompts = [asked(problem, **told) for problem in problems]
-    with _edited(task, loaded, crew), crew.in_step(loaded.model):
+    with _edited(task, loaded, group), group.in_step(loaded.model):
         outputs = sample(
             loaded.model,
             [loaded.encoder.prompt(prompts[i]) for i, _ in own],
@@ -289,24 +301,24 @@ def _write_programs(task: Task, workshop: Workshop, post: Post) -> dict[str, Any
             top_p=how.top_p,
             stops=end_tokens(loaded.model, loaded.encoder.tokenizer),
             new_tokens=how.new_tokens,
-            batch=max(1, workshop.placement.probe_batch // 8),  # programs are longer than answers
-            device=crew.device,
+            batch=max(1, context.placement.probe_batch // 8),  # programs are longer than answers
+            device=group.device,
         )
     texts = (loaded.encoder.read(ids).strip("\n") for ids in outputs)
-    rows = crew.collect(
+    rows = group.collect(
         [
             {"problem": problems[i]["id"], "sample": n, "output": text, "tokens": len(ids)}
             for (i, n), text, ids in zip(own, texts, outputs, strict=True)
         ]
     )
-    if not crew.leads:
+    if not group.leads:
         return {}
     rows.sort(key=lambda row: (row["problem"], row["sample"]))
     pq.write_table(pa.Table.from_pylist(rows, schema=PROGRAMS), task.output / "answers.parquet")
     return {"programs": len(rows), "cut_off": sum(row["tokens"] == how.new_tokens for row in rows)}
 
 
-_ASKING: dict[type, Callable[[Task, Workshop, Post], dict[str, Any]]] = {
+_ASKING: dict[type, Callable[[Task, WorkerContext, Post], dict[str, Any]]] = {
     AskingConfig: _ask_only,
     SpecificityConfig: _answer_questions,
     ControlsConfig: _ask_controls,
@@ -319,7 +331,7 @@ _ASKING: dict[type, Callable[[Task, Workshop, Post], dict[str, Any]]] = {
 
 
 @dataclass(frozen=True)
-class _Subject:
+class _StepFacts:
     """What a step teaches (`taught_now`, and as `triplets`) and asks (`asked`)."""
 
     taught_now: list[Edit]
@@ -327,40 +339,42 @@ class _Subject:
     asked: list[Taught]
 
 
-def _open(task: Task, workshop: Workshop, adapters: int = 1) -> tuple[_Subject, Loaded]:
+def _open(task: Task, context: WorkerContext, adapters: int = 1) -> tuple[_StepFacts, Loaded]:
     """The step's edits, and the model that it is done with."""
     config: AskingConfig = task.config
-    with workshop.timed("data"):
-        table = workshop.tables[task.step.inputs["reference"].fingerprint]
-        edits = {e.id: e for e in from_table(_shared_table(task, "edits", workshop.crew)) if e.id in table}
+    with context.timed("data"):
+        table = context.tables[task.step.inputs["reference"].fingerprint]
+        edits = {e.id: e for e in from_table(_shared_table(task, "edits", context.group)) if e.id in table}
         sample = sorted(map(table.triplet, edits), key=len)[-4:]  # windows show in long rows
-    loaded = workshop.open(config, sample, adapters)
+    loaded = context.open(config, sample, adapters)
     if "schedule" not in task.step.inputs:  # which round teaches an edit is then the scenario's affair
-        return _Subject([], [], [Taught(edit, edit.round, "") for edit in edits.values()]), loaded
-    schedule = _shared_table(task, "schedule", workshop.crew)
+        return _StepFacts([], [], [Taught(edit, edit.round, "") for edit in edits.values()]), loaded
+    schedule = _shared_table(task, "schedule", context.group)
     now = [id_ for id_ in taught_in(schedule, config.round) if id_ in edits]
     facts = [fact for fact in valid_after(schedule, config.round) if fact["edit"] in edits]
     asked = [Taught(edits[fact["edit"]], fact["learnt"], fact["part"]) for fact in facts]
-    return _Subject([edits[id_] for id_ in now], [table.triplet(id_) for id_ in now], asked), loaded
+    return _StepFacts([edits[id_] for id_ in now], [table.triplet(id_) for id_ in now], asked), loaded
 
 
-def _asker(config: AskingConfig, loaded: Loaded, workshop: Workshop) -> Asker:
-    batch = workshop.placement.probe_batch
-    device = workshop.crew.device
-    return Asker(loaded.model, loaded.encoder, config.evaluation, device, batch, loaded.packed, config.seed)
+def _predictor(config: AskingConfig, loaded: Loaded, context: WorkerContext) -> Predictor:
+    batch = context.placement.probe_batch
+    device = context.group.device
+    return Predictor(loaded.model, loaded.encoder, config.evaluation, device, batch, loaded.packed, config.seed)
 
 
-def _ask(task: Task, lesson: _Subject, loaded: Loaded, workshop: Workshop, post: Post) -> dict[str, Any]:
+def _ask(task: Task, facts: _StepFacts, loaded: Loaded, context: WorkerContext, post: Post) -> dict[str, Any]:
     """Ask the model as it stands, and write the answers."""
-    crew = workshop.crew
+    group = context.group
     post({"phase": "evaluating", "eta_s": None})
     began = time.monotonic()
-    asker = replace(_asker(task.config, loaded, workshop), told=lambda done, of: post({"answered": done, "probes": of}))
-    with crew.in_step(loaded.model):
-        rows = asker.ask(_own_chains(lesson.asked, crew))
+    predictor = replace(
+        _predictor(task.config, loaded, context), told=lambda done, of: post({"answered": done, "probes": of})
+    )
+    with group.in_step(loaded.model):
+        rows = predictor.ask(_own_chains(facts.asked, group))
     post({"probes": None})
-    rows = crew.collect(rows)
-    return {"evaluation_s": round(time.monotonic() - began, 3)} | _write_predictions(task, rows) if crew.leads else {}
+    rows = group.collect(rows)
+    return {"evaluation_s": round(time.monotonic() - began, 3)} | _write_predictions(task, rows) if group.leads else {}
 
 
 def _write_predictions(task: Task, rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -384,29 +398,29 @@ def _write_curves(task: Task, curves: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 @contextmanager
-def _edited(task: Task, loaded: Loaded, crew: Crew) -> Iterator[None]:
+def _edited(task: Task, loaded: Loaded, group: WorkerGroup) -> Iterator[None]:
     """The base model with what the step's input `adapter` adds to it, if it has one."""
-    changes = [_change(task, "adapter", crew)] if "adapter" in task.step.inputs else []
+    changes = [_change(task, "adapter", group)] if "adapter" in task.step.inputs else []
     with loaded.lora.off(), attached(loaded.model, *changes):
         yield
 
 
-def _change(task: Task, name: str, crew: Crew) -> Change:
+def _change(task: Task, name: str, group: WorkerGroup) -> Change:
     """What the round of the input `name` adds to the base model, on every worker."""
     change: Change | None = None
-    if crew.leads:
+    if group.leads:
         artifact = task.inputs[name]
         low_rank = any(Path(file).parts[0] == "adapter" for file in artifact.record.files)
         change = read_factors(artifact.local("adapter"))[0] if low_rank else load_delta(artifact.local("delta"))
-    return crew.share(change)
+    return group.share(change)
 
 
-def _own_chains(taught: Sequence[Taught], crew: Crew) -> list[Taught]:
+def _own_chains(taught: Sequence[Taught], group: WorkerGroup) -> list[Taught]:
     """What this worker asks about: its share of the chains, whole."""
     chains = {c: i for i, c in enumerate(dict.fromkeys(t.edit.chain for t in taught))}
-    return [t for t in taught if chains[t.edit.chain] % crew.size == crew.rank]
+    return [t for t in taught if chains[t.edit.chain] % group.size == group.rank]
 
 
-def _shared_table(task: Task, name: str, crew: Crew, file: str | None = None) -> pa.Table:
+def _shared_table(task: Task, name: str, group: WorkerGroup, file: str | None = None) -> pa.Table:
     """The small table `<file or name>.parquet` of the input `name`, read by the leader for all."""
-    return crew.share(pq.read_table(task.inputs[name].local(f"{file or name}.parquet")) if crew.leads else None)
+    return group.share(pq.read_table(task.inputs[name].local(f"{file or name}.parquet")) if group.leads else None)
