@@ -1,7 +1,7 @@
-"""CoRSA on Ray: edit what language models know, again and again, and see what each round does to what was learnt.
+"""CoRSA on Ray: edit the facts in language models repeatedly, and measure what each round does to earlier edits.
 
-Nguyen et al. 2026, arXiv 2602.03696. The method is in `corsa.algorithm`, one idea a file; the step of Algorithm 1 is
-`corsa.algorithm.step.corsa_step`. For programs: `load_edits`, `edit`, `evaluate`, `merge`, `to_dataset`.
+Nguyen et al. 2026, arXiv 2602.03696. The method is in `corsa.algorithm`, one idea per file; the step of Algorithm 1 is
+`corsa.algorithm.step.corsa_step`. Python API: `load_edits`, `edit`, `evaluate`, `merge`, `to_dataset`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _WHERE = {"merge": "corsa.editing.merging"}
 
 
 def __getattr__(name: str) -> Any:
-    # Looked up when first used: `import corsa` loads neither torch nor ray.
+    # Names are imported on first use, so that `import corsa` loads neither torch nor ray.
     if name not in __all__:
         raise AttributeError(f"module 'corsa' has no attribute {name!r}")
     return getattr(import_module(_WHERE.get(name, "corsa.api")), name)

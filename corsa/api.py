@@ -1,7 +1,7 @@
-"""The Python API: what the commands do, from a program. `import corsa` is enough: these names are found there.
+"""The Python API: the commands as functions. `import corsa` makes these names available.
 
-Training and asking run as steps of a store (`storage`), so that nothing is computed twice and an interrupted call goes
-on from where it was; they join the cluster that RAY_ADDRESS names, or start one on this machine.
+Training and asking run as steps whose results are kept in a store (`storage`): nothing is computed twice, and an
+interrupted call continues where it stopped. They use the Ray cluster in RAY_ADDRESS, or start one on this machine.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ if TYPE_CHECKING:
 def load_edits(
     source: str | Path | datasets.Dataset | Iterable[Mapping[str, Any]], name: str = "file", **how: Any
 ) -> list[Edit]:
-    """The edits of a file, a data set or a benchmark, each with the questions that show whether it took.
+    """Reads the edits of a file, a data set or a benchmark, each with the questions that test it.
 
     Args:
         source: a path (JSONL, CSV, Parquet), a `datasets.Dataset` or any rows with the columns `prompt`, `target_new`,
-            `target_old` and perhaps more (`corsa.data.benchmarks.file`); "" for the benchmark that ships with it.
-        name: the benchmark, `corsa data` lists them; "file": your own facts.
+            `target_old` and optional ones (`corsa.data.benchmarks.file`); "" for the shipped or hub copy of `name`.
+        name: the benchmark (`corsa data` lists them), or "file" for your own facts.
         how: `limit`, `offset`, `rounds` and the other arguments of `corsa.data.benchmarks.read`.
 
     Raises:
-        CorsaError: a record cannot be used; file, line, field and reason are in its text.
+        CorsaError: a record cannot be used; the text gives file, line, field and reason.
 
     >>> (edit,) = load_edits([{"prompt": "Who leads Acme?", "target_new": "Ada Byron", "target_old": "Grace Murray"}])
     >>> edit.target_new, [probe.kind for probe in edit.probes]
@@ -57,7 +57,7 @@ def load_edits(
 
 
 def to_dataset(edits: Iterable[Edit]) -> datasets.Dataset:
-    """Edits as a `datasets.Dataset` with the columns of `corsa.data.edit.EDIT_SCHEMA`; `load_edits` reads it again.
+    """Edits as a `datasets.Dataset` with the columns of `corsa.data.edit.EDIT_SCHEMA`; `load_edits` can read it.
 
     >>> edits = load_edits([{"prompt": "Who leads Acme?", "target_new": "Ada Byron", "target_old": "Grace Murray"}])
     >>> data = to_dataset(edits)
@@ -74,10 +74,10 @@ def to_dataset(edits: Iterable[Edit]) -> datasets.Dataset:
 def edit(
     edits: str | Path | datasets.Dataset | Iterable[Edit | Mapping[str, Any]], out: str | Path, **options: Any
 ) -> Result:
-    """Teach facts: a PEFT adapter in `out`, its report, and what was found. As `corsa edit`.
+    """Teaches facts, as `corsa edit` does. Writes a PEFT adapter and its report to `out`.
 
     Args:
-        edits: a file, a data set, rows, or edits; `target_old` may be absent, the model is then asked for it.
+        edits: a file, a data set, rows, or edits. The model is asked for a missing `target_old`.
         out: directory of the adapter; must be new.
         options: fields of `corsa.editing.options.EditOptions`: model, adapter, method, storage, gates, training, ...
 
@@ -85,7 +85,7 @@ def edit(
         `values` (the main metrics), `predictions` (every answer), `report` (the page), `passed` (all gates).
 
     Raises:
-        CorsaError: something to mend, or a step failed.
+        CorsaError: an input is wrong, or a step failed.
 
     >>> facts = [{"prompt": "Who leads Acme?", "target_new": "Ada Byron", "target_old": "Grace Murray"}]
     >>> tiny = {"model": "random:tiny-llama", "storage": f"{folder}/runs", "evaluation": {"new_tokens": 4}}
@@ -105,17 +105,17 @@ def edit(
 def evaluate(
     edits: str | Path | datasets.Dataset | Iterable[Edit | Mapping[str, Any]] | None = None, **options: Any
 ) -> Result:
-    """Ask a model about facts, alone and with an adapter. As `corsa evaluate`.
+    """Asks a model about facts, without and with an adapter, as `corsa evaluate` does.
 
     Args:
-        edits: as in `edit`; None: a `benchmark`, or all that the `adapter` was taught.
+        edits: as in `edit`; None: a `benchmark`, or all facts that the `adapter` was taught.
         options: fields of `corsa.editing.options.EvaluateOptions`: model, adapter, benchmark, data, limit, ...
 
     Returns:
         As `edit`, without a directory.
 
     Raises:
-        CorsaError: something to mend, or a step failed.
+        CorsaError: an input is wrong, or a step failed.
 
     >>> result = evaluate(adapter=f"{folder}/january", storage=f"{folder}/runs", evaluation={"new_tokens": 4})
     >>> 0 <= result.values["edit_success"] <= 1
@@ -139,7 +139,7 @@ def _options(kind: type[Any], **fields: Any) -> Any:
 
 @contextmanager
 def _as_file(facts: Any) -> Iterator[Path]:
-    """The facts as a file of `corsa.data.benchmarks.file`; what it holds is its identity, not where it lies."""
+    """The facts as a file of `corsa.data.benchmarks.file`. Its contents identify it, not its path."""
     from corsa.data.benchmarks.files import call
 
     if isinstance(facts, str | Path):
@@ -157,7 +157,7 @@ def _rows(facts: Any) -> list[dict[str, Any]]:
     """The facts as rows that JSON can hold.
 
     Raises:
-        CorsaError: they are no list of records.
+        CorsaError: they are not a list of records.
     """
     if isinstance(facts, Edit | Mapping):
         what = "a mapping: choose one split of it, or" if _holds_tables(facts) else "one record:"
@@ -187,7 +187,7 @@ def _holds_tables(facts: Any) -> bool:
 
 
 def _row(fact: Edit | Mapping[str, Any]) -> dict[str, Any]:
-    """One line of the file: of an edit, its probes as the columns they come from."""
+    """One row of the file. The probes of an edit become columns again."""
     if isinstance(fact, Edit):
         fact = fact.model_dump()
     row = {name: value for name, value in fact.items() if value is not None}

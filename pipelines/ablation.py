@@ -13,17 +13,17 @@ from corsa.experiments.runner import start
 from corsa.flow import Step
 
 PRIMARY = ("generality",)
-"""What each variant is compared with CoRSA on: Table 9 counts it."""
+"""The metric that compares each variant with CoRSA, as in Table 9."""
 
 
 class Ablation(Experiment):
-    """One round for every variant, each compared with the whole."""
+    """One round for every variant, each compared with full CoRSA."""
 
     methods: Methods = ("corsa", "corsa-no-sam", "corsa-no-dpo", "corsa-no-pcgrad", "lora")
 
 
 def ablation(experiment: Ablation, command: str) -> Step:
-    """The report of a run, and through its inputs every step of it."""
+    """The report step of a run. Its inputs lead to every other step."""
     taught = facts(experiment, 1)
     schedule = dealt(taught, RoundsConfig(rounds=1))
     headlines = ("edit_success", "generality", "retention", "neighborhood")

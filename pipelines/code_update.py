@@ -1,10 +1,10 @@
-"""Code updates (Table 6): an update of an API is learnt as weights, and programs that need it show whether it was.
+"""Code updates (Table 6): the model learns an API update; programs that need the update test it.
 
     python pipelines/code_update.py --data arena.jsonl --humaneval HumanEval.jsonl.gz --allow-code-execution
 
-The first problem of each update is taught with the unit tests in its prompt; the others are asked. UPass@k: programs
-that pass with the update and not without it. SPass@k: HumanEval, which no update should touch. docs/sandbox.md says
-how programs are run.
+Training uses the first problem of each update, with the unit tests in its prompt; the other problems are asked.
+UPass@k: programs that pass with the update and fail without it. SPass@k: HumanEval, which no update should change.
+docs/sandbox.md describes how programs are run.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from corsa.experiments.runner import start
 from corsa.flow import Step
 
 PRIMARY = ("upass_1", "spass_1")
-"""What an update should raise, and what it should leave alone (where HumanEval is named)."""
+"""The metric that an update should raise, and the one it should not change (if HumanEval is given)."""
 
 
 def code_update(experiment: CodeExperiment, command: str) -> Step:
-    """The report of a run, and through its inputs every step of it."""
+    """The report step of a run. Its inputs lead to every other step."""
     return code_report(experiment, command, primary=PRIMARY, published=("Table 6",))
 
 

@@ -1,4 +1,4 @@
-"""Continual revision: what a model knows is revised round after round, and all it learnt so far is asked after each.
+"""Continual revision: facts are revised in rounds, and after each round the model is asked about all facts so far.
 
     python pipelines/continual.py                      # the embedded model on the shipped facts
     python pipelines/continual.py --fractions 0.2,0.4,0.6,0.8,1.0
@@ -7,9 +7,9 @@
 
 The temporal scenario of the paper (Section 4.3, Tables 3 and 5): chains of successive updates are split into an update
 set and an evaluation set. Round 1 teaches both; later rounds revise the update set only. What the evaluation set loses
-is forgetting. With fractions, later rounds revise so much of the update set (Fig. 3). A benchmark without chains is
-dealt out over the rounds instead, each teaching new facts. Injection (Table 2): the adapter of one benchmark goes on
-learning another.
+is forgetting. With fractions, later rounds revise these shares of the update set (Fig. 3). The facts of a benchmark
+without chains are divided among the rounds, so each round teaches new facts. Injection (Table 2): an adapter trained
+on one benchmark then learns another.
 """
 
 from __future__ import annotations
@@ -27,38 +27,38 @@ from corsa.experiments.runner import start
 from corsa.flow import Step
 
 PRIMARY = ("efficacy", "forgetting")
-"""What each round should teach, and what it should not cost: of temporal, fractions and injection."""
+"""What each round should teach, and what it should not lose; for temporal, fractions and injection."""
 
 
 class Continual(Experiment):
     """Rounds of revision."""
 
     scenario: Literal["temporal", "injection"] = Field(
-        default="temporal", description="temporal: chains are revised; injection: another benchmark follows"
+        default="temporal", description="temporal: revise chains; injection: teach another benchmark afterwards"
     )
-    rounds: int = Field(default=3, ge=1, description="rounds of updates; of a chain the first so many are used")
+    rounds: int = Field(default=3, ge=1, description="rounds of updates; a chain is cut to this many updates")
     update_share: Annotated[float, plain()] = Field(
-        default=0.5, gt=0, lt=1, description="share of the chains that is revised"
+        default=0.5, gt=0, lt=1, description="share of the chains that are revised"
     )
-    split_seed: int = Field(default=0, ge=0, description="of the split into update and evaluation set")
+    split_seed: int = Field(default=0, ge=0, description="seed of the split into update and evaluation set")
     fractions: Annotated[tuple[float, ...], listed(float, "F,F")] = Field(
-        default=(), description="shares of the update set that are revised, each a run of its own (Fig. 3)"
+        default=(), description="shares of the update set that are revised, one run for each (Fig. 3)"
     )
-    then: str = Field(default="zsre", description="injection: the benchmark that follows")
-    then_data: str | None = Field(default=None, description="injection: its file")
+    then: str = Field(default="zsre", description="injection: the second benchmark")
+    then_data: str | None = Field(default=None, description="injection: the file of the second benchmark")
 
 
 def demo() -> Continual:
-    """What runs when neither model nor benchmark nor file is named: minutes on a laptop without a GPU.
+    """The default experiment, if no model, benchmark or file is given. Takes minutes on a laptop without a GPU.
 
-    Smaller batches and a higher rate than the paper's, so that 135M parameters learn 16 facts in few steps. Chosen with
-    rho on other facts (`--offset 60`) than those the demo reports; see README.
+    Batches are smaller and the learning rate is higher than in the paper, so that 135M parameters learn 16 facts in
+    few steps. These values, and rho, were chosen on facts that the demo does not report (`--offset 60`); see README.
     """
     return Continual(limit=16, training=TrainingConfig(batch=8, epochs=8, learning_rate=5e-4))
 
 
 def continual(experiment: Continual, command: str) -> Step:
-    """The report of a run, and through its inputs every step of it."""
+    """The report step of a run. Its inputs lead to every other step."""
     if experiment.scenario == "injection":
         return injection(experiment, command)
     return fractions(experiment, command) if experiment.fractions else temporal(experiment, command)
@@ -81,14 +81,16 @@ def temporal(experiment: Continual, command: str) -> Step:
 
 
 def fractions(experiment: Continual, command: str) -> Step:
-    """Figure 3: forgetting of the fixed evaluation set against the share of the update set that is revised."""
+    """Figure 3: forgetting on the fixed evaluation set against the revised share of the update set."""
     taught = facts(experiment, experiment.rounds)
     whole = _rounds(experiment)
     page = Page("fractions", primary=PRIMARY, published=("Figure 3",))
     page.add(base(experiment, taught), "base")
     points = {}
     for method, seed in experiment.runs:
-        first = chain(experiment, method, seed, taught, dealt(taught, whole))[0]  # shared: it teaches both sets
+        first = chain(experiment, method, seed, taught, dealt(taught, whole))[
+            0
+        ]  # shared by all fractions: it teaches both sets
         for fraction in experiment.fractions:
             shown = f"{method} revising {100 * fraction:g} %"
             schedule = dealt(taught, whole.model_copy(update={"fraction": fraction}))
@@ -103,7 +105,7 @@ def fractions(experiment: Continual, command: str) -> Step:
 
 
 def injection(experiment: Continual, command: str) -> Step:
-    """Table 2: the adapter of one benchmark goes on learning another; Table 5's activation stands beside it."""
+    """Table 2: an adapter trained on one benchmark learns another. The activation of Table 5 is reported too."""
     known = facts(experiment, 1)
     new = facts(experiment.model_copy(update={"benchmark": experiment.then, "data": experiment.then_data}), 1)
     first, second = dealt(known, RoundsConfig(rounds=1)), dealt(new, RoundsConfig(rounds=1, first=2))

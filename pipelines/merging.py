@@ -1,8 +1,8 @@
-"""Merging (Fig. 6): adapters trained apart on two benchmarks become one, which is asked about both.
+"""Merging (Fig. 6): merges adapters trained separately on two benchmarks, and asks the result about both.
 
     python pipelines/merging.py --benchmark counterfact --data A --other zsre --other-data B --merges linear,sum,ties
 
-Forgetting is counted against each adapter alone: of what it answered right, the share that the merged one does not.
+Forgetting is measured against each single adapter: the share of its right answers that the merged one gets wrong.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ MERGES = get_args(MergeMethod)
 
 
 PRIMARY = ("generality", "forgetting")
-"""What the merged adapter knows, and what it lost of what each knew alone; CoRSA against the others, merge by merge."""
+"""What the merged adapter knows, and what it lost; CoRSA is compared with the other methods for each merge."""
 
 
 class Merging(Experiment):
-    """Two adapters a method, and their merges."""
+    """Two adapters per method, and their merges."""
 
     other: str = Field(default="zsre", description="the second benchmark")
-    other_data: str | None = Field(default=None, description="its file")
+    other_data: str | None = Field(default=None, description="file of the second benchmark")
     merges: Annotated[tuple[str, ...], listed(str, "M,M")] = Field(
-        default=("linear", "sum", "average", "svd", "ties", "dare_linear"), description=f"of {', '.join(MERGES)}"
+        default=("linear", "sum", "average", "svd", "ties", "dare_linear"), description=f"some of {', '.join(MERGES)}"
     )
     rank: int = Field(default=32, ge=1, description="rank that svd cuts the sum to")
     density: float = Field(default=0.5, gt=0, le=1, description="share of the values that ties and dare keep")
 
 
 def merging(experiment: Merging, command: str) -> Step:
-    """The report of a run, and through its inputs every step of it."""
+    """The report step of a run. Its inputs lead to every other step."""
     for name in experiment.methods:
         if why := METHODS[name].refuses.get("adapter"):
             raise CorsaError(f"{why}, and these merges take adapters: leave {name} out of --methods")

@@ -1,10 +1,10 @@
-"""The paper's experiments on facts as one run: one DAG across the cluster, shared steps done once, one report.
+"""Runs the paper's experiments on facts as one DAG on the cluster. Shared steps run once; there is one report.
 
     python pipelines/paper.py --benchmark counterfact --data A --then zsre --then-data B
 
-A single update with its ablation and sensitivity, the adapter of that update revised by another benchmark (injection)
-and merged with an adapter of it, temporal revision with its fractions, and routing. `--scenarios` takes some of them.
-Sensitivity compares values on the first `--development` facts of the benchmark; the other scenarios begin after them.
+Scenarios: a single update; its ablation; sensitivity; its adapter trained on a second benchmark (injection), and merged
+with an adapter of that benchmark; temporal revision; its fractions; routing. `--scenarios` selects some of them.
+Sensitivity compares values on the first `--development` facts of the benchmark; the other scenarios use later facts.
 """
 
 from __future__ import annotations
@@ -43,16 +43,16 @@ class Paper(Experiment):
     fractions: Annotated[tuple[float, ...], listed(float, "F,F")] = (0.2, 0.4, 0.6, 0.8, 1.0)
     rounds: int = Field(default=3, ge=2, description="temporal: rounds of updates")
     development: int = Field(
-        default=64, ge=1, description="sensitivity: facts that values are compared on, passed over by what is reported"
+        default=64, ge=1, description="sensitivity: facts that values are compared on; the other scenarios skip them"
     )
     parts: int = Field(default=4, ge=2, le=26, description="routing: parts of the data, one adapter each")
     scenarios: Annotated[tuple[str, ...], listed(str, "S,S")] = Field(
-        default=SCENARIOS, description=f"of {', '.join(SCENARIOS)}"
+        default=SCENARIOS, description=f"some of {', '.join(SCENARIOS)}"
     )
 
 
 def paper(experiment: Paper, command: str) -> Step:
-    """The report of everything, and through its inputs every step of it."""
+    """The report step of all scenarios. Its inputs lead to every other step."""
     split = "sensitivity" in experiment.scenarios
     reported = experiment.offset + experiment.development * split
 

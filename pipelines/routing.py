@@ -1,10 +1,10 @@
-"""Routing (Table 8): the data in parts, one adapter each, and a router that sends every query to one of them.
+"""Routing (Table 8): one adapter for each part of the data, and a router that sends every query to one adapter.
 
     python pipelines/routing.py --benchmark counterfact --data counterfact.json --parts 4
 
-Routers: "prompt" shows the model a description of every part and asks which fits (the paper's), "embedding" goes by
-similarity to what each adapter was taught, "oracle" always finds the right part: the bound of both. One adapter
-taught everything stands beside them.
+Routers: "prompt" shows the model a description of every part and asks which one fits (as in the paper); "embedding"
+takes the part whose facts are most similar to the query; "oracle" always takes the right part, the upper bound of
+both. For comparison, one adapter is trained on all the data.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from corsa.experiments.runner import start
 from corsa.flow import Step
 
 PRIMARY = ("generality",)
-"""What each router is compared with one adapter for everything on: Table 8 counts it."""
+"""The metric that compares each router with one adapter for all the data, as in Table 8."""
 
 
 class Routing(Experiment):
@@ -30,12 +30,12 @@ class Routing(Experiment):
     methods: Methods = ("corsa",)
     parts: int = Field(default=4, ge=2, le=26, description="parts of the data, one adapter each")
     routers: Annotated[tuple[str, ...], listed(str, "R,R")] = Field(
-        default=("prompt", "embedding", "oracle"), description="of prompt, embedding, oracle"
+        default=("prompt", "embedding", "oracle"), description="some of prompt, embedding, oracle"
     )
 
 
 def routing(experiment: Routing, command: str) -> Step:
-    """The report of a run, and through its inputs every step of it."""
+    """The report step of a run. Its inputs lead to every other step."""
     once = RoundsConfig(rounds=1)
     whole = facts(experiment, 1)
     schedule = dealt(whole, once)

@@ -1,12 +1,12 @@
-"""Scaling (Fig. 4): the same edits in models of several sizes, and what that took, as one run across the cluster.
+"""Scaling (Fig. 4): the same edits in models of several sizes, with their cost, as one run on the cluster.
 
     python pipelines/scaling.py --models qwen3-4b,qwen3-8b,qwen3-14b --workers 8 --placement.gpu --dtype bfloat16
     python pipelines/scaling.py --models random:tiny-llama,random:tiny-llama-64,random:tiny-llama-96 --limit 5
 
-Generality, forgetting, time, GPU hours and peak memory against the number of parameters, with a trend where there are
-three sizes or more; `--benchmarks counterfact,zsre --files A,B` takes several. On GPUs each model gets what its plan
-asks for: the smallest group of at most `--workers` in which some sharding fits, and of those the fastest. Models share
-nothing but the cluster: one that fails leaves the others running, and the report says which is missing.
+Reports generality, forgetting, time, GPU hours and peak memory against the number of parameters, with a trend for three
+or more sizes. `--benchmarks counterfact,zsre --files A,B` uses several benchmarks. On GPUs each model gets the smallest
+group of at most `--workers` in which some sharding fits, with the fastest such sharding. Models share only the cluster:
+if one fails, the others continue, and the report names the missing one.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ Words = Annotated[tuple[str, ...], listed(str, "A,B")]
 
 
 PRIMARY = ("generality", "forgetting")
-"""What is drawn against the size of the model; verdicts are given within each size."""
+"""Metrics plotted against the size of the model; methods are compared within each size."""
 
 
 class Scaling(Experiment):
     """Rounds of every method, for every model and benchmark."""
 
-    models: Words = Field(default=("qwen3-4b", "qwen3-8b", "qwen3-14b"), description="their names")
-    benchmarks: Words = Field(default=(), description="their names; default: --benchmark alone")
-    files: Words = Field(default=(), description="their files, in the same order; default: --data for all")
-    rounds: int = Field(default=2, ge=1, description="rounds of updates, the later ones show forgetting")
+    models: Words = Field(default=("qwen3-4b", "qwen3-8b", "qwen3-14b"), description="names of the models")
+    benchmarks: Words = Field(default=(), description="names of the benchmarks; default: --benchmark alone")
+    files: Words = Field(default=(), description="files of the benchmarks, in the same order; default: --data for all")
+    rounds: int = Field(default=2, ge=1, description="rounds of updates; forgetting is measured from round 2 on")
 
 
 def scaling(experiment: Scaling, command: str) -> Branches:
-    """The report of each model and benchmark, and how they are joined."""
+    """The report step of each model and benchmark, and the function that joins them."""
     if not experiment.models:
         raise CorsaError("nothing would be compared: name --models")
     planned = _planned(experiment, branches(experiment, command, {}))
@@ -52,7 +52,7 @@ def scaling(experiment: Scaling, command: str) -> Branches:
 
 
 def branches(experiment: Scaling, command: str, placements: Mapping[str, Placement]) -> Branches:
-    """The same, with the resources that each model gets; the experiment's own where none are named."""
+    """As `scaling`, with given resources for each model. A model without any gets the experiment's placement."""
     names = experiment.benchmarks or (experiment.benchmark,)
     files = experiment.files or (experiment.data,) * len(names)
     if len(files) != len(names):
@@ -82,12 +82,12 @@ def branches(experiment: Scaling, command: str, placements: Mapping[str, Placeme
 
 
 def _branch(experiment: Experiment, rounds: int, name: str, command: str) -> Step:
-    """Rounds of revision of one model by every method, and their report."""
+    """The report step of all rounds of one model, for every method."""
     shared = facts(experiment, rounds)
     model = experiment.model.name
     taught = replace(
         shared,
-        name=f"{model}/{shared.name}",  # names tell the models' steps apart
+        name=f"{model}/{shared.name}",  # names distinguish the models' steps
         reference=replace(shared.reference, name=f"{model}/{shared.reference.name}"),
     )
     schedule = dealt(shared, RoundsConfig(rounds=rounds))
@@ -104,7 +104,7 @@ def _named(experiment: Scaling, model: str) -> ModelConfig:
 
 
 def _planned(experiment: Scaling, drawn: Branches) -> dict[str, Placement]:
-    """The resources that each model's plan asks for; nothing where all is done, or without GPUs of a known memory."""
+    """The resources in each model's plan; empty if all is done, or without GPUs of known memory."""
     placement = experiment.placement
     if not placement.gpu:
         return {}

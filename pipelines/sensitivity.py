@@ -1,11 +1,11 @@
-"""Sensitivity (Fig. 5): generality against lambda, and likewise against rho and beta, the others at their defaults; and
-of F-Learning against its alpha, whose default is this project's choice.
+"""Sensitivity (Fig. 5): generality of CoRSA against lambda, rho and beta, one varied and the others at their defaults.
+Also that of F-Learning against its alpha, whose default is this project's choice.
 
     python pipelines/sensitivity.py --benchmark counterfact --data counterfact.json --lambdas 0.2,0.5,1,2,5
 
-Whoever looks at this figure chooses a value by it, so it is drawn on a development split, as the sweep's trials are:
-the first `--development` facts from `--offset`. What is reported with the chosen value begins after them. The page is
-exploratory; `tune/sweep.py --confirm` compares a choice with the default on facts that took no part in it.
+Readers choose values from this figure, so it uses a development split, like the trials of the sweep: the first
+`--development` facts from `--offset`. Report results with a chosen value on later facts only. The page is exploratory;
+`tune/sweep.py --confirm` compares a chosen value with the default on facts that were not used to choose it.
 """
 
 from __future__ import annotations
@@ -25,13 +25,15 @@ Values = Annotated[tuple[float, ...], listed(float, "V,V")]
 
 
 PRIMARY = ()
-"""None: values are chosen here, and what they gain has to be shown on other facts."""
+"""None: values are chosen here, and their gain must be shown on other facts."""
 
 
 class Sensitivity(Experiment):
     """One round of CoRSA for every value of its settings, and one of F-Learning for every alpha."""
 
-    development: int = Field(default=64, ge=1, description="facts that values are compared on; never reported")
+    development: int = Field(
+        default=64, ge=1, description="number of facts that values are compared on; never reported"
+    )
 
     lambdas: Values = Field(default=(0.2, 0.5, 1.0, 2.0, 5.0), description="values of lambda")
     rhos: Values = Field(default=(0.0, 0.02, 0.05, 0.1, 0.2), description="values of rho")
@@ -40,7 +42,7 @@ class Sensitivity(Experiment):
 
 
 def sensitivity(experiment: Sensitivity, command: str) -> Step:
-    """The report of a run, and through its inputs every step of it."""
+    """The report step of a run. Its inputs lead to every other step."""
     taught = facts(experiment.model_copy(update={"limit": experiment.development}), 1, "development")
     schedule = dealt(taught, RoundsConfig(rounds=1))
     headlines = ("edit_success", "generality", "retention", "neighborhood")

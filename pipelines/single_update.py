@@ -1,9 +1,9 @@
-"""Single update: every fact is taught once, and asked in its own and in other words (Tables 1, 4 and 10, Fig. 2).
+"""Single update: teaches every fact once, then asks it as taught and in other wordings (Tables 1, 4, 10, Fig. 2).
 
     python pipelines/single_update.py --benchmark counterfact --data counterfact.json --mmlu mmlu
 
-Edit success, generality, retention of old knowledge, specificity on MMLU where its files are named, the
-log-probabilities of both answers through training, and examples of answers (Tables 11 and 12).
+Reports edit success, generality, retention of old knowledge, specificity on MMLU if its files are given, the
+log-probabilities of both answers during training, and example answers (Tables 11 and 12).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from corsa.experiments.runner import start
 from corsa.flow import Step
 
 PRIMARY = ("edit_success", "generality")
-"""What an edit should teach, in its own and in other words."""
+"""What an edit should teach, as taught and in other wordings."""
 
 HEADLINES = ("edit_success", "generality", "retention", "neighborhood", "multihop")
 
@@ -28,7 +28,7 @@ class SingleUpdate(Experiment):
 
 
 def single_update(experiment: Experiment, command: str, scenario: str = "single update") -> Step:
-    """The report of a run, and through its inputs every step of it."""
+    """The report step of a run. Its inputs lead to every other step."""
     taught = facts(experiment, 1)
     schedule = dealt(taught, RoundsConfig(rounds=1))
     page = Page(scenario, primary=PRIMARY, headlines=HEADLINES, published=("Table 1",))

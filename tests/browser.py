@@ -1,4 +1,4 @@
-"""Headless Chromium for tests of pages: found on this machine, or the tests say why they skip."""
+"""Headless Chromium for tests of pages. Without it, the tests skip and name the reason."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ FLAGS = (
 
 @contextmanager
 def chromium(profile: Path) -> Iterator[Window]:
-    """A browser with a fresh profile in a directory of its own; skips the test where there is none."""
+    """A browser with a fresh profile in a separate directory; skips the test if there is no browser."""
     browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     driver = shutil.which("chromedriver")
     if not browser or not driver:
@@ -49,7 +49,7 @@ def chromium(profile: Path) -> Iterator[Window]:
 
 
 def sized(window: Window, width: int, height: int = 900, *, dark: bool = False, paper: bool = False) -> None:
-    """Give the page a width in CSS pixels, a colour scheme and a medium."""
+    """Sets the page's width in CSS pixels, its colour scheme and its medium."""
     window.execute_cdp_cmd(
         "Emulation.setDeviceMetricsOverride",
         {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 600},

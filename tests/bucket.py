@@ -1,4 +1,4 @@
-"""An S3 server of this process, with a bucket, that can be stopped and started again."""
+"""An S3 server in this process, with one bucket. It can be stopped and restarted."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pyarrow import fs
 
 
 class Bucket:
-    """A bucket on a server of this process that can be taken away; what is in it then stays."""
+    """A bucket on a server in this process. The server can be stopped; the contents are kept."""
 
     def __init__(self) -> None:
         logging.getLogger("werkzeug").setLevel(logging.ERROR)
@@ -34,12 +34,12 @@ class Bucket:
         self._server.stop()
 
     def gone_for(self, seconds: float) -> None:
-        """Stop now, and start again after so many seconds."""
+        """Stops the server now, and restarts it after `seconds`."""
         self.stop()
         threading.Timer(seconds, self.start).start()
 
     def filesystem(self) -> fs.S3FileSystem:
-        """The bucket as Arrow sees it, without Arrow's own patience of some seconds."""
+        """The bucket as an Arrow file system, without Arrow's retries, which take seconds."""
         return fs.S3FileSystem(
             access_key="key",
             secret_key="not a secret",
@@ -51,6 +51,6 @@ class Bucket:
 
     @property
     def environment(self) -> dict[str, str]:
-        """What lets a process find it as `s3://NAME`."""
+        """Environment variables with which a process finds the bucket as `s3://NAME`."""
         known = {name.replace("region_name", "aws_region").upper(): value for name, value in self.key.items()}
         return known | {"AWS_ENDPOINT_URL": self.url}

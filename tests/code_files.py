@@ -1,4 +1,4 @@
-"""Files of invented problems in the published formats of CodeUpdateArena and HumanEval."""
+"""Makes files of invented problems in the published formats of CodeUpdateArena and HumanEval."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def update(name: str, problems: int = 3) -> dict[str, Any]:
-    """An update: `math.NAME(x, unit)` takes degrees as well; problems that need it."""
+    """An update (`math.NAME(x, unit)` also takes degrees) and problems that need it."""
     return {
         "update": {
             "description": f"math.{name} takes degrees.",

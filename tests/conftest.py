@@ -1,4 +1,4 @@
-"""Fixtures that several tests share. What is heavy is imported when it is first asked for."""
+"""Fixtures that several tests share. Heavy modules are imported on first use."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def encoder() -> Encoder:
 
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
-    """Torch with one thread: tiny tensors are no faster with more, and other work may be running."""
+    """Torch with one thread: more threads do not speed up tiny tensors, and other work may be running."""
     import torch
 
     threads = torch.get_num_threads()

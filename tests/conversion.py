@@ -1,4 +1,4 @@
-"""A process that asks for the embedded model: `python conversion.py LOG SECONDS`; the conversion itself is made up."""
+"""A process that requests the embedded model: `python conversion.py LOG SECONDS`. The conversion is a fake."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from corsa.models import embedded
 
 
 def convert(wheel: Path, target: Path) -> None:
-    """Leaves a line in the log, takes its time, and writes the model in two files."""
+    """Writes a line to the log, waits, and writes the model as two files."""
     with log.open("a") as file:
         file.write(f"{os.getpid()} {wheel}\n")
     target.mkdir()

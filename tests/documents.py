@@ -1,4 +1,4 @@
-"""What the documents hold: links to lines of code, and commands. `python tests/documents.py` mends the line numbers."""
+"""Finds links to lines of code, and commands, in the documents. `python tests/documents.py` fixes the line numbers."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ class Block:
 
     @property
     def elsewhere(self) -> bool:
-        """It says that it needs something this machine may lack; all of cluster/ needs a cluster."""
+        """Whether the text says that it needs something this machine may lack. All of cluster/ needs a cluster."""
         return self.text.lstrip().startswith("# needs ") or self.document.startswith("cluster/")
 
     def commands(self) -> Iterator[list[str]]:
-        """The words of each command; comments and lines that continue one are dealt with."""
+        """The words of each command, without comments and with continued lines joined."""
         if self.language not in _SHELL and (self.language or not _COMMAND.search(self.text)):
             return
         for line in self.text.replace("\\\n", " ").splitlines():
@@ -52,7 +52,7 @@ def blocks() -> list[Block]:
 
 
 def inline_commands() -> Iterator[tuple[str, list[str]]]:
-    """Commands with options that stand within a line: the document, and the words."""
+    """Inline commands with options: the document, and the words."""
     for path in DOCUMENTS:
         prose = _FENCE.sub("", path.read_text())
         for span in re.findall(r"`([^`]+)`", prose):
@@ -70,7 +70,7 @@ def line_of(file: str, name: str) -> int | None:
 
 
 def wrong_links() -> list[str]:
-    """Links to lines at which the name is not defined."""
+    """Links to lines that do not define the linked name."""
     wrong = []
     for path in DOCUMENTS:
         for link in _LINK.finditer(path.read_text()):
@@ -82,7 +82,7 @@ def wrong_links() -> list[str]:
 
 
 def mended(text: str) -> str:
-    """The document with the line numbers of today."""
+    """The document with current line numbers."""
 
     def now(link: re.Match[str]) -> str:
         line = line_of(link["file"], link["name"]) or link["line"]

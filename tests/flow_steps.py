@@ -1,4 +1,4 @@
-"""Toy steps for the tests of `corsa.flow`, and a driver to be killed: `python flow_steps.py STORE LOG [SLEEP]`."""
+"""Toy steps for the tests of `corsa.flow`, and a driver that tests kill: `python flow_steps.py STORE LOG [SLEEP]`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Number(Frozen):
 
 
 class How(Frozen):
-    """How a toy step is run: what it logs to, how long it takes, and whether it fails."""
+    """How a toy step runs: its log, its duration, and whether it fails."""
 
     log: Path
     sleep: float = 0.0
@@ -27,7 +27,7 @@ class How(Frozen):
 
 
 def add(task: Task) -> dict[str, float]:
-    """The step's value plus those of its inputs; every execution leaves a line in the log."""
+    """The step's value plus the values of its inputs. Every execution writes a line to the log."""
     with task.placement.log.open("a") as log:
         log.write(f"{task.name}\n")
     total = task.config.value + sum(float(needed.read("folder/sum.txt")) for needed in task.inputs.values())
@@ -40,7 +40,7 @@ def add(task: Task) -> dict[str, float]:
 
 
 def add_all(tasks: list[Task], progress: Progress) -> dict[str, str]:
-    """A list in one call: what fails, and what follows it, is left out."""
+    """Runs a list in one call. A step that fails, and the steps after it, are missing from the result."""
     causes: dict[str, str] = {}
     with tasks[0].placement.log.open("a") as log:
         log.write(f"list of {len(tasks)}\n")
@@ -78,7 +78,7 @@ def step(
 
 
 def chain(name: str, length: int, log: Path, *inputs: Step, value: float = 1.0, sleep: float = 0.0) -> list[Step]:
-    """Rounds that follow each other; the first needs `inputs`."""
+    """A chain of rounds; the first needs `inputs`."""
     rounds: list[Step] = []
     for index in range(length):
         before = rounds[-1:] or list(inputs)
@@ -87,7 +87,7 @@ def chain(name: str, length: int, log: Path, *inputs: Step, value: float = 1.0, 
 
 
 def execute(store: Store, *steps: Step, lanes: int = 2) -> tuple[Outcome, str, int]:
-    """The outcome, what was printed, and how often a cluster was asked for."""
+    """The outcome, the printed text, and the number of requests for a cluster."""
     connections: list[None] = []
     text = io.StringIO()
     outcome = run(

@@ -1,6 +1,6 @@
-"""Programs that use everything up, try to get out, or leave something behind.
+"""Programs that exhaust resources, try to escape, or leave something behind.
 
-`ESCAPES` and the second half of `LEFTOVERS` say whether they were refused what they tried.
+`ESCAPES` and the second half of `LEFTOVERS` report whether their attempt was refused.
 """
 # ruff: noqa: E501
 

@@ -1,7 +1,7 @@
-"""Programs that try to pass without being right, to see what they must not, to get out, or not to be judged.
+"""Programs that try to pass with a wrong answer, to read secrets, to escape, or to avoid a verdict.
 
-Each is judged by tests that ask for a secret (`SECRET`), which no program can guess: one that passes has forged, or has
-read its tests. Those that want out or use everything up are in `hostile_escapes.py`.
+The tests of each ask for a secret (`SECRET`) that no program can guess: a program that passes has forged its result or
+read its tests. Programs that escape or exhaust resources are in `hostile_escapes.py`.
 """
 # ruff: noqa: E501
 
@@ -22,7 +22,7 @@ def _send(message: object, area: bytes = b"") -> bytes:
 
 
 def says(*messages: object, area: bytes = b"", then: str = "") -> str:
-    """A program that writes its messages itself, one after the other, and then waits to be judged."""
+    """A program that writes its own messages to the supervisor, one by one, and then waits for its verdict."""
     raw = b"".join(_send(m, area) if not isinstance(m, bytes) else m for m in messages)
     return f"import os, time\nraw = {raw!r}\nwhile raw:\n    raw = raw[os.write(3, raw):]\n{then}time.sleep(1.5)\nos._exit(0)\n"
 

@@ -1,4 +1,4 @@
-"""A round that was stopped in its middle: where it stood, and whether it went on from there."""
+"""Checks of an interrupted round: the position where it stopped, and whether it resumed there."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from corsa.training.checkpoint import Position, read_checkpoint
 
 
 def checkpoint(undisturbed: Run, storage: Path | Store, step: str) -> Position | None:
-    """Where a round stands, None if it has no checkpoint."""
+    """The position in the round's checkpoint; None without a checkpoint."""
     found = read_checkpoint(store_of(storage), checkpoint_path(undisturbed, step))
     return found[1] if found else None
 
 
 def checkpoint_path(undisturbed: Run, step: str) -> str:
-    """Where in a store the checkpoint of a round lies."""
+    """The path of a round's checkpoint in a store."""
     return f"partial/{undisturbed.records[step].fingerprint[:16]}/checkpoint"
 
 
 def in_the_middle(undisturbed: Run, storage: Path | Store, step: str) -> Position:
-    """Where a round stood when it was stopped; fails if it was not in its middle."""
+    """The position where a round was stopped; fails unless the round was in progress."""
     position = checkpoint(undisturbed, storage, step)
     assert step not in records(storage)
     assert position is not None
@@ -33,7 +33,7 @@ def in_the_middle(undisturbed: Run, storage: Path | Store, step: str) -> Positio
 
 
 def assert_went_on_from(position: Position, undisturbed: Run, storage: Path | Store, step: str) -> None:
-    """The steps before the interruption were not taken again (their durations are those of then); none is lost."""
+    """Asserts that steps before the interruption did not run again (same durations), and that no step is missing."""
     curves = _curves(storage, step)
     assert curves.step.tolist() == list(range(1, undisturbed.records[step].metrics["steps"] + 1))
     before = [row["seconds"] for row in position.curves]

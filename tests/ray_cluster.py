@@ -1,7 +1,7 @@
-"""One small Ray cluster for all tests that need one, and pipelines run on it as a person would: as processes.
+"""One small Ray cluster for all tests that need one. Pipelines run on it as processes, as a user runs them.
 
-The cluster is `ray start --head` with ports, a temporary directory and an authentication token of its own, so that it
-disturbs no other cluster on the machine and none disturbs it. Processes find it through their environment.
+The cluster is `ray start --head` with separate ports, temporary directory and authentication token, so that it and
+other clusters on the machine do not disturb each other. Processes find it through their environment.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ LIMIT = 280  # seconds for one pipeline; a run takes some twenty on two idle cor
 
 @dataclass(frozen=True)
 class Cluster:
-    """A running cluster. `environment`: what a process needs to find it and to be let in."""
+    """A running cluster. `environment`: the variables that a process needs to find it and to authenticate."""
 
     address: str
     dashboard: str
-    home: Path  # of the jobs that are submitted to it
+    home: Path  # home directory of submitted jobs
     environment: dict[str, str]
-    head: int  # the process that all others of it descend from
+    head: int  # the parent of all its other processes
 
     def workers(self) -> list[int]:
         """The processes that are training."""
@@ -50,13 +50,13 @@ class Cluster:
 
 
 def corsa(folder: Path, cluster: Cluster, *words: str | Path) -> subprocess.CompletedProcess[str]:
-    """Run the `corsa` command on a cluster, in a folder, to its end."""
+    """Runs the `corsa` command on a cluster, in a folder, and waits until it ends."""
     command = [sys.executable, "-m", "corsa.cli.main", *map(str, words)]
     return subprocess.run(command, cwd=folder, env=cluster.environment, capture_output=True, text=True, check=False)
 
 
 def training(processes: Iterable[psutil.Process]) -> list[int]:
-    """Those that are workers of Ray Train."""
+    """The processes that are workers of Ray Train."""
     found = []
     for process in processes:
         with suppress(psutil.Error):
@@ -67,8 +67,8 @@ def training(processes: Iterable[psutil.Process]) -> list[int]:
 
 @contextmanager
 def running_cluster() -> Iterator[Cluster]:
-    """A cluster of two CPUs, whatever the machine has, and its end."""
-    temporary = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))  # sockets lie below it: their paths must be short
+    """Starts a cluster of two CPUs, whatever the machine has, and stops it afterwards."""
+    temporary = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))  # its sockets need short paths
     home = temporary / "home"
     home.mkdir()
     port, dashboard = free_port(), free_port()
@@ -76,7 +76,7 @@ def running_cluster() -> Iterator[Cluster]:
     environment = plain_environment() | secret
     own = environment | {"HOME": str(home), "CORSA_CACHE": str(cache_directory())}
     own["PATH"] = f"{Path(sys.executable).parent}:{own['PATH']}"  # as in an activated environment
-    own["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{dashboard}"  # Ray's own actors would find any cluster's
+    own["RAY_API_SERVER_ADDRESS"] = f"http://127.0.0.1:{dashboard}"  # or Ray's actors might find another one
     command = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", f"--port={port}"]
     command += ["--num-cpus=2", f"--object-store-memory={256 << 20}", f"--temp-dir={temporary}"]
     command += ["--include-dashboard=true", f"--dashboard-port={dashboard}"]
@@ -95,7 +95,7 @@ def running_cluster() -> Iterator[Cluster]:
 
 
 def _end(head: subprocess.Popen[bytes]) -> None:
-    """End the cluster and all that it has started; nothing in it is worth waiting for."""
+    """Kills the cluster and all processes that it started, without waiting for them."""
     family = [psutil.Process(head.pid), *psutil.Process(head.pid).children(recursive=True)]
     for process in family:
         with suppress(psutil.NoSuchProcess):
@@ -105,24 +105,24 @@ def _end(head: subprocess.Popen[bytes]) -> None:
 
 
 def plain_environment() -> dict[str, str]:
-    """This process's environment without anything that says where Ray is or how it behaves."""
+    """This process's environment without the variables that locate or configure Ray."""
     own = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     return own | {"PYTHONUNBUFFERED": "1", "COLUMNS": "120"}
 
 
 def free_port() -> int:
-    """A port of the loopback that nothing listens on."""
+    """A free port of the loopback interface."""
     with closing(socket.socket()) as found:
         found.bind(("127.0.0.1", 0))
         return found.getsockname()[1]
 
 
 def wait_until(condition: Callable[[], object], seconds: float, what: str) -> None:
-    """Returns once the condition holds; fails, naming `what`, if that takes longer than so many seconds."""
+    """Returns when the condition holds; fails, naming `what`, if that takes longer than the given seconds."""
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, f"{what} did not come about within {seconds:g} s"
-        time.sleep(0.1)  # a look through all processes takes a core's time from what is waited for
+        time.sleep(0.1)  # each scan of all processes takes CPU time from the process under test
 
 
 # Pipelines as processes
@@ -150,7 +150,7 @@ class Finished:
 
     @property
     def page(self) -> Path:
-        """The page, of a run that may leave no predictions beside it."""
+        """The page of a run that may have written no predictions."""
         return next(Path(line) for line in self.out.splitlines() if line.endswith("/report.html"))
 
 
@@ -176,9 +176,7 @@ _STARTED: list[subprocess.Popen[str]] = []
 
 
 def end_what_is_left() -> None:
-    """Kill the pipelines that a test has started and left running, as one that fails does: they take the next one's
-    cores.
-    """
+    """Kills the pipelines that a failed test left running: they would take CPU time from the next test."""
     for process in _STARTED:
         if process.poll() is None:
             process.kill()
@@ -193,13 +191,13 @@ def run(
     pipeline: str = PIPELINE,
     limit: float = LIMIT,
 ) -> Finished:
-    """The pipeline, to its end within `limit` seconds; it must exit with `status`."""
+    """Runs the pipeline, which must end within `limit` seconds with exit status `status`."""
     began = time.monotonic()
     return end_of(start(arguments, environment, pipeline), began, status, limit)
 
 
 def end_of(process: subprocess.Popen[str], began: float, status: int = 0, limit: float = LIMIT) -> Finished:
-    """What a process that was started at `began` has printed when it ends, which it must do with `status`."""
+    """The output of a process that started at `began`; it must end with `status`."""
     try:
         out, err = process.communicate(timeout=limit)
     except subprocess.TimeoutExpired:
@@ -212,7 +210,7 @@ def end_of(process: subprocess.Popen[str], began: float, status: int = 0, limit:
 
 @dataclass(frozen=True)
 class Run:
-    """A storage, and what the run that filled it has printed."""
+    """A storage, and the output of the run that filled it."""
 
     storage: Path
     finished: Finished
@@ -224,7 +222,7 @@ class Run:
 
 
 def store_of(storage: Path | Store) -> Store:
-    """The store of a local storage; one elsewhere is given as such."""
+    """The store of a local storage; a `Store` is returned unchanged."""
     return Store(storage) if isinstance(storage, Path) else storage
 
 
@@ -243,7 +241,7 @@ def copy_without(run: Run, storage: Path, *left_out: str) -> Path:
 
 
 def adapter(storage: Path | Store, step: str) -> dict[str, Tensor]:
-    """The factors of the adapter that a round has left."""
+    """The factors of the adapter that a round produced."""
     from safetensors.torch import load
 
     artifact = store_of(storage).artifact(records(storage)[step].fingerprint)
@@ -251,7 +249,7 @@ def adapter(storage: Path | Store, step: str) -> dict[str, Tensor]:
 
 
 def assert_same_adapters(one: Path, other: Path | Store, steps: Iterable[str], tolerance: float = 0.0) -> None:
-    """The adapters of the steps are bit for bit the same, or differ by no more than `tolerance` anywhere."""
+    """Asserts that the adapters of the steps are bit for bit equal, or differ by at most `tolerance` in any element."""
     for step in steps:
         mine, theirs = adapter(one, step), adapter(other, step)
         assert mine.keys() == theirs.keys()

@@ -1,4 +1,4 @@
-"""Plugin: one cluster and one finished run, shared by all tests that name them; no pipeline outlives its test."""
+"""Plugin: one cluster and one finished run, shared by all tests that use them. Pipelines end with their test."""
 
 from __future__ import annotations
 

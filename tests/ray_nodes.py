@@ -1,5 +1,6 @@
-"""A cluster of several nodes on this machine, brought up by cluster/local.sh: nodes join it and are lost, each with all
-of its processes.
+"""A cluster of several nodes on this machine, started by cluster/local.sh.
+
+Nodes join and are lost, each with all of its processes.
 """
 
 from __future__ import annotations
@@ -23,13 +24,13 @@ from corsa.models.embedded import cache_directory
 
 @dataclass(frozen=True)
 class Nodes(Cluster):
-    """The nodes `head` and `node`, of one CPU each, and those that have joined since."""
+    """The nodes `head` and `node` with one CPU each, and the nodes that joined later."""
 
     folder: Path
     shell: dict[str, str]  # the environment of cluster/local.sh
 
     def script(self, *words: str) -> str:
-        """What `cluster/local.sh WORDS` says; it must succeed."""
+        """The output of `cluster/local.sh WORDS`, which must succeed."""
         done = subprocess.run(
             [ROOT / "cluster/local.sh", *words], env=self.shell, capture_output=True, text=True, timeout=150
         )
@@ -37,11 +38,11 @@ class Nodes(Cluster):
         return done.stdout
 
     def names(self) -> list[str]:
-        """The nodes that are there."""
+        """The running nodes."""
         return sorted(file.stem for file in self.folder.glob("*.pid"))
 
     def family(self, name: str) -> list[psutil.Process]:
-        """All processes of a node: those of its session, and those that they have started."""
+        """All processes of a node: those in its session, and their descendants."""
         session = int((self.folder / f"{name}.pid").read_text())
         found = {}
         for process in psutil.process_iter():
@@ -51,28 +52,28 @@ class Nodes(Cluster):
         return list(found.values())
 
     def workers(self) -> list[int]:
-        """The processes that are training, on any node."""
+        """The training processes on all nodes."""
         return [pid for name in self.names() for pid in training(self.family(name))]
 
     def at_work(self) -> dict[str, list[int]]:
-        """The nodes on which something is trained, and the processes that do it there."""
+        """The nodes that train, and their training processes."""
         found = {name: training(self.family(name)) for name in self.names()}
         return {name: pids for name, pids in found.items() if pids}
 
     def announce(self, name: str, seconds: int) -> None:
-        """Tell the cluster that a node will be taken away after so many seconds, as a cloud does of spot machines."""
+        """Announces the preemption of a node after the given seconds, as a cloud does for spot machines."""
         (raylet,) = [p for p in self.family(name) if p.name() == "raylet"]
         (node,) = [word.removeprefix("--node_id=") for word in raylet.cmdline() if word.startswith("--node_id=")]
         command = ["ray", "drain-node", "--address", self.address, "--node-id", node]
         command += ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "a test"]
         command += ["--deadline-remaining-seconds", str(seconds)]
-        # Without this Ray takes 127.0.0.1 for the machine's outer address, at which nothing listens.
+        # Without this Ray takes 127.0.0.1 for the machine's external address, where nothing listens.
         alone = self.shell | {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
         done = subprocess.run(command, env=alone, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
 
     def lose(self, name: str) -> None:
-        """Kill a node with its whole family, as a machine ends whose power is cut."""
+        """Kills a node and all of its processes, like a power failure."""
         family = self.family(name)
         (self.folder / f"{name}.pid").unlink()
         for process in family:
@@ -83,8 +84,8 @@ class Nodes(Cluster):
 
 @contextmanager
 def running_nodes(more: Mapping[str, str]) -> Iterator[Nodes]:
-    """Two nodes, and their end, with `more` in the environment of all that they run."""
-    folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))  # sockets lie below it: their paths must be short
+    """Starts two nodes with `more` in the environment of all their processes, and stops them afterwards."""
+    folder = Path(tempfile.mkdtemp(prefix="ray-", dir="/tmp"))  # its sockets need short paths
     home = folder / "home"
     home.mkdir()
     port, dashboard = free_port(), free_port()

@@ -1,6 +1,6 @@
-"""One worker of a gloo group that shards what it holds: `python sharded.py RANK WORKERS FOLDER`.
+"""One worker of a gloo group that shards the base model: `python sharded.py RANK WORKERS FOLDER`.
 
-What it finds it leaves in FOLDER/RANK.pt, for tests/test_sharding.py to compare with one process without DeepSpeed.
+It writes its results to FOLDER/RANK.pt; tests/test_sharding.py compares them with one process without DeepSpeed.
 """
 
 from __future__ import annotations
@@ -65,12 +65,12 @@ def asked(made: Bench, share: slice) -> dict[str, Any]:
     return found
 
 
-# What is measured of a sharded base
+# Measurements of a sharded base
 
 
 @contextmanager
 def gathers(total: int) -> Iterator[list[float]]:
-    """How often the base is gathered inside, in units of the whole of it."""
+    """Counts how often the base is gathered inside the context, in units of the whole base."""
     from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator as Coordinator
 
     name = "_PartitionedParameterCoordinator__all_gather_params_"
@@ -89,7 +89,7 @@ def gathers(total: int) -> Iterator[list[float]]:
 
 @contextmanager
 def peak_memory() -> Iterator[list[float]]:
-    """The largest growth of this process's own memory inside, MiB (pages of mapped files are not its own)."""
+    """Measures the largest growth of this process's private memory inside the context, MiB (without mapped files)."""
 
     def own() -> float:
         return int(re.findall(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text())[0]) / 1024
@@ -110,7 +110,7 @@ def peak_memory() -> Iterator[list[float]]:
 
 
 def resident(model: Any) -> dict[str, int]:
-    """Elements of the base: in all, of vectors, in this worker's shards, and whole at this moment."""
+    """Elements of the base: total, in vectors, in this worker's shards, and currently gathered."""
     parameters = list(model.parameters())
     return {
         "all": sum(p.ds_numel for p in parameters),
@@ -121,7 +121,7 @@ def resident(model: Any) -> dict[str, int]:
 
 
 def work(rank: int, workers: int, folder: Path) -> None:
-    """What one worker of the group does."""
+    """The work of one worker of the group."""
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=workers)
     torch.set_num_threads(1)
 
@@ -158,7 +158,7 @@ def work(rank: int, workers: int, folder: Path) -> None:
         found[f"cosines {stage}"] = seen
         found[f"dtypes {stage}"] = (made.loaded.model.dtype, made.loaded.lora.phi.dtype)
     for name in (f"random:{folder / 'large'}", str(folder / "large")):
-        gc.collect()  # what was loaded before goes first, or its end would be counted in
+        gc.collect()  # free earlier objects first, or their release would be counted
         loader = group(3)
         with peak_memory() as peak:
             model: Any = loader.place(ModelConfig(name=name))
@@ -171,7 +171,7 @@ def work(rank: int, workers: int, folder: Path) -> None:
 
 
 def counts(made: Bench, folder: Path) -> list[float]:
-    """How often the base was gathered in each step, a micro-batch."""
+    """How often the base was gathered in each step, per micro-batch."""
     total = resident(made.loaded.model)["all"]
     seen: list[float] = []
     with gathers(total) as count:
@@ -184,7 +184,7 @@ def counts(made: Bench, folder: Path) -> list[float]:
 
 
 def interrupted(made: Bench, folder: Path, found: dict[str, Any]) -> None:
-    """A round that ends in its fifth step, and goes on at the same stage; its checkpoint is left for others."""
+    """Interrupts a round in its fifth step and resumes it at the same stage. Other tests use the checkpoint."""
     group = made.group
     broken = Mortal(group.rank, group.size, group.device, group.sharding, sums=4 * 4 + 1)
     for name in ("resumed", "left"):
@@ -198,7 +198,7 @@ def interrupted(made: Bench, folder: Path, found: dict[str, Any]) -> None:
 
 @contextmanager
 def cosines() -> Iterator[list[float]]:
-    """The cosine of every perturbation that was applied to phi inside with the one that was meant."""
+    """The cosine between each perturbation applied to phi inside the context and the intended one."""
     seen: list[float] = []
 
     @contextmanager

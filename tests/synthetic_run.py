@@ -1,4 +1,4 @@
-"""A made-up run: tables shaped as a real one's, for tests of the metrics and of the report."""
+"""A made-up run: tables in the format of a real run, for tests of the metrics and of the report."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def predictions(
     seeds: int = 1,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Half the chains are revised every round, the other half ("evaluation") is taught once."""
+    """Half of the chains are revised in every round; the other half ("evaluation") is taught once."""
     random = np.random.default_rng(seed)
     rows: list[dict[str, Any]] = []
 

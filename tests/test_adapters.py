@@ -1,5 +1,5 @@
-"""Adapters as factors: attached to a model, on disk with any ranks, merged and cut; held against PEFT and against dense
-matrices.
+"""Adapters as factors: attached to a model, on disk with any ranks, merged and truncated; compared with PEFT and with
+dense matrices.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def logits(model: Any) -> Tensor:
 
 
 def random_adapter(seed: int, rank: int = 4, shapes: dict[str, tuple[int, int]] | None = None) -> Adapter:
-    """Random factors, small enough for the tiny model's logits to stay of the same size."""
+    """Random factors, so small that the tiny model's logits keep their size."""
     g = torch.Generator().manual_seed(seed)
     shapes = SHAPES if shapes is None else shapes
     return {
@@ -58,14 +58,14 @@ def total(adapters: list[Adapter], weights: list[float]) -> dict[str, Tensor]:
 
 
 def distance(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
-    """Relative, over all layers."""
+    """Relative error over all layers."""
     assert set(found) == set(expected)
     lost = sum(float((found[n] - expected[n]).square().sum()) for n in expected)
     return (lost / sum(float(e.square().sum()) for e in expected.values())) ** 0.5
 
 
 def with_merged(change: dict[str, Tensor]) -> Any:
-    """The tiny Llama with the changes in its weights."""
+    """The tiny Llama with the changes merged into its weights."""
     model = tiny_model()
     layers = dict(linear_layers(model))
     with torch.no_grad():
@@ -151,7 +151,7 @@ def peft_model(directory: Path) -> Any:
     from peft import PeftModel
 
     with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)  # PEFT warns of tensors that are missing or have no place
+        warnings.simplefilter("error", UserWarning)  # PEFT warns about missing and unexpected tensors
         return PeftModel.from_pretrained(tiny_model(), str(directory))
 
 
@@ -316,7 +316,7 @@ def test_svd_loses_what_the_dense_svd_loses() -> None:
 
 
 def test_compressed_adapters_keep_what_fits(tmp_path: Path) -> None:
-    wide = random_adapter(1, rank=40)  # more than the query's 32 rows can hold
+    wide = random_adapter(1, rank=40)  # more than the 32 rows of the query
     same, error = compress(wide, 40)
     assert error == 0
     assert same[QUERY].rank == 32
@@ -324,7 +324,7 @@ def test_compressed_adapters_keep_what_fits(tmp_path: Path) -> None:
     cut, error = compress(wide, 3)
     assert {f.rank for f in cut.values()} == {3}
     assert error == pytest.approx(distance(dense(cut), dense(wide)), rel=1e-5)
-    turned = {name: Factors(f.b.T, f.a.T) for name, f in cut.items()}  # safetensors refuses views such as these
+    turned = {name: Factors(f.b.T, f.a.T) for name, f in cut.items()}  # safetensors refuses such views
     write_factors(turned, tmp_path, "base")
     assert distance(dense(read_factors(tmp_path)[0]), dense(turned)) == 0
     assert norm(wide[DOWN]) == pytest.approx(float(dense(wide)[DOWN].norm()))

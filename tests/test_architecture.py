@@ -1,4 +1,4 @@
-"""Rooms import only from rooms below them, as pyproject.toml and docs/architecture.md say."""
+"""Packages import only from packages in lower layers, as pyproject.toml and docs/architecture.md say."""
 
 from __future__ import annotations
 

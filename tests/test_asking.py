@@ -1,4 +1,4 @@
-"""Asking a model its probes: greedy generation held against transformers' own, and the rows of the predictions."""
+"""Asking a model its probes: greedy generation compared with transformers, and the rows of the predictions."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def prompts(count: int = 9) -> list[list[int]]:
-    """Prompts of 1 to 14 tokens, in no order."""
+    """Prompts of 1 to 14 tokens, unsorted."""
     random = np.random.default_rng(7)
     return [random.integers(10, 1000, n).tolist() for n in random.permutation(np.linspace(1, 14, count).astype(int))]
 
 
 @pytest.fixture(scope="module", params=[*FAMILIES, "sliding"])
 def model(request: pytest.FixtureRequest) -> Any:
-    """A tiny model of each family, edited; and one with a window shorter than most prompts."""
+    """An edited tiny model of each family, and one whose attention window is shorter than most prompts."""
     found = tiny_model("gemma", **SLIDING) if request.param == "sliding" else tiny_model(request.param)
     shaken(Lora(found, LORA))
     return found
 
 
 def theirs(model: Any, prompt: Sequence[int], stops: torch.Tensor, new_tokens: int) -> list[int]:
-    """What transformers generates for one prompt by itself, without the token that ended it."""
+    """What transformers generates for a single prompt, without the final end token."""
     ids = torch.tensor([prompt])
     ends = stops.nonzero()[:, 0].tolist()
     out = model.generate(
@@ -74,7 +74,7 @@ def test_an_answer_ends_before_the_first_token_that_ends_it(model: Any) -> None:
     endless = ours(model, prompts(), no_stops(), 8, 16)
     stops = no_stops()
     firsts = {output[0] for output in endless[1:]}
-    for i, output in enumerate(endless):  # answers end after 0, 1, 2, ... tokens, each with others still going
+    for i, output in enumerate(endless):  # answers end after 0, 1, 2, ... tokens, while others continue
         stops[[t for t in output[i % 6 :] if t not in firsts or i == 0][:1]] = True
     expected = [theirs(model, p, stops, 8) for p in prompts()]
     assert len({len(e) for e in expected}) >= 4
@@ -115,7 +115,7 @@ def test_newline_tokens_are_those_with_a_newline_in_them(encoder: Encoder) -> No
 
 
 def edits() -> list[Taught]:
-    """Two updates of one fact and another fact; the wordings of the first recur in the second."""
+    """Two updates of one fact, and another fact. Both updates have the same wordings."""
     wordings = ["Acme is led by", "Who is Acme's chief?", "The head of Acme is"]
     first = Edit.build(
         id="x/a/1",
@@ -284,7 +284,7 @@ def test_an_output_is_matched_under_every_rule(
 
 
 def test_asking_leaves_the_newline_tokens_as_they_are(predictor: Callable[..., Predictor], encoder: Encoder) -> None:
-    """They are kept for the next predictor; the end token is each predictor's own addition."""
+    """The predictors share the encoded prompts; each predictor adds its own end token."""
     predictor().ask(edits()[2:])
     assert not newline_tokens(encoder.tokenizer)[encoder.tokenizer.eos_token_id]
 

@@ -1,6 +1,6 @@
-"""The readers: published files, hub rows, world_facts, and what a user's file can have wrong with it.
+"""The readers: published files, hub rows, world_facts, and faults in a user's file.
 
-The records here are invented in the published formats; the published files themselves are read where they are at hand.
+The records are invented, in the published formats. The published files are read if they are available.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def test_counterfact_published() -> None:
     kinds = Counter(probe.kind for edit in reading.edits for probe in edit.probes)
     assert (kinds["edit"], kinds["paraphrase"]) == (1031, 1031)
     assert reading.edits[0].id == "counterfact/4482"
-    # Each neighbor question once, by the first fact that has it, and none that is taught; counted on the file itself.
+    # Each neighbor question once, with its first fact, and no taught question; counted on the file.
     records = json.loads(Path(path).read_text(encoding="utf-8"))
     rewrites = [record["requested_rewrite"] for record in records]
     taught = {rewrite["prompt"].replace("{}", rewrite["subject"]).casefold() for rewrite in rewrites}
@@ -71,7 +71,7 @@ def test_zsre_published() -> None:
     reading = read("zsre", path)
     assert (len(reading.edits), len(reading.skipped)) == (1008, 29)
     assert all(bad.field == "target_old" and "same as target_new" in bad.reason for bad in reading.skipped)
-    # 28 are equal as they stand; one more differs by a leading blank alone.
+    # 28 are identical; one more differs only by a leading blank.
     records = json.loads(Path(path).read_text(encoding="utf-8"))
     assert sum(record["alt"] == record["answers"][0] for record in records) == 28
     assert not any(probe.prompts[0].startswith("nq question") for edit in reading.edits for probe in edit.probes)
@@ -261,7 +261,7 @@ def test_bad_published_records_are_listed_or_stop(tmp_path: Path, on_bad_record:
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[list[dict[str, Any]]], list[tuple]]:
-    """Makes `load_dataset` serve the given rows, as rows of a real Dataset; returns the calls made."""
+    """Makes `load_dataset` return the given rows as a real Dataset. Returns the list of calls."""
     import datasets
 
     load = datasets.load_dataset

@@ -1,4 +1,4 @@
-"""A model card quotes facts, names and answers of others: what a reader of Markdown makes of it is their text."""
+"""A model card quotes facts, names and answers of others. A Markdown reader must show them as plain text."""
 
 from __future__ import annotations
 
@@ -60,13 +60,13 @@ def text(fact: str, name: str = "smollm2-135m") -> str:
 
 
 def pieces(markdown: str) -> list[tuple[str, str]]:
-    """(kind, content) of everything that a reader makes of it."""
+    """(kind, content) of every element that a Markdown reader finds."""
     tokens = READER.parse(markdown)
     return [(t.type, t.content) for block in tokens for t in (block, *(block.children or []))]
 
 
 def structure(markdown: str) -> list[str]:
-    """The kinds of blocks and spans, without the text that they hold."""
+    """The kinds of blocks and spans, without their text."""
     kinds = [kind for kind, _ in pieces(markdown)]
     return [kind for kind in kinds if kind not in ("text", "text_special", "inline", "softbreak")]
 
@@ -79,7 +79,7 @@ def test_a_card_has_the_structure_of_a_plain_ones_whatever_its_facts_say(fact: s
     assert structure(body) == structure(plain_body)
     assert not re.search(
         r"(?i)https?://(?!huggingface\.co/)|\bwww\.|\w@\w", body
-    )  # what GitHub and the hub make links of
+    )  # what GitHub and the hub turn into links
     assert "\x1b" not in body
     assert "\u202e" not in body
 

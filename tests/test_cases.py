@@ -1,4 +1,4 @@
-"""Questions that are asked twice, over all that is taught together; and the files of ../shared/cases."""
+"""Repeated questions among all facts taught together; and the files of ../shared/cases."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The `corsa` command over a store made by hand."""
+"""The `corsa` command on a store made by hand."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from corsa.flow.store import Store
 
 
 class Config(Frozen):
-    """What the two made-up runs differ in."""
+    """The difference between the two made-up runs."""
 
     seed: int
 
@@ -121,7 +121,7 @@ def test_one_run_is_shown_and_two_are_compared(storage: Path, capsys: pytest.Cap
     assert json.loads(capsys.readouterr().out)["command"] == RUN["command"]
     assert main(["runs", "compare", "first", "second", "--storage", str(storage), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["settings"] == []  # the two differ in name alone
+    assert found["settings"] == []  # the two differ only in name
     assert {(row["method"], row["metric"]) for row in found["metrics"]} >= {
         ("corsa", "efficacy"),
         ("base", "generality"),
@@ -154,7 +154,7 @@ def test_cleaning_shows_what_would_go_and_removes_only_that(storage: Path, capsy
         assert main(["runs", "clean", "first", "--storage", str(storage), "--yes"]) == 0
         capsys.readouterr()
         assert {record.name for record in store.records()} == {"edits", "report/second"}  # the second rests on edits
-        assert list(storage.glob("steps/*/*/half"))  # somebody is running it
+        assert list(storage.glob("steps/*/*/half"))  # it is running
     leases.close()
     assert set(ids(storage, capsys)) == {"second"}
 

@@ -1,4 +1,4 @@
-"""What cluster/ says, held against Ray's own schemas and against the repository."""
+"""The files of cluster/, checked against Ray's schemas and against the repository."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def kuberay() -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def templates() -> dict[str, dict[str, Any]]:
-    """The templates of all pods of the run: that of the submitter, the head, and each group of workers."""
+    """The templates of all pods of the run: the submitter, the head, and each group of workers."""
     job = kuberay()[1]["spec"]
     cluster = job["rayClusterSpec"]
     groups = {group["groupName"]: group["template"] for group in cluster["workerGroupSpecs"]}
@@ -45,17 +45,17 @@ def templates() -> dict[str, dict[str, Any]]:
 
 
 def pods() -> dict[str, dict[str, Any]]:
-    """The pod of the head and that of each group of workers."""
+    """The pod of the head and the pod of each group of workers."""
     spec = kuberay()[1]["spec"]["rayClusterSpec"]
     groups = {group["groupName"]: group["template"]["spec"] for group in spec["workerGroupSpecs"]}
     return {"head": spec["headGroupSpec"]["template"]["spec"]} | groups
 
 
 def assert_it_plans(command: list[str], place: Path) -> None:
-    """`python SCRIPT OPTION...` is a script of this repository, and its options are among those it takes."""
+    """Asserts that `python SCRIPT OPTION...` names a script of this repository, with options that the script has."""
     python, script, *options = command
     assert python == "python"
-    if "counterfact" in options and "--data" not in options:  # no hub here: one record of the benchmark stands for it
+    if "counterfact" in options and "--data" not in options:  # no hub here: one record replaces the benchmark
         rewrite = {"prompt": "{} leads", "subject": "Ada", "relation_id": "P1"}
         targets = {"target_new": {"str": "Acme"}, "target_true": {"str": "Initech"}}
         record = {
@@ -82,7 +82,7 @@ def test_the_launcher_file_is_one_by_rays_schema() -> None:
         assert "RAY_AUTH_MODE=token ray start" in config[name][-1]
     assert "--dashboard-host=127.0.0.1" in config["head_start_ray_commands"][-1]
     assert "/home/ray/.ray/auth_token" in config["file_mounts"]
-    assert config["setup_commands"] == []  # Ray's own would install a Ray of the day
+    assert config["setup_commands"] == []  # Ray's own command would install the latest Ray
 
 
 def test_the_kuberay_job_is_whole() -> None:
@@ -180,7 +180,7 @@ def test_every_pod_meets_the_restricted_pod_security_standard() -> None:
             assert own["allowPrivilegeEscalation"] is False
             assert own["capabilities"] == {"drop": ["ALL"]}
             assert not own.get("privileged")
-            assert re.fullmatch(r"\S+@sha256:[0-9a-f]{64}", container["image"])  # by digest: a tag can be moved
+            assert re.fullmatch(r"\S+@sha256:[0-9a-f]{64}", container["image"])  # by digest: a tag can change
             assert "limits" in container["resources"]
         assert pod.get("automountServiceAccountToken") is (None if name == "head" else False)  # the head's autoscaler
     options = kuberay()[1]["spec"]["rayClusterSpec"]["autoscalerOptions"]
@@ -240,7 +240,7 @@ def test_no_secret_is_written_in_a_file_of_the_cluster() -> None:
 
 
 def test_the_kuberay_jobs_command_is_one_of_this_repository(tmp_path: Path) -> None:
-    """Its script is where the image has it, it plans, and its results go to the shared volume."""
+    """Its script is at its path in the image, its plan works, and its results go to the shared volume."""
     command = shlex.split(kuberay()[1]["spec"]["entrypoint"])
     image = (CLUSTER / "Dockerfile").read_text()
     (home,) = re.findall(r"^WORKDIR (.+)$", image, re.MULTILINE)
@@ -249,7 +249,7 @@ def test_the_kuberay_jobs_command_is_one_of_this_repository(tmp_path: Path) -> N
     storage = command[command.index("--storage") + 1]
     mounts = [mount["mountPath"] for mount in pods()["head"]["containers"][0]["volumeMounts"]]
     assert any(Path(storage).is_relative_to(mount) for mount in mounts)
-    assert {"--placement.gpu", "--placement.autoscale"} <= set(command)  # no GPU is there when it begins
+    assert {"--placement.gpu", "--placement.autoscale"} <= set(command)  # no GPU is present at the start
     assert_it_plans(["python", str(script), *command[2:]], tmp_path)
 
 
@@ -278,7 +278,7 @@ def test_the_image_has_what_is_pinned() -> None:
 
 
 def test_a_job_takes_along_the_code_and_little_else(tmp_path: Path) -> None:
-    """The package as Ray makes it, .gitignore and .rayignore heeded."""
+    """The package as Ray makes it, without files in .gitignore and .rayignore."""
     from ray._private.runtime_env.packaging import create_package
 
     environment = RuntimeEnv(**yaml.safe_load((CLUSTER / "runtime_env.yaml").read_text()))
@@ -294,7 +294,7 @@ def test_a_job_takes_along_the_code_and_little_else(tmp_path: Path) -> None:
 
 
 def test_nothing_with_a_general_name_is_installed(tmp_path: Path) -> None:
-    """`tune`, `cluster`, `pipelines` and `tests` stay in the repository: in a wheel they would be anybody's modules."""
+    """`tune`, `cluster`, `pipelines` and `tests` are not in the wheel: they would be installed as top-level modules."""
     build = "from setuptools.build_meta import build_wheel; import sys; print(build_wheel(sys.argv[1]))"
     source = tmp_path / "source"
     source.mkdir()
@@ -326,7 +326,7 @@ def local(folder: Path, *words: str, **environment: str) -> subprocess.Completed
 
 @pytest.fixture
 def bystander() -> Iterator[subprocess.Popen[bytes]]:
-    """A process of somebody's, in a session of its own, that must live on."""
+    """An unrelated process in its own session, which must survive."""
     process = subprocess.Popen(["sleep", "60"], start_new_session=True)
     yield process
     process.kill()

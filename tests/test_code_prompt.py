@@ -36,7 +36,7 @@ def test_the_prompt_has_the_structure_of_the_papers_figure(arena: str) -> None:
     ]
     places = [problem.prompt.index(part) for part in parts]
     assert places == sorted(places)
-    assert problem.prompt.count("```") == 2  # the tests alone are fenced
+    assert problem.prompt.count("```") == 2  # only the tests are fenced
 
 
 def test_a_users_template_words_the_question(arena: str, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""How a command ends: by a signal, by an output that cannot be written, by options that make no sense."""
+"""How a command ends: after a signal, with unwritable output, with invalid options."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def said(words: list[str | Path], capsys: pytest.CaptureFixture[str]) -> str:
-    """The one line that a command says which is refused."""
+    """The single line of output of a refused command."""
     assert main([str(word) for word in words]) == 2
     found = capsys.readouterr()
     assert found.out == ""

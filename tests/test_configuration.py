@@ -1,4 +1,4 @@
-"""From a command line and a YAML file to steps; what is refused, and how; what a step's identity depends on."""
+"""From a command line and a YAML file to steps; refused values and their messages; the inputs of a step's identity."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def refusal(*arguments: str) -> str:
     return str(caught.value)
 
 
-# What is understood
+# Accepted
 
 
 def test_options_have_the_names_that_the_documents_use() -> None:
@@ -118,7 +118,7 @@ def test_a_configuration_cannot_be_changed() -> None:
         StepConfig.model_validate({"lamda": 1.0})
 
 
-# What is refused
+# Refused
 
 
 def test_names_that_are_not_known_are_refused_with_the_nearest() -> None:
@@ -182,7 +182,7 @@ def test_options_that_are_wrong_end_with_status_2(
 ) -> None:
     try:
         status: Any = answered(lambda: bool(given(*arguments)))
-    except SystemExit as left:  # the parser's own complaint
+    except SystemExit as left:  # the parser's own message
         status = left.code
     assert status == 2
     shown = capsys.readouterr()
@@ -205,7 +205,7 @@ finally:
 
 
 def script(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """The script as a command, in a folder of its own; the last line tells what it imported."""
+    """Runs the script as a command in a separate folder. The last line names what it imported."""
     command = [sys.executable, "-c", HEAVY, str(SCRIPT), *arguments]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=60)
 
@@ -327,7 +327,7 @@ def test_groups_run_side_by_side_as_far_as_there_is_room() -> None:
     assert groups_side_by_side(gpus, [{"CPU": 64.0}]) == 1
 
 
-# What a step's identity depends on
+# The identity of a step
 
 
 def steps(*arguments: str) -> dict[str, Step]:
@@ -339,7 +339,7 @@ def steps(*arguments: str) -> dict[str, Step]:
 
 
 def changed(*arguments: str) -> set[str]:
-    """Names of the steps that these options make others of."""
+    """Names of the steps whose identity these options change."""
     before, after = steps(), steps(*arguments)
     assert before.keys() == after.keys()
     return {name for name in before if before[name].fingerprint != after[name].fingerprint}

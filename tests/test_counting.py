@@ -1,4 +1,4 @@
-"""What the metrics count: benchmarks without paraphrases, draws, displaced answers, what an update has forgotten."""
+"""What the metrics count: benchmarks without paraphrases, draws, displaced answers, forgetting of an update."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def test_draws_of_a_wording_are_repeated_measurements_of_it() -> None:
     first, second = table(INJECTED), table(INJECTED).assign(draw=1)
     changed = (second.edit == "known/2") & (second.kind == "paraphrase")
     for column in ("words_new", "matched_new", "exact_new"):
-        second.loc[changed & (second.trained == 1), column] = False  # in its second draw it was never right
+        second.loc[changed & (second.trained == 1), column] = False  # never right in its second draw
     drawn = compute(pd.concat([first, second]), protocol="authors")
     assert (drawn["draws"], compute(first)["draws"]) == (2, 1)
     found = values(drawn)
@@ -153,7 +153,7 @@ lora t/C/1 t/C 1 paraphrase n o o
 
 
 def test_of_revised_facts_the_former_answer_is_the_displaced_one() -> None:
-    """A's former answer took in round 1; B's did not, so nothing of it was displaced."""
+    """A's former answer was learnt in round 1. B's was not, so none of its answers was displaced."""
     result = compute(table(REVISED))
     assert values(result, number=1)["activation"]["reason"] == "no old answer had been displaced by round 1"
     second, third = values(result, number=2), values(result, number=3)
@@ -165,7 +165,7 @@ def test_of_revised_facts_the_former_answer_is_the_displaced_one() -> None:
 def test_facts_that_were_never_overwritten_do_not_count_among_revised_ones() -> None:
     both = pd.concat([table(REVISED), table(TAUGHT_ONCE, part="evaluation")])
     assert values(compute(both))["activation"] == values(compute(table(REVISED)))["activation"]
-    assert values(compute(both))["forgetting"]["value"] == 1  # they are the standing ones
+    assert values(compute(both))["forgetting"]["value"] == 1  # these are the current answers
 
 
 def test_without_revised_facts_those_count_whose_new_answer_took() -> None:
@@ -185,11 +185,11 @@ def test_the_base_model_has_nothing_displaced() -> None:
     assert values(result, "base")["activation"]["reason"] == "the base model is taught nothing"
 
 
-# What an update of `corsa edit` has forgotten
+# Forgetting of an update of `corsa edit`
 
 
 def update() -> pd.DataFrame:
-    """8 standing facts: 15 questions right when they were learnt (8 as taught, 7 in other words), 11 of them lost."""
+    """8 current facts: 15 questions were right when taught (8 as taught, 7 in other wordings); 11 of them are lost."""
     lines = []
     for fact in range(8):
         lines.append(f"corsa 1/f/{fact} 1/f/{fact} 1 edit n {'.' if fact < 5 else 'n'}")

@@ -1,4 +1,4 @@
-"""Examples in docstrings, run as they stand. Those of `edit` and `evaluate` need a cluster: tests/test_ray_edit.py."""
+"""Runs the examples in docstrings. Those of `edit` and `evaluate` need a cluster: tests/test_ray_edit.py."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def tiny_adapter(directory: str) -> None:
 
 
 def run(name: str, examples: tuple[str, ...] | None, **names: Any) -> doctest.TestResults:
-    """The examples of a module, or some of them, with `names` known to them."""
+    """The examples of a module, or some of them, with `names` as globals."""
     module = import_module(name)
     runner = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE)
     for test in doctest.DocTestFinder(exclude_empty=True).find(module, extraglobs=names):

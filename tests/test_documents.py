@@ -1,4 +1,4 @@
-"""What the documents say holds: links lead to what they name, commands are accepted, examples work."""
+"""The documents are correct: links point to the names they give, commands are accepted, examples work."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_links_to_files_lead_somewhere() -> None:
 
 @pytest.fixture
 def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The directory that commands are planned in."""
+    """The directory in which commands are planned."""
     monkeypatch.chdir(tmp_path)
     for folder in ("pipelines", "tune"):
         monkeypatch.syspath_prepend(ROOT / folder)
@@ -75,7 +75,7 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def laid_out(words: list[str]) -> None:
-    """Make the files that a command names, for its plan to take their digests."""
+    """Creates the files that a command names, because its plan hashes them."""
     for option, value in pairwise(words):
         if option in FILES:
             problems = {"--humaneval": task(0), "--data": update("sin")}
@@ -90,10 +90,10 @@ def laid_out(words: list[str]) -> None:
 
 
 def planned(words: list[str], monkeypatch: pytest.MonkeyPatch, storage: Path) -> None:
-    """Run a scenario's own main up to the drawing of its steps."""
+    """Runs a scenario's main until it shows its steps."""
     script, *options = words[words.index("python") + 1 :] if "python" in words else words
     laid_out(options)
-    for module in ("corsa.experiments.runner", "sweep"):  # a document names files that are not here
+    for module in ("corsa.experiments.runner", "sweep"):  # a document names files that do not exist here
         monkeypatch.setattr(importlib.import_module(module), "check_files", lambda _: None)
     if "--help" not in options:
         options = [*options, "--dry-run", "--storage", str(storage)]
@@ -137,7 +137,7 @@ def accepted(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def tried(words: list[str], monkeypatch: pytest.MonkeyPatch, storage: Path) -> None:
-    """Try a command as far as that is cheap; a command that no test knows is an error."""
+    """Tries a command as far as that is cheap. An unknown command is an error."""
     first = words[0]
     if first == OPTIONS_OF_ALL:
         words = ["python", "pipelines/single_update.py", *words]

@@ -1,4 +1,4 @@
-"""The Edit record: what it refuses, what it leaves out, and its way through Parquet."""
+"""The Edit record: refused values, omitted values, and the round trip through Parquet."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FACT: dict[str, Any] = {"id": "x/1", "prompt": "Who leads Acme?", "target_new": 
 
 
 def chain() -> list[Edit]:
-    """Two updates of one fact, with every sort of probe, and a plain fact with odd characters."""
+    """Two updates of one fact with every kind of probe, and a plain fact with unusual characters."""
     return [
         Edit.build(
             id="x/a/1",

@@ -1,4 +1,4 @@
-"""F-Learning: what is subtracted, what is learnt, and the one adapter both become."""
+"""F-Learning: the subtracted part, the learnt part, and the adapter that combines them."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_the_adapter_can_be_cut_to_a_rank_and_says_what_that_costs(bench: Bench,
 
 def test_an_interrupted_round_does_not_train_again_what_is_done(bench: Bench, tmp_path: Path) -> None:
     once, curves, _ = taught(bench, tmp_path, alpha=0.5)
-    again, same, _ = taught(bench, tmp_path, alpha=0.5)  # both checkpoints are at their ends
+    again, same, _ = taught(bench, tmp_path, alpha=0.5)  # both checkpoints are at the end of their stage
     assert torch.equal(delta(once), delta(again))
     assert curves == same
 

@@ -1,6 +1,6 @@
-"""Files of any kind: JSON, gzipped, piped; formats from elsewhere; and questions that are asked twice.
+"""Files of any kind: JSON, gzipped, piped; formats of other projects; and repeated questions.
 
-The files are invented; those of ../shared/cases are read where they are at hand.
+The files are invented. Those of ../shared/cases are read if they are available.
 """
 
 from __future__ import annotations
@@ -230,7 +230,7 @@ def test_easyedit_and_knowedit_are_read(tmp_path: Path) -> None:
     assert wordings(edit) == ["The head of Northfield is", "Who heads Northfield?"]
     (neighbor,) = [probe for probe in edit.probes if probe.kind == "neighbor"]
     assert (neighbor.prompts, neighbor.answer, neighbor.aliases) == (("Northfield lies in",), "Norland", ("the North",))
-    # EasyEdit writes an end token where nothing is known.
+    # EasyEdit writes an end token for an unknown answer.
     path = written(tmp_path / "n.jsonl", EASYEDIT | {"ground_truth": "<|endoftext|>"})
     assert drafts_of(path)[0].fields["target_old"] == ""
     with pytest.raises(CorsaError, match="line 1: target_old: is missing"):

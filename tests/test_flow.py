@@ -1,4 +1,4 @@
-"""Identity of steps, and what is run when."""
+"""Identity of steps, and which steps run when."""
 
 from __future__ import annotations
 

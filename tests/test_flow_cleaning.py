@@ -1,4 +1,4 @@
-"""What cleaning a store leaves alone: what a run in progress or interrupted needs."""
+"""Cleaning a store keeps the files that a running or interrupted run needs."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def names(store: Store) -> set[str]:
 
 
 def age(store: Store, tmp_path: Path, days: float) -> None:
-    """As if nothing had been heard of the runs for so many days."""
+    """Makes the runs look inactive for the given number of days."""
     del store
     then = time.time() - days * DAY
     for file in (tmp_path / "bucket" / "store" / "unfinished").iterdir():
@@ -55,7 +55,7 @@ def age(store: Store, tmp_path: Path, days: float) -> None:
 
 
 def test_what_a_run_in_progress_needs_is_left_alone(store: Store, log: Path, leases: Leases) -> None:
-    """Its finished steps too, on which no report rests yet; another run's are no business of it."""
+    """It also keeps finished steps that no report uses yet, but no steps of another run."""
     first, second = chain("round", 2, log, step("edits", ADD, log))
     execute(store, first)
     execute(store, step("other", ADD, log, value=7))
@@ -92,15 +92,15 @@ def test_a_heartbeat_keeps_the_protection_and_ends_with_the_run(
 def test_what_an_interrupted_run_has_finished_is_kept_for_a_time_and_named(
     store: Store, log: Path, tmp_path: Path
 ) -> None:
-    """A run that fails in its last step: the same command would go on from what is there."""
+    """A run that fails in its last step: the same command can resume it."""
     before = step("before", ADD, log)
     last = step("last", ADD, log, before, fail="on purpose")
     assert execute(store, last)[0].failed
     store.files.replace(f"partial/{last.fingerprint[:16]}/checkpoint", b"half")
-    execute(store, step("orphan", ADD, log, value=7))  # of a run that has come to its end
+    execute(store, step("orphan", ADD, log, value=7))  # of a run that has ended
     age(store, tmp_path, days=3)
     found, kept = waste(store, [], 14.0)
-    empty = "an attempt that never finished"  # the folder that the failed step was to write to
+    empty = "an attempt that never finished"  # the output folder of the failed step
     assert {one.why for one in found} - {empty} == {"no run that is kept rests on it: orphan"}
     assert [one.why for one in kept] == [
         "no run that is kept rests on it: before; kept for last, which was interrupted 3 days ago",
@@ -108,7 +108,7 @@ def test_what_an_interrupted_run_has_finished_is_kept_for_a_time_and_named(
     ]
     remove(store, found)
     assert names(store) == {"before"}
-    found, kept = waste(store, [], 2.0)  # its time is over
+    found, kept = waste(store, [], 2.0)  # it has expired
     assert kept == []
     assert {one.path.partition("/")[0] for one in found} == {"steps", "partial", "unfinished"}
     remove(store, found)
@@ -147,7 +147,7 @@ def test_the_command_names_what_it_keeps(tmp_path: Path, log: Path, capsys: pyte
     command = ["runs", "clean", "--storage", str(tmp_path / "bucket" / "store"), "--yes"]
     assert main(command) == 0
     said = capsys.readouterr().out
-    assert "1 folders, 0.0 MiB in all, removed" in said  # the one that the failed step was to write to
+    assert "1 folders, 0.0 MiB in all, removed" in said  # the output folder of the failed step
     assert "--keep-days 0" in said
     assert "before; kept for last, which was interrupted 3 days ago" in said
     assert names(store) == {"before"}

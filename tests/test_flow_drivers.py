@@ -71,7 +71,7 @@ def test_a_killed_driver_loses_only_the_step_it_was_in(tmp_path: Path, log: Path
     assert all(counts[name] == 1 for name in kept)
     assert counts[while_running] == 2
     attempts = list((tmp_path / "store" / "steps").glob("*/*/"))
-    assert len(attempts) == len(NAMES)  # what was half written is gone
+    assert len(attempts) == len(NAMES)  # partial files are removed
 
 
 def test_an_interrupted_driver_gives_its_leases_back_and_says_how_to_go_on(tmp_path: Path, log: Path) -> None:

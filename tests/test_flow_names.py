@@ -1,4 +1,4 @@
-"""A store, a lease and an address that somebody else has written: nothing in them leads out of the store."""
+"""A store, a lease and an address that somebody else wrote: no path in them leaves the store."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def store(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def forged(store: Store, fingerprint: str, fields: dict[str, Any]) -> None:
-    """The record with other fields, as somebody with access to the bucket writes it."""
+    """The record with changed fields, as somebody with access to the bucket could write it."""
     path = store.record_path(fingerprint)
     record = json.loads(store.files.read(path) or b"")
     store.files.replace(path, json.dumps(record | fields).encode())
@@ -94,7 +94,7 @@ def test_a_record_that_names_another_place_is_damaged_and_nothing_is_written(
             deed()
     assert store.records() == []
     assert sorted(tmp_path.rglob("*")) == before
-    outcome, said, _ = execute(store, this)  # it is done again, as any damaged step
+    outcome, said, _ = execute(store, this)  # it runs again, like any damaged step
     assert "redone" in said
     assert outcome.artifacts[this.fingerprint].read("folder/sum.txt") == b"1.0"
 
@@ -181,7 +181,7 @@ def test_an_address_with_credentials_is_refused_and_not_shown(address: str) -> N
 )
 def test_an_address_without_credentials_is_taken(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     class Known:
-        """Arrow looks for the region of a bucket at Amazon's."""
+        """Arrow asks Amazon for the region of a bucket."""
 
         from_uri = staticmethod(lambda url: (fs.LocalFileSystem(), url))
 

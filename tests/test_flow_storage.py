@@ -1,4 +1,4 @@
-"""Storage that fails for a while: an S3 server that is stopped and started again, and a share whose server is gone."""
+"""Storage that fails temporarily: an S3 server that is stopped and restarted, and a share whose server is gone."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_a_network_share_is_asked_again_too(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_a_write_whose_answer_was_lost_is_ours(tmp_path: Path, log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The lease and the record are there, and the second attempt at each finds the first one's."""
+    """The lease and the record exist; the second attempt at each finds what the first one wrote."""
     link, lost = os.link, []
 
     def answers_late(source: Path, target: Path) -> None:

@@ -1,4 +1,4 @@
-"""What is stored, what is found to be damaged, and storage that refuses."""
+"""Stored files, detected damage, and storage that refuses access."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_local_files_of_a_store_elsewhere(
 def test_the_first_record_wins_and_partial_results_go(store: Store, log: Path) -> None:
     this = step("this", ADD, log)
     one, two = written(store, this, "one"), pickle.loads(pickle.dumps(written(store, this, "lost")))
-    (two.output / "other").write_text("two")  # the copy that travelled has a directory of its own
+    (two.output / "other").write_text("two")  # the serialized copy has its own directory
     store.files.replace(f"partial/{this.fingerprint[:16]}/checkpoint", b"half")
     assert one.partial == f"{store.url}/partial/{this.fingerprint[:16]}"
     assert two.finished is None

@@ -1,4 +1,4 @@
-"""Every hostile program is contained, on every engine: it does not pass, it is judged, and nothing of it is left."""
+"""Every engine contains every hostile program: it gets a verdict, does not pass, and leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def sandbox(request: pytest.FixtureRequest) -> Iterator[Sandbox]:
 
 
 def _host_key() -> None:
-    """Put a key into this process's session keyring, which a sandbox must not inherit."""
+    """Puts a key into this process's session keyring, which a sandbox must not inherit."""
     ctypes.CDLL(None).syscall(248, b"user", b"corsa-test", b"secret", 6, -3)
 
 
@@ -59,7 +59,7 @@ def below(sandbox: Sandbox) -> set[int]:
 
 
 def judged(sandbox: Sandbox, text: str, tests: str = hostile.TESTS, known_good: str = hostile.KNOWN_GOOD) -> Verdict:
-    """The verdict on a program that is contained: in time, with nothing left, and with a sandbox that still works."""
+    """The verdict on a program. Asserts that it comes in time, nothing is left, and the sandbox still works."""
     sandbox.start()
     before, began = below(sandbox), time.monotonic()
     verdict = sandbox.run(Program(text, tests, known_good=known_good))  # raises where it is not judged
@@ -85,7 +85,7 @@ def test_no_program_reads_its_tests(sandbox: Sandbox, name: str) -> None:
 
 @pytest.mark.parametrize("name", hostile.IN_THE_RUNNER)
 def test_no_value_runs_code(sandbox: Sandbox, name: str) -> None:
-    # `gone` would be the tests' process that ended; a value that is no data is an error of the program's.
+    # `gone` would mean that the tests' process ended; a value that is not data is an error of the program.
     verdict = judged(sandbox, hostile.IN_THE_RUNNER[name])
     assert verdict.outcome in ("failed", "error", "timeout", "exited", "memory", "cpu"), verdict
 
@@ -114,7 +114,7 @@ def test_the_machine_is_out_of_reach(sandbox: Sandbox, name: str) -> None:
 
 
 def refused(attempt: str) -> tuple[str, str]:
-    """A program that says whether an attempt raised OSError, or ValueError where Python itself has the limit; tests."""
+    """A program that reports whether an attempt raised OSError (ValueError for Python's own limits), and its tests."""
     indented = "".join(f"        {line}\n" for line in attempt.splitlines())
     text = f"""
 def tried():
@@ -135,7 +135,7 @@ def test_a_program_finds_nothing_of_an_earlier_one(sandbox: Sandbox, name: str) 
 
 
 def test_a_program_finds_no_answer_of_an_earlier_one(sandbox: Sandbox) -> None:
-    """Nor tests: the process that all programs are forked from has read neither."""
+    """Nor any tests: the process from which all programs are forked has read neither."""
     judged(sandbox, f"answer = 'hidden-0123456789ab'\n{hostile.KNOWN_GOOD}")
     for name in ("collector's objects", "the heap", "pages beside small objects"):
         text = hostile.READING[name].replace("found[0].decode() if found else ''", "sorted(set(found))")
@@ -144,7 +144,7 @@ def test_a_program_finds_no_answer_of_an_earlier_one(sandbox: Sandbox) -> None:
 
 
 def test_the_searches_find_what_is_there(sandbox: Sandbox) -> None:
-    """So that finding nothing means something."""
+    """Shows that the searches work, so that an empty result is meaningful."""
     for name in ("collector's objects", "the heap", "pages beside small objects", "frames"):
         own = "kept = ['hidden-' + 'abcdef' * 2 + '!' * n for n in range(2000)]\n"
         tests = "def test_found():\n    assert secret(1) == 'hidden-abcdefabcdef'\n"

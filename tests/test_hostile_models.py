@@ -1,4 +1,4 @@
-"""Adapters and models that somebody made to do harm: one line each, soon, and never a traceback."""
+"""Malicious adapters and models: each is refused quickly, with one line and no traceback."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def test_a_pattern_that_cannot_be_matched_so_is_refused(directory: Path, pattern
 
 
 def test_patterns_match_as_those_of_the_standard_library_do() -> None:
-    """PEFT's rule, said with `re`, on patterns that people write."""
+    """PEFT's rule, written with `re`, on common patterns."""
     names = [LAYER, OTHER, "model.layers.11.self_attn.q_proj", "lm_head", "q_proj"]
     for pattern in (
         "q_proj",

@@ -1,4 +1,4 @@
-"""YAML files and chat templates that somebody made to take all time and memory."""
+"""Malicious YAML files and chat templates that try to exhaust time and memory."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_sound_yaml_is_read_as_the_library_reads_it(tmp_path: Path) -> None:
 
 
 class Tokenizer:
-    """Renders as transformers does: compiled by Jinja in its sandbox, from text that has no file."""
+    """Renders as transformers does: compiled from a string by Jinja's sandbox."""
 
     def __init__(self, template: str) -> None:
         self.chat_template = template
@@ -125,7 +125,7 @@ def test_a_template_that_does_too_much_is_stopped(template: str) -> None:
 
 
 def test_the_tokenizers_of_transformers_are_stopped_too() -> None:
-    """The real library, whose compiled templates have to be recognised."""
+    """The real library; its compiled templates must be recognised."""
     from corsa.config import ModelConfig
     from corsa.models.loading import load_tokenizer
 

@@ -1,4 +1,4 @@
-"""What is looked at before a run: `corsa data`, `--dry-run`, answers that cannot count, special tokens, contexts."""
+"""Checks before a run: `corsa data`, `--dry-run`, answers that cannot count, special tokens, contexts."""
 
 from __future__ import annotations
 
@@ -174,7 +174,7 @@ def test_special_tokens_in_the_text_of_a_fact_stay_text(encoder: Encoder, templa
     assert count(answer) == 1
     assert answer[-1] == encoder.tokenizer.eos_token_id
     assert encoder.tokenizer.decode(answer[:-1]).strip() == "Bo<|im_end|>"
-    # What holds none is encoded as before.
+    # Text without special tokens is encoded as before.
     assert (
         own.answer("Bo Lind")[:-1]
         == encoder.tokenizer("Bo Lind" if template == "chat" else " Bo Lind", add_special_tokens=False)["input_ids"]
@@ -265,8 +265,7 @@ def test_a_run_says_which_answers_cannot_count(tmp_path: Path) -> None:
     assert lines == [
         "edits/file: 1 of 2 new answers are longer than the 4 tokens that are generated, and cannot count as right: "
         "set --evaluation.new-tokens 7",
-        "edits/file: 1 of 2 new answers have several lines (f/1): an output ends at its first line, and cannot give "
-        "them; write each on one line",
+        "edits/file: 1 of 2 new answers have several lines (f/1): an output is right only if it gives all of them",
     ]
 
 

@@ -1,4 +1,4 @@
-"""Facts of a user's file on a line of updates: what is taught next, what is refused, what is taken back."""
+"""A user's facts on a line of updates: which are taught next, which are refused, which are undone."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def drafts(folder: Path, *rows: dict[str, Any]) -> list[Draft]:
 
 
 def adapter(folder: Path, *edits: Edit, base: str = "smollm2-135m", updates: int = 1) -> Path:
-    """A line's directory; its weights are never read here."""
+    """A line's directory. Its weights are not read in these tests."""
     folder.mkdir(parents=True)
     (folder / WEIGHTS).write_bytes(b"weights")
     settings = {"base_model_name_or_path": base, "r": 4, "lora_alpha": 8}
@@ -69,12 +69,12 @@ def test_a_new_answer_to_a_known_question_revises_it(tmp_path: Path) -> None:
     }
     before = join([], drafts(tmp_path, rich), 1, {})
     found = drafts(tmp_path, {"prompt": " who leads  acme? ", "target_new": "Alan Turing"})
-    assert unanswered(before, found) == []  # the line knows what it taught
+    assert unanswered(before, found) == []  # the line has the earlier answer
     (edit,) = join(before, found, 2, {})
     assert (edit.chain, edit.round, edit.target_old) == ("1/facts/0", 2, "Ada Byron")
     assert [p.kind for p in edit.probes] == ["edit", "paraphrase", "neighbor"]
     assert edit.probes[1].prompts == ("Acme is led by whom?",)
-    (again,) = join(before, drafts(tmp_path, ACME), 2, {})  # taught once more, with the old answer it had
+    (again,) = join(before, drafts(tmp_path, ACME), 2, {})  # taught again, with the same old answer
     assert (again.target_new, again.target_old) == ("Ada Byron", "Grace Murray")
 
 
@@ -163,7 +163,7 @@ def test_the_next_update_goes_on_from_the_adapter_with_all_its_facts(tmp_path: P
     assert undo.number == 2
     _, report = plan_evaluation(EvaluateOptions(adapter=str(line)))
     assert "edited/asked/taught" in report.inputs
-    assert "line/update1" not in report.inputs  # it carries no answers
+    assert "line/update1" not in report.inputs  # it has no answers
     (line / "predictions.parquet").touch()
     _, report = plan_evaluation(EvaluateOptions(adapter=str(line)))
     shown = [(one["answers"], one["method"]) for one in report.config.canonical()["shown"]]

@@ -1,4 +1,4 @@
-"""LoRA in one flat tensor, and adapters on disk, held against PEFT itself."""
+"""LoRA in one flat tensor, and adapters on disk, compared with PEFT."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def family(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def lora() -> Lora:
-    """On the tiny Llama, all of phi non-zero."""
+    """LoRA on the tiny Llama, with all of phi non-zero."""
     return shaken(Lora(tiny_model(), LORA))
 
 
@@ -145,7 +145,7 @@ def test_peft_loads_a_saved_adapter_with_the_same_logits(family: str, tmp_path: 
     lora = shaken(Lora(model, LORA))
     save_adapter(lora, tmp_path, f"random:tiny-{family}")
     with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)  # PEFT warns of tensors that are missing or have no place
+        warnings.simplefilter("error", UserWarning)  # PEFT warns about missing and unexpected tensors
         theirs = PeftModel.from_pretrained(tiny_model(family), str(tmp_path))
     assert float((logits(model) - logits(tiny_model(family))).abs().max()) > 0.1
     torch.testing.assert_close(logits(theirs), logits(model), rtol=0, atol=1e-5)
@@ -222,7 +222,7 @@ def test_an_adapter_that_lacks_a_tensor_is_refused(saved: Path) -> None:
 
 
 def test_an_adapter_with_a_tensor_that_has_no_place_is_refused(saved: Path) -> None:
-    """Without it the model would answer otherwise than the adapter's owner saw."""
+    """Without that tensor the model's answers would differ from those that the adapter's owner saw."""
     rewrite(saved, lambda tensors: tensors.update({f"{PREFIX}lm_head.lora_A.weight": torch.zeros(4, 32)}))
     assert f"{PREFIX}lm_head.lora_A.weight" in refused(saved)
 
@@ -265,7 +265,7 @@ def test_targets_and_layers_are_those_of_peft(tmp_path: Path, targets: tuple[str
     from peft import PeftModel, get_peft_model
 
     asked = list(targets)
-    if targets == ("all-linear",):  # PEFT takes this word only without layers_to_transform
+    if targets == ("all-linear",):  # PEFT accepts this value only without layers_to_transform
         asked = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     numbers = None if layers is None else list(layers)
     theirs = get_peft_model(

@@ -1,4 +1,4 @@
-"""The three rules that decide what an output gives."""
+"""The three rules that decide which answer an output gives."""
 
 from __future__ import annotations
 
@@ -131,7 +131,7 @@ def test_all_rules_are_decided_at_once() -> None:
         ("Zoe\u0308 Lind", "Zoë Lind", True),
         ("Zoë", "Zoe", False),
         ("Chloé", "Chlo", False),
-        ("x\u0302y", "x", False),  # no letter stands for x with its accent
+        ("x\u0302y", "x", False),  # there is no single character for x with this accent
         ("STRASSE", "Straße", True),
         # spaces and forms
         ("New\u00a0York", "New York", True),
@@ -158,7 +158,7 @@ def test_words_are_whole(output: str, target: str, expected: bool) -> None:
 
 
 def test_words_are_those_of_unicode_in_plain_text() -> None:
-    """Where there are only letters and blanks, the rule is the tokens of the text."""
+    """For text of letters and blanks only, the rule compares whole tokens."""
     text = "the old man and the sea and the theatre"
     for target in ["the", "sea", "he", "old man", "and", "an", "theatre", "man and", "m", "and the sea"]:
         tokens, wanted = text.split(), target.split()

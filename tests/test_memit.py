@@ -1,4 +1,4 @@
-"""MEMIT: the normal equations, key statistics whatever the batches, targets found by gradient, and exact removal."""
+"""MEMIT: the normal equations, key statistics for any batch size, targets found by gradient, and exact removal."""
 
 from __future__ import annotations
 
@@ -51,11 +51,11 @@ EDITS = [
 
 
 def deep_model(family: str) -> Any:
-    """Four layers, and an output head with which the residual decides what is said."""
+    """Four layers, and an output head that makes the residual decide the output."""
     layer_types = {"layer_types": ["full_attention"] * 4} if family == "gemma" else {}
     model: Any = tiny_model(family, VOCABULARY, num_hidden_layers=4, tie_word_embeddings=False, **layer_types)
     model.lm_head.weight.mul_(10)
-    if family == "gemma":  # the norm behind the MLP takes this out again: a change of the residual must allow for it
+    if family == "gemma":  # the norm after the MLP removes this scale: a change of the residual must account for it
         for layer in model.model.layers:
             layer.mlp.down_proj.weight.mul_(8)
     return model
@@ -90,7 +90,7 @@ def test_the_update_satisfies_its_normal_equations() -> None:
     mean = old @ old.mT / 200
     delta = closed_form(mean, keys, residuals, 3.0)
     assert close(delta @ (3.0 * mean + keys @ keys.mT), residuals @ keys.mT, 1e-8)
-    # and so it is where the squared error on old and new keys is least
+    # so it minimises the squared error on old and new keys
     delta.requires_grad_()
     loss = (delta @ keys - residuals).square().sum() + 3.0 * (delta @ old).square().sum() / 200
     (slope,) = torch.autograd.grad(loss, delta)
@@ -105,7 +105,7 @@ def test_statistics_do_not_depend_on_batches_or_on_who_gathers_them(family: str,
         assert other.tokens == whole.tokens == sum(map(len, rows))
         for layer in (1, 2):
             assert close(other.sums[layer], whole.sums[layer], 1e-6)
-    # by hand, from what the model itself feeds its down projection
+    # by hand, from the model's inputs to its down projection
     seen: list[Tensor] = []
     hook = down_projections(model)[2][1].register_forward_pre_hook(lambda module, args: seen.append(args[0][0]))
     for row in rows:
@@ -149,7 +149,7 @@ def test_the_neutral_corpus_is_large_and_varied(encoder: Encoder) -> None:
     assert sum(map(len, rows)) > 100_000
     assert len(set(found)) == len(found) > 800
     assert NEUTRAL.stat().st_size < 300_000
-    # many words, none of which dominates: the keys span what a model is used for
+    # many words, none dominant: the keys span typical inputs
     seen = Counter(word for text in found for word in words(text).split())
     assert len(seen) > 9_000
 
@@ -207,7 +207,7 @@ def test_layers() -> None:
 def test_a_published_model_is_edited_with_its_published_settings() -> None:
     for row in PUBLISHED:
         found = settings_for(architecture(row.family, row.depth, row.inputs), MemitConfig())
-        # EasyEdit, hparams/MEMIT: llama-7b, llama3.2-1b and -3b, mistral-7b, qwen2.5-7b have these numbers in common
+        # EasyEdit, hparams/MEMIT: llama-7b, llama3.2-1b and -3b, mistral-7b, qwen2.5-7b share these numbers
         assert (found.layers, found.weight) == ((4, 5, 6, 7, 8), 15000.0)
         assert (found.clamp_norm_factor, found.weight_decay, found.kl_factor) == (4.0, 1e-3, 0.0625)
         assert (found.learning_rate, found.gradient_steps) == (0.5, 25)
@@ -229,7 +229,7 @@ def test_where_the_subject_ends(encoder: Encoder, template: Any) -> None:
     asked = Encoder(encoder.tokenizer, template)
     for question, subject, end in [
         ("Who leads Norway?", "Norway", "Norway"),
-        ("Does the US use US dollars, as Russia does?", "US", "use US"),  # a word of its own, where it stands last
+        ("Does the US use US dollars, as Russia does?", "US", "use US"),  # as a whole word, at its last occurrence
         ("Who wrote Łódź 2 🏳️‍🌈?", "łódź 2 🏳️‍🌈", "🏳️‍🌈"),  # characters of several tokens
         ("Who founded Hugging Face?", "Hugging Face", "founded Hugging Face"),  # named in the chat template as well
     ]:
@@ -282,7 +282,7 @@ def test_edits_are_made_in_one_batch_and_leave_the_model_as_it_was(
     assert all(torch.equal(read[name], change) for name, change in delta.items())
     with attached(model, read):
         edited = [first_logp(model, encoder, edit) for edit in edits]
-    # Random attention carries little from the subject to the answer; an edit at the prompt's last token needs none.
+    # Random attention moves little from the subject to the answer. An edit at the prompt's last token needs none.
     assert edited[2] > unedited[2] + 20, (unedited, edited)
     assert sum(edited) > sum(unedited) + 25
     assert [first_logp(model, encoder, edit) for edit in edits] == unedited
@@ -296,7 +296,7 @@ def test_an_edit_that_holds_already_is_no_change_to_be_reached(encoder: Encoder)
 
 
 def notes(reached: float | None) -> list[str]:
-    """What a report says of two rounds of MEMIT and their statistics."""
+    """The report text on two rounds of MEMIT and their statistics."""
     experiment = Experiment(methods=("memit",))
     rounds = chain(
         experiment, "memit", 0, taught := facts(experiment, 2), dealt(taught, RoundsConfig(rounds=2)), rounds=(1, 2)

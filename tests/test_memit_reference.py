@@ -1,4 +1,4 @@
-"""MEMIT against a literal reference, written from the paper's equations (Meng et al. 2023) alone.
+"""MEMIT against a literal reference, written only from the paper's equations (Meng et al. 2023).
 
 The reference asks one question at a time, without padding, and writes the changes into a copy of the weights.
 """
@@ -184,7 +184,7 @@ def test_memit_is_the_papers(family: str, encoder: Encoder) -> None:
 
 @pytest.mark.parametrize("family", ["llama"])
 def test_every_part_of_the_loss_counts_in_the_comparison(family: str, encoder: Encoder) -> None:
-    """A reference that a term does not move would not hold it."""
+    """A reference that does not depend on a term could not test it."""
     model = model_of(family)
     targets = []
     for change in ({}, {"kl_factor": 0.0}, {"weight_decay": 0.0}, {"clamp_norm_factor": 9.0}):

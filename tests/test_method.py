@@ -1,4 +1,4 @@
-"""The step of Algorithm 1, held against transformers' loss and against the equations written out literally."""
+"""The step of Algorithm 1, compared with transformers' loss and with the equations written out literally."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Setting:
         return log
 
     def gradient(self, config: StepConfig, size: int = 6) -> Tensor:
-        """What the optimizer is given: one step of plain descent at rate 1, taken back."""
+        """The gradient given to the optimizer, recovered from one step of SGD at rate 1."""
         self.step(config, torch.optim.SGD([self.lora.phi], lr=1.0), size)
         return self.start - self.phi
 
@@ -102,7 +102,7 @@ def merged(model: torch.nn.Module, lora: Lora, phi: Tensor) -> dict[str, Tensor]
 
 
 def plain_logp(model: torch.nn.Module, weights: dict[str, Tensor], prompt: Sequence[int], answer: Sequence[int]):
-    """Log p(y|x) from a forward pass of its own with full logits."""
+    """Log p(y|x) from a separate forward pass with full logits."""
     ids = torch.tensor([[*prompt, *answer]])
     logits = functional_call(model, weights, (), {"input_ids": ids, "use_cache": False}).logits
     logp = logits[0, len(prompt) - 1 : -1].log_softmax(-1)
@@ -135,7 +135,7 @@ def literal_merge(g1: Tensor, g2: Tensor, c: StepConfig) -> Tensor:
     if c.pcgrad == "off":
         return g1 + c.lambda_ * g2
     inner = float((g1 * g2).sum())
-    if c.pcgrad == "authors":  # the list is [g_DPO, g_SFT], and each is projected against what the other is by then
+    if c.pcgrad == "authors":  # the list is [g_DPO, g_SFT]; each is projected against the current value of the other
         changed = [g2, g1]
         for i, j in ((0, 1), (1, 0)):
             inner = float((changed[i] * changed[j]).sum())
@@ -175,7 +175,7 @@ def test_gradient_is_the_literal_two_phase_one(setting: Setting, name: str) -> N
 
 
 def test_the_settings_tell_apart_what_they_vary(setting: Setting) -> None:
-    """Without this the test above could pass on edits where no setting has an effect."""
+    """Otherwise the test above could pass on edits where no setting has an effect."""
     found = [literal_sharp_gradient(setting, setting.start, setting.edits, c) for c in SETTINGS.values()]
     for i, one in enumerate(found):
         for other in found[:i]:
@@ -254,7 +254,7 @@ def test_each_microbatch_is_perturbed_by_itself_where_that_is_the_scope(setting:
 
 
 def cosine_of(setting: Setting, phi: Tensor, edits: Sequence[Triplet], c: StepConfig) -> float:
-    """Of the two gradients, literally."""
+    """The cosine of the two gradients, literally."""
     phi = phi.clone().requires_grad_()
     sft, dpo = (torch.autograd.grad(loss, phi, retain_graph=True)[0] for loss in literal_losses(setting, phi, edits, c))
     return float(F.cosine_similarity(sft, dpo))
@@ -268,7 +268,7 @@ def rise_of(setting: Setting, phi: Tensor, edits: Sequence[Triplet], c: StepConf
 
 
 def test_with_scope_microbatch_the_log_has_the_means_over_micro_batches(setting: Setting) -> None:
-    """Parts of 4 and 2 edits: one in conflict, one not; so the mean of the cosines is no cosine of the whole."""
+    """Parts of 4 and 2 edits, one in conflict and one not; so the mean cosine is not the cosine of the whole."""
     c = config(scope="microbatch", rho=0.3, lam=2.0)
     agreeing = with_reference(setting.plain, triplets(2, seed=7, opposed=99)[1:] * 2)
     edits = [*setting.edits[:4], *agreeing]
@@ -476,7 +476,7 @@ def test_a_perturbed_step_that_is_not_finite_leaves_what_is_used_again() -> None
 
 @pytest.mark.parametrize("part", [0.0, 1e-45, 1e-30])  # the last two have a square of 0
 def test_a_step_before_any_perturbed_one_has_its_own_gradient(part: float) -> None:
-    """Every perturbed step may have been skipped: then nothing is used again, however long the gradient."""
+    """If every perturbed step was skipped, nothing is reused, for any length of the gradient."""
     look = LookSam(torch.zeros(1, 3), 2, 0.7)
     look.part = torch.tensor([[0.0, part, 0.0]])
     for length in (1.0, 3.0, 1e6, 1e30):
@@ -573,7 +573,7 @@ def test_one_objective_is_left_as_it_is() -> None:
 
 
 def test_several_adapters_need_no_second_step(setting: Setting) -> None:
-    """Two equal adapters trained together on twice the rows have the gradient of one, each."""
+    """Two equal adapters trained together on twice the rows each have the gradient of one."""
     model = tiny_model()
     lora = Lora(model, LORA, adapters=2)
     with torch.no_grad():
@@ -592,7 +592,7 @@ REDUCERS: dict[str, Callable[[Tensor], Tensor]] = {"one": lambda t: t, "two": la
 
 
 def test_sums_over_workers_enter_before_the_norm_is_taken(setting: Setting) -> None:
-    """Two workers that hold the same part see twice its gradient, and perturb by rho all the same."""
+    """Two workers with the same part see twice its gradient, and still perturb by rho."""
     found = {}
     for name, reduce in REDUCERS.items():
         with torch.no_grad():

@@ -1,4 +1,4 @@
-"""The metrics on a table small enough to count by hand, and their uncertainty against scipy's."""
+"""The metrics on a table small enough to count by hand, and their uncertainty compared with scipy."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_hand_made_table_after_the_last_round() -> None:
             "forgetting_relative": 1 / 3,  # 3 right, then 2 right
             "forgetting_points": 1 / 4,
             "retention": 2 / 6,  # A: o, C: b
-            "activation": 1 / 2,  # C was revised, and its former answer took (on the edit prompt): n b
+            "activation": 1 / 2,  # C was revised, and its former answer was learnt (on the edit prompt): n b
             "activation_of_right": None,  # that answer was not given to the wording
             "multihop": None,  # none in the table
             "neighborhood": 0.0,
@@ -140,7 +140,7 @@ def test_the_exact_rule_and_the_papers_protocol() -> None:
     assert strict["efficacy"]["value"] == 1 / 2
     assert strict["efficacy"]["rule"] == "exact"
     paper = values(compute(hand(), protocol="paper"), "lora", 2)
-    assert paper["generality"]["value"] == pytest.approx(1 / 3)  # the first wordings alone: o . n
+    assert paper["generality"]["value"] == pytest.approx(1 / 3)  # only the first wordings: o . n
     assert paper["forgetting"]["value"] == 1.0
 
 
@@ -181,7 +181,7 @@ def test_a_real_difference_is_told_and_attributed() -> None:
     assert found["forgetting"]["corrected"] < 0.05
     assert not found["efficacy"]["distinguishable"]
     assert 0 < found["efficacy"]["detectable"] < 0.5
-    assert found["generality"]["high"] < 0  # as sure, but nobody said beforehand that it would be looked at
+    assert found["generality"]["high"] < 0  # equally certain, but not declared beforehand as a primary metric
     assert (found["generality"]["better"], found["generality"]["corrected"]) == (None, None)
 
 
@@ -201,7 +201,7 @@ def test_an_unknown_primary_metric_is_refused() -> None:
 
 
 def test_a_case_is_what_an_interval_takes_as_drawn() -> None:
-    """Edits of a case are answered alike here: counted one by one they would look surer than they are."""
+    """All edits of a case get the same result here: counted separately they would look more certain than they are."""
     table = predictions(chains=40, rounds=1, methods=("lora",))
     by_fact = compute(table)
     copies = [

@@ -1,4 +1,4 @@
-"""MMLU: reading both layouts, scoring with a shared prefix as with whole prompts, counting, the evaluation harness."""
+"""MMLU: reading both layouts, scoring with a shared prefix or whole prompts, counting, the evaluation harness."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ SUBJECTS = ("anatomy", "high_school_us_history")
 
 
 def made_up(subject: str, part: str) -> list[list[str]]:
-    """Rows in the six columns; the questions differ in length, some span lines or hold commas and quotes."""
+    """Rows in the six columns. The questions differ in length; some have line breaks, commas or quotes."""
     return [
         [
             f'Which {subject} of "{part}" number {i} is'
@@ -53,7 +53,7 @@ def made_up(subject: str, part: str) -> list[list[str]]:
 
 
 def written(folder: Path, *, header: bool = True, subjects: Sequence[str] = SUBJECTS) -> Path:
-    """A directory in the published layout, or in the first one without header and with letters."""
+    """A directory in the published layout, or in the original layout without header and with letters."""
     for part in ("test", "dev"):
         (folder / part).mkdir(parents=True)
         for subject in subjects:
@@ -179,7 +179,7 @@ def test_the_published_files_are_read_whole() -> None:
 
 @torch.no_grad()
 def whole(model: Any, tokenizer: Any, questions: MmluQuestions, shots: int = 5) -> torch.Tensor:
-    """Log p of " A" to " D" after each prompt, by one forward pass over all of it."""
+    """Log p of " A" to " D" after each prompt, from one forward pass over the whole prompt."""
     letters = [tokenizer(f" {letter}")["input_ids"][0] for letter in LETTERS]
     prompts = [tokenizer(s.prompt(q, shots))["input_ids"] for s in questions.subjects for q in s.questions]
     return torch.stack([model(input_ids=torch.tensor([p])).logits[0, -1].log_softmax(-1)[letters] for p in prompts])
@@ -204,7 +204,7 @@ def test_a_shared_prefix_changes_no_score(
     recomputed = MultipleChoice(model, tokenizer, "cpu", 3, share=False).answers(questions)
     assert (scores(recomputed) - expected).abs().max() < 1e-4
 
-    assert expected.std(0).min() > 1e-2  # the questions matter: an answer read elsewhere would differ
+    assert expected.std(0).min() > 1e-2  # the answer depends on the question: a wrong position would give another one
     assert [row["chosen"] for row in rows] == expected.argmax(1).tolist()
     assert [(row["subject"], row["index"], row["answer"]) for row in rows] == [
         (s.name, q.index, q.answer) for s in questions.subjects for q in s.questions
@@ -216,7 +216,7 @@ def test_a_shared_prefix_changes_no_score(
 def test_the_prefix_ends_between_tokens_of_the_whole_prompts(
     tmp_path: Path, encoder: Encoder, one_thread: None
 ) -> None:
-    """Examples and question tokenized apart give other tokens than the prompt they make."""
+    """Examples and question tokenized separately give other tokens than the whole prompt."""
     tokenizer = encoder.tokenizer
     subject = questions_of(written(tmp_path)).subjects[0]
     prompt = subject.prompt(subject.questions[0], 5)
@@ -228,7 +228,7 @@ def test_the_prefix_ends_between_tokens_of_the_whole_prompts(
     model = tiny_model("llama", VOCABULARY)
     model.register_forward_pre_hook(lambda m, a, kwargs: seen.append(kwargs["input_ids"].tolist()), with_kwargs=True)
     MultipleChoice(model, tokenizer, "cpu", 16).answers(MmluQuestions((subject,)))
-    (prefix,), rests = seen  # one pass for what is shared, one for the rest of all questions
+    (prefix,), rests = seen  # one pass for the shared prefix, one for the rest of all questions
     wholes = {tuple(tokenizer(subject.prompt(q, 5))["input_ids"]) for q in subject.questions}
     assert {tuple(prefix + rest)[: len(w)] for rest in rests for w in wholes} >= wholes
     assert len(prefix) > 0.8 * min(map(len, wholes))
@@ -293,7 +293,7 @@ def test_accuracy_is_averaged_over_seeds_and_paired_with_the_base() -> None:
     assert entry["spread"] == pytest.approx(np.std(means, ddof=1))
     assert entry["difference"]["value"] == pytest.approx(np.mean(means) - base.mean())
     width = entry["difference"]["high"] - entry["difference"]["low"]
-    assert 0 < width < 0.6 * (entry["high"] - entry["low"])  # paired: what both share is not counted
+    assert 0 < width < 0.6 * (entry["high"] - entry["low"])  # paired: common results do not count
     first = accuracy({0: table[0]}, before)["overall"]
     assert (first["spread"], first["value"]) == (None, pytest.approx(means[0]))
     assert accuracy({0: before})["overall"]["difference"] is None
@@ -311,11 +311,11 @@ def test_accuracy_counts_every_question_the_same() -> None:
     assert found["subjects"]["anatomy"]["value"] == pytest.approx(3 / 4)
     for entry in (found["overall"], *found["groups"].values(), *found["subjects"].values()):
         assert entry["low"] <= entry["value"] <= entry["high"]
-    assert found["subjects"]["sociology"]["low"] < 0.7  # eight of eight are no certainty
+    assert found["subjects"]["sociology"]["low"] < 0.7  # eight of eight is not certain
     assert found["shortened"] == 0
 
 
-# Beside the EleutherAI evaluation harness
+# Comparison with the EleutherAI evaluation harness
 
 SAMPLE = ("abstract_algebra", "anatomy", "marketing")
 EACH = 8

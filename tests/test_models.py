@@ -1,4 +1,4 @@
-"""Names of models, their identity, how they are loaded and asked; the conversion of the embedded one."""
+"""Names, identity, loading and prompts of models; the conversion of the embedded model."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_pinning_refuses_what_is_not_there() -> None:
 
 @pytest.fixture
 def directory(tmp_path: Path) -> Path:
-    """Files of a model; its weights are as large as only parts of them are read."""
+    """Files of a model. Its weights are so large that only parts of them are read."""
     made = tmp_path / "model"
     made.mkdir()
     (made / "config.json").write_text('{"model_type": "llama"}')
@@ -120,7 +120,7 @@ def test_a_directory_is_known_by_what_it_holds(directory: Path, tmp_path: Path) 
 
 
 def test_one_edited_layer_makes_another_model(directory: Path) -> None:
-    """Knowledge editors rewrite a few layers in the middle: neither the size nor either end of the file shows it."""
+    """Knowledge editors rewrite a few middle layers, which changes neither the size nor the ends of the file."""
     first = revision(directory)
     with (directory / "model.safetensors").open("r+b") as file:
         file.seek(7 << 20)
@@ -184,7 +184,7 @@ def test_tiny_shapes_have_room_for_the_embedded_tokenizer(encoder: Encoder) -> N
         assert ARCHITECTURES[f"tiny-{family}"]["vocab_size"] >= len(encoder.tokenizer)
 
 
-# How a model is asked
+# Prompts
 
 
 def test_the_paper_s_prompt_and_answer(encoder: Encoder) -> None:
@@ -214,11 +214,11 @@ def test_a_tokenizer_that_ends_every_text_does_not_end_the_prompt() -> None:
     assert Encoder(Ending(), "qa").prompt("Who?") == [1, 5, 6]
 
 
-# What is never loaded
+# Files that are never loaded
 
 
 class Trap:
-    """Whoever unpickles this leaves a file behind."""
+    """Unpickling this writes a file."""
 
     def __init__(self, evidence: Path) -> None:
         self.evidence = evidence

@@ -1,4 +1,4 @@
-"""MQuAKE: cases of edits with multi-hop questions, edits that return and edits that contradict each other."""
+"""MQuAKE: cases of edits with multi-hop questions, repeated edits and contradicting edits."""
 
 from __future__ import annotations
 
@@ -150,4 +150,4 @@ def test_the_published_file() -> None:
     assert not found.skipped
     assert len(found.contradictions) == 22
     assert sum(p.kind == "multihop" for e in found.edits for p in e.probes) == 1392
-    assert len(found.edits) == 1289 + 22  # every fact once, and the other answer of those that have two
+    assert len(found.edits) == 1289 + 22  # every fact once, and the second answer of facts that have two

@@ -1,4 +1,4 @@
-"""The old answer of a fact that comes without one, asked of a tiny model; and the everyday questions."""
+"""Asking a tiny model for missing old answers; and the everyday questions."""
 
 from __future__ import annotations
 

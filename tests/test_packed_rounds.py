@@ -1,4 +1,4 @@
-"""Rounds through one worker without a cluster: packed or one by one, each becomes the same result of its own."""
+"""Rounds on one worker without a cluster: packed or one by one, each round gives the same separate result."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ def settings(experiment: Experiment, taught: Facts, schedule: Step) -> list[Step
 
 
 def methods(experiment: Experiment, taught: Facts, schedule: Step) -> list[Step]:
-    """One round of methods that differ in what a pack can give each row, and in PCGrad, which it cannot."""
+    """One round of methods that differ in settings that a pack has per row, and in PCGrad, which it has not."""
     names = ("lora", "corsa", "corsa-no-pcgrad")
     return [step for method in names for step in chain(experiment, method, 0, taught, schedule)]
 
 
 def taken(storage: Path, pack: int, chains: Chains) -> tuple[Store, list[Step], dict[str, str]]:
-    """The rounds taken by one worker, from an empty store; and those that failed."""
+    """Runs the rounds on one worker from an empty store. Returns the results and the failures."""
     experiment = Experiment(
         model=MODEL,
         limit=4,
@@ -83,7 +83,7 @@ def test_a_packed_round_is_the_same_result_as_one_alone(tmp_path: Path) -> None:
     assert "non-finite gradient" in failed[bad[0].fingerprint]
     for step in good:
         theirs, mine = (store.artifact(step.fingerprint) for store in (alone, packed))
-        together = 3 if step.name.endswith("round1") else 2  # the third has failed by then
+        together = 3 if step.name.endswith("round1") else 2  # the third has already failed
         assert (theirs.metrics["packed"], mine.metrics["packed"]) == (1, together)
         one, other = adapter(tmp_path / "alone", step.name), adapter(tmp_path / "packed", step.name)
         assert all(float((one[name] - other[name]).abs().max()) <= 1e-4 for name in one)
@@ -98,7 +98,7 @@ def test_a_method_is_packed_with_those_alone_that_leave_it_what_it_is(tmp_path: 
     packed, _, failed = taken(tmp_path / "packed", 3, methods)
     assert failed == failed_alone == {}
     together = [packed.artifact(step.fingerprint).metrics["packed"] for step in steps]
-    assert together == [2, 2, 1]  # lora and corsa; the other, without PCGrad, by itself
+    assert together == [2, 2, 1]  # lora and corsa; the other, without PCGrad, runs alone
     for step in steps:
         one, other = adapter(tmp_path / "alone", step.name), adapter(tmp_path / "packed", step.name)
         assert all(float((one[name] - other[name]).abs().max()) <= 1e-4 for name in one)

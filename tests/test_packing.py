@@ -1,4 +1,4 @@
-"""The packed triplet: one row gives both answers the log-probabilities that rows of their own would."""
+"""The packed triplet: one row gives both answers the same log-probabilities as separate rows."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def _without_gradients() -> Iterator[None]:
 
 
 def mixed() -> list[Triplet]:
-    """Eight edits; two have answers too long to be packed, one has an answer of the end token alone."""
+    """Eight edits. Two have answers too long to be packed; one has an answer of only the end token."""
     edits = triplets(8, long=(1, 4))
     return [*edits[:7], replace(edits[7], new=[END])]
 
@@ -107,7 +107,7 @@ def test_next_to_nothing_is_padded_whatever_the_lengths() -> None:
     (rows,) = pack(edits)
     needed = sum(map(len, edits))
     assert needed <= rows.input_ids.numel() <= PADDING * needed
-    several = pack([*edits, *triplets(8)], adapters=2)[0].input_ids  # each adapter has as many rows of its own
+    several = pack([*edits, *triplets(8)], adapters=2)[0].input_ids  # each adapter has the same number of rows
     assert len(several) % 2 == 0
     assert {*several[: len(several) // 2].flatten().tolist()} <= {0, 1, 2, END}
 
@@ -145,7 +145,7 @@ def test_the_head_sees_the_answers_positions_alone(model: Any) -> None:
 
 
 def test_plain_rows_keep_the_causal_kernel() -> None:
-    """Position ids that start anew inside a row would make transformers build a dense mask for them."""
+    """Position ids that restart inside a row would make transformers build a dense mask."""
     (rows,) = pack(mixed(), packed=False)
     assert find_packed_sequence_indices(rows.position_ids) is None
 
@@ -176,7 +176,7 @@ def test_a_family_that_ignores_positions_or_masks_is_detected(model: Any, ignore
 
 
 def test_a_window_shorter_than_the_rows_is_detected() -> None:
-    """A mask of one's own replaces the window's, so rows longer than it cannot be packed."""
+    """A custom mask replaces the window's mask, so rows longer than the window cannot be packed."""
     model = tiny_model("gemma", **SLIDING)
     assert not packing_is_exact(model, triplets(4), torch.float32, CPU)
     found = answer_logprobs(model, pack(triplets(4), packed=False), 4)

@@ -1,4 +1,4 @@
-"""The measurements at toy size: that they measure what they say, never how long it took."""
+"""The measurements at toy size. The tests check what is measured, never the durations."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def after(steps: int, config: StepConfig, take: str) -> torch.Tensor:
-    """Phi after some updates of the tiny model, taken in one of the two ways."""
+    """Phi after some updates of the tiny model, in one of the two ways."""
     base = tiny_model()
     edits = with_reference(base, triplets(12))
     lora = shaken(Lora(base, LORA))
@@ -135,7 +135,7 @@ def test_a_file_becomes_an_epoch_of_batches(tmp_path: Path, capsys: pytest.Captu
     file = one_counterfact_record(tmp_path)
     found = measured(capsys, "data", "--data", str(file), "--edits", "5000", "--batch", "64")
     assert found["edits"] == 5000
-    assert found["first_batch_s"] is None  # no cluster was asked for
+    assert found["first_batch_s"] is None  # no cluster was requested
     assert 50 < found["memory_bytes_per_edit_tenfold"] < 1024
     assert found["padding_ratio"] >= 1.0
     assert found["table_bytes_per_edit"] > 4 * 10  # at least its token ids
@@ -216,7 +216,7 @@ def test_a_run_is_taken_twice_and_only_into_an_empty_folder(tmp_path: Path, caps
 def test_the_command_for_a_machine_with_a_gpu_measures_beside_the_plan(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """On the CPU, a sharded step: what it takes, what was planned, and a case that fails without harm to the others."""
+    """A sharded step on the CPU: its cost, its plan, and a failing case that does not affect the others."""
     file = tmp_path / "gpu.json"
     cases = ("--models", "random:none-such,random:tiny-llama", "--methods", "corsa", "--stages", "3", "--steps", "1")
     assert main(["perf", "gpu", "--cpu", *cases, "--edits", "4", "--output", str(file)]) == 0

@@ -1,4 +1,4 @@
-"""The plan of a run: the rehearsed step against the step itself, byte for byte, and the arithmetic of the settings."""
+"""The plan of a run: the rehearsed step against the real step, byte for byte, and the arithmetic of the settings."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_a_rehearsed_step_holds_what_a_real_one_holds(family: str, method: str, 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_saved_tensors_are_counted_exactly(family: str) -> None:
-    """Against torch's own hooks on a real forward pass: every storage once, what is there anyway not at all."""
+    """Compared with torch's hooks on a real forward pass: every storage counts once, existing tensors not at all."""
     model = tiny_model(family)
     lora = Lora(model, LORA)
     there = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers(), lora.phi]}
@@ -75,7 +75,7 @@ def test_saved_tensors_are_counted_exactly(family: str) -> None:
 
     def keep(tensor: Tensor) -> Tensor:
         if tensor.untyped_storage().data_ptr() not in there:
-            saved[tensor.untyped_storage().data_ptr()] = tensor  # kept alive: no address is used twice
+            saved[tensor.untyped_storage().data_ptr()] = tensor  # kept alive, so that no address is reused
         return tensor
 
     with saved_tensors_hooks(keep, lambda tensor: tensor):
@@ -102,7 +102,7 @@ def test_parameters_gradients_and_state_are_counted_exactly(family: str) -> None
 
 
 def test_two_gradients_in_one_backward_pass_take_more_than_one() -> None:
-    """`is_grads_batched`: what goes back through the layers is there twice, at phi and at phi + e."""
+    """`is_grads_batched`: the gradients in the layers exist twice, at phi and at phi + e."""
     one, two = rehearsed("llama", "lora"), rehearsed("llama", "corsa")
     assert two.items["gradients"] == 4 * two.items["lora"]
     assert two.items["logits"] > 1.5 * one.items["logits"]  # the gradient of the logits, for each objective
@@ -121,7 +121,7 @@ def test_a_bfloat16_base_is_half_and_lora_remains_float32() -> None:
 @pytest.mark.long
 @pytest.mark.parametrize(("family", "checkpointing"), [("qwen3", False), ("gemma", True)])
 def test_a_deep_model_is_continued_from_two_shallow_ones_exactly(family: str, checkpointing: bool) -> None:
-    """Gemma's layers differ by turns."""
+    """Gemma's layers alternate between two kinds."""
     kinds = {"layer_types": ["sliding_attention", "full_attention"] * 5 + ["sliding_attention"], "sliding_window": 6}
     model = tiny_model(family, num_hidden_layers=11, **(kinds if family == "gemma" else {}))
     if checkpointing:
@@ -159,7 +159,7 @@ print(json.dumps(resident("VmHWM") - before))
 
 @pytest.mark.long
 def test_resident_memory_of_the_embedded_model_is_within_15_percent(encoder: object) -> None:
-    """A real training step in a process of its own: its peak minus what was resident before loading."""
+    """A real training step in a separate process: its peak memory minus the resident memory before loading."""
     ran = subprocess.run([sys.executable, "-c", RESIDENT], capture_output=True, text=True, check=True, env=os.environ)
     measured = json.loads(ran.stdout.splitlines()[-1])
     edits = [Triplet(range(100, 112), [1, 2, 3, 4], [5, 6, 7, 8])] * 8
@@ -188,7 +188,7 @@ WHOLE = Footprint(
 def test_what_each_stage_shares_out(sharding: ShardingConfig) -> None:
     held = hold(WHOLE, sharding, workers=4, gpu=True, element=2, passes=4)
     items, stage = held.items, sharding.zero_stage
-    state = 3 * GIB // 4  # two moments and a master copy, of four workers one's part
+    state = 3 * GIB // 4  # two moments and a master copy; one of four workers' share
     assert items["optimizer"] == (2 * GIB if stage == 0 else 0 if sharding.offload_optimizer else state)
     assert items["base"] == (28 * GIB if stage < 3 else 0 if sharding.offload_parameters else 7 * GIB)
     assert (items["gathered"] > 0) == (stage == 3)
@@ -205,7 +205,7 @@ def test_alone_nothing_is_shared_out_and_without_a_gpu_nothing_offloaded() -> No
 
 
 def planned(monkeypatch: pytest.MonkeyPatch, memory: int | None, workers: int = 4, host: int | None = None) -> Plan:
-    """Of a model as large as `WHOLE`, whose activations all but go with checkpointing."""
+    """The plan of a model as large as `WHOLE`; checkpointing removes nearly all of its activations."""
     small = replace(WHOLE, items=WHOLE.items | {"activations": GIB // 2})
     monkeypatch.setattr(planning, "rehearse", lambda *args, checkpointing: small if checkpointing else WHOLE)
     model = ModelConfig(name="random:tiny-qwen3", dtype="bfloat16")
@@ -259,7 +259,7 @@ def test_what_is_no_amount_of_memory_is_refused(text: str) -> None:
 
 
 def test_the_command_plans_a_model_that_is_nowhere(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    """An alias of the hub, without a network: the architecture is known."""
+    """An alias of a hub model, without a network: its architecture is known."""
     words = ["plan", "--model", "random:tiny-qwen3", "--gpus", "2", "--gpu-memory", "1GiB", "--edits", "32"]
     rates = tmp_path / "gpu.json"
     rates.write_text(json.dumps({"rows": [{"tflops": 7.0}]}))
@@ -290,7 +290,7 @@ def test_the_command_plans_a_model_that_is_nowhere(capsys: pytest.CaptureFixture
 def test_a_plan_is_whole_in_eighty_columns_and_when_piped(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The largest: every setting, and hundreds of GiB."""
+    """The largest model: every setting, and hundreds of GiB."""
     monkeypatch.setenv("COLUMNS", "40")
     words = ["plan", "--model", "qwen3-14b", "--gpus", "4", "--gpu-memory", "48GiB", "--tflops", "5"]
     assert main(words) == 0
@@ -301,7 +301,7 @@ def test_a_plan_is_whole_in_eighty_columns_and_when_piped(
     rows = [line.split() for line in lines]
     assert len(rows) == 9 + 2
     for stage in rows[:9]:
-        assert float(stage[-6]) > 1  # what is held in all
+        assert float(stage[-6]) > 1  # total held
     base = next(row for row in rows if row[0] == "base")
     assert len(base) == 1 + 9
     assert float(base[1]) == pytest.approx(27.5, abs=0.1)  # 14.8 billion parameters of two bytes

@@ -1,4 +1,4 @@
-"""Prompts that begin alike: their beginning is computed once, and what comes out is what each gives by itself."""
+"""Prompts with a common prefix: the prefix is computed once, and the results are those of each prompt alone."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NO_STOPS = torch.zeros(1024, dtype=torch.bool)
 
 
 def wordings() -> list[list[int]]:
-    """Of three subjects, each with a head of its own length; of a fourth one wording alone; and one of one token."""
+    """Prompts on three subjects, with prefixes of different length; one on a fourth; and one of a single token."""
     random = np.random.default_rng(11)
 
     def words(count: int) -> list[int]:
@@ -34,7 +34,7 @@ def wordings() -> list[list[int]]:
 
 @pytest.fixture(scope="module", params=[*FAMILIES, "sliding", "wide"])
 def model(request: pytest.FixtureRequest) -> Any:
-    """A tiny model of each family, edited; one with a window shorter than the prompts, and one with a longer one."""
+    """An edited tiny model of each family; one with a window shorter than the prompts, one with a longer window."""
     change = {"sliding": SLIDING, "wide": SLIDING | {"sliding_window": 64}}.get(request.param)
     found = tiny_model(request.param) if change is None else tiny_model("gemma", **change)
     shaken(Lora(found, LORA))
@@ -42,7 +42,7 @@ def model(request: pytest.FixtureRequest) -> Any:
 
 
 class Counted:
-    """A model, and how many positions were computed by it."""
+    """A model that counts the positions it computes."""
 
     def __init__(self, model: Any) -> None:
         self.model, self.config, self.positions = model, model.config, 0
@@ -87,7 +87,7 @@ def test_answers_are_those_of_each_prompt_alone(model: Any, batch: int) -> None:
 
 
 def test_each_row_goes_on_from_its_own_beginning() -> None:
-    """What is left after the beginnings gives the logits of the whole prompts, though their lengths differ."""
+    """The rest of each prompt after its prefix gives the logits of the whole prompt, also for different lengths."""
     model, prompts = tiny_model(), wordings()
     together = max(batches(prompts, 8), key=lambda found: len(found[0]))
     assert len(together) > 1
@@ -105,7 +105,7 @@ def test_each_row_goes_on_from_its_own_beginning() -> None:
 
 
 def test_a_common_beginning_is_computed_once() -> None:
-    """Five samples of one long prompt, and twelve wordings after one head."""
+    """Five samples of one long prompt, and twelve wordings with one prefix."""
     prompt = wordings()[0] * 20
     model = Counted(tiny_model())
     found = sample(

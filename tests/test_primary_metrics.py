@@ -1,4 +1,4 @@
-"""What the scenarios name before they are run: primary metrics, development splits, and MMLU of every seed."""
+"""What the scenarios declare before a run: primary metrics, development splits, and MMLU for every seed."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from corsa.flow import Step
 from corsa.flow.step import topological
 
 PIPELINES = Path(__file__).parents[1] / "pipelines"
-NAMES = sorted(path.stem for path in PIPELINES.glob("*.py") if path.stem != "paper")  # it joins the others
+NAMES = sorted(path.stem for path in PIPELINES.glob("*.py") if path.stem != "paper")  # it combines the others
 
 
 @pytest.fixture(autouse=True)
 def beside(monkeypatch: pytest.MonkeyPatch) -> None:
-    """paper.py imports the scenarios as the files beside it."""
+    """paper.py imports the scenarios as files in its own directory."""
     monkeypatch.syspath_prepend(str(PIPELINES))
 
 
@@ -35,7 +35,7 @@ def test_every_scenario_names_few_primary_metrics(name: str) -> None:
     primary = import_module(name).PRIMARY
     assert len(primary) <= 2
     assert set(primary) <= (RATES if name == "code_update" else METRICS).keys()
-    assert bool(primary) == (name != "sensitivity")  # where values are chosen, nothing is claimed
+    assert bool(primary) == (name != "sensitivity")  # a page that chooses values makes no claims
 
 
 def reports(step: Step) -> dict[str, Step]:
@@ -47,7 +47,7 @@ def reports(step: Step) -> dict[str, Step]:
 
 
 def facts_of(step: Step) -> set[tuple[int, int | None]]:
-    """(offset, limit) of what a report rests on."""
+    """(offset, limit) of the facts in a report."""
     return {(s.config.offset, s.config.limit) for s in topological([step]) if isinstance(s.config, EditsConfig)}
 
 

@@ -1,4 +1,4 @@
-"""Benchmarks of programs: what is read of them, which program an answer makes, and what is counted."""
+"""Benchmarks of programs: reading them, making a program from an answer, and counting."""
 
 from __future__ import annotations
 
@@ -172,7 +172,7 @@ def test_a_program_counts_if_it_needs_the_update() -> None:
 def test_a_problem_that_one_method_lost_to_the_sandbox_counts_for_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """So that methods stay paired, problem by problem."""
+    """Keeps methods paired, problem by problem."""
     lost = rows("a", [("sandbox", "sandbox"), ("passed", "failed")]) + rows("b", [("passed", "failed")] * 2)
     whole = rows("a", [("passed", "failed")] * 2) + rows("b", [("failed", "failed"), ("passed", "failed")])
     problems = [{"id": name, "update": f"of {name}", "part": "asked"} for name in ("a", "b")]

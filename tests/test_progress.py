@@ -1,4 +1,4 @@
-"""What a run says of how far it is where there is no terminal, and of what it waits for."""
+"""The progress messages of a run without a terminal, and what it says it waits for."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_a_run_that_stands_still_says_what_it_waits_for() -> None:
     report = Report(waited_for)
     said: list[tuple[int, str]] = []
     for second in range(200):
-        line: dict[str, Any] = LINE | {"step": min(second, 20)}  # it moves for twenty seconds
+        line: dict[str, Any] = LINE | {"step": min(second, 20)}  # it makes progress for twenty seconds
         said += [(second, s) for s in report.at(second, [line], [], ["x"]) if s.startswith("waiting")]
     assert [second for second, _ in said] == [65, 110, 155]
     assert said[0][1] == "waiting  nothing has moved for 45 s: 2 x 1 CPU are waited for"
@@ -74,7 +74,7 @@ def test_nothing_is_asked_while_it_moves_and_nothing_said_where_nothing_is_waite
 
 
 def test_a_standstill_in_words() -> None:
-    """Two trials hold a little of both CPUs, and their tasks ask for whole ones."""
+    """Two trials hold a fraction of both CPUs, and their tasks request whole CPUs."""
     nodes = [{"CPU": (0.99, 1.0), "memory": (5.0, 5.0)}, {"CPU": (0.99, 1.0)}]
     assert standstill([({"CPU": 1.0}, 2)], nodes, {"Trial of this run with 0.01 CPU": 2}) == (
         "2 x 1 CPU are waited for; free: 0.99 of 1 CPU, 0.99 of 1 CPU; held by 2 x Trial of this run with 0.01 CPU"

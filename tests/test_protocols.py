@@ -1,4 +1,4 @@
-"""What a protocol asks, how it generates, and where an answer ends."""
+"""Evaluation protocols: which questions they ask, how they generate, and where an answer ends."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def kinds(rows: Sequence[dict[str, Any]]) -> list[tuple[str, int, int]]:
     return [(row["kind"], row["wording"], row["draw"]) for row in rows]
 
 
-# What is asked
+# Questions
 
 
 PAPER = [("edit", 0), ("paraphrase", 0), ("multihop", 0), ("multihop", 1)]
@@ -102,7 +102,7 @@ def test_what_no_number_counts_is_not_asked(speaker: Any, encoder: Encoder, prot
 
 
 def test_a_second_paraphrase_probe_is_not_the_first_paraphrase(speaker: Any, encoder: Encoder) -> None:
-    """Edits that return in a later case bring it their paraphrases (MQuAKE)."""
+    """Edits repeated in a later case add their paraphrases to it (MQuAKE)."""
     one = edit(history=[], neighbors=[])
     more = Probe(kind="paraphrase", prompts=("Acme has which leader?",), answer="Bo Berg", aliases=())
     taught = [Taught(one.model_copy(update={"probes": (*one.probes, more)}), 1, "update")]
@@ -286,7 +286,7 @@ def test_an_answer_of_several_lines_does_not_end_at_the_first(speaker: Any, enco
         row = by_kind[kind]
         assert row["output"] == "Ada Lind\nBo Holm"
         assert (row["words_new"], row["matched_new"], row["exact_new"]) == (True, True, True)
-    assert by_kind["neighbor"]["output"] == "Ada Lind"  # there a line is expected
+    assert by_kind["neighbor"]["output"] == "Ada Lind"  # here a line is expected
     half = edit(target_new="Ada Lind\nCy Moss", aliases_new=[])
     row = predictor(speaker, encoder).ask([Taught(half, 1, "update")])[0]
     assert (row["words_new"], row["matched_new"], row["exact_new"]) == (False, False, False)

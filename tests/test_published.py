@@ -1,4 +1,4 @@
-"""`corsa-published` is the authors' trainer: held against a plain training loop of PEFT, torch and transformers."""
+"""`corsa-published` is the authors' trainer: compared with a plain training loop of PEFT, torch and transformers."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def test_a_template_that_hides_the_answer_is_refused() -> None:
         Encoder(Hiding(), "chat", "turn").answer("Bo")
 
 
-# What the method's name stands for
+# The settings behind the method's name
 
 
 def planned(template: str, *methods: str, **training: Any) -> dict[str, Step]:
@@ -158,7 +158,7 @@ def test_the_end_of_an_answer_is_a_setting_of_every_method() -> None:
     references = [step for step in all_of_them.values() if step.kind.name == "reference"]
     assert [step.name for step in references] == ["reference/world_facts"]
     assert references[0].fingerprint != planned("chat", "lora")["reference/world_facts"].fingerprint
-    in_qa = planned("qa", "lora", answer_end="turn")  # there it has no effect
+    in_qa = planned("qa", "lora", answer_end="turn")  # it has no effect there
     assert in_qa[ROUND.format("lora")].fingerprint == planned("qa", "lora")[ROUND.format("lora")].fingerprint
 
 
@@ -267,7 +267,7 @@ def theirs(config: RoundConfig, tokenizer: Any, folder: Path) -> dict[str, Tenso
 
 
 def merged_gradient(model: Any, tokenizer: Any, edits: Sequence[Any], parameters: Sequence[Tensor]) -> list[Tensor]:
-    """Their PCGrad over [g_DPO, g_SFT], in turn, then half the sum."""
+    """The authors' PCGrad over [g_DPO, g_SFT], in sequence, then half the sum."""
     new, old = (logps(model, tokenizer, edits, f"target_{side}") for side in ("new", "old"))
     with torch.no_grad(), model.disable_adapter():
         base_new, base_old = (logps(model, tokenizer, edits, f"target_{side}")[0] for side in ("new", "old"))
@@ -286,7 +286,7 @@ def merged_gradient(model: Any, tokenizer: Any, edits: Sequence[Any], parameters
 
 
 def logps(model: Any, tokenizer: Any, edits: Sequence[Any], target: str) -> tuple[Tensor, int]:
-    """Sums of log p over each answer's tokens with the closing of its turn; and how many tokens these are."""
+    """Sums of log p over each answer's tokens, including the end of its turn; and the number of these tokens."""
     sums, tokens = [], 0
     for edit in edits:
         user = [{"role": "user", "content": edit["prompt"]}]
@@ -318,7 +318,7 @@ def test_ten_steps_end_with_the_adapter_of_the_authors_loop(tmp_path: Path) -> N
         ("step", {"scope": "step"}),
         ("training", {"first_rate": "above_zero"}),
     ]
-    for part, change in changes:  # without one of them it is another trainer
+    for part, change in changes:  # without any one of them the trainer is different
         other = config.model_copy(update={part: getattr(config, part).model_copy(update=change)})
         assert distance(ours(other, chat, tmp_path / str(change)), literal) > 1e-4, change
     assert distance(ours(config, Encoder(chat.tokenizer, "chat"), tmp_path / "end"), literal) > 1e-4

@@ -1,4 +1,4 @@
-"""Table 6 end to end on a tiny model: twice, and the second time nothing is computed."""
+"""Table 6 end to end on a tiny model, twice. The second run computes nothing."""
 
 from __future__ import annotations
 
@@ -46,12 +46,12 @@ def test_every_method_is_measured_on_updates_and_on_humaneval(first: Run) -> Non
     metrics = json.loads(page.with_name("metrics.json").read_text())
     assert metrics["methods"] == ["base", "prepend", "lora", "f-learning", "corsa"]
     for row in metrics["rows"]:
-        assert row["metrics"]["upass_1"]["probes"] == 2  # of each update the second: the first is taught
+        assert row["metrics"]["upass_1"]["probes"] == 2  # the second problem of each update: the first is taught
         assert row["metrics"]["spass_1"]["probes"] == (0 if row["method"] == "prepend" else 2)
         assert row["metrics"]["spass_subset_1"]["probes"] == (0 if row["method"] == "prepend" else 1)
     assert set(metrics["by_update"]) == {f"[math.{name}]:[add-argument]:[update-0]" for name in ("sin", "cos")}
     text = page.read_text()
-    assert text.count("+5.48 points") == 2  # the paper's abstract, beside LoRA and F-Learning
+    assert text.count("+5.48 points") == 2  # the paper's abstract compares with LoRA and F-Learning
     assert "2 of 2 edits have no old answer" in text  # eight random tokens do not run
     verdicts = pq.read_table(page.with_name("verdicts.parquet")).to_pylist()
     assert len(verdicts) == 2 * (

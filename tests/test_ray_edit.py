@@ -1,4 +1,4 @@
-"""Facts to an adapter, next month's on top, and back again: as processes on a cluster, with a tiny model."""
+"""Teach facts, update the adapter a month later, and undo: as processes on a cluster, with a tiny model."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_the_old_answers_were_asked_of_the_model_before_the_update(folder: Path)
     assert [e.target_new for e in first] == ["Ada", "Leo"]
     assert all(e.target_old for e in first)
     assert [e.id for e in second] == ["1/january/0", "1/january/1", "2/february/0", "2/february/1"]
-    assert (second[2].chain, second[2].target_old) == ("1/january/0", "Ada")  # revised: the line knows
+    assert (second[2].chain, second[2].target_old) == ("1/january/0", "Ada")  # revised: the line has the old answer
 
 
 def test_earlier_facts_are_asked_again_and_revised_ones_are_not(folder: Path) -> None:
@@ -119,7 +119,7 @@ def test_a_fact_is_taken_back_and_a_line_rolled_back(folder: Path, cluster: Clus
 
 
 def test_the_examples_of_the_api(cluster: Cluster, tmp_path: Path) -> None:
-    """In a process of their own: Ray reads once a process how it is let into a cluster."""
+    """Runs in a separate process: Ray reads its credentials for a cluster once per process."""
     code = (
         "import sys, test_doctests as own\n"
         f"done = own.run('corsa.api', own.NEED_A_CLUSTER, folder={str(tmp_path)!r})\n"

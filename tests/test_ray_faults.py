@@ -1,4 +1,4 @@
-"""Processes that are killed in the middle of a round: the run ends as if nothing had happened, bit for bit."""
+"""Processes killed in the middle of a round: the results equal those of an undisturbed run, bit for bit."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_a_killed_driver_loses_no_finished_round(undisturbed: Run, cluster: Clus
     kept = record.stat().st_mtime_ns, record.read_text()
 
     again = run([*ARGUMENTS, "--storage", storage], cluster.environment)
-    assert "waiting" not in again.out  # the lease of a process that is gone is taken over at once
+    assert "waiting" not in again.out  # the lease of a dead process is taken over at once
     assert kept == (record.stat().st_mtime_ns, record.read_text())
     assert_went_on_from(position, undisturbed, storage, CORSA[1])
     assert_same_adapters(undisturbed.storage, storage, CORSA)

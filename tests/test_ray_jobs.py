@@ -1,4 +1,4 @@
-"""Pipelines submitted through the jobs API, and requests and data that a cluster has to answer for."""
+"""Pipelines submitted through the jobs API, and requests and data that a cluster must handle."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SMALL += ["--training.epochs", "2", "--methods", "lora"]
 
 
 def submit(cluster: Cluster, *arguments: str) -> str:
-    """Submit the pipeline as a person would, wait for it, and return its log; it must succeed."""
+    """Submits the pipeline as a user would, waits for it, and returns its log; it must succeed."""
     command = [str(Path(sys.executable).with_name("ray")), "job", "submit", "--address", cluster.dashboard]
     command += ["--working-dir", ".", "--", "python", PIPELINE, *arguments]
     environment = {name: value for name, value in cluster.environment.items() if name != "RAY_ADDRESS"}
@@ -34,13 +34,13 @@ def submit(cluster: Cluster, *arguments: str) -> str:
 
 
 def test_a_submitted_job_leaves_results_that_the_next_one_finds(cluster: Cluster) -> None:
-    """One edit, in batches for sixteen, and a relative storage: below the home directory, not in the job's copy."""
+    """One edit, batch size sixteen, and a relative storage path: below the home directory, not in the job's copy."""
     arguments = [*SMALL, "--limit", "1", "--rounds", "1", "--storage", "kept/runs"]
     log = submit(cluster, *arguments)
     (uploaded,) = cluster.home.parent.glob("session_latest/runtime_resources/working_dir_files/_ray_pkg_*/")
     assert sum(path.stat().st_size for path in uploaded.rglob("*") if path.is_file()) < 5 << 20
     assert not (uploaded / ".venv").exists()
-    assert (uploaded / "corsa" / "benchmarks" / "world_facts.yaml").is_file()
+    assert (uploaded / "corsa" / "data" / "benchmarks" / "world_facts.yaml").is_file()
     assert "update efficacy" in log
     paths = re.findall(r"^(/.*/(?:report\.html|metrics\.json|predictions\.parquet))$", log, re.MULTILINE)
     assert len(paths) == 3
@@ -67,7 +67,7 @@ def test_more_workers_than_fit_are_refused_with_the_arithmetic(cluster: Cluster,
 
 
 def facts(path: Path, count: int, **first: Any) -> Path:
-    """A person's file of facts without chains; `first` changes the first of them."""
+    """A user's file of facts without chains; `first` changes the first fact."""
     rows = [
         {"prompt": f"Who leads team {i}?", "target_new": f"Ada {i}", "target_old": f"Grace {i}"}
         | {"paraphrases": [f"Team {i} is led by whom?"], "neighbors": [{"prompt": "Who leads none?", "answer": "no"}]}
@@ -88,17 +88,17 @@ def test_a_persons_file_is_dealt_out_over_the_rounds(cluster: Cluster, tmp_path:
     assert set(lora.kind) == {"edit", "paraphrase", "neighbor"}
     found = records(tmp_path / "runs")
     steps = [found[f"file-x2/lora/seed0/round{number}"].metrics["steps"] for number in (1, 2)]
-    assert steps == [2, 2]  # one batch an epoch
+    assert steps == [2, 2]  # one batch per epoch
 
 
 def test_a_bad_record_in_a_persons_file_stops_the_run_before_a_cluster_is_asked_for(tmp_path: Path) -> None:
     data = facts(tmp_path / "facts.jsonl", 3, target_new="   ")
     arguments = [*SMALL, "--benchmark", "file", "--data", data, "--rounds", "1", "--storage", tmp_path / "runs"]
-    refused = run(arguments, plain_environment(), status=1)
-    assert "facts.jsonl" in refused.out
-    assert "target_new" in refused.out
+    refused = run(arguments, plain_environment(), status=2)
+    assert "facts.jsonl" in refused.err
+    assert "target_new" in refused.err
     assert "Traceback" not in refused.out + refused.err
-    assert "dashboard" not in refused.out
+    assert "dashboard" not in refused.out + refused.err
 
 
 def test_a_worker_takes_the_first_batch_of_a_file(cluster: Cluster, tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
-"""A cluster of several nodes on which everything is lost once: each run ends as an undisturbed one, bit for bit.
+"""A cluster of several nodes on which each part fails once: each run ends like an undisturbed one, bit for bit.
 
-Two workers, one on each of two nodes, train one round; what befalls it is the test.
+Two workers, one on each of two nodes, train one round; each test causes another failure.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def undisturbed(nodes: Nodes, tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 def wait_for_the_middle(undisturbed: Run, storage: Path | Store, after: int = 0) -> None:
-    """Until the round, begun on two nodes, has a checkpoint later than that step."""
+    """Waits until the round on two nodes has a checkpoint later than step `after`."""
 
     def there() -> bool:
         found = checkpoint(undisturbed, storage, ROUND)
@@ -113,7 +113,7 @@ def test_a_run_that_finds_no_room_stops_and_says_so(undisturbed: Run, nodes: Nod
 
 
 def test_a_run_outlives_the_loss_of_nodes(undisturbed: Run, nodes: Nodes, tmp_path: Path) -> None:
-    """Of one of three: the workers go on, on those that are left. Of one of two: they wait for the one that joins."""
+    """After the loss of one of three nodes, the workers continue. After one of two, they wait for a new node."""
     nodes.script("join", "third")
     storage = copy_without(undisturbed, tmp_path, ROUND)
     began = time.monotonic()
@@ -150,7 +150,7 @@ def test_a_worker_that_hangs_is_replaced_within_a_minute(undisturbed: Run, nodes
 
 
 def test_a_node_that_is_announced_to_go_leaves_a_checkpoint(undisturbed: Run, nodes: Nodes, tmp_path: Path) -> None:
-    """The only one of the round: none was due. The node goes as soon as it is there, before its time is up."""
+    """It is the round's only checkpoint. The node is lost once it exists, before the announced time."""
     nodes.script("join", "fifth")
     storage = copy_without(undisturbed, tmp_path, ROUND)
     began = time.monotonic()
@@ -239,7 +239,7 @@ def test_a_submitted_job_outlives_its_client_and_the_dashboard(undisturbed: Run,
 
 
 def test_no_secret_is_in_a_log_a_report_or_a_store(undisturbed: Run, nodes: Nodes, bucket: Bucket) -> None:
-    """Of the runs so far: neither the cluster's token nor the hub's is in what they have written."""
+    """Neither the cluster's token nor the hub's is in any file or output of the runs so far."""
     tokens = [nodes.environment["RAY_AUTH_TOKEN"].encode(), SECRET.encode()]
     written = [path for path in nodes.folder.rglob("*") if path.is_file() and not path.is_symlink()]
     written += [path for path in undisturbed.storage.parent.rglob("*") if path.is_file() and not path.is_symlink()]
@@ -252,7 +252,7 @@ def test_no_secret_is_in_a_log_a_report_or_a_store(undisturbed: Run, nodes: Node
 
 @pytest.fixture(scope="module")
 def beheaded(undisturbed: Run, nodes: Nodes, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """A storage, and what the driver has said whose cluster has lost its head in the middle of the round."""
+    """The storage and the driver's output after the cluster lost its head node in the middle of the round."""
     storage = copy_without(undisturbed, tmp_path_factory.mktemp("beheaded"), ROUND)
     driver = start([*TEACH, *OFTEN, "--storage", storage], nodes.environment)
     wait_for_the_middle(undisturbed, storage)
@@ -270,8 +270,8 @@ def test_the_loss_of_the_head_ends_the_run_with_a_clear_error(undisturbed: Run, 
 
 
 def test_what_is_damaged_is_found_made_anew_and_said_on_a_cluster_of_ones_own(undisturbed: Run, beheaded: Run) -> None:
-    """A bit of a table and one of a checkpoint are wrong, and half of an output is there. The cluster listens to nobody
-    beyond this machine, and loses its dashboard.
+    """One bit of a table and one of a checkpoint are flipped, and half of an output exists. The cluster listens only on
+    this machine, and loses its dashboard.
     """
     storage = beheaded.storage
     half = storage / f"steps/{undisturbed.records[ROUND].fingerprint[:16]}" / ("0" * 32) / "adapter"

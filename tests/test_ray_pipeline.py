@@ -1,4 +1,4 @@
-"""The pipeline end to end on a cluster: what it leaves behind, what it computes anew, and with how many workers."""
+"""The pipeline end to end on a cluster: its results, what it recomputes, and with how many workers."""
 
 from __future__ import annotations
 
@@ -55,11 +55,11 @@ def test_a_run_ends_with_three_paths_and_a_table(undisturbed: Run) -> None:
 
 def test_what_was_asked_is_in_the_predictions(undisturbed: Run) -> None:
     table = pq.read_table(undisturbed.finished.paths[2])
-    assert {field.name for field in table.schema} == set(PREDICTIONS.names)
+    assert {field.name for field in table.schema} == {*PREDICTIONS.names, "case"}  # what an interval takes as drawn
     rows = table.to_pandas()
     for (method, trained), asked in rows[rows.method != "base"].groupby(["method", "trained"]):
         edits = asked.drop_duplicates("edit")
-        assert len(edits) == FACTS, f"{method} after round {trained}"  # each chain by its latest edit
+        assert len(edits) == FACTS, f"{method} after round {trained}"  # each chain with its latest edit
         assert set(edits[edits.part == "update"].learnt) == {trained}
         assert set(edits[edits.part == "evaluation"].learnt) == {1}
         assert (edits.part == "update").sum() == REVISED
@@ -67,7 +67,7 @@ def test_what_was_asked_is_in_the_predictions(undisturbed: Run) -> None:
     base = rows[rows.method == "base"]
     assert (base.seed == 0).all()
     assert (base.trained == 0).all()
-    assert base.edit.nunique() == FACTS + 2 * REVISED  # all that any round teaches
+    assert base.edit.nunique() == FACTS + 2 * REVISED  # all facts that any round teaches
 
 
 def test_every_round_leaves_an_adapter_that_peft_loads(undisturbed: Run) -> None:
@@ -106,7 +106,7 @@ def test_the_curves_hold_every_step_once_and_every_epoch_all_edits(undisturbed: 
 
 
 def test_the_first_steps_mean_log_probabilities_are_the_references(undisturbed: Run) -> None:
-    """The batches of an epoch are read back from the curves: with phi at zero, each shows its edits' reference."""
+    """Recovers the batches of an epoch from the curves: with phi at zero, each batch shows its edits' reference."""
     reference = Store(undisturbed.storage).artifact(undisturbed.records["reference/world_facts-x3"].fingerprint)
     column = pd.read_parquet(reference.path("reference.parquet")).set_index("id")
     schedule = Store(undisturbed.storage).artifact(undisturbed.records["schedule/world_facts-x3"].fingerprint)
@@ -144,7 +144,7 @@ def test_the_second_run_computes_nothing_and_starts_nothing(undisturbed: Run, tm
 
 
 def table_of(run: Run) -> str:
-    """What is printed once all is done: the table and the paths."""
+    """The output at the end of a run: the table and the paths."""
     before, _, after = run.finished.out.partition("done     report/continual")
     assert before
     return after.partition("\n")[2]
@@ -164,7 +164,7 @@ def test_a_dry_run_says_that_all_is_done(undisturbed: Run) -> None:
     assert "11 steps: 11 done, 0 to do" in drawn
     assert all(name in drawn for name in undisturbed.records)
     other = run([*TINY, "--storage", undisturbed.storage, "--dry-run", "--seeds", "0,1"], plain_environment()).out
-    assert "17 steps: 10 done, 7 to do" in other  # six rounds of the other seed, and a report of its own
+    assert "17 steps: 10 done, 7 to do" in other  # six rounds of the other seed, and a separate report
 
 
 def test_one_more_seed_trains_only_that_seed(undisturbed: Run, cluster: Cluster) -> None:
@@ -186,7 +186,7 @@ def test_two_workers_learn_what_one_learns(
 ) -> None:
     two = Run(tmp_path, run([*TINY, "--storage", tmp_path, "--workers", "2"], cluster.environment))
     assert_same_adapters(undisturbed.storage, tmp_path, ROUNDS, tolerance=1e-5)
-    # Every edit is counted once: means over the batch would move if one were dropped, repeated or weighed twice.
+    # Every edit counts once: batch means would change if one were dropped, repeated or weighted twice.
     columns = ["loss_sft", "logp_new", "logp_old", "grad_norm"]
     mine, theirs = curves(undisturbed), curves(two)
     assert mine.step.tolist() == theirs.step.tolist()

@@ -1,4 +1,4 @@
-"""The scaling pipeline end to end on three tiny sizes, beside a model that cannot be loaded."""
+"""The scaling pipeline end to end on three tiny sizes, and on a model that cannot be loaded."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_three_sizes_and_one_that_fails(cluster: Cluster, tmp_path: Path) -> Non
     parameters = [p["parameters"] for p in found["points"][::2]]
     assert parameters == sorted(set(parameters))
     for point in found["points"]:
-        assert point["peak_memory"] > 100 * 2**20  # torch alone takes that
+        assert point["peak_memory"] > 100 * 2**20  # torch alone needs this much
         assert point["worker_hours"] > 0
         assert point["training_s"] > 0
         assert point["generality"]["value"] is not None
@@ -42,7 +42,7 @@ def test_three_sizes_and_one_that_fails(cluster: Cluster, tmp_path: Path) -> Non
     assert "Against size" in with_one_missing.out
 
     whole = ["--models", ",".join(SIZES), *words]
-    first = run(whole, plain_environment(), pipeline=PIPELINE)  # the reports that join are all that is left to do
+    first = run(whole, plain_environment(), pipeline=PIPELINE)  # only the joining report remains to be done
     assert "dashboard" not in first.out
     again = run(whole, plain_environment(), pipeline=PIPELINE)
     plans = [line for line in again.out.splitlines() if re.match(r"\d+ steps: ", line)]

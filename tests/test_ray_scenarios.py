@@ -1,4 +1,4 @@
-"""Every scenario of the paper end to end on a tiny model: once all together, then each by itself on what is there."""
+"""Every scenario of the paper end to end on a tiny model: first all together, then each alone on the stored results."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]
 pytest_plugins = ["ray_fixtures"]
 
 FACTS, SHAPE = 5, ["--model", "random:tiny-llama", "--placement.threads", "1", "--evaluation.new-tokens", "4"]
-CHOSEN_ON = 2  # facts that sensitivity compares values on, which the other scenarios pass over
+CHOSEN_ON = 2  # facts that sensitivity compares values on; the other scenarios skip them
 TEACH = ["--training.batch", "3", "--training.epochs", "2", "--limit", str(FACTS)]
 MEMIT = ["--memit.gradient-steps", "3"]
 BOTH = ["--benchmark", "world_facts"]
@@ -128,7 +128,7 @@ ALONE = {
 def test_a_scenario_alone_finds_everything_done(
     together: Run, other: Path, questions: Path, pipeline: str, arguments: list[str]
 ) -> None:
-    """Only its own report is to be made: its configuration differs from that of all scenarios together."""
+    """Only its own report must be made: its configuration differs from that of all scenarios together."""
     places = {"OTHER": str(other)}
     words = [
         *SHAPE,

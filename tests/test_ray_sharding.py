@@ -1,4 +1,4 @@
-"""A pipeline whose workers shard the base among them, on the cluster, from the reference column to the answers."""
+"""A pipeline on the cluster whose workers shard the base, from the reference column to the answers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Two nodes of one CPU each, which any two workers fill: submitted jobs end there, and say how far they are."""
+"""Two nodes of one CPU each, full with two workers: submitted jobs still finish, and report progress."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_a_sweep_whose_trials_fill_every_cpu_ends(nodes: Nodes, tmp_path: Path) 
     assert "4 trials: 4 finished, 0 stopped early, 0 failed" in log
     phases = set(re.findall(r"^running  \S+/trial\S+  (loading|training|evaluating)", log, re.MULTILINE))
     assert phases == {"loading", "training", "evaluating"}, log
-    assert "sharding: {zero_stage" not in log  # the configuration is not printed whole
+    assert "sharding: {zero_stage" not in log  # the configuration is not printed in full
     assert "development: 6" in log
 
 
@@ -63,14 +63,14 @@ def test_a_sweep_whose_trials_fill_every_cpu_ends(nodes: Nodes, tmp_path: Path) 
 def test_a_scenario_ends(
     nodes: Nodes, tmp_path_factory: pytest.TempPathFactory, pipeline: str, arguments: list[str]
 ) -> None:
-    storage = tmp_path_factory.getbasetemp() / "scenarios"  # what they have in common is done once
+    storage = tmp_path_factory.getbasetemp() / "scenarios"  # shared steps run once
     log = submit(nodes, f"pipelines/{pipeline}.py", *SHAPE, *FACTS, *arguments, "--storage", storage)
     assert "report.html" in log
     assert any(name.startswith("report") for name in records(storage))
 
 
 def test_a_second_run_says_that_it_waits_for_room(nodes: Nodes, tmp_path: Path) -> None:
-    """The first holds both CPUs whole; the second goes on once it has ended."""
+    """The first holds both CPUs completely; the second continues when the first has ended."""
     whole = ["--workers", "2", "--placement.cpus", "1", "--methods", "corsa", "--rounds", "1", "--limit", "7"]
     long = [*SHAPE, *whole, "--training.epochs", "100000", "--storage", tmp_path / "first"]
     first = start(long, nodes.environment)

@@ -1,4 +1,4 @@
-"""Sweeps on a cluster: what is kept when one is killed, and what a trial that fails or lags costs the others."""
+"""Sweeps on a cluster: what remains when one is killed, and how a failed or slow trial affects the others."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TINY = [
 
 
 def study(storage: Path) -> list[optuna.trial.FrozenTrial]:
-    """The trials, as plain Optuna reads them; none before there is a study."""
+    """The trials, as plain Optuna reads them; empty before the study exists."""
     journal = storage / "studies/sweep/journal.log"
     if not journal.exists():
         return []
@@ -34,7 +34,7 @@ def study(storage: Path) -> list[optuna.trial.FrozenTrial]:
 
 
 def results(out: str) -> tuple[pd.DataFrame, dict[str, Any]]:
-    """The table of trials and the best configuration, from where the last lines say that they are."""
+    """The table of trials and the best configuration, from the paths in the last lines of output."""
     _, table, best = (Path(line) for line in out.splitlines()[-3:])
     return pd.read_parquet(table), yaml.safe_load(best.read_text())
 
@@ -46,7 +46,7 @@ def test_a_trial_that_diverges_is_recorded_and_the_others_end(cluster: Cluster, 
     out = run([*TINY, *space, *two], cluster.environment, pipeline=SWEEP).out
     table, best = results(out)
     again = ["--config", out.splitlines()[-1], "--storage", tmp_path, "--dry-run"]
-    drawn = run(again, cluster.environment).out  # a pipeline takes it
+    drawn = run(again, cluster.environment).out  # a pipeline accepts it
     assert "/corsa/seed0/round1" in drawn
     states = dict(zip(table.learning_rate, table.state, strict=True))
     assert states == {2e-4: "done", 1e-3: "done", 1e30: "failed"}
@@ -86,7 +86,7 @@ def test_a_killed_sweep_keeps_what_is_finished_and_repeats_nothing(cluster: Clus
 
 @pytest.mark.long
 def test_a_poor_trial_is_stopped_early(cluster: Cluster, tmp_path: Path) -> None:
-    # The first learns; those after it hardly move. Whichever comes to its rung first, one finds better ones before it.
+    # The first trial learns; the later ones hardly do. In any order, at least one finds better scores at its rung.
     learning = ["--training.learning-rate", "0.01", "--sampler", "grid", "--space.learning-rate", "1e-8,1e-7"]
     stop = ["--training.epochs", "40", "--stop", "asha", "--rung", "10", "--trials", "3"]
     last = ["--objectives", "margin", "--storage", tmp_path]

@@ -1,6 +1,6 @@
-"""What a file may look like: its kind, its cells, its characters, its format; and questions that are asked twice.
+"""Accepted files: kinds, cells, characters, formats; and repeated questions.
 
-The files are invented; those of ../shared/cases are read where they are at hand.
+The files are invented. Those of ../shared/cases are read if they are available.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ BAD = [{"where": "a/2", "field": "target_old", "reason": "has no tokens"}]
 
 
 class Letters:
-    """A tokenizer with a token for every letter and for nothing else."""
+    """A tokenizer with one token for each letter and no others."""
 
     eos_token_id = 0
     added_tokens_decoder: ClassVar = {}

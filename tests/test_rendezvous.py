@@ -1,4 +1,4 @@
-"""Where a group of workers listens, in a process of its own: what it changes of torch stays there."""
+"""The addresses on which a worker group listens. Runs in a separate process, because it changes torch."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ print(json.dumps([during, listening(), total.tolist(), os.environ.get("NCCL_SOCK
 
 
 def listening(*, at: str, node: str) -> list[object]:
-    """What a group of one worker that meets at an address, on a node of that address, listens on."""
+    """The addresses on which a group of one worker listens, with its rendezvous and its node at an address."""
     environment = os.environ | {"MASTER_ADDR": at, "MASTER_PORT": "0", "GLOO_SOCKET_IFNAME": "lo"}
     if node.startswith("127."):
         del environment["GLOO_SOCKET_IFNAME"]
@@ -52,5 +52,5 @@ def test_on_one_machine_nothing_listens_beyond_it() -> None:
 
 def test_on_several_the_store_listens_on_its_nodes_address_alone() -> None:
     during, _, _, interface = listening(at="127.0.0.2", node="192.0.2.1")
-    assert during == ["127.0.0.1", "127.0.0.2"]  # gloo by the interface that it was told here, and the store
+    assert during == ["127.0.0.1", "127.0.0.2"]  # gloo on the given interface, and the store
     assert interface is None

@@ -38,12 +38,12 @@ EVIL = "<script>alert('x')</script> & <b>bold</b>"
 
 @cache
 def five_seeds() -> pd.DataFrame:
-    """LoRA and CoRSA, of which LoRA forgets more, over enough facts and seeds to show it."""
+    """LoRA and CoRSA. LoRA forgets more, with enough facts and seeds to show it."""
     return predictions(chains=60, seeds=5)
 
 
 class Page(HTMLParser):
-    """Checks that tags nest, and keeps what the tests look at."""
+    """Checks that tags nest, and keeps the parts that the tests need."""
 
     VOID = frozenset({"meta", "link", "br", "img", "input"})
 

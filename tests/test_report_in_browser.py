@@ -1,4 +1,4 @@
-"""The report page as a browser shows it: on a desk and a phone, light and dark, on paper, with many answers."""
+"""The report page in a browser: on a desktop and a phone, light and dark, in print, with many answers."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def long_winded(chains: int) -> pd.DataFrame:
 
 @pytest.fixture(scope="module")
 def many(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, pd.DataFrame]:
-    """A page of more than 50,000 answers, and those of edited models."""
+    """A page of more than 50,000 answers, and the number of answers of edited models."""
     table = long_winded(chains=1300)
     assert len(table) > 50_000
     few = compute(predictions(chains=16))
@@ -60,7 +60,7 @@ def opened(browser: Window, page: Path) -> None:
 
 
 def awaited(look: Callable[[], Any], seconds: float = 60) -> Any:
-    """What `look` returns once that is something."""
+    """The first non-empty result of `look`."""
     end = time.monotonic() + seconds
     while not (found := look()):
         assert time.monotonic() < end, "the page never got there"
@@ -69,17 +69,17 @@ def awaited(look: Callable[[], Any], seconds: float = 60) -> Any:
 
 
 def chosen(browser: Window, name: str, option: str) -> None:
-    """Choose an option of a select as a person would."""
+    """Chooses an option of a select as a user would."""
     browser.find_element("xpath", f"//select[@name='{name}']/option[.='{option}']").click()
 
 
 def complaints(browser: Window) -> list[Any]:
-    """What the console says of our pages; the browser's own first page complains of a slow network at times."""
+    """Console messages of our pages. The browser's own first page sometimes reports a slow network."""
     return [entry for entry in browser.get_log("browser") if not entry["message"].startswith("chrome://")]
 
 
 def test_fifty_thousand_answers_are_ready_in_two_seconds(browser: Window, many: tuple[Path, pd.DataFrame]) -> None:
-    """Counted in the seconds the page's main thread works, which other work on this machine does not lengthen."""
+    """Measures the CPU seconds of the page's main thread, which other work on this machine does not change."""
 
     def worked() -> float:
         found = browser.execute_cdp_cmd("Performance.getMetrics", {})["metrics"]
@@ -153,7 +153,7 @@ return [document.documentElement.scrollWidth - width, beyond.map((part) => part.
 
 
 def assert_nothing_is_cut_off(page: Window, *, dark: bool = False) -> None:
-    """Everything unfolded, on a phone and on a desk."""
+    """All sections open, on a phone and on a desktop."""
     page.execute_script("for (const part of document.querySelectorAll('details')) part.open = true")
     for width in (390, 1440):
         sized(page, width, dark=dark)

@@ -1,4 +1,4 @@
-"""The lock files hold what is declared, at the versions that are tested, with a hash for every file."""
+"""The lock files contain the declared packages, at the tested versions, with a hash for every file."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def constrained() -> dict[str, str]:
 @pytest.mark.parametrize("name", ["base", "dev", "harness", "torch", "cuda", "model"])
 def test_a_lock_file_holds_pins_and_hashes_and_nothing_else(name: str) -> None:
     text = (FOLDER / f"{name}.txt").read_text()
-    assert ENTRY.sub("", text) == ""  # no address of an index, no option, no entry without a hash
+    assert ENTRY.sub("", text) == ""  # no index URL, no option, no entry without a hash
     assert locked(name)
 
 
@@ -78,7 +78,7 @@ def test_everything_that_is_declared_and_all_that_it_needs_is_locked(extra: str,
 
 @pytest.mark.process
 def test_pip_refuses_a_file_that_is_not_the_one_that_was_locked(tmp_path: Path) -> None:
-    """A package of ours stands for one that was exchanged on the index."""
+    """A package made here replaces one that was tampered with on the index."""
     folder = tmp_path / "wheels"
     folder.mkdir()
     wheel = folder / "harmless-1.0-py3-none-any.whl"

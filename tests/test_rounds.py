@@ -1,4 +1,4 @@
-"""Which round teaches which edit, and what is to be known after each."""
+"""Which round teaches which edit, and which facts must be known after each round."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def rows(edits: list[Edit], **fields: Any) -> list[dict[str, Any]]:
 
 
 def parts(found: list[dict[str, Any]]) -> dict[str, str]:
-    """Chain -> part; no chain has two."""
+    """Chain -> part; no chain is in two parts."""
     assert len({(row["chain"], row["part"]) for row in found}) == len({row["chain"] for row in found})
     return {row["chain"]: row["part"] for row in found}
 

@@ -68,7 +68,7 @@ def test_cached_scores_are_those_of_whole_prompts(encoder: Encoder) -> None:
 
 
 def test_a_query_goes_to_the_part_it_resembles(encoder: Encoder) -> None:
-    """On the embedded model: questions of two kinds, in other words than those taught."""
+    """Routes questions of two kinds on the embedded model, in other wordings than those taught."""
     model = load_model(ModelConfig())
     taught = [
         ["Who is the president of France?", "Who is the prime minister of Spain?", "Who leads the government of Peru?"],

@@ -1,4 +1,4 @@
-"""Programs that try to get out, to use everything up, or to pass without being right."""
+"""Programs that try to escape, to exhaust resources, or to pass with a wrong answer."""
 # ruff: noqa: E501 (programs as they are)
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ def test_what_uses_everything_up_is_stopped_and_named(sandbox: Sandbox, text: st
     verdict = sandbox.run(Program(text, TESTS))
     assert verdict.outcome in outcomes, verdict
     assert time.monotonic() - began < LIMITS.wall_s + 3
-    assert below(sandbox) == before  # no process is left, and the sandbox is the same
+    assert below(sandbox) == before  # no process is left, and the sandbox was not restarted
     assert sandbox.run(Program(RIGHT, TESTS)).passed
 
 
@@ -189,7 +189,7 @@ def test_the_sandbox_ends_with_its_owner() -> None:
         sandbox._process.poll()
         time.sleep(0.02)
     assert not any(Path(f"/proc/{p}/exe").exists() for p in inside)
-    assert sandbox.run(Program(RIGHT, TESTS)).passed  # it broke, and was started again
+    assert sandbox.run(Program(RIGHT, TESTS)).passed  # it broke and was restarted
     sandbox.close()
 
 
@@ -205,7 +205,7 @@ def test_slots_of_root_are_users_of_their_own(sandbox: Sandbox) -> None:
         assert max(os.stat(f"/proc/{p}").st_uid for p in below(other)) not in owners
 
 
-# What is judged
+# Verdicts
 
 
 @isolated
@@ -230,7 +230,7 @@ def test_tests_that_nobody_can_run_are_not_the_programs_fault(sandbox: Sandbox) 
 
 @isolated
 def test_what_a_program_causes_is_its_failure(sandbox: Sandbox) -> None:
-    """Also where the tests call it while they are loaded, or where they catch every exception."""
+    """Also if the tests call it at import, or catch every exception."""
     loaded = "found = twice(21)\ndef test_twice():\n    assert found == 42\n"
     assert sandbox.run(Program(RIGHT, loaded, known_good=RIGHT)).passed
     for known_good in (RIGHT, ""):
@@ -246,7 +246,7 @@ def test_what_a_program_causes_is_its_failure(sandbox: Sandbox) -> None:
 
 @isolated
 def test_a_fault_of_the_sandbox_is_not_the_programs(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Told apart by a known-good program, with a supervisor that gives no verdict for a while."""
+    """A known-good program distinguishes the two, while a supervisor gives no verdict for some time."""
     answers: list[dict] = []
     receive = Sandbox._receive
 
@@ -256,14 +256,14 @@ def test_a_fault_of_the_sandbox_is_not_the_programs(sandbox: Sandbox, monkeypatc
 
     monkeypatch.setattr(Sandbox, "_receive", broken)
     no_verdict = {"outcome": "broken", "detail": "gone"}
-    answers[:] = [no_verdict]  # once: the known-good program passes, and so does this one
+    answers[:] = [no_verdict]  # once: the known-good program passes, then this one does
     assert sandbox.run(Program(RIGHT, TESTS, known_good=RIGHT)).passed
     answers[:] = [no_verdict, no_verdict]  # for the known-good program as well
     with pytest.raises(SandboxError, match="gone"):
         sandbox.run(Program(RIGHT, TESTS, known_good=RIGHT))
     ours = {"outcome": "passed", "detail": "", "tests": {}, "seconds": 0.1}
     for said in (no_verdict, {"outcome": "sandbox?"}, {"no": "outcome"}):
-        answers[:] = [said, ours, said, ours]  # for this program alone: it is to blame
+        answers[:] = [said, ours, said, ours]  # only for this program: the program is the cause
         verdict = sandbox.run(Program(RIGHT, TESTS, known_good=RIGHT))
         assert verdict.outcome == "crashed"
         assert "known-good" in verdict.detail
@@ -310,7 +310,7 @@ def test_programs_and_tests_do_not_share_their_addresses(sandbox: Sandbox) -> No
 
 @isolated
 def test_no_program_removes_a_problem(tmp_path: Path) -> None:
-    """The outcome `sandbox` takes a problem from every method: none of the programs that refuse judgement reaches it."""
+    """The outcome `sandbox` excludes a problem for every method. No program that avoids a verdict can cause it."""
     programs = [Program(text, hostile.TESTS, known_good=hostile.KNOWN_GOOD) for text in hostile.REFUSING.values()]
     found = judge(programs, engine=engine(), limits=Limits(wall_s=2, cpu_s=2, memory=256 << 20), slots=2)
     rows = [{"problem": str(i), "outcome": verdict.outcome} for i, verdict in enumerate(found)]

@@ -1,4 +1,4 @@
-"""Parts of the sandbox by themselves: values, texts, the filter of system calls, cgroups."""
+"""Parts of the sandbox in isolation: values, texts, the system call filter, cgroups."""
 # ruff: noqa: E501 (programs and messages as they are)
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def test_nothing_is_built_of_what_is_no_value(raw: bytes) -> None:
 
 
 def test_a_truth_value_is_one_of_two() -> None:
-    """A byte of 2 in an array of bools would be true, and unlike True."""
+    """A byte of 2 in an array of bools would be true but not equal to True."""
     array = decoded(b'{"array": ["bool", [2], [0, 2]]}', memoryview(b"\x02\x00"))
     assert array.view(np.uint8).tolist() == [1, 0]
     tensor = decoded(b'{"tensor": ["bool", [2], [0, 2], false]}', memoryview(b"\x02\x00"))
@@ -197,7 +197,7 @@ def test_the_filter_denies_what_it_names(machine: str) -> None:
 
 
 def test_a_cgroup_is_made_where_memory_is_delegated(tmp_path: Path) -> None:
-    """On a tree like that of the kernel."""
+    """Tests on a directory tree like the kernel's."""
     own = tmp_path / "sys/fs/cgroup/user/session"
     own.mkdir(parents=True)
     (tmp_path / "proc/self").mkdir(parents=True)
@@ -206,7 +206,7 @@ def test_a_cgroup_is_made_where_memory_is_delegated(tmp_path: Path) -> None:
     assert cgroup.own_group(tmp_path) == own
     assert cgroup.make(tmp_path) is None  # no controller is delegated
     (own.parent / "cgroup.subtree_control").write_text("cpu memory\n")
-    assert cgroup.make(tmp_path) is None  # a directory that the kernel does not make a cgroup of is taken away again
+    assert cgroup.make(tmp_path) is None  # a directory that the kernel does not turn into a cgroup is removed again
     assert [p.name for p in own.parent.iterdir() if p.is_dir()] == ["session"]
     place = own.parent / "one"
     place.mkdir()

@@ -1,4 +1,4 @@
-"""Scaling: the fit of the trend, what each model's plan asks for, and the refusal of what cannot fit."""
+"""Scaling: the fit of the trend, the resources in each model's plan, and the refusal of models that cannot fit."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_a_report_without_a_branch_is_another_report() -> None:
     assert planned.join(planned.reports, {}).fingerprint == whole.fingerprint
 
 
-# What a model's plan asks for. The rehearsal of a model that is not rehearsed here: 28 GB of base, 10 GB beside it.
+# The resources in a model's plan. The rehearsal is replaced by fixed values: 28 GB of base, 10 GB for the rest.
 
 GB = 10**9
 

@@ -1,4 +1,4 @@
-"""What is sharded among workers changes nothing but memory: two gloo workers beside one process without DeepSpeed."""
+"""Sharding changes only memory: two gloo workers compared with one process without DeepSpeed."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def group(folder: Path) -> Iterator[list[subprocess.Popen[str]]]:
 
 @pytest.fixture(scope="module")
 def found(group: list[subprocess.Popen[str]], folder: Path) -> list[dict[str, Any]]:
-    """What each of the two workers ended with."""
+    """The final state of each of the two workers."""
     for worker in group:
         said = worker.communicate(timeout=500)[0]
         assert worker.returncode == 0, said
@@ -81,7 +81,7 @@ def bench(folder: Path, group: list[subprocess.Popen[str]]) -> Bench:
 
 @pytest.fixture(scope="module")
 def alone(bench: Bench, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Trained]:
-    """How one process ends the round, by the size of its micro-batches."""
+    """The result of the round on one process, by micro-batch size."""
     folder = tmp_path_factory.mktemp("alone")
     return {size: bench.train(ROUNDS["corsa"], folder / str(size), micro_batch=size) for size in (1, 16)}
 
@@ -97,7 +97,7 @@ def distance(a: torch.Tensor, b: torch.Tensor) -> float:
 def test_every_stage_ends_with_the_adapter_of_one_process(
     stage: int, again: bool, size: int, found: list[dict[str, Any]], alone: dict[int, Trained], bench: Bench
 ) -> None:
-    """With and without activation checkpointing, in one micro-batch and in several of unequal number."""
+    """With and without activation checkpointing, in one micro-batch and in several, unequal among workers."""
     phi = found[0][f"{stage} {again} {size}"]
     assert distance(phi, alone[size].phi) <= TOLERANCE
     assert distance(phi, bench.start) > 30 * TOLERANCE, "nothing was learnt, so nothing was compared"
@@ -115,7 +115,7 @@ def test_a_worker_without_edits_takes_part(found: list[dict[str, Any]], bench: B
 
 
 def test_a_worker_without_a_perturbation_takes_part(found: list[dict[str, Any]], bench: Bench, tmp_path: Path) -> None:
-    """Where a gradient is nothing but rounding, AdamW makes a step of it all the same: one element of 4096 here."""
+    """AdamW makes a full step even of a gradient that is only rounding: one element of 4096 here."""
     name = "one perturbation per two edits"
     apart = (found[0][name] - bench.train(ROUNDS[name], tmp_path).phi).abs()
     assert (apart > TOLERANCE).float().mean() <= 1e-3
@@ -127,15 +127,15 @@ def test_offloaded_shards_end_with_the_same_adapter(found: list[dict[str, Any]],
 
 
 def relative(a: torch.Tensor, b: torch.Tensor, start: torch.Tensor) -> float:
-    """How far apart, in parts of the way from the start."""
+    """The distance between two results, relative to the distance from the start."""
     return float((a - b).norm() / (b - start).norm())
 
 
 def test_a_bfloat16_base_ends_as_near_as_its_rounding_allows(
     found: list[dict[str, Any]], folder: Path, tmp_path: Path
 ) -> None:
-    """Stages 1 and 2 change nothing but the rounding of AdamW's own kernel. Stage 3 adds the same gradients up in
-    another order (DeepSpeed's hooks), which in bfloat16 shows as much as another size of the micro-batches does.
+    """Stages 1 and 2 change only the rounding of AdamW's own kernel. Stage 3 sums the same gradients in another order
+    (DeepSpeed's hooks); in bfloat16 this has the same effect as another micro-batch size.
     """
     base = made_on(folder, WorkerGroup(0, 1, CPU), "bfloat16")
     one = {size: base.train(ROUNDS["corsa"], tmp_path / str(size), micro_batch=size).phi for size in (1, 16)}
@@ -175,7 +175,7 @@ def test_phi_in_float32_takes_a_perturbation_of_the_size_it_has_at_8b() -> None:
 
 
 def test_workers_with_unequal_shares_answer_under_stage_3(found: list[dict[str, Any]], bench: Bench) -> None:
-    """One worker asks everything, the other nothing; also with an adapter attached by hooks."""
+    """One worker asks all questions, the other none; also with an adapter attached by hooks."""
     expected = asked(bench, slice(0, 4))
     for name in ("plain", "attached"):
         assert found[0]["asked"][name] == expected[name]
@@ -190,7 +190,7 @@ def test_workers_with_unequal_shares_answer_under_stage_3(found: list[dict[str, 
 def test_a_round_goes_on_from_sharded_state(
     found: list[dict[str, Any]], alone: dict[int, Trained], bench: Bench, folder: Path
 ) -> None:
-    """On the workers that left it, and on one process without DeepSpeed."""
+    """Resumes on the workers that wrote it, and on one process without DeepSpeed."""
     assert torch.equal(found[0]["resumed"], found[0]["3 False 16"])
     steps: list[int] = []
     resumed = bench.train(ROUNDS["corsa"], folder / "left", post=lambda line: steps.append(line["step"]))
@@ -231,7 +231,7 @@ def test_a_base_is_never_whole_on_a_worker_while_it_is_loaded(
 
 
 def test_the_base_is_gathered_at_most_four_times_a_step(found: list[dict[str, Any]]) -> None:
-    """Forward and backward, at phi and at phi + e; a layer's recomputation reads what its backward has gathered."""
+    """Gathers forward and backward, at phi and at phi + e. Recomputation uses what the layer's backward gathered."""
     for again, most in ((False, 4), (True, 6)):
         counts = found[0][f"counts {again}"]
         assert len(counts) == 6
@@ -244,7 +244,7 @@ def test_saving_an_adapter_gathers_nothing(found: list[dict[str, Any]], folder: 
     assert (folder / "adapter0" / "adapter_model.safetensors").is_file()
 
 
-# What is refused, and when
+# Refusals
 
 
 @pytest.mark.parametrize(
@@ -300,4 +300,4 @@ def test_activations_are_recomputed_only_where_a_gradient_is_wanted() -> None:
     assert calls == [False]
     states = model.get_input_embeddings()(ids).requires_grad_()
     model(inputs_embeds=states, use_cache=False).logits.sum().backward()
-    assert calls == [False, True, True]  # forward, and again going back
+    assert calls == [False, True, True]  # forward, and again in the backward pass

@@ -1,4 +1,4 @@
-"""What leaves the project: trackers through their own libraries, and adapters to a stand-in for the hub."""
+"""Exports: runs to trackers through their own libraries, and adapters to a fake hub."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_a_tracker_that_is_not_there_is_explained(monkeypatch: pytest.MonkeyPatc
 
 
 class Hub(ThreadingHTTPServer):
-    """A stand-in that takes repositories and commits, and keeps what it is sent."""
+    """A fake hub that accepts repositories and commits, and stores the requests."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
@@ -167,7 +167,7 @@ def text_of_card(model: str = "smollm2-135m") -> str:
 
 
 def push(hub: str, *words: str | Path) -> subprocess.CompletedProcess[str]:
-    """`corsa push` as a process: the hub's library reads its address once, when it is loaded."""
+    """`corsa push` as a process: the hub's library reads the hub's address once, on import."""
     own = os.environ | {"HF_ENDPOINT": hub, "HF_TOKEN": "secret", "HF_HUB_DISABLE_XET": "1"}
     command = [sys.executable, "-m", "corsa.cli.main", "push", *map(str, words)]
     return subprocess.run(command, env=own, capture_output=True, text=True, timeout=60, check=False)

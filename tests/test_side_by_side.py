@@ -53,7 +53,7 @@ def test_the_base_and_every_adapter_answer_side_by_side(adapter: str, encoder: E
     logp = sum(float(logits[start + i - 1, token]) for i, token in enumerate(answer))
     assert base.probabilities["Ada"] == pytest.approx(math.exp(logp), rel=1e-4)
     assert edited.probabilities["Ada"] != pytest.approx(base.probabilities["Ada"], rel=1e-2)
-    assert models.ask("Who leads Acme?", new_tokens=3)[0].output == base.output  # an adapter leaves the base as it was
+    assert models.ask("Who leads Acme?", new_tokens=3)[0].output == base.output  # an adapter does not change the base
 
 
 def test_questions_and_adapters_that_cannot_be_asked(adapter: str, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Reaching a cluster or starting one: what is said where that cannot be done, and how soon."""
+"""Connecting to a cluster or starting one: the message if that fails, and how soon it comes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from corsa.flow.starting import fixed_ports, refuse_what_does_not_answer, start
 
 @contextmanager
 def listening(answer: Callable[[socket.socket], object]) -> Iterator[str]:
-    """An address at which each connection is answered so."""
+    """An address that gives this answer to each connection."""
     with socket.create_server(("127.0.0.1", 0)) as server:
 
         def serve() -> None:
@@ -88,7 +88,7 @@ def test_a_start_that_fails_is_tried_once_more_with_longer_limits_and_other_port
     assert len(first) == 6
     assert all(first[name] and first[name] != second[name] for name in first)
     assert len(set(map(int, map(str, second.values())))) == 6
-    assert RayParams().metrics_export_port is None  # outside all is as before
+    assert RayParams().metrics_export_port is None  # outside, nothing has changed
     assert "DASHBOARD_METRIC_PORT" not in os.environ
 
 
@@ -112,7 +112,7 @@ def test_ctrl_c_is_no_failed_start() -> None:
 
 
 def test_ports_in_use_are_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of eight ports two are taken."""
+    """Two of eight ports are in use."""
     with ExitStack() as closing:
         for first in range(31000, 31900, 8):
             tried = [closing.enter_context(socket.socket()) for _ in range(8)]

@@ -1,4 +1,4 @@
-"""Norms and inner products over as many values as phi has are those of float64, and take no float64 copy of phi."""
+"""Norms and inner products over vectors as long as phi match float64, without a float64 copy of phi."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ MANY = 10_000_000
 
 @pytest.fixture(scope="module")
 def correlated() -> tuple[Tensor, Tensor]:
-    """Two rows of 1e7 positive values each, nearly the same: rounding adds up instead of cancelling."""
+    """Two rows of 1e7 nearly equal positive values: rounding errors accumulate instead of cancelling."""
     random = np.random.default_rng(0)
     a = np.abs(random.standard_normal((1, MANY), dtype=np.float32))
     b = a + 0.1 * random.standard_normal((1, MANY), dtype=np.float32)

@@ -1,4 +1,4 @@
-"""Text of models and files reaches a terminal as text."""
+"""Text of models and files reaches a terminal as plain text, without control sequences."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ RAW = re.compile(
 
 
 def drawn(*things: object) -> str:
-    """What a colour terminal gets, without Rich's own colours."""
+    """The output to a colour terminal, without Rich's own colours."""
     out = io.StringIO()
     console = Console(file=out, force_terminal=True, color_system=None, width=200, legacy_windows=False)
     for thing in things:
@@ -56,7 +56,7 @@ def test_nothing_of_a_text_is_obeyed_whatever_it_is_printed_as(text: str) -> Non
         assert not RAW.search(found), repr(found)
     assert not RAW.search(visible(text))
     assert visible(text) != text
-    visible(text).encode()  # not even a lone surrogate is left
+    visible(text).encode()  # no lone surrogate is left either
     assert visible(text).isprintable()
 
 
@@ -68,7 +68,7 @@ def test_a_live_line_is_as_safe_and_still_live() -> None:
     found = out.getvalue()
     assert "evil \\x1b[2J \\u202e" in found
     assert "\x1b[2J" not in found
-    assert "\x1b[?25l" in found  # what Rich itself sends passes
+    assert "\x1b[?25l" in found  # Rich's own sequences pass
 
 
 def test_plain_text_of_any_script_stays_as_it_is() -> None:
@@ -118,7 +118,7 @@ def calls(path: Path) -> list[tuple[int, ast.Call]]:
 
 
 def test_every_console_is_the_safe_one_and_every_print_passes_the_check() -> None:
-    """No command prints text of its own accord: literals, JSON in ASCII, and what `visible` has seen."""
+    """Commands print only literals, ASCII JSON, and text that `visible` has cleaned."""
     files = [path for folder in ("corsa", "tune", "pipelines") for path in sorted((ROOT / folder).rglob("*.py"))]
     faults = []
     for path in files:
@@ -139,7 +139,7 @@ def test_every_console_is_the_safe_one_and_every_print_passes_the_check() -> Non
 def harmless(value: ast.expr) -> bool:
     if isinstance(value, ast.IfExp):
         return harmless(value.body) and harmless(value.orelse)
-    if isinstance(value, ast.JoinedStr):  # numbers with a format of their own, and what `visible` has seen
+    if isinstance(value, ast.JoinedStr):  # formatted numbers, and text that `visible` has cleaned
         parts = [part for part in value.values if isinstance(part, ast.FormattedValue)]
         return all(number(part) or ast.unparse(part.value).startswith("visible(") for part in parts)
     return isinstance(value, ast.Constant) or ast.unparse(value).startswith(("json.dumps(", "visible("))

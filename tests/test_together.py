@@ -1,4 +1,4 @@
-"""Adapters trained together on one copy of the base learn what they learn apart, whatever stands beside them."""
+"""Adapters trained together on one copy of the base learn the same as when trained separately, in any combination."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def rounds(**common: Any) -> list[RoundConfig]:
 
 @pytest.fixture(scope="module")
 def bench() -> Bench:
-    return Bench(triplets(7, opposed=2, long=(2,)))  # one edit runs as two plain rows beside the packed ones
+    return Bench(triplets(7, opposed=2, long=(2,)))  # one edit runs as two plain rows, the others packed
 
 
 def together(
@@ -59,7 +59,7 @@ def together(
     post: Any = lambda line: None,
     **placement: Any,
 ) -> tuple[Tensor, list[Any]]:
-    """Every row of phi as it ends, and what became of each round."""
+    """The final rows of phi, and the result of each round."""
     lora = bench.loaded.lora
     lora.resize(len(configs))
     with torch.no_grad():
@@ -79,7 +79,7 @@ def test_each_row_ends_as_it_does_alone(bench: Bench, tmp_path: Path, common: di
     phi, found = together(bench, configs, tmp_path / "together")
     for row, curves, config in zip(phi, found, configs, strict=True):
         alone = bench.train(config, tmp_path / f"{config.seed}-{config.step.rho}-{config.step.lambda_}")
-        # Adam turns the rounding of an entry without gradient into +-lr, so the bound is on all of what was learnt.
+        # Adam turns rounding in an entry without gradient into +-lr, so the bound is on the norm of the whole change.
         assert float((row - alone.phi[0]).norm()) <= 1e-3 * float((alone.phi[0] - bench.start[0]).norm())
         assert [c["step"] for c in curves] == [c["step"] for c in alone.curves]
         for mine, theirs in zip(curves, alone.curves, strict=True):
@@ -87,7 +87,7 @@ def test_each_row_ends_as_it_does_alone(bench: Bench, tmp_path: Path, common: di
                 expected = theirs[name]
                 assert mine[name] == (expected if expected is None else pytest.approx(expected, rel=1e-3, abs=1e-4))
             assert (mine["sharpness"] is None) == (theirs["sharpness"] is None)
-    assert float((phi[0] - phi[1]).abs().max()) > 1e-4  # or the rows could have been mixed up
+    assert float((phi[0] - phi[1]).abs().max()) > 1e-4  # otherwise the rows could have been mixed up
 
 
 def test_small_micro_batches_of_each_adapter_change_nothing(bench: Bench, tmp_path: Path) -> None:
@@ -102,7 +102,7 @@ def test_a_row_that_diverges_leaves_the_others_alone(bench: Bench, tmp_path: Pat
     phi, found = together(bench, [good, bad, good.model_copy(update={"seed": 9})], tmp_path)
     assert isinstance(found[1], RoundFailedError)
     assert "6 of 6 steps had a non-finite gradient" in str(found[1])
-    assert torch.equal(phi[1], bench.start[0])  # not one of its steps was taken
+    assert torch.equal(phi[1], bench.start[0])  # none of its steps was taken
     for row, config in ((0, good), (2, good.model_copy(update={"seed": 9}))):
         alone = bench.train(config, tmp_path / f"alone{row}")
         torch.testing.assert_close(phi[row], alone.phi[0], rtol=0, atol=1e-5)
@@ -113,7 +113,7 @@ def test_one_bad_edit_skips_the_steps_of_the_rows_that_meet_it(bench: Bench, tmp
     edits = [replace(bench.edits[0], reference=(math.nan, 0.0)), *bench.edits[1:]]
     configs = [round_config(), round_config(step={"lambda": 0.0}), round_config().model_copy(update={"seed": 4})]
     _, found = together(bench, configs, tmp_path, edits=edits)
-    assert [sum(c["skipped"] for c in curves) for curves in found] == [3, 0, 3]  # without DPO it is no bad edit
+    assert [sum(c["skipped"] for c in curves) for curves in found] == [3, 0, 3]  # without DPO it is not a bad edit
     assert [c["skipped"] for c in found[0]] != [c["skipped"] for c in found[2]]  # each in its own order
 
 
@@ -142,7 +142,7 @@ def test_settings_that_a_pack_would_mix_are_refused(bench: Bench, tmp_path: Path
 
 
 def test_every_field_of_a_step_is_each_row_s_own_or_compared() -> None:
-    """A field that is added later is compared unless it is named as a row's own."""
+    """A field added later is compared unless it is listed in PER_ROW."""
     other: dict[str, Any] = {
         "pcgrad": "off",
         "scope": "microbatch",
@@ -153,7 +153,7 @@ def test_every_field_of_a_step_is_each_row_s_own_or_compared() -> None:
         "reuse": 0.5,
     }
     assert {*other, *PER_ROW} == StepConfig.model_fields.keys()
-    before = {"microbatch": {"scope": "microbatch"}, "reuse": {"perturb_every": 2}}  # without which they do nothing
+    before = {"microbatch": {"scope": "microbatch"}, "reuse": {"perturb_every": 2}}  # they have no effect without these
     for name, value in other.items():
         plain = StepConfig.model_validate(before.get(name, {}))
         with pytest.raises(CorsaError):
@@ -186,7 +186,7 @@ def tasks_of(*methods: str, **corsa: Any) -> list[Task]:
 
 
 def packs(tasks: list[Task], most: int) -> list[list[str]]:
-    """Which methods are trained together, in the order they are."""
+    """Which methods are trained together, in training order."""
     found = []
     while tasks:
         members = _together(tasks, {}, most)
@@ -216,7 +216,7 @@ def test_methods_in_packs_end_as_they_do_alone(bench: Bench, tmp_path: Path) -> 
     """What `--methods lora,corsa,corsa-no-pcgrad --pack 3` trains."""
     named = {task.name.split("/")[1]: round_config(step=task.config.step.canonical()) for task in tasks_of(*EVERY[:3])}
     ends: dict[str, Tensor] = {}
-    edits = with_reference(tiny_model(), triplets(7))  # all of them in conflict: without PCGrad it is another adapter
+    edits = with_reference(tiny_model(), triplets(7))  # all in conflict: without PCGrad the adapter differs
     for members in packs(tasks_of(*EVERY[:3]), 3):
         phi, _ = together(bench, [named[method] for method in members], tmp_path / members[0], edits=edits)
         ends |= dict(zip(members, phi, strict=True))
@@ -233,7 +233,7 @@ def test_methods_in_packs_end_as_they_do_alone(bench: Bench, tmp_path: Path) -> 
 
 
 class LostError(Exception):
-    """What ends a pack in the middle."""
+    """The exception that interrupts a pack."""
 
 
 def test_a_pack_goes_on_from_its_checkpoints_even_where_one_is_ahead(bench: Bench, tmp_path: Path) -> None:
@@ -248,7 +248,7 @@ def test_a_pack_goes_on_from_its_checkpoints_even_where_one_is_ahead(bench: Benc
         together(bench, configs, tmp_path / "lost", post=stop, checkpoint_every=2)
     round_runs = [RoundRun(configs[1], (Store(tmp_path / "lost"), "partial/1"))]
     context = bench.context(Placement(checkpoint_every=1))
-    with pytest.raises(LostError):  # the second round alone gets a step further
+    with pytest.raises(LostError):  # only the second round gets one step further
         train_together(round_runs, bench.edits, bench.loaded, context, lambda line: stop({"step": line["step"] - 1}))
     phi, found = together(bench, configs, tmp_path / "lost", checkpoint_every=2)
     torch.testing.assert_close(phi, expected, rtol=0, atol=1e-5)

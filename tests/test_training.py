@@ -1,4 +1,4 @@
-"""The training of a round: alone and in a group, in parts of any size, interrupted, and gone wrong."""
+"""The training of a round: alone and in a group, in parts of any size, with interruptions and failures."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[subprocess.
 
 @pytest.fixture(scope="module")
 def found(group: list[subprocess.Popen[str]]) -> list[dict[str, Any]]:
-    """What each of the two workers ended with."""
+    """The final state of each of the two workers."""
     for worker in group:
         said = worker.communicate(timeout=240)[0]
         assert worker.returncode == 0, said
@@ -76,7 +76,7 @@ def bench(group: list[subprocess.Popen[str]]) -> Bench:
 
 @pytest.fixture(scope="module")
 def alone(bench: Bench, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Trained]:
-    """How one process ends the same rounds."""
+    """The results of the same rounds on one process."""
     return {name: bench.train(config, tmp_path_factory.mktemp("alone")) for name, config in ROUNDS.items()}
 
 
@@ -111,9 +111,7 @@ def test_order_follows_from_seed_round_and_epoch() -> None:
 
 @pytest.mark.parametrize("scope", ["step", "microbatch"])
 def test_workers_share_a_batch_out_and_nothing_twice(scope: str) -> None:
-    """The parts of any number of workers are together the batch, which they do not change; a perturbation's edits
-    stay together.
-    """
+    """The parts of any number of workers together are the unchanged batch. A perturbation's edits stay together."""
     step = StepConfig.model_validate({"scope": scope, "microbatch": 3})
     for chosen in batch_order(33, 16, seed=1, round_=1, epoch=0):
         units = {tuple(part) for part in _own_parts(chosen, step, WorkerGroup(0, 1, CPU))}
@@ -212,11 +210,11 @@ def test_a_micro_batch_holds_neighbours_in_length(bench: Bench) -> None:
 
 
 class LostError(Exception):
-    """What ends a round in the middle."""
+    """The exception that interrupts a round."""
 
 
 def interrupted(bench: Bench, folder: Path, at: int, every: int) -> None:
-    """Train until step `at` has been posted, with a checkpoint after every so many steps."""
+    """Trains until step `at` has been posted, with a checkpoint after every `every` steps."""
 
     def post(line: dict[str, Any]) -> None:
         if line["step"] == at:
@@ -230,7 +228,7 @@ def interrupted(bench: Bench, folder: Path, at: int, every: int) -> None:
 def test_an_interrupted_round_ends_as_an_undisturbed_one(
     bench: Bench, alone: dict[str, Trained], tmp_path: Path, at: int, every: int
 ) -> None:
-    """In the middle of an epoch, at its end, after the last checkpoint but one, and before the first."""
+    """Interrupts in the middle of an epoch, at its end, after the second-last checkpoint, and before the first one."""
     undisturbed = alone["fewer edits than workers"]
     interrupted(bench, tmp_path, at, every)
     steps: list[int] = []
@@ -281,7 +279,9 @@ def test_a_damaged_checkpoint_starts_over_and_says_so(
         "garbage": b"no checkpoint" * 100,
         "truncated": whole[: len(whole) // 2],
         "zeros": bytes(len(whole)),
-        "one bit": whole[:500] + bytes([whole[500] ^ 1]) + whole[501:],  # among the numbers: still good safetensors
+        "one bit": whole[:500]
+        + bytes([whole[500] ^ 1])
+        + whole[501:],  # in the data: the file is still valid safetensors
     }
     file.write_bytes(contents[damage])
     steps: list[int] = []
@@ -353,7 +353,7 @@ def test_each_round_has_a_fresh_optimizer_with_the_stated_settings(
         assert clip == 0.7
 
 
-# What the loop shows
+# Curves of the loop
 
 
 def test_curves_fit_their_table_and_tell_of_every_step(alone: dict[str, Trained]) -> None:
@@ -379,7 +379,7 @@ def test_progress_is_posted_after_every_step(bench: Bench, tmp_path: Path) -> No
     assert all(line["eta_s"] > 0 and math.isfinite(line["loss"]) for line in lines[:-1])
 
 
-# What goes wrong
+# Failures
 
 
 def test_steps_that_are_not_finite_are_skipped_and_counted(bench: Bench, tmp_path: Path) -> None:
@@ -404,7 +404,7 @@ def test_a_round_stops_after_too_many_of_them(bench: Bench, tmp_path: Path) -> N
 
 
 def test_one_bad_step_leaves_no_trace_in_the_others(bench: Bench, tmp_path: Path) -> None:
-    """Moments and phi after a skipped step are those before it."""
+    """A skipped step changes neither the moments nor phi."""
     seen: list[torch.Tensor] = []
     bench.train(
         round_config(),
@@ -469,7 +469,7 @@ def test_token_table_without_edits() -> None:
 
 
 def test_token_table_is_compact() -> None:
-    """An edit of a hundred tokens takes no more than half of 1 KB in the arrays; the rest is for its id."""
+    """An edit of a hundred tokens takes at most half of 1 KB in the arrays; the other half is for its id."""
     many = [{"id": f"counterfact/{i}", "prompt": [1] * 60, "new": [2] * 20, "old": [3] * 20} for i in range(500)]
     many = [row | {"reference_new": 0.0, "reference_old": 0.0} for row in many]
     table = TokenTable([pa.Table.from_pylist(many, schema=REFERENCE)])

@@ -1,4 +1,4 @@
-"""The space of a sweep and its study, without a cluster: what is suggested, what is kept, what is refused."""
+"""The space of a sweep and its study, without a cluster: suggestions, stored trials, refusals."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ def test_the_first_trials_are_the_default_and_its_control(tmp_path: Path) -> Non
         ({"rho": "0.1:0.5"}, {"rho": 0.05}),  # below the range
         ({"rho": "0|0.1:0.5"}, {"rho": 0.05}),  # below the range, and not its 0
         ({"rho": "0.1:0.5"}, {"rho": 0.0}),  # not on its log scale
-        ({"learning_rate": "1e-5:1e-3"}, {"learning_rate": 1.23456e-4}),  # with more digits than are drawn
+        ({"learning_rate": "1e-5:1e-3"}, {"learning_rate": 1.23456e-4}),  # with more digits than sampled values have
         ({"rank": "4:16"}, {"rank": 32}),
         ({"lambda": "2,4"}, {"lambda": 1.0}),
     ],
@@ -164,7 +164,7 @@ def test_the_default_is_tried_once_wherever_it_lies(
 
 
 def test_a_suggestion_that_was_cut_off_is_made_again(tmp_path: Path) -> None:
-    """Optuna writes a trial and each of its values by themselves: a kill in between leaves a trial without them."""
+    """Optuna writes a trial and each of its values separately: a kill in between leaves a trial without values."""
     made = study(tmp_path)
     first = ask(made)
     made.study.ask({"lambda": optuna.distributions.FloatDistribution(0.1, 10, log=True)})
@@ -186,7 +186,7 @@ def test_a_rung_is_as_long_as_a_start_is_worth() -> None:
     found, said = rung_of(cast(Any, config), experiment, [trial(24.0, 10.0)])
     assert (found, "a start takes 12.0 s, an epoch 1.00 s" in said) == (10, True)
     assert rung_of(cast(Any, config), experiment, [trial(16.0, 10.0)])[0] == 4
-    # Found in the store, a trial takes no time: another shows what a start is, or the usual one is taken.
+    # A trial found in the store takes no time: another trial gives the start time, or the default is used.
     assert rung_of(cast(Any, config), experiment, [trial(0.2, 10.0), trial(15.0, 10.0)])[0] == 3
     assert rung_of(cast(Any, config), experiment, [trial(0.2, 100.0)])[0] == 2
     assert rung_of(cast(Any, config), experiment, [])[0] == 1
@@ -247,7 +247,7 @@ def test_a_study_of_another_space_is_refused_with_the_difference(tmp_path: Path)
     with pytest.raises(CorsaError) as refused:
         study(tmp_path, rho="0.01:0.2")
     assert "space.rho: 0.01:0.1 then, 0.01:0.2 now" in str(refused.value)
-    study(tmp_path, "other", rho="0.01:0.2")  # under a name of its own it is welcome
+    study(tmp_path, "other", rho="0.01:0.2")  # under another name it is accepted
 
 
 def test_plain_optuna_reads_the_study(tmp_path: Path) -> None:

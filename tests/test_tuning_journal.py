@@ -1,4 +1,4 @@
-"""A sweep's journal after a full disk, a lost node, or a hand that edited it."""
+"""A sweep's journal after a full disk, a lost node, or a manual change."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from corsa.tuning.study import SweepStudy
 
 @pytest.fixture
 def journal(tmp_path: Path) -> Path:
-    """That of a study with three trials."""
+    """The journal of a study with three trials."""
     made = study(tmp_path)
     for _ in range(3):
         ask(made)
@@ -54,7 +54,7 @@ def test_a_journal_cut_anywhere_in_its_last_line_goes_on_without_it(journal: Pat
     assert len(settings) >= 2
     number, setting = ask(made)
     assert setting not in settings
-    again = study(tmp_path)  # what was added since is read
+    again = study(tmp_path)  # later entries are read
     assert again.setting(again.study.trials[number]) == setting
 
 
@@ -81,7 +81,7 @@ def test_a_broken_line_in_the_middle_is_named(journal: Path, tmp_path: Path, lin
         study(tmp_path)
     assert f"the journal {journal} is broken in line {line} of {count}: bring it back" in str(caught.value)
     assert journal.read_bytes() == b"\n".join(lines)
-    journal.write_bytes(b"\n".join(lines)[:-3])  # cut as well
+    journal.write_bytes(b"\n".join(lines)[:-3])  # truncated too
     with pytest.raises(CorsaError, match=f"broken in line {line} of"):
         study(tmp_path)
 

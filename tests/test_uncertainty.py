@@ -1,4 +1,4 @@
-"""Intervals, tests and verdicts against simulations whose truth is known, and against other implementations."""
+"""Intervals, tests and verdicts, compared with simulations of known truth and with other implementations."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from corsa.evaluation.verdicts import comparison, judged, planned_pairs
 from corsa.planning.power import assumed, needs
 from corsa.report.findings import findings
 
-# Runs that are simulated: a wording is right where a fact's level, a run's level and chance together are above 0.
+# Simulated runs: a wording is right if the sum of a fact's level, a run's level and noise is above 0.
 
 LEVEL, FACT, CELL = 0.3, 1.0, 0.5
 """Mean level, its standard deviation over facts, and that of one fact in one run."""
@@ -41,7 +41,7 @@ LEVEL, FACT, CELL = 0.3, 1.0, 0.5
 
 @cache
 def between_runs(points: float, variance: float) -> float:
-    """The standard deviation of a run's level that moves its share of right answers by so many points (SD)."""
+    """The standard deviation of a run's level that varies its share of right answers by the given points (SD)."""
     nodes, weights = hermegauss(40)
     weights = weights / weights.sum()
 
@@ -64,7 +64,7 @@ class Simulated:
         return Sums(self.right[:, method], self.asked[:, method])
 
     def forgotten(self, random: np.random.Generator) -> list[Sums]:
-        """Of what is right, a share is lost: a ratio whose denominator is drawn as well."""
+        """A share of the right answers is lost: a ratio with a random denominator."""
         lost = random.binomial(self.right.astype(int), ndtr(random.normal(-1, 0.3, self.right.shape)))
         return [Sums(lost[:, method].astype(float), self.right[:, method]) for method in range(lost.shape[1])]
 
@@ -80,8 +80,8 @@ def simulated(
     alike: float = 0.0,
     own: float = 0.0,
 ) -> Simulated:
-    """Methods that are equal: their runs differ by `points` (SD). `alike`: share of that variance that methods have in
-    common where the seed is the same. `own`: SD over facts of a method's own level. Facts have one to three wordings.
+    """Equal methods whose runs differ by `points` (SD). `alike`: share of that variance that methods with the same seed
+    have in common. `own`: SD over facts of a method's own level. Facts have one to three wordings.
     """
 
     def normal(*shape: int) -> np.ndarray:
@@ -123,21 +123,21 @@ def test_equal_methods_differ_in_5_percent_and_intervals_cover_in_95(facts: int,
 @pytest.mark.parametrize("points", [0, 2, 5])
 @pytest.mark.parametrize("seeds", [3, 5])
 def test_a_ratio_over_what_was_learnt_holds_its_level(seeds: int, points: int) -> None:
-    """Forgetting, between methods that also differ from fact to fact."""
+    """Forgetting, for methods that also differ from fact to fact."""
     random = np.random.default_rng([seeds, points])
     a, b = simulated(random, 2000, facts=100, seeds=seeds, points=points, own=0.4).forgotten(random)
     assert 0.03 <= np.mean(contrast(a, b).p() < 0.05) <= 0.07
 
 
 def test_facts_alone_would_not_do() -> None:
-    """The fault that this guards against: seeds pooled within a fact, and facts taken as all there is of chance."""
+    """The error to avoid: pooling seeds within a fact, and treating facts as the only source of variance."""
     runs = simulated(np.random.default_rng(1), 400, facts=1000, seeds=3, points=5)
     pooled = [Sums(*(part.sum(-1, keepdims=True) for part in runs.of(method))) for method in (0, 1)]
     assert np.mean(contrast(*pooled).p() < 0.05) > 0.4
 
 
 def test_the_variance_is_that_of_the_two_way_table() -> None:
-    """Against the mean squares written out, and with one seed against scipy's t tests."""
+    """Compared with the mean squares written out, and for one seed with scipy's t tests."""
     random = np.random.default_rng(2)
     table = random.normal(size=(9, 4)) + random.normal(size=(9, 1)) + random.normal(size=4)
     facts, seeds = table.shape
@@ -163,7 +163,7 @@ def test_the_variance_is_that_of_the_two_way_table() -> None:
 
 
 def test_seeds_alone_give_students_t_over_seeds() -> None:
-    """Where facts and runs add nothing else, three runs are three numbers: both p are Student's."""
+    """If only runs vary, three runs are three numbers: both p values are Student's."""
     run = np.array([0.1, 0.3, 0.2])
     table = np.tile(run, (50, 1))
     found = estimate(Sums(table, np.ones_like(table)))
@@ -198,7 +198,7 @@ def all_alike(facts: int, seeds: int, value: float) -> Sums:
 @pytest.mark.parametrize(("a", "b"), [(1.0, 1.0), (0.0, 0.0), (1.0, 0.0), (0.0, 1.0)])
 def test_where_all_facts_are_alike_the_difference_still_has_an_interval(a: float, b: float) -> None:
     found = difference(all_alike(8, 3, a), all_alike(8, 3, b), share=True)
-    bound = 1 - 0.025 ** (1 / 8)  # of how many facts may behave otherwise, after none of eight did
+    bound = 1 - 0.025 ** (1 / 8)  # the share of facts that may behave differently, after none of eight did
     assert found.value == a - b
     expected = (a - b - bound * (1 + abs(a - b)), a - b + bound * (1 + abs(a - b)))
     assert (found.low, found.high) == pytest.approx((max(-1, expected[0]), min(1, expected[1])))
@@ -217,11 +217,11 @@ def test_near_0_and_1_an_interval_of_a_share_stays_within_and_covers(share: floa
         assert low >= 0
         assert high <= 1
         covered.append(low <= share <= high)
-    assert 0.92 <= np.mean(covered) <= 0.985  # whole answers come in steps: the level cannot be met exactly
+    assert 0.92 <= np.mean(covered) <= 0.985  # answers are counted in whole numbers: the level cannot be met exactly
 
 
 def test_seeds_that_agree_by_coincidence_are_no_proof() -> None:
-    """Each of three runs wins one more fact than it loses: no spread between seeds, and not much of a difference."""
+    """Each of three runs wins one more fact than it loses: no spread between seeds, and a small difference."""
     gains = np.zeros((6, 3))
     gains[[0, 1, 2], [0, 1, 2]] = 1.0
     found = difference(Sums(gains, np.ones((6, 3))), Sums(np.zeros((6, 3)), np.ones((6, 3))), share=True)
@@ -236,14 +236,14 @@ PRIMARY = ("efficacy", "forgetting")
 
 
 class Report(NamedTuple):
-    """What `findings` reads of a report."""
+    """The part of a report that `findings` reads."""
 
     metrics: dict[str, Any]
     entries: list[dict[str, Any]]
 
 
 def report(numbers: dict[str, Sequence[Sums]], primary: Sequence[str] = PRIMARY) -> Report:
-    """A report on methods, made by the functions that `corsa.evaluation.metrics` makes it by."""
+    """A report on methods, made with the functions that `corsa.evaluation.metrics` uses."""
     pairs = planned_pairs(METHODS)
     made = []
     for a, b in pairs:
@@ -266,7 +266,7 @@ def report(numbers: dict[str, Sequence[Sums]], primary: Sequence[str] = PRIMARY)
 def test_a_report_on_six_equal_methods_claims_something_in_at_most_5_percent(
     monkeypatch: pytest.MonkeyPatch, facts: int, seeds: int, points: int
 ) -> None:
-    monkeypatch.setattr(verdicts, "detectable", lambda found, tests: None)  # most of the time, and no verdict
+    monkeypatch.setattr(verdicts, "detectable", lambda found, tests: None)  # most of the time, without a verdict
     random = np.random.default_rng([facts, seeds, points])
     times, claims = 300, 0
     runs = simulated(random, times, facts=facts, seeds=seeds, points=points, methods=6, own=0.3)
@@ -293,7 +293,7 @@ def test_a_real_difference_among_six_methods_is_found_and_no_other() -> None:
 
 
 def test_holm_is_the_step_down_method() -> None:
-    """Against the rule as it is stated: reject the smallest while p <= level / (tests left)."""
+    """Compared with the rule as published: reject the smallest while p <= level / (tests left)."""
     random = np.random.default_rng(9)
     for _ in range(50):
         ps = random.random(7) ** 3
@@ -313,11 +313,11 @@ def test_the_pairs_a_report_is_about() -> None:
     assert planned_pairs(settings) == [("lora sum", "corsa sum"), ("lora ties", "corsa ties")]
 
 
-# What a run could have shown
+# What a run could have detected
 
 
 def shifted(random: np.random.Generator, spread: Spread, facts: int, seeds: int, by: float) -> Estimate:
-    """2,000 differences of methods that differ by `by`."""
+    """2,000 simulated differences of methods that differ by `by`."""
     shape = (2000, facts, seeds)
     table = by + np.sqrt(spread.rest) * random.standard_normal(shape)
     table += np.sqrt(spread.fact) * random.standard_normal((2000, facts, 1))
@@ -349,14 +349,14 @@ def test_where_all_facts_are_alike_a_sign_test_says_what_would_have_shown() -> N
 
 
 def facts_needed(points: float, spread: Spread, tests: int = 1) -> dict[int, int]:
-    """Facts by number of seeds, where any number is enough."""
+    """Facts needed, by number of seeds; without entries that no number of facts can satisfy."""
     return {need.seeds: need.facts for need in needs(points, spread, tests) if need.facts is not None}
 
 
 def test_facts_and_seeds_for_a_difference() -> None:
     spread = assumed(0.02).spread
     found = facts_needed(5, spread)
-    assert set(found) == {5, 8, 10}  # two points from run to run: with three seeds no number of facts is enough
+    assert set(found) == {5, 8, 10}  # two points SD between runs: with three seeds no number of facts is enough
     assert found[10] < found[8] < found[5]
     for seeds, facts in found.items():
         assert detectable(designed(spread, facts, seeds)) <= 0.05

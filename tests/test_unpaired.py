@@ -1,4 +1,4 @@
-"""Edits without an old answer: L_SFT teaches them, L_DPO leaves them out and is a mean over the others."""
+"""Edits without an old answer: L_SFT includes them; L_DPO omits them and is a mean over the others."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def test_dpo_is_a_mean_over_the_edits_with_an_old_answer(micro_batch: int) -> No
     mixed = found(bench, edits, micro_batch=micro_batch)
     whole = found(bench, bench.edits)
     paired = found(bench, [bench.edits[0], bench.edits[3]])
-    torch.testing.assert_close(mixed.g[0], whole.g[0], rtol=1e-4, atol=1e-6)  # L_SFT: of all
-    torch.testing.assert_close(mixed.g[1], paired.g[1], rtol=1e-4, atol=1e-6)  # L_DPO: of the pairs
+    torch.testing.assert_close(mixed.g[0], whole.g[0], rtol=1e-4, atol=1e-6)  # L_SFT: all edits
+    torch.testing.assert_close(mixed.g[1], paired.g[1], rtol=1e-4, atol=1e-6)  # L_DPO: the pairs
     torch.testing.assert_close(mixed.sums[1], paired.sums[1], rtol=1e-5, atol=1e-6)
 
 

@@ -1,4 +1,4 @@
-"""What counts as using an update: programs that only look whether it is there do not count."""
+"""What counts as using an update: a program that only checks whether the update exists does not count."""
 # ruff: noqa: E501 (programs and messages as they are)
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def test_a_program_that_looks_for_the_update_does_not_use_it(problem: Problem) -
     assert set(with_update.values()) == {"passed"}, with_update
     (found,) = tried(rows, {problem.id: problem.update}, updates=True)
     assert dict(zip(texts, found.right, strict=True)) == {name: name == "the reference" for name in texts}
-    assert {row["detail"] for row in rows[3::2]} == {"", UNUSED}  # "": passes without the update, as it is
+    assert {row["detail"] for row in rows[3::2]} == {"", UNUSED}  # "": passes without the update, unchanged
 
 
 def test_mutants_differ_in_their_results_alone(problem: Problem) -> None:
@@ -89,7 +89,7 @@ def test_mutants_differ_in_their_results_alone(problem: Problem) -> None:
 
 
 def installed(before: str) -> FunctionType:
-    """The function of an update, which is taken off again."""
+    """Adds the function of an update, and removes it afterwards."""
     namespace: dict = {}
     exec(before, namespace)
     math.sin = namespace["old_sin"]
@@ -97,7 +97,7 @@ def installed(before: str) -> FunctionType:
 
 
 def test_nothing_is_said_where_no_mutant_fails(problem: Problem) -> None:
-    """A verdict of the program's own decides then, as published."""
+    """The program's own verdict then decides, as published."""
 
     def always(programs: list[Program]) -> list[Verdict]:
         return [Verdict("failed" if "old_sin(x if" not in p.before else "passed", tests={"t": ""}) for p in programs]

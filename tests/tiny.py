@@ -1,6 +1,6 @@
-"""Models of two layers, edits of a few tokens, and rounds made of them: what the tests of the method are run on.
+"""Models of two layers, edits of a few tokens, and rounds made of them, for the tests of the method.
 
-Run as `python tiny.py RANK WORKERS FOLDER`, it is one worker of a gloo group that trains every one of `ROUNDS`.
+`python tiny.py RANK WORKERS FOLDER` is one worker of a gloo group that trains all of `ROUNDS`.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ LORA = LoraConfig(rank=4, alpha=8.0)
 
 
 def tiny_model(family: str = "llama", vocabulary: int = 1024, **change: Any) -> PreTrainedModel:
-    """A frozen model with random weights ten times as large as they begin by default: attention and positions then
-    matter. (Gemma's embeddings remain: it multiplies them itself.) Its small vocabulary makes a step cheap; `change`
-    is to the shape.
+    """A frozen model with random weights, ten times larger than the default initial values, so that attention and
+    positions matter. (Gemma's embeddings keep their size: Gemma multiplies them itself.) Its small vocabulary makes a
+    step cheap. `change` overrides the shape.
     """
     shape = {**ARCHITECTURES[f"tiny-{family}"], "vocab_size": vocabulary, **change}
     architecture = AutoConfig.for_model(shape.pop("model_type"), **shape)
@@ -56,9 +56,9 @@ def tiny_model(family: str = "llama", vocabulary: int = 1024, **change: Any) -> 
 
 
 def triplets(count: int, *, seed: int = 4, opposed: int = 1, long: Sequence[int] = ()) -> list[Triplet]:
-    """Random edits without a reference. In one of every `opposed` the old answer is the new one with more end tokens:
-    L_SFT raises the end token, L_DPO lowers it, so they are in conflict. Those of `long` have answers too long to be
-    packed.
+    """Random edits without a reference. In one of every `opposed` edits the old answer is the new one with more end
+    tokens: L_SFT raises the end token, L_DPO lowers it, so they conflict. Edits in `long` have answers too long to
+    be packed.
     """
     random = np.random.default_rng(seed)
 
@@ -89,7 +89,7 @@ def reference_of(edits: Sequence[Triplet]) -> Tensor:
 
 
 def shaken(lora: Lora, size: float = 0.1, seed: int = 1) -> Lora:
-    """With all of phi moved away from its initial values, so that no factor is zero."""
+    """LoRA with all of phi moved away from its initial values, so that no factor is zero."""
     noise = torch.randn(lora.phi.shape, generator=torch.Generator().manual_seed(seed))
     with torch.no_grad():
         lora.phi.add_(size * noise)
@@ -111,7 +111,7 @@ def round_config(*, step: dict[str, Any] | None = None, **training: Any) -> Roun
 
 @dataclass
 class Trained:
-    """How a round ended."""
+    """The result of a round."""
 
     phi: Tensor
     curves: list[dict[str, Any]]
@@ -167,12 +167,12 @@ ROUNDS = {
 
 @dataclass(frozen=True)
 class Mortal(WorkerGroup):
-    """Workers that all break down at the same sum: one for gradients and losses each, twice a step."""
+    """Workers that all fail at the same all-reduce. Gradients and losses each have one, twice a step."""
 
     sums: int = 10**9
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """The sum, until there have been too many."""
+        """The sum; fails after `sums` of them."""
         if self.sums <= 0:
             raise ConnectionError("a worker was lost")
         object.__setattr__(self, "sums", self.sums - 1)
@@ -180,12 +180,12 @@ class Mortal(WorkerGroup):
 
 
 def with_one_bad_reference(edits: Sequence[Triplet]) -> list[Triplet]:
-    """The first edit's loss is not a number: in every epoch one step has to be skipped."""
+    """The first edit's loss is NaN: one step in every epoch must be skipped."""
     return [replace(edits[0], reference=(math.nan, 0.0)), *edits[1:]]
 
 
 def work(rank: int, workers: int, folder: Path) -> None:
-    """What one worker of the group does; each leaves what it found in a file of its own."""
+    """The work of one worker of the group. Each worker writes its results to a separate file."""
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=workers)
     group = WorkerGroup.join(Placement(threads=1))
     bench = Bench(triplets(EDITS), group)

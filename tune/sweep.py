@@ -1,12 +1,12 @@
-"""A sweep over lambda, rho and beta: Ray Tune runs the trials that an Optuna study in the store suggests.
+"""Sweeps lambda, rho and beta: Ray Tune runs the trials that an Optuna study in the store suggests.
 
     python tune/sweep.py --model M --benchmark counterfact --data counterfact.json --trials 32
     python tune/sweep.py --space.rho "0|0.01:0.3" --space.lambda 0.5,1,2 --objectives generality,forgetting --rounds 3
     python tune/sweep.py --sampler grid --trials 13       # shares the results of pipelines/sensitivity.py
     python tune/sweep.py ... --confirm 3                  # best against default, on facts that no trial has seen
 
-Trials are judged on a development split: the first `--development` facts from `--offset`. What is reported begins after
-them, and best.yaml, for `--config`, says so.
+Trials are scored on a development split: the first `--development` facts from `--offset`. Reported results use later
+facts only; best.yaml, for `--config`, sets this.
 """
 
 from __future__ import annotations
@@ -33,36 +33,44 @@ HEADLINES = ("edit_success", "generality", "forgetting", "retention", "neighborh
 
 
 class Sweep(Experiment):
-    """What is searched, how, and by what it is judged."""
+    """The search space, the search method and the objectives."""
 
     space: Space = Space()
-    trials: int = Field(default=32, ge=1, description="trials in all, those of an earlier run of the study included")
-    development: int = Field(default=64, ge=1, description="facts that trials are taught and asked; never reported")
+    trials: int = Field(
+        default=32, ge=1, description="total number of trials, including those of an earlier run of the study"
+    )
+    development: int = Field(
+        default=64, ge=1, description="number of facts that trials are taught and asked; never reported"
+    )
     objectives: Annotated[tuple[str, ...], listed(str, "M,M")] = Field(
-        default=("generality",), description="metrics of the evaluation; with two or more the result is a Pareto front"
+        default=("generality",), description="metrics to optimize; two or more give a Pareto front"
     )
     rounds: int = Field(
-        default=1, ge=1, description="rounds of the temporal scenario; the objective is that after the last"
+        default=1, ge=1, description="rounds of the temporal scenario; the last round gives the objective"
     )
-    update_share: Annotated[float, plain()] = Field(default=0.5, gt=0, lt=1, description="share of the chains revised")
+    update_share: Annotated[float, plain()] = Field(
+        default=0.5, gt=0, lt=1, description="share of the chains that are revised"
+    )
     sampler: Literal["tpe", "random", "grid"] = "tpe"
-    sampler_seed: int = Field(default=0, ge=0, description="of the suggestions")
-    stop: Literal["no", "asha", "median"] = Field(default="no", description="what stops a poor trial at an epoch's end")
+    sampler_seed: int = Field(default=0, ge=0, description="seed of the suggested trials")
+    stop: Literal["no", "asha", "median"] = Field(
+        default="no", description="rule that stops a poor trial at the end of an epoch"
+    )
     rung: int | None = Field(
         default=None,
         ge=1,
-        description="epochs between scores; by default what a worker group's start is worth, from the first trial",
+        description="epochs between scores; default: those that take as long as a worker group's start (first trial)",
     )
     study: str = Field(default="sweep", description="name of the study in the store")
     confirm: int = Field(
         default=0,
         ge=0,
-        description="compare best and default over so many seeds on --limit facts after the development split; "
-        "by default on as many as it has",
+        description="number of seeds that compare best and default on --limit facts after the development split; "
+        "default: as many facts as the split has",
     )
 
     def checked(self) -> Sweep:
-        """Itself, if what it asks for can be had; see `Experiment.checked`."""
+        """Checks the options and returns the sweep itself; see `Experiment.checked`."""
         from corsa.evaluation.metrics import METRICS
 
         super().checked()
@@ -83,10 +91,10 @@ class Sweep(Experiment):
 
 
 def placed(experiment: Sweep) -> Sweep:
-    """Itself, with the workers and the sharding that the plan of its largest trial asks for.
+    """The sweep with the workers and the sharding from the plan of its largest trial.
 
     Raises:
-        CorsaError: no group of the workers that were asked for can hold a trial.
+        CorsaError: no group of the requested workers can hold a trial.
     """
     from corsa.planning.preflight import in_question
 
@@ -102,7 +110,7 @@ def placed(experiment: Sweep) -> Sweep:
 
 
 def _refuse_what_cannot_be_confirmed(experiment: Sweep) -> None:
-    """Raises `CorsaError` before anything is searched where no fact is left to confirm the best setting on."""
+    """Raises `CorsaError` before the search if no facts are left to confirm the best setting on."""
     from corsa.data.benchmarks import read
 
     try:
@@ -122,11 +130,11 @@ def _refuse_what_cannot_be_confirmed(experiment: Sweep) -> None:
 
 
 def sweep(experiment: Sweep, command: str) -> Step:
-    """The sweep as one step: its trials are steps of their own, planned as results come in."""
+    """The sweep as one step. Its trials are separate steps, planned as results arrive."""
     taught = facts(experiment.model_copy(update={"limit": experiment.development}), experiment.rounds)
     rounds = RoundsConfig(rounds=experiment.rounds, update_share=experiment.update_share)
     if experiment.rounds == 1:
-        rounds = RoundsConfig(rounds=1)  # as the pipelines deal a single round
+        rounds = RoundsConfig(rounds=1)  # the same as a single round in the pipelines
     return swept(
         experiment,
         taught,
@@ -171,7 +179,7 @@ def confirmation(experiment: Sweep, best: dict[str, float], command: str) -> Ste
 
 
 def show(found: Artifact, console: Console) -> None:
-    """The best setting, and where the results are."""
+    """Prints the best setting and the paths of the results."""
     result = found.metrics
     values = ", ".join(f"{name} {value:.3f}" for name, value in result["objectives"].items())
     counts = f"{result['done']} finished, {result['stopped']} stopped early, {result['failed']} failed"
@@ -182,7 +190,7 @@ def show(found: Artifact, console: Console) -> None:
 
 
 def main() -> int:
-    """Run the sweep from the command line, and its confirmation if asked for."""
+    """Run the sweep from the command line, and its confirmation if --confirm is given."""
     program, console = "tune/sweep.py", Console()
     experiment = configure(Sweep(), sys.argv[1:], program=program, description=__doc__ or "")
     experiment.checked()

@@ -1,4 +1,4 @@
-"""What a machine has and lacks for this project, each finding with its remedy."""
+"""Checks whether a machine can run this project, and names a remedy for each problem."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from packaging.requirements import Requirement
 from corsa.errors import CorsaError
 
 TESTED = {"torch": "2.13", "ray": "2.60", "transformers": "5.23", "peft": "0.21", "deepspeed": "0.19", "datasets": "5"}
-"""Versions that the tests run with, to the part that matters."""
+"""Versions that the tests run with, as prefixes."""
 
 _ROOM = 10 * 2**30  # bytes: a small model, its adapters and checkpoints
 
 
 class Finding(NamedTuple):
-    """One thing looked at. `remedy` is blank where nothing has to be done."""
+    """The result of one check. `remedy` is empty if there is nothing to do."""
 
     what: str
     state: Literal["ok", "note", "fault"]
@@ -31,7 +31,7 @@ class Finding(NamedTuple):
 
 
 def examine(storage: str, model: str) -> list[Finding]:
-    """Look at everything; what breaks while it is looked at is a fault with its cause."""
+    """Runs all checks. A check that raises an exception becomes a fault with its cause."""
     looks: dict[str, Callable[[], Iterator[Finding]]] = {
         "Python": _python,
         "versions": _versions,
@@ -47,7 +47,7 @@ def examine(storage: str, model: str) -> list[Finding]:
     for name, look in looks.items():
         try:
             found += look()
-        except Exception as error:  # a broken installation breaks in any way
+        except Exception as error:  # a broken installation can raise anything
             remedy = "install the project again: pip install -c constraints.txt -e ."
             found.append(Finding(name, "fault", f"{type(error).__name__}: {error}", remedy))
     return found
@@ -127,7 +127,7 @@ def _deepspeed() -> Iterator[Finding]:
     from importlib.util import find_spec
 
     if find_spec("deepspeed") is None:
-        return  # among the versions already
+        return  # `_versions` reports it
     compiler = shutil.which("nvcc") or shutil.which("c++") or shutil.which("g++")
     if compiler:
         yield Finding("DeepSpeed", "ok", f"compiler for its operators: {compiler}")

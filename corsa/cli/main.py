@@ -1,4 +1,4 @@
-"""The `corsa` command. Its subcommands are the modules of `corsa.cli.commands`; each is named once here."""
+"""The `corsa` command. Its subcommands are modules of `corsa.cli.commands`; importing one registers it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from corsa.errors import unknown_name
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Entry point. Returns the exit status, see `corsa.cli.commands.STATUSES`; an error is one line on stderr."""
+    """Entry point. Returns the exit status (`corsa.cli.commands.STATUSES`). Prints an error as one line on stderr."""
     if os.environ.get("NO_COLOR"):
         tyro._experimental_options["ansi_codes"] = False
     return answered(lambda: _command(list(sys.argv[1:] if args is None else args)))

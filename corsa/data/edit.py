@@ -1,7 +1,7 @@
-"""The Edit record: one fact to be changed, with the questions that show whether it was; and its Arrow schema.
+"""The Edit record: one fact to change, with the questions that test the change; and its Arrow schema.
 
 Every benchmark record and every fact of a user's file becomes this type (`corsa.data.benchmarks`). On disk it is a
-Parquet table of `EDIT_SCHEMA`, one row an edit.
+Parquet table of `EDIT_SCHEMA`, one row per edit.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Question = tuple[str, str, Sequence[str]]
 
 
 class FieldError(CorsaError):
-    """One field of one record is wrong. Who reads the record adds where it stands."""
+    """One field of one record is wrong. The reader of the file adds the position of the record."""
 
     def __init__(self, field: str, reason: str, remedy: str = "") -> None:
         super().__init__(field, reason, remedy)
@@ -43,7 +43,7 @@ class FieldError(CorsaError):
 
 
 class Probe(Frozen):
-    """A question asked of the edited model. Each wording is asked, and scored, on its own."""
+    """A question to the edited model. Each wording is asked and scored separately."""
 
     kind: Literal["edit", "paraphrase", "neighbor", "multihop", "history"]
     prompts: tuple[Text, ...] = Field(min_length=1, description="wordings of the question, without any template")
@@ -52,7 +52,7 @@ class Probe(Frozen):
 
 
 class Edit(Frozen):
-    """One fact to be changed: asked `prompt`, the model shall answer `target_new` and no longer `target_old`."""
+    """One fact to change: to `prompt`, the model should answer `target_new` and no longer `target_old`."""
 
     id: Text = Field(description="stable and unique, such as counterfact/4482; <chain>/<round> in chains")
     chain: Text = Field(
@@ -103,11 +103,11 @@ class Edit(Frozen):
         """An edit with its probes, in this order: the edit prompt, all `paraphrases` (one probe), each of `neighbors`,
         and `history` (wordings of the question for the former value; one probe).
 
-        Aliases that are blank, repeat the target or name the other target as well are left out: under the rule
-        `contains` a blank one would match any output, and an ambiguous one both targets.
+        Leaves out aliases that are blank, repeat the target, or also name the other target. Under the rule `contains`,
+        a blank alias would match any output, and an ambiguous alias would match both targets.
 
-        New and old answers that differ only in form (`corsa.data.text.same_text`) are the same and are refused. So is a
-        question that is already in a template.
+        Refuses new and old answers that differ only in form (`corsa.data.text.same_text`), and a question that is
+        already in a template.
 
         Raises FieldError for the first field that is not valid.
         """
@@ -157,8 +157,8 @@ class Edit(Frozen):
 
 
 def _readable(field: str, texts: Sequence[str], *, question: bool = False) -> None:
-    """Raises FieldError for a text that is none (`corsa.data.text.fault`), or for a question that stands in a template
-    already. What is blank, or no string, is left to the field itself.
+    """Raises FieldError for an invalid text (`corsa.data.text.fault`), or for a question that is already in a template.
+    Does not check blank texts and values that are not strings: the validation of the field does.
     """
     for text in texts:
         if not isinstance(text, str) or not text.strip():
@@ -171,8 +171,8 @@ def _readable(field: str, texts: Sequence[str], *, question: bool = False) -> No
 
 
 def _distinct(names: Sequence[str], *taken: str) -> list[str]:
-    """The names that are not blank and whose normal form is neither taken nor repeated, in their order."""
-    if not names:  # most have none, and a benchmark has some 10 neighbors an edit
+    """The names in their order, without blank ones and those whose folded form is in `taken` or repeated."""
+    if not names:  # fast path: most are empty, and a benchmark has about 10 neighbors per edit
         return []
     seen = {"", *map(folded, taken)}
     kept = []
@@ -184,7 +184,7 @@ def _distinct(names: Sequence[str], *taken: str) -> list[str]:
 
 
 def field_error(error: ValidationError) -> FieldError:
-    """The first fault that pydantic found, as field and reason in plain words."""
+    """The first error that pydantic found, as field and reason in plain words."""
     first = error.errors()[0]
     return FieldError(".".join(map(str, first["loc"])), _reason(first))
 
@@ -224,14 +224,14 @@ EDIT_SCHEMA = pa.schema(
 
 
 def to_table(edits: Iterable[Edit]) -> pa.Table:
-    """The edits as a table of `EDIT_SCHEMA`, one row an edit, in their order."""
+    """The edits as a table of `EDIT_SCHEMA`, one row per edit, in their order."""
     return pa.Table.from_pylist([edit.model_dump() for edit in edits], schema=EDIT_SCHEMA)
 
 
 def from_table(table: pa.Table) -> list[Edit]:
-    """The edits of a table that has the columns of `EDIT_SCHEMA` (and perhaps others), in its order.
+    """The edits of a table with the columns of `EDIT_SCHEMA`, in its order. Other columns are ignored.
 
-    Raises CorsaError where a column is missing or of another type, or a row is no valid edit.
+    Raises CorsaError if a column is missing or has another type, or if a row is not a valid edit.
     """
     missing = [name for name in EDIT_SCHEMA.names if name not in table.column_names]
     if missing:

@@ -1,7 +1,7 @@
 """Template paraphrases, used when the file gives only one wording of a fact.
 
-They keep the words that matter and change the words around them, so they are easier for a model than paraphrases
-written by people. A report says how many facts they were used for.
+They keep the content words and change the words around them, so they are easier for a model than paraphrases
+written by people. A report states for how many facts they were used.
 """
 
 from __future__ import annotations
@@ -34,5 +34,5 @@ def wordings(prompt: str) -> tuple[str, str, str]:
 
 
 def _lowered(prompt: str) -> str:
-    """The prompt with a first question word in lower case."""
+    """The prompt, with its first word in lower case if that is a question word or a preposition."""
     return prompt[0].lower() + prompt[1:] if _OPENING.match(prompt) else prompt

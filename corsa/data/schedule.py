@@ -25,7 +25,7 @@ def deal(edits: Sequence[Edit], config: RoundsConfig) -> pa.Table:
     """The schedule (`ROUNDS`) of these edits. Each round keeps the order of the benchmark.
 
     Raises:
-        CorsaError: fewer facts than rounds, where each round needs facts of its own.
+        CorsaError: there are fewer facts than rounds, and each round needs its own facts.
     """
     temporal = any(e.round > 1 for e in edits)
     rows = _temporal(edits, config) if temporal else _dealt_out(edits, config)
@@ -50,7 +50,7 @@ def _temporal(edits: Sequence[Edit], config: RoundsConfig) -> list[dict[str, Any
 
 
 def _dealt_out(edits: Sequence[Edit], config: RoundsConfig) -> list[dict[str, Any]]:
-    cases: dict[str, list[Edit]] = {}  # taught together, so never cut
+    cases: dict[str, list[Edit]] = {}  # edits of a case are taught together, so a case is never split
     for edit in edits:
         cases.setdefault(edit.case or edit.chain, []).append(edit)
     if len(cases) < config.rounds:

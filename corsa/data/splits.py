@@ -1,4 +1,4 @@
-"""Splits a benchmark into parts, one adapter each, and describes each part in words (paper, Table 8)."""
+"""Splits a benchmark into parts, one per adapter, and describes each part in words (paper, Table 8)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from corsa.data.edit import Edit
 from corsa.errors import CorsaError
 
 _LONGEST = 240
-"""Characters of a description: with ten parts they still fit into one prompt of a small model."""
+"""Maximum characters of a description, so that ten descriptions fit into one prompt of a small model."""
 
 
 def split(edits: Sequence[Edit], parts: int) -> list[list[Edit]]:
@@ -36,7 +36,7 @@ def split(edits: Sequence[Edit], parts: int) -> list[list[Edit]]:
 
 
 def describe(edits: Sequence[Edit]) -> str:
-    """One line about a part, made without a model: its relations, where they are words, and some subjects of each."""
+    """One line about a part, made without a model: its relations, if they are words, and some subjects of each."""
     subjects: dict[str, list[str]] = {}
     for edit in edits:
         if edit.subject:

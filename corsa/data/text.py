@@ -1,4 +1,4 @@
-"""The form of a text: what is stored, what counts as the same, and what is no text at all.
+"""Forms of a text: the stored form, the form for comparison, and which texts are invalid.
 
 One name can be written in several ways that look the same: with composed or combining accents, typographic or straight
 quotes, no-break or plain spaces. Text is stored in composed form (NFC) and compared in folded form.
@@ -10,13 +10,13 @@ import re
 import unicodedata
 
 _QUOTES = str.maketrans(dict.fromkeys("‘’‚‛ʼ‹›′`´", "'") | dict.fromkeys("“”„‟«»″", '"') | {"‐": "-", "‑": "-"})
-"""Typographic quotes and hyphens, and the plain character each stands for."""
+"""Maps typographic quotes and hyphens to plain characters."""
 
 _INVISIBLE_LETTERS = "\u034f\u115f\u1160\u2800\u3164\uffa0"
-"""Characters without an image that Unicode counts among letters, marks and symbols."""
+"""Invisible characters that Unicode classifies as letters, marks or symbols."""
 
 LONGEST = 100_000
-"""Characters of a question or an answer at most: they are bounded before they are tokenized."""
+"""Maximum number of characters of a question or an answer, checked before tokenization."""
 
 _SURROUNDING = " \t\n.,;:!?\"'()[]…。、，！？：；"
 
@@ -40,7 +40,7 @@ def composed(text: str) -> str:
 
 
 def folded(text: str) -> str:
-    r"""The text as it is compared: compatibility form (NFKC), case folded, plain quotes and spaces, nothing invisible.
+    r"""The form for comparison: NFKC, case folded, plain quotes and spaces, no invisible characters.
 
     >>> folded("  Zoe\u0308\u00a0 L\u2019Or ")
     "zoë l'or"
@@ -61,7 +61,7 @@ def same_text(first: str, second: str) -> bool:
 
 
 def bare(text: str) -> str:
-    """The folded text without surrounding punctuation: two wordings with the same bare text are one question.
+    """The folded text without surrounding punctuation. Wordings with the same bare text are the same question.
 
     >>> bare("Who leads Acme?") == bare("who leads  Acme")
     True
@@ -92,12 +92,12 @@ def fault(text: str) -> str | None:
 
 
 def visible(text: str) -> bool:
-    """Whether something of the text can be seen."""
+    """Whether the text has a visible character."""
     return not all(map(_blank, text))
 
 
 def invisible(text: str) -> bool:
-    """Whether the text holds characters that nobody sees; the joiners of emoji and of Persian and Indic words aside."""
+    """Whether the text contains invisible characters, except the joiners of emoji and of Persian and Indic words."""
     return not text.isascii() and any(
         c in _INVISIBLE_LETTERS or (unicodedata.category(c) == "Cf" and c not in "\u200c\u200d") for c in text
     )
@@ -119,7 +119,7 @@ def _blank(character: str) -> bool:
 
 
 _BLANK = ("Cc", "Cf", "Cn", "Cs", "Zs", "Zl", "Zp", "Mn")
-"""Categories of characters that show nothing by themselves; a combining mark needs a letter to stand on."""
+"""Categories of characters that are invisible alone, such as combining marks without a letter."""
 
 _TEMPLATE = re.compile(
     r"""\s* (?: (?:Q|Question|Human|User|Input) \s* :                                   # the beginning of a template
@@ -132,7 +132,7 @@ _TEMPLATE = re.compile(
 
 
 def templated(prompt: str) -> bool:
-    r"""Whether a prompt is in the form of a template already: it would be wrapped a second time.
+    r"""Whether a prompt is already in a template, so that a second template would be added.
 
     >>> [templated(text) for text in ("Q: Who leads Acme?\nA:", "Who leads Acme? Answer:", "Who leads Vitamin A:")]
     [True, True, False]

@@ -1,1 +1,1 @@
-"""The engineer's path: edit, undo, evaluate, export, the history of an adapter."""
+"""Edit, undo, evaluate, merge and push adapters, and keep the history of each."""

@@ -1,4 +1,4 @@
-"""The model card of an adapter: what people and the Hugging Face hub read of it (README.md)."""
+"""Writes the model card of an adapter (README.md), for readers and for the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _LONGEST = 500  # characters of one text
 
 
 def plain(text: str) -> str:
-    r"""A text as Markdown that shows it and nothing else: no HTML, image, link, mention, formula, heading or new cell.
+    r"""Escapes a text for Markdown, so that it makes no HTML, image, link, mention, formula, heading or new table cell.
 
     >>> print(plain("a|b <img src=x> ![](http://x) **c**"))
     a\|b \<img src=x\> \!\[\](http&#58;//x) \*\*c\*\*
@@ -43,10 +43,10 @@ def card(
 
     Args:
         model: the base model.
-        updates: the line, the last being this adapter's.
-        edits: the facts as they stand.
-        metrics: of the last round, {name: {label, value, edits, probes, ...}} as `corsa.evaluation.metrics` gives them.
-        settings: how it was trained, {name: value}.
+        updates: all updates of the line; the last one made this adapter.
+        edits: the latest edit of each fact.
+        metrics: of the last round, {name: {label, value, edits, probes, ...}}, from `corsa.evaluation.metrics`.
+        settings: training settings, {name: value}.
     """
     name = hub_name(model.name)
     hub = _HUB.fullmatch(name) is not None

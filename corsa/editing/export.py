@@ -1,4 +1,7 @@
-"""Writes the directory of an adapter after an update (`corsa.editing.history`): made aside, then moved into place."""
+"""Writes the directory of an adapter after an update (see `corsa.editing.history`).
+
+The files are written to a temporary directory, which is then renamed.
+"""
 
 from __future__ import annotations
 
@@ -22,10 +25,10 @@ from corsa.models.registry import hub_name
 
 
 def write(options: Teaching, plan: Plan, page: Artifact, store: Store) -> Path:
-    """The directory `options.out`: adapter, card, report, edits, answers and history.
+    """Writes the directory `options.out`: adapter, card, report, edits, answers and history.
 
     Raises:
-        CorsaError: it cannot be written.
+        CorsaError: the directory cannot be written.
     """
     out = Path(options.out).expanduser().absolute()
     trained = store.artifact(plan.round.fingerprint)
@@ -43,7 +46,7 @@ def write(options: Teaching, plan: Plan, page: Artifact, store: Store) -> Path:
         (aside / FILE).write_text(history.model_dump_json(indent=1) + "\n")
         (aside / "README.md").write_text(_card(options, plan, aside, history), encoding="utf-8")
         if out.exists():
-            shutil.rmtree(out)  # empty, or this update's own earlier result: `corsa.editing.plan.check_free`
+            shutil.rmtree(out)  # empty, or an earlier result of this update: `corsa.editing.plan.check_free`
         aside.replace(out)
     except OSError as error:
         raise CorsaError(
@@ -62,7 +65,7 @@ def headline(metrics: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _name_base(file: Path, plan: Plan) -> None:
-    """PEFT and the hub look for the base model by this name: an alias of this project would tell them nothing."""
+    """Writes the hub name of the base model: PEFT and the hub do not know the aliases of this project."""
     settings = json.loads(file.read_text())
     settings["base_model_name_or_path"] = hub_name(settings["base_model_name_or_path"])
     file.write_text(json.dumps(settings, indent=2) + "\n")
@@ -100,10 +103,10 @@ def _card(options: Teaching, plan: Plan, aside: Path, history: History) -> str:
 
 
 def roll_back(options: UndoOptions) -> Path:
-    """Bring the adapter after an earlier update of the line back, as it was written, into `options.out`.
+    """Copies the adapter of an earlier update of the line, unchanged, to `options.out`.
 
     Raises:
-        CorsaError: the line has no such update, or its directory is gone or holds something else by now.
+        CorsaError: the line has no such update, or its directory is gone or its contents have changed.
     """
     line = open_line(options.adapter)
     if options.edit:

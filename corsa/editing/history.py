@@ -1,13 +1,13 @@
-"""A line of updates: a PEFT directory that carries what it was taught, so that next month's facts go on top of it.
+"""A line of updates: a PEFT directory that records the facts it was taught, so that later updates build on them.
 
     adapter_config.json, adapter_model.safetensors    the adapter, as PEFT, transformers and vLLM load it
     README.md                                         its model card
-    report.html, metrics.json                         what took, what generalises, what else changed
+    report.html, metrics.json                         edit success, generality, side effects
     edits.parquet                                     every edit of the line; `round` is the update that taught it
-    predictions.parquet                               every answer so far: what was right when it was learnt
-    line.json                                         the base model, and one entry an update
+    predictions.parquet                               every answer so far; forgetting is measured against them
+    line.json                                         the base model, and one entry per update
 
-Imports neither torch nor ray: an update is planned from what is read here.
+Imports neither torch nor ray: planning an update needs only these files.
 """
 
 from __future__ import annotations
@@ -55,18 +55,18 @@ class Update(Frozen):
 
 
 class History(Frozen):
-    """What line.json holds."""
+    """The contents of line.json."""
 
     model_config = ConfigDict(extra="ignore")
 
     model: ModelConfig
-    lora: LoraConfig | None = None  # written since LoRA's targets can be chosen; before, every linear layer
+    lora: LoraConfig | None = None  # absent in older files: every linear layer
     updates: tuple[Update, ...]
 
 
 @dataclass(frozen=True)
 class Line:
-    """An adapter to go on from. `history` is None for one that was made elsewhere: nothing is known of its facts."""
+    """An adapter to continue from. `history` is None for an adapter made elsewhere: its facts are unknown."""
 
     directory: Path
     settings: Mapping[str, Any]  # adapter_config.json
@@ -78,7 +78,7 @@ class Line:
 
     @property
     def lora(self) -> LoraConfig:
-        """The shape of the adapter and the layers that it adds to."""
+        """Rank, alpha and target layers of the adapter."""
         shape = {"rank": self.settings.get("r", 8), "alpha": self.settings.get("lora_alpha", 8)}
         if self.history:
             return (self.history.lora or LoraConfig()).model_copy(update=shape)
@@ -101,15 +101,15 @@ class Line:
 
     @property
     def answered(self) -> bool:
-        """Whether it carries what was answered after each of its updates.
+        """Whether the directory has the answers after each update (predictions.parquet).
 
         Raises:
-            CorsaError: an earlier version wrote these answers.
+            CorsaError: an earlier version of this project wrote these answers.
         """
         path = self.directory / "predictions.parquet"
         if not path.is_file():
             return False
-        from corsa.evaluation.prepared_predictions import check_columns  # pandas: only where there are answers
+        from corsa.evaluation.prepared_predictions import check_columns  # imports pandas: only if there are answers
 
         remedy = "teach these updates again, or remove the file (forgetting then begins to be counted with this update)"
         with suppress(pa.ArrowInvalid):  # a damaged file is found when it is read
@@ -118,11 +118,11 @@ class Line:
 
     @property
     def standing(self) -> list[Edit]:
-        """Of each fact the latest edit."""
+        """The latest edit of each fact."""
         return list({edit.chain: edit for edit in self.edits}.values())
 
     def digest(self) -> str:
-        """What an update that goes on from here depends on."""
+        """SHA-256 of the files that the next update depends on."""
         names = ("adapter_config.json", WEIGHTS, "edits.parquet", "predictions.parquet")
         sha = hashlib.sha256()
         for path in (self.directory / name for name in names):
@@ -130,10 +130,10 @@ class Line:
         return sha.hexdigest()
 
     def model(self, wanted: ModelConfig | None) -> ModelConfig:
-        """The base model of the adapter: `wanted`, if that is it.
+        """The base model of the adapter. Checks it against `wanted` if that is given.
 
         Raises:
-            CorsaError: the adapter is of another base model, or none is wanted and the adapter does not say which.
+            CorsaError: the adapter has another base model, or `wanted` is None and the adapter does not name its own.
         """
         own = str(self.settings.get("base_model_name_or_path") or "")
         if wanted is None:
@@ -156,10 +156,10 @@ class Line:
 
 
 def open_line(directory: str | Path) -> Line:
-    """The adapter in a PEFT directory, with what it was taught if it carries that.
+    """Reads the adapter in a PEFT directory, with its history if it has one.
 
     Raises:
-        CorsaError: there is no adapter, or its files are not what this project writes.
+        CorsaError: there is no adapter, or its files are not in the format of this project.
     """
     path = Path(directory).expanduser()
     if not (path / "adapter_config.json").is_file() or not (path / WEIGHTS).is_file():
@@ -184,38 +184,38 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-# What is taught next
+# The next update
 
 
 def matched(before: Sequence[Edit], draft: Draft) -> Edit | None:
-    """The standing edit that a draft revises: of the same chain, or else of the same question."""
+    """The current edit that a draft revises: the one with the same chain, else with the same question."""
     chain, prompt = draft.fields["chain"], bare(draft.fields["prompt"])
     named = [e for e in before if chain is not None and same_text(e.chain, chain)]
     return next(iter(named or [e for e in before if bare(e.prompt) == prompt]), None)
 
 
 def unanswered(before: Sequence[Edit], drafts: Sequence[Draft]) -> list[Draft]:
-    """The drafts whose old answer neither their file nor the line knows: the model has to be asked."""
+    """The drafts whose old answer is neither in their file nor in the line; the model must be asked for it."""
     return [draft for draft in drafts if not draft.fields["target_old"] and matched(before, draft) is None]
 
 
 def reworded(draft: Draft) -> bool:
-    """Whether a draft has a wording that is not its prompt again."""
+    """Whether a draft has a wording that differs from its prompt."""
     return any(bare(wording) != bare(draft.fields["prompt"]) for wording in draft.fields["paraphrases"])
 
 
 def join(before: Sequence[Edit], drafts: Sequence[Draft], update: int, answers: Mapping[str, str]) -> list[Edit]:
-    """The edits that an update teaches.
+    """Makes the edits that an update teaches.
 
     Args:
-        before: the standing edits of the line. A draft that asks what one of them asks revises it: it takes over its
-            chain, its wordings and neighbors where it brings none, and its answer as the old one.
+        before: the latest edit of each fact of the line. A draft with the same question revises that edit: it takes
+            its chain, its answer as the old answer, and its wordings and neighbors if the draft has none.
         drafts: the new facts.
-        update: its number, which becomes the `round` of its edits and the start of their ids.
-        answers: the model's own answer to each prompt whose old answer is not known otherwise.
+        update: its number, used as the `round` of its edits and as the prefix of their ids.
+        answers: the model's answer to each prompt whose old answer is not known otherwise.
 
     Raises:
-        CorsaError: a fact is no change, or not a valid edit.
+        CorsaError: a fact changes nothing, or is not a valid edit.
     """
     edits = []
     for draft in drafts:
@@ -240,10 +240,10 @@ def join(before: Sequence[Edit], drafts: Sequence[Draft], update: int, answers: 
 
 
 def taken_back(before: Sequence[Edit], wanted: Sequence[str], update: int) -> list[Edit]:
-    """The edits that teach the old answers of standing edits again, each named by its id, chain or question.
+    """Makes edits that teach the old answers again. `wanted` names current edits by id, chain or question.
 
     Raises:
-        CorsaError: no standing edit has such a name.
+        CorsaError: no current edit has such a name.
     """
     edits = []
     for name in dict.fromkeys(wanted):
@@ -275,7 +275,7 @@ def taken_back(before: Sequence[Edit], wanted: Sequence[str], update: int) -> li
 
 
 def _names(edit: Edit) -> set[str]:
-    """What an edit can be called by: its id, that of its file, its chain, its question."""
+    """The names that select an edit: its id, its id in the file, its chain, its question."""
     return {folded(name) for name in (edit.id, edit.id.partition("/")[2], edit.chain, edit.prompt)}
 
 

@@ -1,4 +1,4 @@
-"""Merging adapter directories into one."""
+"""Merges adapter directories into one."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def merge(
     density: float = 0.5,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Merge PEFT directories of one base model into a new one.
+    """Merges PEFT directories of one base model into a new directory.
 
     Args:
         adapters: two or more directories.
@@ -32,9 +32,9 @@ def merge(
         method: one of `corsa.lora.arithmetic.MERGES`: sum (exact), average, svd (cut to `rank`), linear, ties,
             dare_linear, dare_ties (PEFT's).
         weights: one for each adapter; 1 each if not given.
-        rank: of the result of svd.
-        density: share of values that ties and dare keep.
-        seed: of what dare drops.
+        rank: of the result; svd only.
+        density: share of the values that ties and dare keep.
+        seed: of the random choice of the values that dare drops.
 
     Returns:
         {out: path, rank: of the merged adapter, error: |merged - sum| / |sum|}.
@@ -56,7 +56,7 @@ def merge(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CorsaError(f"{out} is not empty: name a new directory")
     for path in adapters:
-        open_line(path)  # says what is wrong with the directory
+        open_line(path)  # raises if the directory is not valid
     parts, bases = zip(*(read_factors(path) for path in adapters), strict=True)
     base = check_same_base([hub_name(name) for name in bases])
     merged, found = merge_factors(parts, method, weights=weights, rank=rank, density=density, seed=seed)

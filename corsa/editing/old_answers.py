@@ -1,4 +1,4 @@
-"""Asking the model, on the cluster, for the old answers that a file of facts leaves out."""
+"""Asks the model, on the cluster, for the old answers that are missing in a file of facts."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from corsa.training.resources import cpus_per_worker
 
 
 def complete(task: Task) -> dict[str, Any]:
-    """Step function: a user's file -> edits.parquet as `corsa.editing.steps.read_facts`, old answers asked.
+    """Step function: like `corsa.editing.steps.read_facts`, but asks the model for missing old answers.
 
     Raises:
-        CorsaError: a fact is not valid, or the model has no other answer to it than the new one.
+        CorsaError: a fact is not valid, or the model answers it with the new answer only.
     """
     import ray
 

@@ -1,4 +1,4 @@
-"""What the commands that teach and ask can be told. Imports nothing heavy: `corsa --help` is made from it."""
+"""The options of the commands edit, undo and evaluate. Imports nothing heavy, because `corsa --help` uses it."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ from corsa.config.command_line import listed
 from corsa.methods import METHODS
 
 TEACHING = tuple(name for name, method in METHODS.items() if "adapter" not in method.refuses)
-"""Methods that leave an adapter."""
+"""Methods whose result is an adapter."""
 
 Share = Annotated[float | None, Field(ge=0, le=1), plain()]
 
 
 class Gates(Frozen):
-    """What an update must reach; shares from 0 to 1. A gate that does not hold ends the command with status 3."""
+    """Limits that an update must meet; shares from 0 to 1. A gate that fails ends the command with status 3."""
 
-    min_success: Share = Field(default=None, description="edit prompts answered with the new answer")
-    min_generality: Share = Field(default=None, description="other wordings answered with the new answer")
+    min_success: Share = Field(default=None, description="share of the edit prompts answered with the new answer")
+    min_generality: Share = Field(default=None, description="share of the other wordings answered with the new answer")
     max_forgetting: Share = Field(
         default=None,
-        description="of the answers about earlier facts that were right when they were learnt, to questions as taught "
-        "and in other wordings, those that are wrong now",
+        description="share of the answers about earlier facts that were right when taught and are wrong now; "
+        "questions as taught and in other wordings",
     )
 
 
 class Options(Frozen):
-    """What teaching, taking back and asking have in common."""
+    """Options that edit, undo and evaluate share."""
 
     model: str | None = Field(
         default=None,
@@ -48,27 +48,33 @@ class Options(Frozen):
     )
     revision: str | None = Field(default=None, description="hub revision of the base model")
     dtype: Literal["float32", "bfloat16"] | None = Field(
-        default=None, description="of the frozen base; default: the line's, else float32"
+        default=None, description="data type of the frozen base model; default: the line's, else float32"
     )
     template: Literal["qa", "chat"] | None = Field(
         default=None, description="qa: 'Q: ...' and 'A:'; chat: the tokenizer's; default: the line's, else qa"
     )
-    storage: str = Field(default="runs", description="where steps are kept, so that nothing is computed twice")
+    storage: str = Field(
+        default="runs", description="where the results of steps are kept; a finished step is not computed again"
+    )
     track: Annotated[tuple[str, ...], listed(str, "T,T")] = Field(
         default=(), description="send the finished run to tensorboard:DIR, mlflow[:URI] or wandb[:PROJECT]"
     )
-    dry_run: bool = Field(default=False, description="draw the steps, say what is done, run nothing")
-    quiet: bool = Field(default=False, description="say nothing of how far a step is")
+    dry_run: bool = Field(default=False, description="show the steps and which are done, run nothing")
+    quiet: bool = Field(default=False, description="show no progress")
     evaluation: EvaluationConfig = EvaluationConfig()
     placement: Placement = Placement()
 
 
 class Teaching(Options, MethodSettings):
-    """How an update is trained. Fewer facts than a benchmark's: smaller batches than the paper's, and more epochs."""
+    """How an update is trained. An update has few facts, so batches are smaller than in the paper, with more epochs."""
 
     method: str = Field(default="corsa", description=f"one of {', '.join(TEACHING)}")
-    seed: int = Field(default=0, ge=0, le=SEEDS, description="of LoRA's initial values and the order of the facts")
-    lora: LoraConfig = Field(default=LoraConfig(), description="shape of the adapter; a line keeps that of its first")
+    seed: int = Field(
+        default=0, ge=0, le=SEEDS, description="seed of LoRA's initial values and of the order of the facts"
+    )
+    lora: LoraConfig = Field(
+        default=LoraConfig(), description="shape of the adapter; a line keeps that of its first adapter"
+    )
     memit: Annotated[MemitConfig, Suppress] = MemitConfig()  # leaves no adapter
     training: TrainingConfig = TrainingConfig(batch=4, epochs=15, learning_rate=5e-4)
     gates: Gates = Gates()
@@ -81,34 +87,38 @@ class EditOptions(Teaching):
     edits: str = Field(
         description="JSONL, CSV or Parquet with the columns prompt, target_new (target_old, ... if known)"
     )
-    adapter: str | None = Field(default=None, description="adapter to go on from: the --out of an earlier update")
+    adapter: str | None = Field(default=None, description="adapter to continue from: the --out of an earlier update")
 
 
 class EvaluateOptions(Options):
-    """Ask a model, and what an adapter makes of it."""
+    """Ask a model about facts, with and without an adapter."""
 
-    adapter: str | None = Field(default=None, description="PEFT directory; without it the base model alone is asked")
+    adapter: str | None = Field(default=None, description="PEFT directory; without it only the base model is asked")
     edits: str | None = Field(
-        default=None, description="file of facts; without it and a benchmark, all that the adapter was taught"
+        default=None, description="file of facts; default: the benchmark, else all facts that the adapter was taught"
     )
-    benchmark: str | None = Field(default=None, description="instead: a benchmark, see `corsa data`")
-    data: str | None = Field(default=None, description="its file; without it the hub's rows, or the shipped file")
-    limit: int | None = Field(default=None, ge=1, description="facts taken from it; all by default")
+    benchmark: str | None = Field(default=None, description="a benchmark in place of --edits, see `corsa data`")
+    data: str | None = Field(
+        default=None, description="file of the benchmark; default: its rows on the hub, or the shipped file"
+    )
+    limit: int | None = Field(default=None, ge=1, description="number of facts to use; default: all")
     gates: Gates = Gates()
 
 
 class UndoOptions(Teaching):
     """Teach old answers again."""
 
-    adapter: str = Field(description="the adapter to go on from: the --out of an earlier update")
+    adapter: str = Field(description="the adapter to continue from: the --out of an earlier update")
     edit: Annotated[tuple[str, ...], listed(str, "ID,ID")] = Field(
-        default=(), description="ids, chains or questions of the facts taken back"
+        default=(), description="ids, chains or questions of the facts to undo"
     )
-    to: int | None = Field(default=None, ge=1, description="instead: roll back to the adapter after this update")
+    to: int | None = Field(
+        default=None, ge=1, description="roll back to the adapter after this update, in place of --edit"
+    )
 
 
 def differences(options: Frozen, prefix: str = "") -> list[str]:
-    """Every field that differs from its default, as options of the command line."""
+    """The fields that differ from their defaults, as options of the command line."""
     found: list[str] = []
     for name, field in type(options).model_fields.items():
         value = getattr(options, name)

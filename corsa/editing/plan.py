@@ -1,7 +1,7 @@
-"""The plan of an update: from a file of facts, and perhaps an adapter to go on from, to the step that reports it.
+"""Plans the steps of `corsa edit`, `corsa undo` and `corsa evaluate`, from a file of facts to the report.
 
-Behind `corsa edit`, `corsa undo` and `corsa evaluate`; the steps are those of the pipelines. Imports neither torch nor
-ray: files and names are checked, with everything that can be said before a model is loaded.
+The steps are the same as in the pipelines. Checks files, names and all else that needs no model. Imports neither torch
+nor ray.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ HEADLINES = ("edit_success", "generality", "forgetting", "retention", "neighborh
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be run: the step of the update, and the one that reports it."""
+    """The steps to run: the training step of the update and its report."""
 
     experiment: Experiment
     line: Line | None
@@ -73,7 +73,7 @@ class Plan:
 
 
 def plan_edit(options: EditOptions) -> Plan:
-    """The steps that teach a file of facts.
+    """Plans the steps that teach a file of facts.
 
     Raises:
         CorsaError: a file, a name or a fact is wrong, or `out` is not free.
@@ -87,7 +87,7 @@ def plan_edit(options: EditOptions) -> Plan:
 
 
 def plan_undo(options: UndoOptions) -> Plan:
-    """The steps that teach the old answers of some facts again.
+    """Plans the steps that teach the old answers of some facts again.
 
     Raises:
         CorsaError: a name is wrong, or `out` is not free.
@@ -104,10 +104,10 @@ def plan_undo(options: UndoOptions) -> Plan:
 
 
 def plan_evaluation(options: EvaluateOptions) -> tuple[Experiment, Step]:
-    """The steps that ask a model, and the one that reports its answers.
+    """Plans the steps that ask a model and report its answers.
 
     Raises:
-        CorsaError: a file or a name is wrong, or nothing says what is asked.
+        CorsaError: a file or a name is wrong, or no facts are given.
     """
     line = open_line(options.adapter) if options.adapter else None
     experiment = Experiment(
@@ -149,7 +149,7 @@ def plan_evaluation(options: EvaluateOptions) -> tuple[Experiment, Step]:
     adapter = _line_step(line, options) if line else None
     answers: list[Step] = []
     if line and adapter:
-        # After the line's updates: what is wrong now of what was right when it was learnt is then forgetting.
+        # Asked as a round after all updates, so that answers that were right and are now wrong count as forgetting.
         own = name == "taught" and line.answered
         step = asked(experiment, "edited", taught, schedule, adapter, round_=rounds + own)
         answers = [*([adapter] if own else []), step]
@@ -164,9 +164,7 @@ def plan_evaluation(options: EvaluateOptions) -> tuple[Experiment, Step]:
 def facts_step(
     experiment: Experiment, path: Path, drafts: Sequence[Draft], line: Line | None, options: Options
 ) -> Step:
-    """The step that makes edits of drafts: it asks the model where an old answer is known neither to the file nor to
-    the line.
-    """
+    """The step that makes edits from drafts. It asks the model for old answers that neither file nor line has."""
     number = len(line.updates) + 1 if line else 1
     before = line.standing if line else []
     missing = unanswered(before, drafts)
@@ -220,7 +218,7 @@ def _experiment(options: Teaching, line: Line | None) -> Experiment:
 def _plan(options: Teaching, experiment: Experiment, line: Line | None, edits: Step, count: int, name: str) -> Plan:
     number = len(line.updates) + 1 if line else 1
     taught = with_reference(experiment, f"{name}/update{number}", edits)
-    # every edit of the line, in the update that taught it: its `round`
+    # every edit of the line, in the update that taught it (its `round`)
     schedule = dealt(taught, RoundsConfig(rounds=number, update_share=1.0))
     after = edits.inputs.get("line")
     (step,) = chain(experiment, options.method, options.seed, taught, schedule, rounds=(number,), after=after)
@@ -243,7 +241,7 @@ def reported(
     adapter: Step | None,
     command: str,
 ) -> Step:
-    """The step that reports answers beside the base model's, and what an adapter changes elsewhere."""
+    """The step that reports answers next to the base model's, and the adapter's side effects."""
     before = base(experiment, taught)
     checked = [_controls(experiment, None)] + ([_controls(experiment, adapter)] if adapter else [])
     inputs = [before, *answers, *taught.tables.values(), schedule, *(checked if adapter else [])]
@@ -275,7 +273,7 @@ def _controls(experiment: Experiment, adapter: Step | None) -> Step:
 
 
 def base_model(options: Options, line: Line | None) -> ModelConfig:
-    """The base model that is meant. Raises CorsaError if the line's adapter is of another."""
+    """The base model of the options or the line. Raises CorsaError if the line's adapter has another one."""
     known = line.model(None) if line and (line.history or options.model is None) else ModelConfig()
     given = {name: getattr(options, name) for name in ("revision", "dtype", "template")} | {"name": options.model}
     wanted = known.model_copy(update={name: value for name, value in given.items() if value is not None})
@@ -283,7 +281,7 @@ def base_model(options: Options, line: Line | None) -> ModelConfig:
 
 
 def check_free(out: Path, fingerprint: str) -> None:
-    """Raises CorsaError if `out` holds something that this update would overwrite; its own earlier result may stand."""
+    """Raises CorsaError if this update would overwrite files in `out`; an earlier result of the same update is fine."""
     out = out.expanduser()
     if out.is_file():
         raise CorsaError(f"--out {out} is a file: name a directory")
@@ -296,7 +294,7 @@ def check_free(out: Path, fingerprint: str) -> None:
 
 
 def check_place(out: Path, storage: str) -> None:
-    """Raises CorsaError if the directory `out` cannot be made, or would lie among the steps of the storage."""
+    """Raises CorsaError if the directory `out` cannot be made, or is inside the storage."""
     out = out.expanduser().absolute()
     if "://" not in storage:
         root = Path(storage).expanduser().absolute()

@@ -1,4 +1,4 @@
-"""Sending an adapter to the Hugging Face hub, or to the one that HF_ENDPOINT names."""
+"""Sends an adapter to the Hugging Face hub, or to the hub in HF_ENDPOINT."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from corsa.editing.history import FILE, open_line
 from corsa.errors import CorsaError
 
 KEPT = ("adapter_config.json", "adapter_model.safetensors", "README.md", "report.html", "metrics.json")
-"""What is sent: the adapter, its card and its report."""
+"""Files that are always sent: the adapter, its card and its report."""
 
 FACTS = ("edits.parquet", "predictions.parquet", FILE)
-"""What is sent as well, if asked: the facts, every answer, and the history."""
+"""Files that are sent on request: the facts, every answer, and the history."""
 
 
 def push(
@@ -24,22 +24,22 @@ def push(
     message: str = "",
     token: str | None = None,
 ) -> str:
-    """Make the repository if it is not there, and commit the adapter's files to it.
+    """Creates the repository if it does not exist, and commits the adapter's files to it.
 
     Args:
         adapter: PEFT directory.
         repository: `owner/name`.
-        private: of a new repository.
-        facts: send `FACTS` too, which may hold what is not meant for others.
-        revision: branch; main by default.
-        message: of the commit.
-        token: of the hub; HF_TOKEN or that of `hf auth login` by default.
+        private: whether a new repository is private.
+        facts: send `FACTS` too; they may hold confidential data.
+        revision: branch; default: main.
+        message: commit message.
+        token: hub token; default: HF_TOKEN, or the token of `hf auth login`.
 
     Returns:
-        The address of the commit.
+        The URL of the commit.
 
     Raises:
-        CorsaError: no adapter, no token, or the hub refuses or cannot be reached.
+        CorsaError: there is no adapter or no token, or the hub refuses or cannot be reached.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
@@ -64,7 +64,7 @@ def push(
             "hf auth login, or set HF_TOKEN to a token that may write" if status in (401, 403) else "try again later"
         )
         raise CorsaError(f"the hub refused {repository}: {str(error).splitlines()[0]}. {remedy}") from error
-    except Exception as error:  # the library raises whatever its transport raises
+    except Exception as error:  # the library passes on any exception of its transport
         raise CorsaError(
             f"the hub at {api.endpoint} cannot be reached: {type(error).__name__}: {error}. "
             "Check the network and HF_ENDPOINT"

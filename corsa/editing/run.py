@@ -1,4 +1,4 @@
-"""Carrying a planned update or evaluation out: steps, gates, and the directory that is left."""
+"""Runs a planned update or evaluation: its steps, its gates, and the output directory."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from corsa.flow.store import Artifact
 
 @dataclass(frozen=True)
 class Result:
-    """What an update or an evaluation found.
+    """The result of an update or an evaluation.
 
     Attributes:
-        metrics: as `corsa.evaluation.metrics.compute` gives them, with `controls`, the everyday questions.
+        metrics: from `corsa.evaluation.metrics.compute`, with `controls`, the everyday questions.
         predictions: one row per wording asked (`corsa.evaluation.predict`).
-        report: the page.
-        verdicts: the gates that were set.
+        report: path of the HTML report.
+        verdicts: result of each gate that was set.
         out: the directory of the new adapter; None for an evaluation.
     """
 
@@ -46,16 +46,16 @@ class Result:
 
     @property
     def values(self) -> dict[str, float | None]:
-        """The main metrics, {name: value}; shares from 0 to 1, None where there is nothing to measure."""
+        """The main metrics, {name: value}; shares from 0 to 1, None if there is nothing to measure."""
         return {name: entry["value"] for name, entry in headline(self.metrics).items()}
 
 
 def teach(options: Teaching, plan: Plan, console: Console) -> Result:
-    """Run what is not done yet of an update, and write its directory.
+    """Runs the unfinished steps of an update, and writes its directory.
 
     Raises:
-        StepsFailedError: a step failed; which, and why, has been said on the console.
-        CorsaError: the store or the directory cannot be written to, or the cluster cannot be had.
+        StepsFailedError: a step failed; the console shows which, and why.
+        CorsaError: the store or the directory cannot be written, or no cluster is available.
     """
     store = Store(lasting(options.storage))
     page = _finished(bring_about(plan.report, store, console, options.quiet))
@@ -64,9 +64,9 @@ def teach(options: Teaching, plan: Plan, console: Console) -> Result:
 
 
 def evaluate(options: EvaluateOptions, console: Console) -> Result:
-    """Run what is not done yet of an evaluation.
+    """Runs the unfinished steps of an evaluation.
 
-    Raises: as `teach`, and CorsaError for what is wrong with the options.
+    Raises: as `teach`, and CorsaError if an option is wrong.
     """
     _, report = plan_evaluation(options)
     page = bring_about(report, Store(lasting(options.storage)), console, options.quiet)

@@ -1,4 +1,4 @@
-"""The steps of an update that need no cluster: bringing the line in, and making the edits it teaches."""
+"""The steps of an update that need no cluster: import the line, and make the edits that the update teaches."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ def bring_in(task: Task) -> dict[str, Any]:
 
 
 def read_facts(task: Task) -> dict[str, Any]:
-    """Step function: a user's file -> edits.parquet: the line's, and after them those that this update teaches."""
+    """Step function: a user's file -> edits.parquet: the line's edits, then the edits of this update."""
     drafts = drafts_of(Path(task.placement.data))
     return write_edits(task, drafts, {}) | {"asked": 0, "known": 0}
 
 
 def write_edits(task: Task, drafts: Sequence[Draft], answers: dict[str, str]) -> dict[str, Any]:
-    """Write the line's edits and the new ones, with the old answers that the model gave."""
+    """Writes the line's edits and the new ones. `answers` are the model's answers, used as old answers."""
     config: FactsConfig = task.config
     line = line_edits(task)
     before = standing(line)
@@ -55,20 +55,20 @@ def write_edits(task: Task, drafts: Sequence[Draft], answers: dict[str, str]) ->
 
 
 def take_back(task: Task) -> dict[str, Any]:
-    """Step function: the line -> edits.parquet: its own, and after them those that teach old answers again."""
+    """Step function: the line -> edits.parquet: its edits, then the edits that teach old answers again."""
     line = line_edits(task)
     edits = taken_back(standing(line), task.config.edits, task.config.update)
     return _write(task, [*line, *edits]) | {"edits": len(edits), "templated": 0, "asked": 0, "known": 0}
 
 
 def take_standing(task: Task) -> dict[str, Any]:
-    """Step function: the line -> edits.parquet: of each fact the latest edit."""
+    """Step function: the line -> edits.parquet: the latest edit of each fact."""
     edits = standing(line_edits(task))
     return _write(task, edits) | {"edits": len(edits)}
 
 
 def line_edits(task: Task) -> list[Edit]:
-    """The edits of the input `line`; none without one, or if it was made elsewhere."""
+    """The edits of the input `line`; empty without a line, or if it was made elsewhere."""
     line = task.inputs.get("line")
     if line is None or "edits.parquet" not in line.record.files:
         return []
@@ -76,7 +76,7 @@ def line_edits(task: Task) -> list[Edit]:
 
 
 def standing(line: Sequence[Edit]) -> list[Edit]:
-    """Of each fact the latest edit."""
+    """The latest edit of each fact."""
     return list({edit.chain: edit for edit in line}.values())
 
 

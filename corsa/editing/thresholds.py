@@ -1,4 +1,4 @@
-"""Conditions on the result of an update: what makes `corsa edit` a gate of a release."""
+"""Checks the result of an update against the gates, so that `corsa edit` can guard a release."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _OF = {"min_success": "edit_success", "min_generality": "generality", "max_forge
 
 
 class Verdict(NamedTuple):
-    """One gate, and what was measured."""
+    """One gate and the value measured for it."""
 
     gate: str
     bound: float
@@ -23,8 +23,9 @@ class Verdict(NamedTuple):
 
 
 def judged(gates: Gates, metrics: dict[str, Any]) -> list[Verdict]:
-    """Every gate that is set. Forgetting without an earlier fact passes; success or generality that cannot be measured
-    does not.
+    """Checks every gate that is set.
+
+    Without an earlier fact, forgetting passes. Success or generality that cannot be measured fails.
     """
     row = metrics["rows"][-1]["metrics"]
     found = []

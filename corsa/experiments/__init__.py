@@ -1,1 +1,1 @@
-"""What pipelines are made of."""
+"""Building blocks of the pipelines."""

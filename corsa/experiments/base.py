@@ -1,7 +1,7 @@
-"""What every scenario shares: its configuration, and the steps it is made of.
+"""The configuration and the steps that all scenarios share.
 
 A scenario (a file under `pipelines/`) is a function from a configuration to steps; `corsa.experiments.runner` runs
-them. Nothing here imports torch or ray: a scenario is planned before either is needed.
+them. Nothing here imports torch or ray: planning a scenario needs neither.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ SWEEP = Kind("sweep", "corsa.tuning.sweep:run", version=1, on_cluster=True)
 SCALING = Kind("report", "corsa.experiments.scaling:join_sizes", version=2)
 
 NOT_OF_THE_RESULT = ("config", "dry_run", "quiet", "show_config")
-"""Fields of an experiment that say what is shown, and where the others come from."""
+"""Fields of an experiment that affect only its output or name its configuration file."""
 
 
 Methods = Annotated[
@@ -59,7 +59,7 @@ Methods = Annotated[
 
 
 class Experiment(RunSettings):
-    """Fields every scenario has."""
+    """Fields of every scenario."""
 
     config: str | None = Field(
         default=None, description="YAML file with any of these fields; the command line wins over it"
@@ -68,10 +68,8 @@ class Experiment(RunSettings):
     data: str | None = Field(
         default=None, description="the benchmark's file; without it the hub's rows, or the shipped file"
     )
-    limit: int | None = Field(default=None, description="facts (chains) taken from the benchmark; all by default")
-    offset: int = Field(
-        default=0, ge=0, description="facts (chains) passed over, such as those a setting was chosen on"
-    )
+    limit: int | None = Field(default=None, description="facts (chains) to use from the benchmark; all by default")
+    offset: int = Field(default=0, ge=0, description="facts (chains) to skip, such as those a setting was chosen on")
     on_bad_record: Literal["skip", "stop"] | None = Field(
         default=None,
         description="bad records: skip and list them, or stop at the first; default: published files skip, yours stop",
@@ -92,9 +90,9 @@ class Experiment(RunSettings):
     track: Annotated[tuple[str, ...], listed(str, "T,T")] = Field(
         default=(), description="send the finished run to tensorboard:DIR, mlflow[:URI] or wandb[:PROJECT]"
     )
-    dry_run: bool = Field(default=False, description="draw the steps, say what is done, run nothing")
-    quiet: bool = Field(default=False, description="say nothing of how far a step is")
-    show_config: bool = Field(default=False, description="print every setting first, not only those that are changed")
+    dry_run: bool = Field(default=False, description="draw the steps and show which are done; run nothing")
+    quiet: bool = Field(default=False, description="do not show the progress of steps")
+    show_config: bool = Field(default=False, description="print every setting first, not only changed ones")
     mmlu: str | None = Field(
         default=None,
         description="measure specificity on MMLU: directory with its test/ and dev/ files, or 'hub'; else it is not",
@@ -113,11 +111,11 @@ class Experiment(RunSettings):
 
     @property
     def runs(self) -> list[tuple[str, int]]:
-        """What is trained: every method with every seed."""
+        """The (method, seed) pairs to train: every method with every seed."""
         return [(method, seed) for method in self.methods for seed in self.seeds]
 
     def checked(self) -> Experiment:
-        """Itself, if its names are known and it asks for something.
+        """Returns itself after checking its names.
 
         Raises:
             CorsaError: an unknown method or benchmark, no method or no seed.
@@ -136,21 +134,21 @@ class Experiment(RunSettings):
 
 
 def check_trackers(where: Sequence[str]) -> None:
-    """Raises `CorsaError` for a tracker that a finished run could not be sent to."""
-    if where:  # its libraries are loaded where one is asked for
+    """Raises `CorsaError` if a finished run cannot be sent to a tracker."""
+    if where:  # tracker libraries are loaded only if one is named
         from corsa.experiments.trackers import check
 
         check(where)
 
 
-# The steps that scenarios are made of
+# Steps of scenarios
 
 
 @dataclass(frozen=True)
 class Facts:
-    """A benchmark made ready: its `Edit` table, and the reference column, which is computed once for all methods.
+    """A prepared benchmark: its `Edit` table, and the reference column, which is computed once for all methods.
 
-    A method whose answers end otherwise has a reference column of its own (`ending`).
+    A method with another answer end has its own reference column (`ending`).
     """
 
     name: str
@@ -159,11 +157,11 @@ class Facts:
 
     @property
     def tables(self) -> dict[str, Step]:
-        """Both as inputs of a step."""
+        """Both tables as inputs of a step."""
         return {"edits": self.edits, "reference": self.reference}
 
     def ending(self, answer_end: AnswerEnd) -> Facts:
-        """The same facts with the reference column of answers that end so."""
+        """The same facts with the reference column for this answer end."""
         config = self.reference.config
         assert isinstance(config, ReferenceConfig)
         if config.answer_end == answer_end:
@@ -175,8 +173,8 @@ class Facts:
 
 
 def facts(experiment: Experiment, rounds: int, split: str = "") -> Facts:
-    """The experiment's benchmark; of a chain of updates the first `rounds` are kept. `split` tells its steps from those
-    of other facts of the benchmark.
+    """The experiment's benchmark, with the first `rounds` updates of each chain. `split` distinguishes its steps from
+    those of other facts of the benchmark.
     """
     limit = experiment.limit
     if limit is not None and limit < 1:
@@ -195,20 +193,20 @@ def facts(experiment: Experiment, rounds: int, split: str = "") -> Facts:
         whole_cases=experiment.evaluation.protocol == "full" or not BENCHMARKS[experiment.benchmark].repeats,
     )
     name = experiment.benchmark + f"-x{rounds}" * (rounds > 1) + f"-{split}" * bool(split)
-    place = str(source.path.absolute()) if experiment.data and source.path else None  # of a pipe, where it is kept
+    place = str(source.path.absolute()) if experiment.data and source.path else None  # for a pipe: its stored copy
     edits = Step(f"edits/{name}", EDITS, config, placement=EditsPlace(data=place))
     return with_reference(experiment, name, edits)
 
 
 def part_of(experiment: Experiment, whole: Facts, part: int, parts: int) -> Facts:
-    """One of `parts` parts of a benchmark's edits, relations kept together."""
+    """One of `parts` parts of a benchmark's edits. Edits of one relation stay together."""
     name = f"{whole.name}/part{part + 1}of{parts}"
     edits = Step(f"edits/{name}", PART, PartConfig(part=part, parts=parts), {"edits": whole.edits})
     return with_reference(experiment, name, edits)
 
 
 def with_reference(experiment: Experiment, name: str, edits: Step) -> Facts:
-    """Edits as facts made ready, under a name."""
+    """Named edits together with their reference column."""
     config = ReferenceConfig(
         model=pin(experiment.model),
         on_bad_record=_on_bad_record(experiment),
@@ -219,7 +217,7 @@ def with_reference(experiment: Experiment, name: str, edits: Step) -> Facts:
 
 
 def _on_bad_record(experiment: Experiment) -> Literal["skip", "stop"]:
-    known = BENCHMARKS.get(experiment.benchmark)  # problems of the code domain are not among them
+    known = BENCHMARKS.get(experiment.benchmark)  # does not contain the code domain's problems
     return experiment.on_bad_record or (known.on_bad_record if known else "stop")
 
 
@@ -228,7 +226,7 @@ def _absolute(path: str | None) -> str | None:
 
 
 def dealt(taught: Facts, rounds: RoundsConfig) -> Step:
-    """Which round teaches which edit."""
+    """The step that assigns edits to rounds."""
     other = f"/from{rounds.first}" * (rounds.first > 1) + f"/revised{rounds.fraction:g}" * (rounds.fraction < 1)
     return Step(f"schedule/{taught.name}{other}", SCHEDULE, rounds, {"edits": taught.edits})
 
@@ -244,9 +242,9 @@ def chain(
     after: Step | None = None,
     name: str | None = None,
 ) -> list[Step]:
-    """The rounds of one method and seed, each going on from the adapter of the one before; the first from `after`'s.
+    """The rounds of one method and seed. Each continues from the previous round's adapter; the first from `after`'s.
 
-    `name` stands for the method in the names of the steps, where one method is taught under several settings.
+    `name` replaces the method in the names of the steps, if one method is trained with several settings.
     """
     record, settings = METHODS[method], experiment.model_copy(update={"model": pin(experiment.model)})
     steps: list[Step] = []
@@ -271,8 +269,8 @@ def base(experiment: Experiment, taught: Facts) -> Step:
 def asked(
     experiment: Experiment, name: str, taught: Facts, schedule: Step, adapter: Step, seed: int = 0, round_: int = 1
 ) -> Step:
-    """The answers of an edited model to the probes of facts, as they stand after a round, that another step has taught
-    it.
+    """The answers of an edited model to the probes of facts, as valid after a round. `adapter` is the step that trained
+    the model.
     """
     evaluation = experiment.evaluation.asking()
     config = AskingConfig(model=pin(experiment.model), evaluation=evaluation, seed=seed, round=round_)
@@ -309,10 +307,10 @@ def routed(
 
 
 def specificity(experiment: Experiment, edited: Mapping[tuple[str, int], Step]) -> list[tuple[Step, str, int]]:
-    """The answers to MMLU of the unedited model and of each edited one, {(method, seed): its adapter}; each with its
+    """The MMLU answers of the unedited model and of each edited one, {(method, seed): its adapter}; each with its
     method and seed.
 
-    Nothing where the experiment names no MMLU files.
+    Empty if the experiment names no MMLU files.
     """
     if experiment.mmlu is None:
         return []
@@ -328,7 +326,7 @@ def specificity(experiment: Experiment, edited: Mapping[tuple[str, int], Step]) 
 
 
 def merged(name: str, adapters: Sequence[Step], config: MergeConfig) -> Step:
-    """Adapters that were trained apart as one."""
+    """Merges separately trained adapters into one."""
     return Step(name, MERGE, config, {f"adapter{i}": step for i, step in enumerate(adapters, start=1)})
 
 
@@ -342,7 +340,7 @@ def swept(
     study: str,
     **plan: Any,
 ) -> Step:
-    """The sweep of a space (`SweepConfig` names what else it needs) over facts that are taught on a schedule."""
+    """The sweep of a space over facts that are taught on a schedule. `plan`: further fields of `SweepConfig`."""
     common = Experiment.model_validate({name: getattr(experiment, name) for name in Experiment.model_fields})
     config = SweepConfig(experiment=identity(common), command=command, rounds=rounds, **plan)
     place = SweepPlace(**dict(experiment.placement), study=study)
@@ -353,6 +351,6 @@ ROUTERS = ("prompt", "embedding", "oracle")
 
 
 def identity(experiment: Experiment) -> dict[str, Any]:
-    """The resolved configuration without how it is run."""
+    """The resolved configuration without the settings of how it runs."""
     how = {*NOT_OF_THE_RESULT, "storage", "track", "placement"}
     return {k: v for k, v in experiment.canonical().items() if k not in how}

@@ -1,4 +1,4 @@
-"""The resources that a model's plan asks for: the smallest group of workers in which it fits, and how it is sharded."""
+"""The resources that a model needs: the smallest worker group in which it fits, and its sharding."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from corsa.planning.rates import rate
 
 
 def placement_of(model: ModelConfig, experiment: Experiment) -> Placement:
-    """The experiment's placement with as many workers (at most its own) and the sharding that this model needs.
+    """The experiment's placement, with the number of workers (at most its own) and the sharding that this model needs.
 
     Raises:
-        CorsaError: no group of so many workers can hold it.
+        CorsaError: the model fits in no group of at most that many workers.
     """
     placement = experiment.placement
     memory = available(placement)

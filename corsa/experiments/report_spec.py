@@ -1,4 +1,4 @@
-"""What a report shows of a scenario: the answers that its steps gave, under the names of the methods."""
+"""The content of a scenario's report: the answers of its steps, by method."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PAPER = Kind("report", "corsa.experiments.steps:join_reports", version=3)
 
 @dataclass
 class Page:
-    """What one report shows; `add` collects the answers. `primary`: the few metrics that it gives verdicts on."""
+    """The content of one report; `add` collects the answers. `primary`: the metrics that get verdicts."""
 
     scenario: str
     primary: Sequence[str]
@@ -28,15 +28,15 @@ class Page:
     specific: list[Shown] = field(default_factory=list)
 
     def add(self, answers: Step, method: str, trained: int | None = None) -> None:
-        """Show a step's answers under a method's name, and after a round other than its own if one is given."""
+        """Show a step's answers under a method's name. `trained` overrides its round."""
         self.shown.append(Shown(answers=answers.name, method=method, trained=trained))
-        # A step that shares its result with another of a different name is one step.
+        # Two steps with the same result and different names count as one.
         self.inputs[answers.name] = answers
         self.inputs |= {step.name: step for step in answers.inputs.values() if step.kind in (EDITS, PART, SCHEDULE)}
         self.inputs |= {step.name: step for step in answers.inputs.values() if step.kind is REFERENCE}
 
     def add_specificity(self, found: Sequence[tuple[Step, str, int]]) -> None:
-        """Show the answers to MMLU of methods and seeds."""
+        """Show the MMLU answers of methods and seeds."""
         for step, method, seed in found:
             self.specific.append(Shown(answers=step.name, method=method, seed=seed))
             self.inputs[step.name] = step

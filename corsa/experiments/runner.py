@@ -1,6 +1,6 @@
-"""Running a scenario: planned from its configuration, brought to its report, shown on the terminal.
+"""Runs a scenario: plans its steps, runs them up to the report, and shows the result on the terminal.
 
-Nothing here imports torch or ray: a run in which all is done starts nothing.
+Nothing here imports torch or ray: a run whose steps are all done starts nothing.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ E = TypeVar("E", bound=Experiment)
 
 @dataclass(frozen=True)
 class Branches:
-    """Reports of their own, and the step that joins those that came about: {name: report}, {name: why it is missing}.
+    """Separate reports, and the step that joins the successful ones: {name: report}, {name: why it is missing}.
 
-    A branch that fails leaves the others running, and the joined report appears without it.
+    If a branch fails, the others continue, and the joined report omits it.
     """
 
     reports: Mapping[str, Step]
@@ -47,9 +47,8 @@ class Branches:
 def start(
     plan: Callable[[E, str], Step | Branches], default: E, *, program: str, description: str, demo: E | None = None
 ) -> int:
-    """Run a scenario from the command line: `plan` makes the step that reports it (or several, to be joined), from a
-    configuration and the command that repeats the run. `demo` is the default where neither model nor benchmark nor
-    file is named.
+    """Run a scenario from the command line. `plan` makes its report step (or several to join) from a configuration
+    and the command that repeats the run. `demo` is the default if no model, benchmark or configuration file is named.
     """
     arguments = sys.argv[1:]
     named = {a.split("=")[0] for a in arguments} & {"--model", "--benchmark", "--config"}
@@ -62,14 +61,14 @@ def start(
 
 
 def launch(experiment: Experiment, planned: Step | Branches, console: Console) -> int:
-    """Bring a scenario's report about and show it. Returns the exit status: 0, or 1 if a step failed."""
+    """Produce a scenario's report and show it. Returns the exit status: 0, or 1 if a step failed."""
     from corsa.experiments.trackers import track_run
     from corsa.report.tables import summary_tables
 
     store = Store(lasting(experiment.storage))
     branches = planned if isinstance(planned, Branches) else None
     targets = list(branches.reports.values()) if branches else [cast(Step, planned)]
-    if experiment.dry_run or not branches:  # a branch whose file is wrong fails by itself
+    if experiment.dry_run or not branches:  # a branch with a wrong file fails alone
         check_files(step for step in topological(targets) if not store.find(step))
     if experiment.dry_run:
         show_plan([branches.join(branches.reports, {})] if branches else targets, store, console)
@@ -102,24 +101,24 @@ def launch(experiment: Experiment, planned: Step | Branches, console: Console) -
 
 
 def show_plan(targets: Sequence[Step], store: Store, console: Console) -> None:
-    """Draw some steps and all that they need (`--dry-run`).
+    """Draw some steps and their dependencies (`--dry-run`).
 
     Raises:
-        CorsaError: the facts that one of them reads cannot be had, or there are none.
+        CorsaError: the facts of a step are not available, or there are none.
     """
     from corsa.data.benchmarks import read
 
     for step in topological(targets):
         config = step.config
         data = getattr(step.placement, "data", None)
-        # `check_files` reads files; whether the hub can be reached is found out here.
+        # `check_files` reads files; this checks that the hub can be reached.
         if isinstance(config, EditsConfig) and config.digest.startswith("hub:") and not store.find(step):
             read(config.benchmark, data, limit=1, offset=config.offset, on_bad_record="skip")
     console.print(draw(targets, store))
 
 
 def announce(experiment: Experiment, store: Store, console: Console) -> None:
-    """Print where the results go, and of the configuration what differs from the defaults; with `show_config` all."""
+    """Print the storage and the settings that differ from the defaults; with `show_config`, all settings."""
     every, default = experiment.canonical(), type(experiment)().canonical()
     told = {name: value for name, value in every.items() if name not in NOT_OF_THE_RESULT and value is not None}
     shown = told if experiment.show_config else _changed(told, default)
@@ -128,7 +127,7 @@ def announce(experiment: Experiment, store: Store, console: Console) -> None:
 
 
 def _changed(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """What differs from the defaults, group by group."""
+    """The values that differ from the defaults, by group."""
     found: dict[str, Any] = {}
     for name, value in values.items():
         before = defaults.get(name)
@@ -142,12 +141,13 @@ def _changed(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str
 
 
 def bring_about(report: Step, store: Store, console: Console, quiet: bool = False) -> Artifact | None:
-    """Run what is not done yet of a step and all that it needs. None if a step failed: what failed, and why, is said.
+    """Run a step and its dependencies, except those already done. None if a step failed: the failure and its cause are
+    printed.
 
-    `quiet`: say nothing of how far a step is.
+    `quiet`: do not show the progress of steps.
 
     Raises:
-        CorsaError: the cluster or its memory cannot hold what is asked of it, or the store cannot be written to.
+        CorsaError: the run needs more resources or memory than the cluster has, or the store is not writable.
         KeyboardInterrupt: after Ctrl-C; finished steps are kept.
     """
     outcome = _attempt([report], store, console, quiet)
@@ -158,7 +158,7 @@ def bring_about(report: Step, store: Store, console: Console, quiet: bool = Fals
 
 
 def _attempt(targets: Sequence[Step], store: Store, console: Console, quiet: bool) -> Outcome:
-    """Run what is not done yet of some steps and all that they need, each with the resources of its own placement."""
+    """Run some steps and their dependencies, except those already done, each with the resources of its placement."""
     pending = [step for step in topological(targets) if step.kind.on_cluster and not store.find(step)]
     placements = [step.placement for step in pending if isinstance(step.placement, Placement)]
 
@@ -166,7 +166,7 @@ def _attempt(targets: Sequence[Step], store: Store, console: Console, quiet: boo
         for placement in placements:
             refuse_what_cannot_fit(placement)
 
-    refuse()  # at once where no cluster is to be joined, else as soon as it is
+    refuse()  # now if no cluster is to be joined, else after joining it
     refuse_what_memory_cannot_hold(pending, console)
     say_what_cannot_count(pending, console)
 
@@ -174,22 +174,22 @@ def _attempt(targets: Sequence[Step], store: Store, console: Console, quiet: boo
         connect(console)
         refuse()
 
-    # What Ray has to say of its cluster it prints to stdout, at any moment: there it would stand among the results.
+    # Ray prints cluster messages to stdout at any time. They would mix with the results.
     console.file = console.file
     with redirect_stdout(sys.stderr):
         outcome = run(targets, store, join, _groups, console, quiet=quiet)
-        disconnect()  # a submitted job's log joins both streams: nothing may follow the last lines
+        disconnect()  # a submitted job's log merges both streams: no message may follow the results
     return outcome
 
 
 def _groups(steps: Sequence[Step]) -> int:
-    """How many worker groups like that of these steps the cluster runs side by side."""
+    """How many worker groups of this size the cluster can run at once."""
     placement = steps[0].placement
     return groups_side_by_side(placement if isinstance(placement, Placement) else Placement())
 
 
 def _why(step: Step, outcome: Outcome) -> str:
-    """The first cause among what a step needs; of a worker's traceback the line that says what was wrong."""
+    """The first failure among a step's dependencies. From a worker's traceback, only the line with the error."""
     failed = [needed.name for needed in topological([step]) if needed.name in outcome.failed]
     if not failed:
         return "it was not run"
@@ -202,8 +202,8 @@ def _and(first: Outcome, second: Outcome) -> Outcome:
 
 
 def lasting(storage: str) -> str:
-    """Where a storage is. In a submitted job a relative path is taken below the home directory: what is written to the
-    job's own directory would go with it, and the next submission would not find it.
+    """The location of a storage. In a submitted job, a relative path is resolved below the home directory: the job's
+    own directory is deleted with the job, and the next submission would not find the results.
     """
     if not submitted() or "://" in storage or Path(storage).expanduser().is_absolute():
         return storage
@@ -221,7 +221,7 @@ def _say_what_failed(outcome: Outcome, console: Console) -> None:
 
 
 def repeat_command(program: str, experiment: Experiment, default: Experiment) -> str:
-    """The command that repeats a run: every field of its identity that differs from the default's, as an option."""
+    """The command that repeats a run. Every identity field that differs from the default becomes an option."""
     return shlex.join(["python", program, *_differences(experiment, default, "")])
 
 

@@ -1,4 +1,4 @@
-"""Editing against the size of the model (Fig. 4): what each size learnt and forgot, what that took, and the trend."""
+"""Editing against model size (Fig. 4): what each size learnt and forgot, its cost, and the trend."""
 
 from __future__ import annotations
 
@@ -23,11 +23,12 @@ MEASURES = {
     "worker_hours": "h",
     "peak_memory": "bytes",
 }
-"""What is set against size, and its unit. training_s: of all rounds; worker_hours: those of all rounds, with asking,
-times the workers (GPU hours where each has a GPU); peak_memory: of one worker, the largest of all rounds."""
+"""Measures plotted against size, with units. training_s: sum over all rounds; worker_hours: hours of all rounds,
+evaluation included, times the number of workers (GPU hours if each has a GPU); peak_memory: maximum of one worker over
+all rounds."""
 
 SIZES = 3
-"""Sizes that a trend needs at least: a line goes through any two points."""
+"""Minimum number of sizes for a trend: a line fits any two points."""
 
 
 def join_sizes(task: Task) -> dict[str, Any]:
@@ -51,7 +52,7 @@ def join_sizes(task: Task) -> dict[str, Any]:
 
 
 def _points(task: Task, name: str, metrics: dict[str, Any]) -> list[dict[str, Any]]:
-    """One point for each method of a report."""
+    """One point per method of a report."""
     config: ScalingConfig = task.config
     report = task.step.inputs[name]
     assert isinstance(report.config, ReportConfig)
@@ -73,9 +74,9 @@ def _points(task: Task, name: str, metrics: dict[str, Any]) -> list[dict[str, An
 
 
 def fits(points: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Straight lines through each measure of a method against log10 of the parameters, where there are enough sizes.
+    """Linear fits of each measure of a method against log10 of the parameters, if there are enough sizes.
 
-    Shares are fitted as they are: `slope` is the change for ten times the parameters. Time and memory are fitted as
+    Shares are fitted directly: `slope` is the change for ten times the parameters. Time and memory are fitted as
     log10: `slope` is the exponent of a power law. `p` tests slope 0 (two-sided, `scipy.stats.linregress`).
     """
     found = []

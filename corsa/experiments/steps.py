@@ -1,4 +1,4 @@
-"""The steps that need no cluster: reading, dealing facts to rounds, merging adapters, and making the report."""
+"""The steps that need no cluster: reading data, assigning facts to rounds, merging adapters, making the report."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from corsa.report.page import Scenario, write_paper, write_report
 
 
 def read_edits(task: Task) -> dict[str, Any]:
-    """Step function: a benchmark -> edits.parquet, and skipped.json with every record that could not be used."""
+    """Step function: a benchmark -> edits.parquet, and skipped.json with every unusable record."""
     config: EditsConfig = task.config
     found = read(
         config.benchmark,
@@ -71,7 +71,7 @@ def deal_rounds(task: Task) -> dict[str, Any]:
 
 
 def take_part(task: Task) -> dict[str, Any]:
-    """Step function: edits.parquet -> edits.parquet of one part, and what the part is about, in words."""
+    """Step function: edits.parquet -> edits.parquet of one part, and a text on its content."""
     config: PartConfig = task.config
     edits = from_table(pq.read_table(task.inputs["edits"].local("edits.parquet")))
     part = split(edits, config.parts)[config.part]
@@ -89,8 +89,8 @@ def read_questions(task: Task) -> dict[str, Any]:
 
 
 def merge_adapters(task: Task) -> dict[str, Any]:
-    """Step function: adapters that were trained apart -> one adapter, and how far it is from their sum."""
-    from corsa.lora.arithmetic import check_same_base, merge  # torch: only where something is merged
+    """Step function: separately trained adapters -> one adapter, and its distance from their sum."""
+    from corsa.lora.arithmetic import check_same_base, merge  # imports torch: only for a merge
     from corsa.lora.peft_format import read_factors, write_factors
 
     config: MergeConfig = task.config
@@ -130,7 +130,7 @@ def make_report(task: Task) -> dict[str, Any]:
 
 
 def described_run(task: Task, title: str, command: str, experiment: dict[str, Any]) -> dict[str, Any]:
-    """What a page says of the run behind it."""
+    """The description of a run for its page."""
     steps = _steps(task)
     first = next(task.inputs[name] for name, step in task.step.inputs.items() if step.kind.name in FIRST)
     return {
@@ -147,7 +147,7 @@ def described_run(task: Task, title: str, command: str, experiment: dict[str, An
 
 
 def skipped(inputs: Iterable[Artifact]) -> list[dict[str, Any]]:
-    """The records that any of the inputs left out, each once: two reference columns leave out the same ones."""
+    """The records that any input skipped, each once: two reference columns skip the same ones."""
     found = [
         entry
         for artifact in inputs
@@ -158,7 +158,7 @@ def skipped(inputs: Iterable[Artifact]) -> list[dict[str, Any]]:
 
 
 FIRST = ("edits", "part", "problems")
-"""Kinds of the steps that a run begins with."""
+"""Kinds of the first steps of a run."""
 
 
 def join_reports(task: Task) -> dict[str, Any]:
@@ -178,7 +178,7 @@ def join_reports(task: Task) -> dict[str, Any]:
 
 
 def about(task: Task, config: JoinedConfig) -> dict[str, Any]:
-    """What is known of a run that joins several reports (run.json)."""
+    """The description of a run that joins several reports (run.json)."""
     steps = _steps(task)
     return {
         "title": config.title,
@@ -193,7 +193,7 @@ def about(task: Task, config: JoinedConfig) -> dict[str, Any]:
 
 
 def measured(task: Task, config: ReportConfig, predictions: pd.DataFrame) -> dict[str, Any]:
-    """The metrics of all answers, of each benchmark's where there are several, and of the answers to MMLU."""
+    """The metrics of all answers, of each benchmark if there are several, and of the MMLU answers."""
     how: dict[str, Any] = {
         "rule": config.rule,
         "protocol": config.protocol,
@@ -222,7 +222,7 @@ def measured(task: Task, config: ReportConfig, predictions: pd.DataFrame) -> dic
 
 
 def _specificity(task: Task, shown: Sequence[Shown]) -> dict[str, Any]:
-    """Each method's MMLU over its seeds, and how far it is from the unedited model's."""
+    """Each method's MMLU result over its seeds, and its difference from the unedited model's."""
     runs: dict[str, dict[int, list[dict[str, Any]]]] = {}
     for one in shown:
         rows = pq.read_table(task.inputs[one.answers].local("answers.parquet")).to_pylist()
@@ -232,7 +232,7 @@ def _specificity(task: Task, shown: Sequence[Shown]) -> dict[str, Any]:
 
 
 def _cases(task: Task) -> dict[str, str]:
-    """The case of every edit; blank where an edit is its own."""
+    """The case of every edit; blank if the edit is its own case."""
     found: dict[str, str] = {}
     for name, step in task.step.inputs.items():
         if step.kind.name in ("edits", "part"):
@@ -251,7 +251,7 @@ def _named(artifact: Artifact, file: str, method: str) -> pd.DataFrame:
 
 
 def _as_scheduled(predictions: pd.DataFrame, schedule: pd.DataFrame) -> pd.DataFrame:
-    """The base model's rows with the round and part that this scenario gives to each edit, if it teaches it."""
+    """The base model's rows with the scenario's round and part of each edit, if the scenario teaches it."""
     base = predictions[predictions.method == BASE].drop(columns=["learnt", "part"])
     schedule = schedule[["edit", "learnt", "part"]].drop_duplicates("edit")
     base = base.merge(schedule, on="edit")[list(predictions.columns)]
@@ -259,7 +259,7 @@ def _as_scheduled(predictions: pd.DataFrame, schedule: pd.DataFrame) -> pd.DataF
 
 
 def _notes(task: Task) -> list[str]:
-    """What a reader of the numbers has to know that they do not show."""
+    """Notes that a reader needs to interpret the numbers."""
     notes = []
     for step in topological([task.step])[:-1]:
         found = task.store.artifact(step.fingerprint).metrics
@@ -297,7 +297,7 @@ def _notes(task: Task) -> list[str]:
 
 
 def _steps(task: Task) -> list[dict[str, Any]]:
-    """Every step the report rests on, with the seconds it took when it was run."""
+    """Every step that the report depends on, with its running time in seconds."""
     rows = []
     for step in topological([task.step]):
         if step is not task.step:

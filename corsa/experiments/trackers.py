@@ -1,4 +1,4 @@
-"""Sending a finished run to an experiment tracker, through the tracker's own library: an optional extra each.
+"""Sends a finished run to an experiment tracker through the tracker's own library. Each library is an optional extra.
 
 pip install 'corsa[tensorboard]'    tensorboard:DIR      an event file below DIR
 pip install 'corsa[mlflow]'         mlflow[:URI]         MLFLOW_TRACKING_URI, or ./mlruns
@@ -24,7 +24,7 @@ _CURVES = ("loss_sft", "loss_dpo", "logp_new", "logp_old", "cosine", "sharpness"
 
 
 def check(where: Sequence[str]) -> None:
-    """Raises `CorsaError` for a tracker that is not known or whose library is not installed, before anything is run."""
+    """Raises `CorsaError` if a tracker is unknown or its library is not installed. Called before the run starts."""
     for one in where:
         name = one.partition(":")[0]
         if name not in TRACKERS:
@@ -35,7 +35,7 @@ def check(where: Sequence[str]) -> None:
 
 
 def track_run(where: Sequence[str], page: Artifact) -> list[str]:
-    """Send a finished run, the result of a report's step, to each tracker; returns where it is to be found."""
+    """Send a finished run (the result of a report step) to each tracker. Returns the locations."""
     if not where:
         return []
     about = json.loads(page.read("run.json"))
@@ -46,17 +46,17 @@ def track_run(where: Sequence[str], page: Artifact) -> list[str]:
 
 
 def track(where: str, *, title: str, config: Mapping[str, Any], metrics: dict[str, Any], curves: pd.DataFrame) -> str:
-    """Log a run: its configuration, each method's metrics after every round, and the curves of training.
+    """Log a run: its configuration, each method's metrics after every round, and the training curves.
 
     Args:
         where: `tensorboard:DIR`, `mlflow[:URI]` or `wandb[:PROJECT]`.
         title: name of the run.
         config: the resolved configuration, nested.
-        metrics: what `corsa.evaluation.metrics.compute` returned.
+        metrics: the result of `corsa.evaluation.metrics.compute`.
         curves: one row per optimizer step, may be empty.
 
     Returns:
-        Where the run is to be found.
+        The location of the run.
 
     Raises:
         CorsaError: an unknown tracker, or one whose library is not installed.
@@ -69,7 +69,7 @@ def track(where: str, *, title: str, config: Mapping[str, Any], metrics: dict[st
 
 
 Row = tuple[int, dict[str, float]]
-"""A position on the tracker's axis (round, or optimizer step), and the values there."""
+"""A position on the tracker's axis (round or optimizer step), and its values."""
 
 
 def _rounds(metrics: dict[str, Any]) -> Iterator[Row]:
@@ -114,7 +114,7 @@ def _wandb(place: str, title: str, config: dict[str, Any], rows: list[Row]) -> s
     wandb = _library("wandb", "wandb")
     mode = os.environ.get("WANDB_MODE", "offline")
     run = wandb.init(project=place or "corsa", name=title, config=config, mode=mode)
-    # Rounds and optimizer steps count apart, and W&B's own step may only grow: each row names its position.
+    # Rounds and optimizer steps have separate counts, and W&B's own step may only grow: each row names its position.
     for step, values in rows:
         run.log({**values, "position": step})
     where = run.dir

@@ -1,7 +1,7 @@
-"""Merging adapters into one, and cutting an adapter to a rank: arithmetic on factors, nothing is trained.
+"""Merges adapters into one, and compresses an adapter to a rank: arithmetic on factors, without training.
 
-The yardstick of a merge is the exact sum of the weighted changes, sum_i w_i b_i a_i. No product b @ a is formed: norms
-and singular values are those of the small core between the orthogonal parts of the factors.
+The reference of a merge is the exact sum of the weighted changes, sum_i w_i b_i a_i. The product b @ a is never formed:
+norms and singular values are computed from the small core between the orthogonal parts of the factors.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from corsa.lora.factors import Adapter, Factors, stack
 
 @dataclass(frozen=True)
 class Options:
-    """What some of the methods need: the rank of `svd`, and the share of values that TIES and DARE keep."""
+    """Options of some methods: the rank of `svd`, the share of values that TIES and DARE keep, and DARE's generator."""
 
     rank: int | None
     density: float
@@ -37,23 +37,22 @@ def merge(
     density: float = 0.5,
     seed: int = 0,
 ) -> tuple[Adapter, dict[str, Any]]:
-    """One adapter made of several of the same layers, by one of `MERGES`.
+    """Merges several adapters of the same layers into one, by a method of `MERGES`.
 
     - `sum`: exactly sum_i w_i delta_i, factors side by side (PEFT's "cat"); the ranks add up.
     - `average`: the same with every weight 1 / n.
     - `svd`: the best approximation of the sum by changes of rank `rank`.
     - `linear`, `ties` (Yadav et al. 2023), `dare_linear`, `dare_ties` (Yu et al. 2024): PEFT's methods of these names.
-      They combine the a's with one another and the b's with one another, so the product has cross terms b_i a_j and
-      is not near the sum. They equal PEFT's merge of adapters whose scales alpha / r are the same: the scale is
-      already in `b` here.
+      They combine the a's and the b's separately, so the product has cross terms b_i a_j and is not close to the sum.
+      They equal PEFT's merge if the adapters have the same scale alpha / r: here the scale is already in `b`.
 
     Args:
         adapters: of the same model; see `check_same_base`.
         method: a name in `MERGES`.
-        weights: one per adapter, of either sign; 1 each if not given. None for `average`.
-        rank: of the result of `svd`; for no other method.
+        weights: one per adapter, positive or negative; 1 each by default. None for `average`.
+        rank: of the result of `svd`; None for other methods.
         density: share of values that `ties`, `dare_linear` and `dare_ties` keep in each factor, in (0, 1].
-        seed: of what DARE drops.
+        seed: for the values that DARE drops.
 
     Returns:
         The adapter, and {rank: the largest of its ranks, error: |merged - sum| / |sum|, Frobenius norms over all
@@ -115,7 +114,7 @@ def norm(factors: Factors) -> float:
 
 
 def check_same_base(names: Sequence[str]) -> str:
-    """The base model of adapters that are to be merged, from the base model's name of each.
+    """The common base model of the adapters to merge, from the names of their base models.
 
     Raises:
         CorsaError: they differ.
@@ -137,7 +136,7 @@ def _truncated(factors: Factors, rank: int) -> tuple[Factors, Tensor]:
         u, values, v = torch.linalg.svd(r_b @ r_a.T, full_matrices=False)  # b a = Q_b (R_b R_a^T) Q_a^T
     except torch.linalg.LinAlgError as error:  # type: ignore[reportPrivateImportUsage]
         raise CorsaError(f"a change of shape {factors.shape} has no singular value decomposition here") from error
-    root = values[:rank].sqrt()  # half to each factor: of equal size, they train and round alike
+    root = values[:rank].sqrt()  # half to each factor: factors of equal size train and round alike
     a, b = (root[:, None] * v[:rank]) @ q_a.T, q_b @ (u[:, :rank] * root)
     return Factors(a.float(), b.float()), values
 
@@ -160,7 +159,7 @@ def _factorwise(
     weights: Sequence[float],
     options: Options,
 ) -> Factors:
-    """The a's combined and the b's combined, each with weight sqrt(|w_i|), the sign of w_i going to a_i."""
+    """Combines the a's and the b's separately, with weights sqrt(|w_i|). The sign of w_i goes to a_i."""
     w = torch.tensor(weights, device=parts[0].a.device)
     root = w.abs().sqrt()
     a = combine(torch.stack([p.a for p in parts]), torch.where(w < 0, -root, root), options)
@@ -181,14 +180,14 @@ def _elected(values: Tensor, weights: Tensor, options: Options) -> Tensor:
 
 
 def _trimmed(values: Tensor, options: Options) -> Tensor:
-    """TIES, step 1: of each adapter, the `density` share of its values that are largest."""
+    """TIES, step 1: keeps the share `density` of each adapter's values, those of largest magnitude."""
     flat = values.flatten(1)
     kept = flat.abs().topk(int(options.density * flat.shape[1])).indices
     return torch.zeros_like(flat).scatter(1, kept, flat.gather(1, kept)).view_as(values)
 
 
 def _thinned(values: Tensor, options: Options) -> Tensor:
-    """DARE: each value is kept with probability `density` and then divided by it; the mean stays."""
+    """DARE: each value is kept with probability `density` and divided by it, so the mean does not change."""
     chances = torch.full(values.shape[1:], options.density)
     kept = torch.stack([torch.bernoulli(chances, generator=options.generator) for _ in values])
     return values * kept.to(values.device) / options.density

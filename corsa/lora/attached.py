@@ -16,18 +16,18 @@ from corsa.lora.factors import Factors
 from corsa.lora.flat import linear_layers
 
 Change = Mapping[str, Factors] | Mapping[str, Tensor]
-"""What is added to each layer, by module name: an adapter's factors, or the change itself, (outputs, inputs)."""
+"""The change of each layer, by module name: an adapter's factors, or a dense matrix (outputs, inputs)."""
 
 
 class Attached:
     """Changes added to `model` by forward hooks on its linear layers (all but the output head) until `remove()`.
 
-    Several changes add up, also with a `corsa.lora.flat.Lora` on the same model: outputs equal those of a model with
+    Several changes add up, also with a `corsa.lora.flat.Lora` on the same model. Outputs equal those of a model with
     the sum merged into its weights. Gradients reach the layers' inputs and phi, but not the changes. Changes that are
     float32 and on the layer's device are not copied, so do not modify them while they are attached.
 
     Raises:
-        CorsaError: the model has no layer of a change's name, or the layer has another shape.
+        CorsaError: the model has no layer with the name of a change, or the layer has another shape.
     """
 
     def __init__(self, model: nn.Module, changes: Sequence[Change]) -> None:
@@ -71,7 +71,7 @@ def _hook(layer: nn.Linear, change: Factors | Tensor) -> Callable[[nn.Module, An
     frozen = [m.detach().to(layer.weight.device, torch.float32) for m in matrices]
 
     def add(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        added = reduce(linear, frozen, args[0].float())  # float32 whatever the base, as corsa.lora.flat
+        added = reduce(linear, frozen, args[0].float())  # float32 for every dtype of the base, as in corsa.lora.flat
         return output + added.to(output.dtype)
 
     return add

@@ -1,4 +1,4 @@
-"""Which PEFT adapters are more than two factors a linear layer. Imports no torch: it is asked while planning."""
+"""Detects PEFT adapters with more than two factors per linear layer. Does not import torch: planning uses it."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ EXTENSIONS = (
 """Settings of PEFT's LoraConfig that make an adapter more than a product of two factors added to linear layers."""
 
 INITIAL = (True, False, "gaussian", "eva", "orthogonal")
-"""Values of `init_lora_weights` that leave the base model as it is; PiSSA, OLoRA and the others change it."""
+"""Values of `init_lora_weights` that do not change the base model; PiSSA, OLoRA and the others change it."""
 
 
 def refuse_extensions(config: Mapping[str, Any], file: Path) -> None:
-    """Raises `CorsaError` if an `adapter_config.json` says anything else than plain LoRA."""
+    """Raises `CorsaError` if an `adapter_config.json` is not plain LoRA."""
     found = None
     if config.get("peft_type") != "LORA":
         found = f"peft_type is {config.get('peft_type')}"

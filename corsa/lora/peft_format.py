@@ -1,7 +1,7 @@
 """Adapters on disk are plain PEFT directories: `adapter_config.json` and `adapter_model.safetensors`.
 
-PEFT, transformers and vLLM load them without this project. Nothing here imports peft (it takes seconds): the format is
-two files, and a test holds them against PEFT itself.
+PEFT, transformers and vLLM load them without this project. This module does not import peft, which takes seconds. A
+test compares the two files with those of PEFT.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ def save_adapter(lora: Lora, directory: Path, base_model: str, row: int = 0) -> 
 def write_factors(adapter: Adapter, directory: Path, base_model: str) -> None:
     """Write factors as a PEFT directory of scale 1: `r` is the largest rank and `lora_alpha` the same.
 
-    Layers of a smaller rank are listed in PEFT's `rank_pattern` and `alpha_pattern`, with their full names, and so
-    are all layers in `target_modules`: a merged adapter need not be on every layer of a kind.
+    PEFT's `rank_pattern` and `alpha_pattern` list the layers of a smaller rank by full name. `target_modules` lists all
+    layers by full name, because a merged adapter may cover only some layers of a kind.
 
     Raises:
         CorsaError: the adapter has no layers.
@@ -53,7 +53,7 @@ def write_factors(adapter: Adapter, directory: Path, base_model: str) -> None:
     if not adapter:
         raise CorsaError(f"there is nothing to write to {directory}: the adapter changes no layer")
     r = max(factors.rank for factors in adapter.values())
-    # PEFT takes the keys for regular expressions that match the end of a name
+    # PEFT treats the keys as regular expressions that match the end of a name
     ranks = {f"^{re.escape(name)}": factors.rank for name, factors in adapter.items() if factors.rank != r}
     _write(
         {name: (factors.a, factors.b) for name, factors in adapter.items()},
@@ -70,7 +70,7 @@ def load_adapter(lora: Lora, directory: str | Path, row: int = 0) -> None:
     """Read a PEFT directory into adapter `row` of phi.
 
     Raises:
-        CorsaError: the directory holds no adapter, or one of another shape or scale.
+        CorsaError: the directory has no adapter, or the adapter has another shape or scale.
     """
     directory = Path(directory)
     tensors, config = _read(directory)
@@ -102,11 +102,11 @@ def load_adapter(lora: Lora, directory: str | Path, row: int = 0) -> None:
 def read_factors(directory: str | Path) -> tuple[Adapter, str]:
     """The factors in a PEFT directory, in float32 with the scale in `b`, and the name of the base model.
 
-    The scale is alpha / r, or alpha / sqrt(r) with rslora (Kalajdzievski 2023), by layer where the adapter has
+    The scale is alpha / r, or alpha / sqrt(r) with rslora (Kalajdzievski 2023), per layer if the adapter has
     patterns.
 
     Raises:
-        CorsaError: the directory holds no adapter, or one that is more than two factors a linear layer.
+        CorsaError: the directory has no adapter, or the adapter has more than two factors per linear layer.
     """
     directory = Path(directory)
     tensors, config = _read(directory)
@@ -166,7 +166,7 @@ def _read(directory: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     file = directory / "adapter_model.safetensors"
     try:
         tensors = {name: tensor.float() for name, tensor in load_file(file).items()}
-    except Exception as e:  # the library raises whatever its parts raise: OSError, SafetensorError, KeyError, ...
+    except Exception as e:  # the library passes on OSError, SafetensorError, KeyError, ...
         raise CorsaError(f"{directory} holds no readable PEFT adapter: {str(e).splitlines()[0]}") from e
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():

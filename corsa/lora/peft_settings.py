@@ -1,4 +1,4 @@
-"""The settings of an adapter, `adapter_config.json`: read as text that anybody may have written."""
+"""Reads the settings of an adapter, `adapter_config.json`, as an untrusted file."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _Pattern = Annotated[str, Field(max_length=1_000)]
 
 
 class _Settings(BaseModel):
-    """The settings that are read here; `None` is PEFT's for an absent one. The others may be anything."""
+    """The settings that are read here. `None` is PEFT's value for an absent setting. Other settings are not checked."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -36,10 +36,10 @@ class _Settings(BaseModel):
 
 
 def read_settings(directory: Path) -> dict[str, Any]:
-    """The settings of the adapter in a directory, of the types that PEFT writes.
+    """The settings of the adapter in a directory, with the types that PEFT writes.
 
     Raises:
-        CorsaError: the file cannot be read, or a setting is not of its type or out of bounds.
+        CorsaError: the file cannot be read, or a setting has a wrong type or is out of bounds.
     """
     file = directory / FILE
     try:
@@ -52,7 +52,7 @@ def read_settings(directory: Path) -> dict[str, Any]:
         raise CorsaError(f"{file} cannot be read: {error.strerror}") from error
     except RecursionError:
         raise CorsaError(f"{file} is nested too deeply to be an adapter's configuration") from None
-    except ValueError as error:  # no JSON, no UTF-8, or a number with thousands of digits
+    except ValueError as error:  # not JSON, not UTF-8, or a number with thousands of digits
         raise CorsaError(f"{file} is damaged: {str(error).splitlines()[0]}") from error
     if not isinstance(found, dict):
         raise CorsaError(f"{file} holds no settings of an adapter, but a {type(found).__name__}")
@@ -66,13 +66,13 @@ def read_settings(directory: Path) -> dict[str, Any]:
 
 
 def alpha_and_rank(settings: Mapping[str, Any], file: Path) -> Callable[[str], tuple[float, int]]:
-    """What gives `lora_alpha` and `r` of a layer by its module name: its pattern's, by PEFT's rule (the first that
-    matches the end of the name), else the adapter's.
+    """A function from a layer's module name to its `lora_alpha` and `r`: those of the first pattern that matches the
+    end of the name (PEFT's rule), else the adapter's.
 
-    The patterns are regular expressions that anybody may have written. RE2 matches in time linear in the name's length.
+    The patterns are untrusted regular expressions. RE2 matches in time linear in the name's length.
 
     Raises:
-        CorsaError: a pattern is no regular expression, or needs what no linear-time matcher has (look-around).
+        CorsaError: a pattern is not a regular expression, or needs look-around, which linear-time matching excludes.
     """
     import re2
 

@@ -23,11 +23,11 @@ class PromptRouter:
     Args:
         model: causal language model, adapters off.
         encoder: its tokenizer.
-        descriptions: of the parts; at most 26.
+        descriptions: one per part; at most 26.
         batch: queries scored together.
 
     Raises:
-        CorsaError: more parts than letters, or a letter that is not one token of its own.
+        CorsaError: there are more parts than letters, or a letter is not a single token.
     """
 
     def __init__(self, model: Any, encoder: Encoder, descriptions: Sequence[str], batch: int) -> None:
@@ -57,7 +57,7 @@ class PromptRouter:
             ids = torch.tensor([rows[i] + [0] * (width - len(rows[i])) for i in chosen], device=device)
             cache = copy.deepcopy(prefix)
             cache.batch_repeat_interleave(len(chosen))
-            # Padded on the right, where no earlier token sees it.
+            # Padded on the right: earlier tokens do not attend to it.
             logits = self.model(input_ids=ids, past_key_values=cache, use_cache=True).logits
             last = torch.tensor([len(rows[i]) - 1 for i in chosen], device=device)
             logp = logits[torch.arange(len(chosen), device=device), last].float().log_softmax(-1)
@@ -70,10 +70,10 @@ class PromptRouter:
 
 
 class EmbeddingRouter:
-    """Takes the part whose training questions lie nearest: cosine between the query's embedding and their centroid.
+    """Takes the part with the nearest training questions: cosine of the query's embedding and their centroid.
 
-    An embedding is the mean of the last hidden states, less the mean over all training questions (the states of a
-    language model share a large common direction, which would drown the rest).
+    An embedding is the mean of the last hidden states, minus the mean over all training questions (the states of a
+    language model share a large common direction, which would dominate the cosine).
     """
 
     def __init__(self, model: Any, encoder: Encoder, prompts: Sequence[Sequence[str]], batch: int) -> None:
@@ -98,7 +98,7 @@ class EmbeddingRouter:
         return torch.stack([found[i] for i in range(len(rows))])
 
     def _states(self, ids: Tensor) -> Tensor:
-        """The last hidden states (R, T, H). The whole model runs: where it is sharded, all passes must be alike."""
+        """The last hidden states (R, T, H). The whole model runs: if it is sharded, all passes must be alike."""
         found: list[Tensor] = []
         decoder = self.model.get_decoder()
         handle = decoder.register_forward_hook(lambda module, args, output: found.append(output.last_hidden_state))

@@ -1,5 +1,5 @@
-"""Dense changes of weights on disk: `delta.safetensors` and `delta.json`. `corsa.lora.attached` puts one on a model
-and takes it off, without touching the weights.
+"""Dense changes of weights on disk: `delta.safetensors` and `delta.json`. `corsa.lora.attached` adds one to a model and
+removes it, without modifying the weights.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from corsa.errors import CorsaError
 
 
 def save_delta(delta: Mapping[str, Tensor], directory: Path, base_model: str) -> None:
-    """Write `delta` (module name -> (out, in)) as float32, and beside it the model that it belongs to."""
+    """Write `delta` (module name -> (out, in)) as float32, and the name of its base model."""
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {f"{name}.weight": change.detach().float().cpu().contiguous() for name, change in delta.items()}
     save_file(tensors, directory / "delta.safetensors", metadata={"format": "pt"})
@@ -28,7 +28,7 @@ def load_delta(directory: str | Path) -> dict[str, Tensor]:
     """What `save_delta` wrote: module name -> change of its weight (out, in), float32.
 
     Raises:
-        CorsaError: the directory holds no delta.
+        CorsaError: the directory has no readable delta.
     """
     try:
         tensors = load_file(Path(directory) / "delta.safetensors")

@@ -1,4 +1,4 @@
-"""One folder (or file) a method, each with one record (`corsa.methods.base.Method`); here they are by name."""
+"""The methods by name. Each has its own folder or file, with one record (`corsa.methods.base.Method`)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from corsa.methods.base import Method
 METHODS: dict[str, Method] = {
     method.name: method for method in (*step_methods.METHODS, f_learning.METHOD, memit.METHOD)
 }
-"""Every method by name. The unedited model, "base", is asked in every scenario and is none of them."""
+"""Every method by name. The unedited model, "base", is evaluated in every scenario and is not a method."""
 
 
 def known_method(name: str) -> Method:
@@ -25,5 +25,5 @@ def known_method(name: str) -> Method:
 
 
 def method_of(config: Frozen) -> Method | None:
-    """The method whose rounds have a configuration of this type and a function of their own; None: it has none."""
+    """The method with this configuration type and its own teaching function; None if there is none."""
     return next((m for m in METHODS.values() if m.config is type(config) and m.load_teach), None)

@@ -1,4 +1,4 @@
-"""What a method is: one record. Training, experiments and reports look it up.
+"""The record of a method. Training, experiments and reports look it up.
 
 Nothing here imports torch: methods are listed and planned before it is needed.
 """
@@ -26,18 +26,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Round:
-    """What a method is given to teach one round. Every worker of the group has one, and makes the same calls.
+    """The input of a method for teaching one round. Every worker of the group has one, and makes the same calls.
 
     Attributes:
         config: the round's configuration, of the type that the method's `round_config` returns.
-        edits: what the round teaches; `triplets`: the same as token ids, with their reference.
+        edits: the edits of the round; `triplets`: the same as token ids, with their reference.
         model: the frozen base model, with `lora` attached to it; `encoder` makes its prompts and answers.
-        before: what the earlier rounds add to the base model; None in the first round.
-        leads: whether this worker computes what is done once for all.
-        share: the leader's value, on every worker.
+        before: the change of the base model by the earlier rounds; None in the first round.
+        leads: whether this worker is the leader, which does the work that is done once for all workers.
+        share: returns the leader's value on every worker.
         train: trains `lora.phi` on triplets by the step of Algorithm 1, resumable under a name; returns its curves.
-        input_file: the local path of a file of an input of the round, by the names of input and file (leader only).
-        post: shows more on the progress line.
+        input_file: the local path of an input's file, by the names of the input and the file (leader only).
+        post: adds information to the progress line.
     """
 
     config: Any
@@ -56,8 +56,8 @@ class Round:
 
 @dataclass(frozen=True)
 class Taught:
-    """What teaching a round leaves: all that the rounds so far add to the base, metrics of the round, and its curves
-    where it has any (rows of `corsa.training.loop.CURVES`).
+    """The result of teaching a round: the change of the base by all rounds so far, the metrics of the round, and its
+    curves if it has any (rows of `corsa.training.loop.CURVES`).
     """
 
     change: Change
@@ -81,18 +81,18 @@ class Method:
     """One method.
 
     Attributes:
-        name: on the command line and in tables of answers.
-        label: in tables and figures.
-        round_config: what a round depends on beside its inputs, from the settings, the seed and the round's number. It
-            raises `CorsaError` for settings under which the method cannot run.
-        config: the type of that. The workers find the method by it.
+        name: its name on the command line and in tables of answers.
+        label: its name in tables and figures.
+        round_config: makes a round's configuration (all that it depends on besides its inputs) from the settings, the
+            seed and the round's number. Raises `CorsaError` for settings under which the method cannot run.
+        config: the type of this configuration. The workers find the method by it.
         load_teach: imports and returns the function that teaches a round. None: the round is trained by the step of
             Algorithm 1 alone, under the settings in its configuration.
         inputs: further inputs of each round, by name.
-        notes: sentences for the report, from the name of a round's step and the metrics of the round.
+        notes: makes sentences for the report, from the name of a round's step and the metrics of the round.
         refuses: purposes that the method cannot serve, each with the reason: "adapter" (leaving a PEFT adapter),
             "programs" (learning updates of APIs).
-        colour, symbol: in figures, plotly's names; by default a spare one.
+        colour, symbol: its look in figures, by plotly's names; an unused one by default.
     """
 
     name: str

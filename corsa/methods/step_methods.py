@@ -1,4 +1,4 @@
-"""CoRSA, plain LoRA and the ablations of Table 9: settings of the one step of Algorithm 1."""
+"""CoRSA, plain LoRA and the ablations of Table 9. All use the step of Algorithm 1, with different settings."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _LOOKS = {"lora": ("#c2681d", "square"), "corsa": ("#2f7fd6", "circle")}
 
 
 def round_config(name: str, settings: RunSettings, seed: int, number: int) -> RoundConfig:
-    """A round of a method that is a setting of the step."""
+    """The round configuration of a method that is a setting of the step."""
     training = TRAININGS[name](settings.training) if name in TRAININGS else settings.training
     return RoundConfig(
         model=settings.model,

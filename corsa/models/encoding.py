@@ -1,8 +1,8 @@
-"""How a model is asked: from the text of a question and an answer to token ids, with one tokenizer and template; and
-back, from generated token ids to the answer in them.
+"""Encodes questions and answers as token ids, with one tokenizer and template, and decodes the answer from generated
+token ids.
 
-The text of a fact is text: where it contains what the tokenizer takes for a special token (`<|im_end|>`), that is split
-into plain tokens. Only the template and this module set special tokens.
+If the text of a fact contains a special token (`<|im_end|>`), it is split into plain tokens. Only the template and this
+module set special tokens.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from corsa.errors import CorsaError
 from corsa.models.templates import render
 
 OPEN, CLOSE = "<think>", "</think>"
-"""What reasoning models write around their thoughts."""
+"""The marks that reasoning models write around their thoughts."""
 
 
 @dataclass(frozen=True)
@@ -26,10 +26,10 @@ class Encoder:
     r"""Turns questions and answers into token ids with one tokenizer and template.
 
     Attributes:
-        tokenizer: of transformers.
+        tokenizer: a transformers tokenizer.
         template: the paper's (Fig. 7), or the tokenizer's chat template.
-        answer_end: what follows an answer: the end token; or ("turn", in the chat template) what closes a turn there
-            and then the end token, as the authors' trainer has it: `Bo<|im_end|>\n<|im_end|>`.
+        answer_end: what follows an answer: the end token; or ("turn", in the chat template) the end of the turn and
+            then the end token, as in the authors' trainer: `Bo<|im_end|>\n<|im_end|>`.
     """
 
     tokenizer: Any
@@ -45,22 +45,22 @@ class Encoder:
 
     @cached_property
     def special(self) -> tuple[str, ...]:
-        """The texts that the tokenizer takes for special tokens."""
+        """The texts of the tokenizer's special tokens."""
         added = self.tokenizer.added_tokens_decoder.values()
         return tuple(token.content for token in added if token.special)
 
     def prompt(self, question: str, thinking: bool = False) -> list[int]:
-        """Token ids of a question as the model is asked it: in the paper's template (Fig. 7) or the tokenizer's own."""
+        """Token ids of a question in the paper's template (Fig. 7) or the tokenizer's chat template."""
         return self.prompts([question], thinking)[0]
 
     def prompts(self, questions: Sequence[str], thinking: bool = False) -> list[list[int]]:
-        """Of many at once: several times as fast as one by one.
+        """Token ids of many questions (see `prompt`), several times faster than one by one.
 
-        `thinking`: the model may think before it answers. Otherwise the chat template is told not to let it, and
-        thoughts that the template opens all the same are closed at once.
+        `thinking`: the model may think before it answers. Otherwise, the chat template is told to disable thinking; if
+        it opens thoughts anyway, they are closed at once.
 
         Raises:
-            CorsaError: `thinking`, and the template does not support it.
+            CorsaError: `thinking` is set, and the template does not support it.
         """
         if not questions:
             return []
@@ -72,7 +72,7 @@ class Encoder:
         if self.template == "chat":
             return self._chats(questions, thinking)
         end = self.tokenizer.eos_token_id
-        # With a begin token where there is one.
+        # With a begin token if the tokenizer has one.
         found = self.tokenizer([f"Q: {q}\nA:" for q in questions], split_special_tokens=True)["input_ids"]
         return [ids[:-1] if ids and ids[-1] == end else ids for ids in found]
 
@@ -93,9 +93,9 @@ class Encoder:
         return found
 
     def answer(self, text: str) -> list[int]:
-        """Token ids of `" " + text` tokenized on its own (chat: `text`), and of its end, which is part of y.
+        """Token ids of `" " + text` (chat: `text`), tokenized separately, and of its end, which is part of y.
 
-        A text without tokens gives the end alone.
+        A text without tokens gives only the end.
         """
         return self.answers([text])[0]
 
@@ -105,7 +105,7 @@ class Encoder:
         return [*self._ids([self._turn_end])[0], self.tokenizer.eos_token_id]
 
     def answers(self, texts: Sequence[str]) -> list[list[int]]:
-        """Of many at once."""
+        """Token ids of many answers (see `answer`)."""
         if not texts:
             return []
         lead, end = "" if self.template == "chat" else " ", self.tokenizer.eos_token_id
@@ -127,10 +127,10 @@ class Encoder:
 
     @cached_property
     def _turn_end(self) -> str:
-        """What the chat template writes after an answer, where that is to be taught.
+        """The text that the chat template writes after an answer; "" if it is not taught.
 
         Raises:
-            CorsaError: the template does not show the answer as it is.
+            CorsaError: the template changes the text of the answer.
         """
         if self.template != "chat" or self.answer_end != "turn":
             return ""
@@ -144,14 +144,14 @@ class Encoder:
         return text.rpartition(_ANSWER)[2]
 
     def read(self, ids: Sequence[int], thinking: bool = False) -> str:
-        """The answer in generated token ids, without special tokens and without what the model thought before it.
+        """The answer in generated token ids, without special tokens and without thoughts.
 
-        `thinking`: as the prompt was made. Thoughts that do not end leave no answer: "".
+        `thinking`: the value used for the prompt. If the thoughts do not end, the answer is "".
         """
         opened = self.template == "chat" and thinking and self._opened[True]
         first, last = self._thought_tokens
         ids = list(ids)
-        if last is not None and last in ids:  # by token first: where they are special, decoding drops the marks alone
+        if last is not None and last in ids:  # by token first: if the marks are special, decoding drops only them
             ids, opened = ids[len(ids) - ids[::-1].index(last) :], False
         if first is not None and first in ids:
             ids = ids[: ids.index(first)]
@@ -165,20 +165,20 @@ class Encoder:
 
     @cached_property
     def _opened(self) -> dict[bool, bool]:
-        """Whether a prompt ends inside of thoughts, with thinking off and on."""
+        """Whether a prompt ends inside thoughts, with thinking off and on."""
         prompts = {thinking: self._turns(["?"], thinking)[0] for thinking in (False, True)}
         return {thinking: prompt.rfind(OPEN) > prompt.rfind(CLOSE) for thinking, prompt in prompts.items()}
 
     @cached_property
     def _knows_thinking(self) -> bool:
-        """Whether the chat template says anything of thinking."""
+        """Whether the chat template supports thinking."""
         template = self.tokenizer.chat_template
         texts = template.values() if isinstance(template, dict) else [template or ""]
         return self.template == "chat" and any("thinking" in text or OPEN in text for text in texts)
 
     @cached_property
     def _thought_tokens(self) -> tuple[int | None, int | None]:
-        """The tokens that open and close thoughts, where the tokenizer has them."""
+        """The tokens that open and close thoughts; None if the tokenizer does not have them."""
         known = self.tokenizer.get_added_vocab()
         return known.get(OPEN), known.get(CLOSE)
 
@@ -187,7 +187,7 @@ _ANSWER = "Corsa-Answer"
 
 
 def without_thoughts(text: str) -> str:
-    """What stands after the thoughts in a text; of thoughts that do not end nothing is left.
+    """The text after the thoughts. Thoughts that do not end are removed.
 
     >>> without_thoughts("<think>Paris? No.</think>Rome"), without_thoughts("<think>Paris"), without_thoughts("Rome")
     ('Rome', '', 'Rome')

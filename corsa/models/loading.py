@@ -25,7 +25,7 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     """The tokenizer of a model. A `random:` architecture uses the embedded model's (its vocabulary is large enough).
 
     Raises:
-        CorsaError: it cannot be had, with the cause.
+        CorsaError: it cannot be loaded, with the cause.
     """
     source = locate(config.name)
     if source.kind == "random" and Path(source.place).is_dir():
@@ -38,7 +38,7 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(
             place, revision=_hub_revision(source, config), trust_remote_code=False
         )
-    except Exception as e:  # transformers and the tokenizers library raise what they like on files that make no sense
+    except Exception as e:  # transformers and tokenizers raise any exception on invalid files
         raise _not_loaded("tokenizer", config, e) from e
     if tokenizer.eos_token_id is None:
         raise CorsaError(
@@ -48,17 +48,17 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
 
 
 Whole = Callable[[nn.Parameter], AbstractContextManager[Any]]
-"""Gives a sharded parameter back whole inside a block, to be written."""
+"""A context in which a sharded parameter is whole and can be written."""
 
 
 def load_model(config: ModelConfig, device: torch.device | str = "cpu", whole: Whole | None = None) -> PreTrainedModel:
     """The frozen base model in evaluation mode, on `device`.
 
-    `whole`: given where parameters are sharded among workers as they are made (`corsa.training.sharding`), and then
-    they are where they belong.
+    `whole`: required if parameters are sharded among workers at creation (`corsa.training.sharding`). The model is then
+    already on its devices and is not moved.
 
     Raises:
-        CorsaError: it cannot be had, with the cause.
+        CorsaError: it cannot be loaded, with the cause.
     """
     source = locate(config.name)
     if source.kind == "random":
@@ -75,7 +75,7 @@ def load_model(config: ModelConfig, device: torch.device | str = "cpu", whole: W
                 dtype=getattr(torch, config.dtype),
                 attn_implementation="sdpa",
                 use_safetensors=True,  # a pickle can run any code
-                trust_remote_code=False,  # said, or transformers asks whoever sits at the terminal
+                trust_remote_code=False,  # explicit, because transformers would ask at the terminal
             )
         except CorsaError:
             raise
@@ -102,7 +102,7 @@ def _random_model(shape: str, config: ModelConfig, whole: Whole | None) -> PreTr
             model = AutoModelForCausalLM.from_config(architecture, dtype=dtype, attn_implementation="sdpa")
         except Exception as e:
             raise _not_loaded("architecture", config, e) from e
-    # Each matrix anew from a generator of its own: what transformers draws depends on how the model was made.
+    # Draw each matrix again with a separate generator: transformers' values depend on how the model was created.
     generator = torch.Generator().manual_seed(0)
     deviation = getattr(architecture.get_text_config(), "initializer_range", 0.02)
     with torch.no_grad():

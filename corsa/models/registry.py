@@ -37,7 +37,7 @@ LICENCES = {
 
 
 def hub_name(name: str) -> str:
-    """The name under which other programs know a model: an alias's hub id, anything else as it is."""
+    """The name of a model in other programs: the hub id of an alias; other names do not change."""
     return ALIASES.get(name, name)
 
 
@@ -118,10 +118,10 @@ class Source:
 
 
 def locate(name: str) -> Source:
-    """What a model name stands for.
+    """Where the model of this name comes from.
 
     Raises:
-        CorsaError: the name is no alias, hub id (`owner/name`), model directory, or known `random:` architecture.
+        CorsaError: the name is not an alias, hub id (`owner/name`), model directory, or known `random:` architecture.
     """
     if name.startswith("random:"):
         shape = name.removeprefix("random:")
@@ -144,15 +144,14 @@ def locate(name: str) -> Source:
 
 
 def pin(config: ModelConfig) -> ModelConfig:
-    """The configuration with its revision filled in, so that what was computed with other weights is never taken for
-    it.
+    """The configuration with its revision filled in, so that results of other weights are never reused.
 
-    A local directory is known by a digest of its files (large ones by size and the start of each mebibyte, so that one
-    edited layer is enough), the embedded model by the wheel's version; a hub model without a revision by the branch it
-    follows.
+    The revision of a local directory is a digest of its files. Of large files, it takes the size and the start of each
+    mebibyte, so that it changes if one layer is edited. The embedded model has the wheel's version. A hub model without
+    a revision has its branch.
     """
     source = locate(config.name)
-    if source.kind in ("directory", "random"):  # an absolute path: workers run in directories of their own
+    if source.kind in ("directory", "random"):  # an absolute path: workers run in other directories
         prefix = "random:" if source.kind == "random" else ""
         config = config.model_copy(update={"name": prefix + source.place})
     if config.revision is not None:

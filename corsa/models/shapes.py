@@ -20,8 +20,8 @@ LARGEST = {
     **dict.fromkeys(("head_dim", "n_embd", "d_model"), _WIDE),
     "vocab_size": _MANY,
 }
-"""Bounds of what a config.json may ask for, well above every model there is: beyond them, it fills the memory."""
-_LARGEST_NUMBER = 1 << 40  # of any other setting
+"""Upper bounds for sizes in a config.json, well above every existing model. Larger sizes would exhaust the memory."""
+_LARGEST_NUMBER = 1 << 40  # upper bound of any other number
 
 
 def architecture(config: ModelConfig) -> PreTrainedConfig:
@@ -48,11 +48,11 @@ def architecture(config: ModelConfig) -> PreTrainedConfig:
 
 
 def read_architecture(place: str, revision: str = "main") -> PreTrainedConfig:
-    """What the config.json of a directory or of a hub's model says, which anybody may have written.
+    """Reads the config.json of a directory or of a hub model. The file is untrusted.
 
     Raises:
         CorsaError: a size in it is impossible.
-        Exception: it cannot be had or makes no sense; transformers and what it uses raise what they like.
+        Exception: it cannot be loaded or is invalid; transformers and its dependencies raise any type.
     """
     entries, _ = PreTrainedConfig.get_config_dict(place, revision=revision)
     if fault := impossible(entries):
@@ -61,7 +61,7 @@ def read_architecture(place: str, revision: str = "main") -> PreTrainedConfig:
 
 
 def impossible(entries: Mapping[str, Any]) -> str | None:
-    """The first setting of a config.json whose number is out of bounds, in words; None if there is none."""
+    """Describes the first number in a config.json that is out of bounds; None if there is none."""
     left: list[tuple[str, Any]] = list(entries.items())
     while left:
         name, value = left.pop()
@@ -77,6 +77,6 @@ def impossible(entries: Mapping[str, Any]) -> str | None:
 
 
 def first_line(error: BaseException) -> str:
-    """What went wrong, in one line. A validator's first line names only the class, so its second is taken along."""
+    """The error in one line. A validator's first line names only the class, so its second line is added."""
     lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
     return " ".join(lines[: 2 if lines and lines[0].endswith(":") else 1])[:400] or type(error).__name__

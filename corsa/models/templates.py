@@ -1,4 +1,4 @@
-"""Rendering a tokenizer's chat template, a program that came with the model: no more work than a template needs."""
+"""Renders a tokenizer's chat template. It is an untrusted program from the model, so its work is limited."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any
 
 from corsa.errors import CorsaError
 
-_LONGEST_TEMPLATE = 1 << 18  # characters; the longest in use have a tenth of it
-_LINES = 20_000  # of the compiled template, executed for one conversation; those in use take some hundred
-_SECONDS = 20.0  # for one call, beside a millisecond a conversation
+_LONGEST_TEMPLATE = 1 << 18  # characters; the longest templates in use have a tenth of this
+_LINES = 20_000  # executed lines of the compiled template per conversation; templates in use need a few hundred
+_SECONDS = 20.0  # for one call, plus a millisecond per conversation
 _ADDED = 100_000  # characters that a template may add to a conversation
 
 
 class _TooMuch(BaseException):
-    """Passes through whatever a template or Jinja catches."""
+    """A BaseException, so that neither a template nor Jinja catches it."""
 
 
 def render(
@@ -25,17 +25,17 @@ def render(
 ) -> list[str]:
     """Conversations in the tokenizer's chat template.
 
-    transformers renders in Jinja's sandbox, which keeps a template from files and from Python, but not from nested
-    loops. This function counts the lines that a template executes, and stops it at a bound.
+    transformers renders in Jinja's sandbox, which denies a template access to files and to Python, but allows
+    nested loops. This function counts the lines that a template executes, and stops it at a limit.
 
     Args:
-        tokenizer: of transformers.
+        tokenizer: a transformers tokenizer.
         conversations: each a list of turns {role, content}.
         add_generation_prompt: end where the assistant's next answer begins.
         options: variables that the template may read, such as `enable_thinking`.
 
     Raises:
-        CorsaError: there is no template, it fails, or it does more than any template needs to.
+        CorsaError: there is no template, it fails, or it exceeds a limit.
     """
     template = getattr(tokenizer, "chat_template", None)
     if isinstance(template, str) and len(template) > _LONGEST_TEMPLATE:
@@ -53,7 +53,7 @@ def render(
         return line
 
     def call(frame: FrameType, event: str, value: Any) -> Any:
-        return line if frame.f_code.co_filename == "<template>" else None  # Jinja's name for what it compiles
+        return line if frame.f_code.co_filename == "<template>" else None  # Jinja's file name for compiled templates
 
     before = sys.gettrace()
     sys.settrace(call)

@@ -1,1 +1,1 @@
-"""What is measured: speed and memory, as JSON."""
+"""Measurements of speed and memory, as JSON."""

@@ -1,6 +1,6 @@
-"""Step time and peak memory of LoRA and CoRSA on an accelerator, beside what the plan says: at most ten minutes.
+"""Step time and peak memory of LoRA and CoRSA on an accelerator, compared with the plan: at most ten minutes.
 
-Each case is a process of its own, so that one that runs out of memory harms no other and each peak is its own. Run as
+Each case runs in its own process, so an out-of-memory error affects no other case and peaks stay separate. Run as
 `python -m corsa.perf.accelerator JSON`, this module measures one case and prints one line of JSON.
 """
 
@@ -17,14 +17,14 @@ from datetime import UTC, datetime
 from typing import Any
 
 PROMPT, ANSWER = 12, 4
-"""Tokens of an edit: about 20 with both answers."""
+"""Tokens per edit: about 20 with both answers."""
 
 MODELS = ("random:qwen3-4b", "random:qwen3-8b", "random:qwen3-14b")
 
 
 @dataclass(frozen=True)
 class Case:
-    """One measurement: a model under a method and a ZeRO stage, one worker."""
+    """One measurement: a model with a method and a ZeRO stage, on one worker."""
 
     model: str
     method: str
@@ -39,7 +39,7 @@ class Case:
 def cases(
     models: Sequence[str], methods: Sequence[str], stages: Sequence[int], *, edits: int, steps: int, gpu: bool
 ) -> Iterator[Case]:
-    """Every combination, small models first: what time allows is then measured for all methods and stages."""
+    """Every combination, small models first, so that the models measured in time have all methods and stages."""
     dtype = "bfloat16" if gpu else "float32"
     for model in models:
         for stage in stages:
@@ -48,7 +48,7 @@ def cases(
 
 
 def measure_all(chosen: Sequence[Case], minutes: float, say: Callable[[str], None]) -> dict[str, Any]:
-    """All cases within so many minutes; those that time does not allow are listed with the reason."""
+    """Measure all cases within `minutes`. Cases without enough time are listed with the reason."""
     ends = time.monotonic() + 60 * minutes
     rows = []
     for number, case in enumerate(chosen, start=1):
@@ -97,10 +97,10 @@ def _device(chosen: Sequence[Case]) -> str:
 
 
 def measure(case: Case) -> dict[str, Any]:
-    """One case, in this process: seconds of a step (median), bytes at the peak of a step, and what was planned.
+    """One case, in this process: median seconds per step, peak bytes of a step, and the planned bytes.
 
-    On a GPU the peak is `torch.cuda.max_memory_allocated`, beside the plan without CUDA's context and what the
-    allocator holds on top; on the CPU what became resident since before loading, beside all of the plan.
+    On a GPU, the peak is `torch.cuda.max_memory_allocated`; the plan then excludes CUDA's context and allocator
+    overhead. On the CPU, it is the growth of resident memory since before loading; the plan is then complete.
     """
     import torch
 
@@ -120,7 +120,7 @@ def measure(case: Case) -> dict[str, Any]:
     edits = [Triplet(range(10, 10 + PROMPT), range(10, 10 + ANSWER), range(20, 20 + ANSWER))] * case.edits
     before = 0 if case.gpu else resident("VmRSS") or 0
     group = WorkerGroup(0, 1, device, sharding)
-    with device:  # random weights are made where they are used: 14B on the CPU would take the time of everything else
+    with device:  # create random weights on the device: 14B on the CPU would take all the time
         model = group.place(config)
     lora = Lora(model, lora_config)
     optimizer: Any = group.optimizer(lora.phi)
@@ -136,7 +136,7 @@ def measure(case: Case) -> dict[str, Any]:
             torch.cuda.synchronize()
         return time.perf_counter() - began
 
-    take()  # AdamW's state is made, and kernels are chosen
+    take()  # creates AdamW's state and selects kernels
     start_peak(device)
     seconds = statistics.median(take() for _ in range(case.steps))
     peak = peak_since(device) or 0

@@ -1,5 +1,5 @@
-"""How fast a file of edits becomes batches, what the token table of a worker holds in memory, and how soon the first
-batch is in a worker of a cluster that is up.
+"""Measures the speed from a file of edits to batches, the memory of a worker's token table, and the time until the
+first batch is in a worker of a running cluster.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _BLOCK = 512  # edits tokenized together
 
 @dataclass(frozen=True)
 class DataFigures:
-    """One pass, in one process; seconds unless the name says otherwise."""
+    """One pass in one process. In seconds unless the name gives another unit."""
 
     edits: int
     read_s: float  # the published file to the `Edit` table
@@ -43,23 +43,23 @@ class DataFigures:
     pack_s: float  # one epoch of batches, from the token table to padded rows with their masks
     triplets_per_s: float  # reading, tokenizing and packing together
     table_bytes_per_edit: float  # of the token table that each worker holds
-    memory_bytes_per_edit: float  # that a process grows by as it takes the table from shared memory, as a worker does
+    memory_bytes_per_edit: float  # growth of a process that takes the table from shared memory, as a worker does
     memory_bytes_per_edit_tenfold: float  # with ten times as many edits
     padding_ratio: float
     batch: int
     model: str
-    first_batch_s: float | None  # from a cluster that is up and the table on disk to the first batch in a worker
+    first_batch_s: float | None  # from a running cluster and a table on disk to the first batch in a worker
 
 
 def measure_data(model: ModelConfig, file: Path, *, edits: int, batch: int, cluster: bool = False) -> DataFigures:
-    """Make `edits` records of a CounterFact file, new ids where they repeat, and turn them into an epoch of batches.
+    """Make `edits` records from a CounterFact file (repeated ones get new ids) and turn them into one epoch of batches.
 
     Args:
-        model: whose tokenizer and template.
+        model: provides the tokenizer and the template.
         file: a published counterfact.json.
-        edits: how many records are made of it.
-        batch: edits of a batch.
-        cluster: also take the first batch in a Ray Train worker, on the cluster of RAY_ADDRESS or one started here.
+        edits: number of records.
+        batch: edits per batch.
+        cluster: also measure the first batch in a Ray Train worker, on the cluster of RAY_ADDRESS or a new local one.
 
     Raises:
         CorsaError: the file is not a list of CounterFact records, or the cluster cannot be reached.
@@ -118,7 +118,7 @@ def _first_batch(blocks: Sequence[pa.Table], ids: Sequence[str], batch: int, fol
 
 
 def _take_batch(config: dict[str, Any]) -> float:
-    """On the worker: the moment (seconds since 1970) at which the batch is packed."""
+    """On the worker: the time (seconds since 1970) when the batch is packed."""
     from corsa.training.rounds import streamed_table
 
     table = streamed_table("reference")
@@ -127,7 +127,7 @@ def _take_batch(config: dict[str, Any]) -> float:
 
 
 def _repeated(file: Path, edits: int, folder: Path) -> Path:
-    """A file of so many records: the given ones again and again, each with an id of its own."""
+    """Writes a file of `edits` records: the given ones, repeated, each with its own id."""
     try:
         records = json.loads(file.read_text())
     except (OSError, ValueError) as error:
@@ -140,7 +140,7 @@ def _repeated(file: Path, edits: int, folder: Path) -> Path:
 
 
 def _tokenized(encoder: Encoder, table: pa.Table) -> pa.Table:
-    """Rows of the reference table; its two columns are not computed here."""
+    """Rows of the reference table, without computing its two reference columns."""
     rows = token_rows(encoder, table.select(["id", "prompt", "target_new", "target_old"]).to_pylist())
     return pa.Table.from_pylist([row | {"reference_new": 0.0, "reference_old": 0.0} for row in rows], schema=REFERENCE)
 
@@ -164,7 +164,7 @@ print(1024 * (own() - before) / len(table))
 
 
 def _growth(blocks: Sequence[pa.Table], times: int, folder: Path) -> float:
-    """Bytes an edit that a process of its own grows by as it takes the table, `times` over, from shared memory."""
+    """Memory growth in bytes per edit of a new process that takes the table, repeated `times`, from shared memory."""
     whole, path = pa.concat_tables(blocks), folder / "reference.arrow"
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, whole.schema) as writer:
         for n in range(times):

@@ -1,4 +1,4 @@
-"""How fast probes are answered and scored, beside `transformers.generate` in padded batches on the same probes."""
+"""Measures how fast probes are answered and scored, against `transformers.generate` in padded batches (same probes)."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from corsa.perf.timeline import clock
 from corsa.training.worker_group import WorkerGroup
 
 PADDED_BATCH = 32
-"""Prompts of one call of `transformers.generate`, in the order they come, padded to the longest."""
+"""Prompts per call of `transformers.generate`, in input order, padded to the longest."""
 
 
 @dataclass(frozen=True)
 class EvaluationFigures:
     """Medians over the repetitions."""
 
-    probes: int  # different prompts asked
+    probes: int  # distinct prompts
     probes_per_s: float
     transformers_probes_per_s: float
     speedup: float
     different_answers: int
-    asked_s: float  # a whole round of questions: answers, log-probabilities, matching
+    asked_s: float  # a full evaluation: answers, log-probabilities, matching
     asked_rows_per_s: float
     threads: int
     clock: str
@@ -48,13 +48,13 @@ def measure_evaluation(
     cpu_time: bool,
     say: Callable[[str], None] = lambda line: None,
 ) -> EvaluationFigures:
-    """Answer all probes of the edits, `repeats` times in turn with `transformers.generate`."""
+    """Answer all probes of the edits `repeats` times, alternating with `transformers.generate`."""
     group, config = WorkerGroup.join(placement), EvaluationConfig()
     base, encoder = load_model(model, group.device), Encoder(load_tokenizer(model), model.template)
     predictor = Predictor(base, encoder, config, group.device, placement.probe_batch)
     prompts = list(dict.fromkeys(w for e in edits for p in e.probes if p.kind != "multihop" for w in p.prompts))
     now = clock(group.device, cpu_time)
-    predictor.answers(prompts[:2])  # the tokens that end a line are found once
+    predictor.answers(prompts[:2])  # finds the tokens that end a line, once
     ours, theirs, different = [], [], 0
     for number in range(1, repeats + 1):
         start = now()
@@ -87,7 +87,7 @@ def measure_evaluation(
 
 @torch.no_grad()
 def _padded(model: Any, encoder: Encoder, stops: torch.Tensor, new_tokens: int, prompts: Sequence[str]) -> list[str]:
-    """The same answers by the library's own loop: a batch goes on until its last answer has ended."""
+    """The same answers from the library's own loop: a batch runs until its last answer ends."""
     tokenizer = encoder.tokenizer
     pad, ends = tokenizer.eos_token_id, stops.nonzero()[:, 0].tolist()
     answers = []

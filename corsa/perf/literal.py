@@ -1,7 +1,7 @@
-"""CoRSA as Algorithm 1 reads: the yardstick that the packed step is compared with, in time and in result.
+"""A literal implementation of Algorithm 1: the reference for the packed step, in time and in result.
 
-Each loss has forward passes and a backward pass of its own, every position gets its logits, and the reference is
-computed anew in both phases: 16 forward-equivalents, where plain LoRA has 2.
+Each loss has its own forward passes and backward pass, every position gets logits, and both phases recompute the
+reference: 16 forward-equivalents, where plain LoRA has 2.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def literal_step(
 
 
 def _merged_gradient(model: Any, lora: Lora, batch: Sequence[Triplet], config: StepConfig) -> Tensor:
-    """g_PC at the present phi (lines 3 to 6)."""
+    """g_PC at the current phi (lines 3 to 6)."""
     tokens = sum(len(t.new) for t in batch) if config.reduction == "token" else len(batch)
     sft = -_logp(model, batch, "new").sum() / tokens
     (g_sft,) = torch.autograd.grad(sft, lora.phi)
@@ -72,12 +72,12 @@ def _project(g: Tensor, other: Tensor, eps: float, inner: Tensor | None = None) 
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
-    """In float64: a float32 sum over as many values as phi has is wrong in the fourth digit."""
+    """Inner product in float64: a float32 sum over the size of phi is wrong in the fourth digit."""
     return (a.double() * b.double()).sum()
 
 
 def _logp(model: Any, batch: Sequence[Triplet], side: str) -> Tensor:
-    """Log p(y|x) of one answer of each edit, (E,): a padded row `[x | y]` each, logits at every position."""
+    """Log p(y|x) of one answer per edit, shape (E,). Each edit is a padded row `[x | y]`, with all logits."""
     rows = [[*t.prompt, *getattr(t, side)] for t in batch]
     width = max(map(len, rows))
     ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=model.device)

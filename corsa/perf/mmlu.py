@@ -1,4 +1,4 @@
-"""What MMLU costs with each subject's worked examples computed once, beside computing them anew for every question."""
+"""The cost of MMLU if each subject's worked examples are computed once, compared with once per question."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def measure_mmlu(
     cpu_time: bool,
     say: Callable[[str], None] = lambda line: None,
 ) -> MmluFigures:
-    """Answer all questions both ways in turn, `repeats` times."""
+    """Answer all questions both ways, alternating, `repeats` times."""
     group = WorkerGroup.join(placement)
     base, tokenizer = load_model(model, group.device), load_tokenizer(model)
     shared = MultipleChoice(base, tokenizer, group.device, placement.probe_batch)

@@ -1,4 +1,4 @@
-"""What a run takes beside training and evaluation, from the records that it leaves and the clock around it."""
+"""The time of a run outside training and evaluation, from its records and its wall time."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ class OverheadFigures:
     overhead_s: float
     items_s: dict[str, float]
     chains: int
-    again_s: float  # the same command with everything done
+    again_s: float  # the same command when all steps are done
 
 
 CONNECTING = "the import of Ray, and cluster start or connecting"
 
 
 def measure_overhead(command: Sequence[str], storage: Path) -> OverheadFigures:
-    """Run a scenario into an empty storage, then once more.
+    """Run a scenario with an empty storage, then run it again.
 
     Args:
         command: a scenario's command line without `--storage`.
         storage: a folder that does not exist, or is empty.
 
     Raises:
-        CorsaError: the storage holds something, or the command fails.
+        CorsaError: the storage is not empty, or the command fails.
     """
     if storage.exists() and any(storage.iterdir()):
         raise CorsaError(f"{storage} is not empty: what is done there would not be measured; name a new folder")
@@ -52,8 +52,8 @@ def measure_overhead(command: Sequence[str], storage: Path) -> OverheadFigures:
 
 
 def itemised(records: Sequence[Record], began: float, plain: float, wall: float, again: float) -> OverheadFigures:
-    """Where the wall time went: what steps say of themselves, and what lies between them. `plain`: seconds that the
-    command takes to plan and do nothing.
+    """Breaks down the wall time: the times that steps record, and the time between steps. `plain`: seconds that the
+    command takes only to plan.
     """
     rounds = [r for r in records if r.kind == "round"]
 
@@ -88,7 +88,7 @@ def _end(record: Record) -> float:
 
 
 def _run(command: Sequence[str]) -> float:
-    """Seconds that a command takes. `python` is this interpreter."""
+    """Run a command and return its seconds. `python` is replaced by this interpreter."""
     words = [sys.executable if command[0] == "python" else command[0], *command[1:]]
     start = time.perf_counter()
     done = subprocess.run(words, env=os.environ, capture_output=True, text=True, check=False)

@@ -1,4 +1,4 @@
-"""How fast programs are judged, and whether the reference solutions of a benchmark pass."""
+"""Measures how fast programs are judged, and checks that a benchmark's reference solutions pass."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ def measure_sandbox(
     memory_gib: float = 2.0,
     done: Callable[[str, int, int], None] = lambda what, count, of: None,
 ) -> dict[str, Any]:
-    """Run every reference solution of a file with its tests, and again with its body replaced by `pass`; of updates,
-    also without the update.
+    """Run every reference solution of a file with its tests, and again with its body replaced by `pass`. For updates,
+    also run it without the update.
 
     Returns {file, benchmark, engine, slots, problems, programs, canonical_passed, blanked_passed,
-    programs_per_second (all programs over all the time that they took, start of the sandboxes included), seconds,
-    cannot_pass: [{id, outcome, reason}]} and, of updates, canonical_passed_without_update and its share.
+    programs_per_second (all programs over their total time, including the start of the sandboxes), seconds,
+    cannot_pass: [{id, outcome, reason}]} and, for updates, canonical_passed_without_update and its share.
     """
     kind, problems = kind_of(path), read_problems(path, limit=limit)
     chosen, count = engine(sandbox), slots or len(os.sched_getaffinity(0))

@@ -1,4 +1,4 @@
-"""What a CoRSA step costs beside plain LoRA and beside Algorithm 1 taken literally, on the same edits."""
+"""The cost of a CoRSA step compared with plain LoRA and with a literal Algorithm 1, on the same edits."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _WARM_UP = 1  # steps of each kind that are not counted
 
 @dataclass(frozen=True)
 class StepFigures:
-    """Medians over the measured steps; seconds, unless the name says otherwise."""
+    """Medians over the measured steps. In seconds unless the name gives another unit."""
 
     lora_s: float
     corsa_s: float
@@ -40,9 +40,9 @@ class StepFigures:
     corsa_over_lora: float
     literal_over_corsa: float
     corsa_edits_per_s: float
-    overhead_fraction: float  # of the CoRSA step: all that is neither forward nor backward
+    overhead_fraction: float  # share of the CoRSA step outside forward and backward
     padding_ratio: float  # tokens processed / tokens needed
-    tokens_processed: int  # by one forward of CoRSA over a batch, the mean
+    tokens_processed: int  # mean over batches, by one forward pass of CoRSA
     tokens_needed: int
     max_update_error: float  # largest difference in phi after one update, packed against literal
     breakdown_s: dict[str, float]  # of the CoRSA step
@@ -67,7 +67,7 @@ def measure_step(
     cpu_time: bool = False,
     say: Callable[[str], None] = lambda line: None,
 ) -> StepFigures:
-    """Plain LoRA, CoRSA and the literal CoRSA in turn, `steps` times, each time on a batch of its own.
+    """Run plain LoRA, CoRSA and the literal CoRSA in turn, `steps` times, each time on a new batch.
 
     Plain LoRA runs the same step on rows without y_old, which its loss does not need.
 
@@ -135,7 +135,7 @@ def measure_step(
         lora_s=middle["lora"],
         corsa_s=middle["corsa"],
         literal_s=middle["literal"],
-        # a ratio is taken within a step, where all three had the machine as it was
+        # ratios are taken within a step, so that all three ran under the same machine load
         corsa_over_lora=median(c / p for c, p in zip(seconds["corsa"], seconds["lora"], strict=True)),
         literal_over_corsa=median(a / c for a, c in zip(seconds["literal"], seconds["corsa"], strict=True)),
         corsa_edits_per_s=batch / middle["corsa"],
@@ -158,7 +158,7 @@ def measure_step(
 
 
 def _with_reference(loaded: Loaded, edits: Sequence[Edit]) -> list[Triplet]:
-    """The edits as token ids with the reference column, which no step's time holds."""
+    """The edits as token ids with the reference column. Its time is not part of any step."""
     encoder = loaded.encoder
     found = [
         Triplet(encoder.prompt(e.prompt), encoder.answer(e.target_new), encoder.answer(e.target_old)) for e in edits

@@ -1,4 +1,4 @@
-"""Where a step's time goes, seen from outside: by when it calls the model, the reduction and the optimizer."""
+"""Breaks down the time of a step by its calls of the model, the reduction and the optimizer."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch import Tensor
 
 
 def clock(device: torch.device, cpu_time: bool = False) -> Callable[[], float]:
-    """Seconds, once the device has done what it was given. `cpu_time`: those of this process's threads together, which
-    other work on a shared machine hardly touches.
+    """A clock in seconds that waits until the device has finished its work. `cpu_time`: the sum over this process's
+    threads, which other work on a shared machine hardly affects.
     """
 
     def now() -> float:
@@ -25,7 +25,7 @@ def clock(device: torch.device, cpu_time: bool = False) -> Callable[[], float]:
 
 
 class Timeline:
-    """Stands between `corsa_step` and what it is given, and cuts its time at every call.
+    """Wraps the arguments of `corsa_step` and cuts its time at every call.
 
     `seconds` adds up, by name: `packing`, `forward`, `backward_1` and `backward_2` (at phi and at phi + e, with the
     losses), `reduction`, `vector` (PCGrad, perturbation, clipping), `optimizer`, and `log`.
@@ -38,18 +38,18 @@ class Timeline:
         self.start()
 
     def start(self) -> None:
-        """A step begins."""
+        """Start a step."""
         self.seconds: dict[str, float] = defaultdict(float)
         self._phase, self._asked, self._at = 1, False, self._now()
 
     def cut(self, name: str) -> None:
-        """What has passed since the last cut was `name`."""
+        """Assign the time since the last cut to `name`."""
         now = self._now()
         self.seconds[name] += now - self._at
         self._at = now
 
     def model(self, **inputs: Any) -> Any:
-        """The model. Between two calls of a phase lies a backward pass, before the first of it vector work."""
+        """Calls the model. In each phase, vector work precedes the first call and a backward pass each later one."""
         self.cut(f"backward_{self._phase}" if self._asked else "vector")
         self._asked = True
         output = self._model(**inputs)
@@ -57,7 +57,7 @@ class Timeline:
         return output
 
     def reduce(self, tensor: Tensor) -> Tensor:
-        """The sum over one worker: a phase's last backward pass is over, the next phase comes."""
+        """The sum over one worker. Marks the end of a phase's last backward pass."""
         if self._asked:
             self.cut(f"backward_{self._phase}")
             self._asked, self._phase = False, self._phase + 1
@@ -66,5 +66,5 @@ class Timeline:
 
     @property
     def outside_the_passes(self) -> float:
-        """Seconds that are neither forward nor backward."""
+        """Seconds outside the forward and backward passes."""
         return sum(s for name, s in self.seconds.items() if name != "forward" and not name.startswith("backward"))

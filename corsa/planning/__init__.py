@@ -1,1 +1,1 @@
-"""Knowing beforehand: what a run will hold on each GPU, whether that fits, and how long it will take."""
+"""Estimates before a run: memory on each GPU, whether it fits, and the running time."""

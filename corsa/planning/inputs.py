@@ -1,7 +1,6 @@
-"""What a run reads, looked through before it starts: files that are not what they are taken for, and answers that
-cannot count as they are asked for.
+"""Checks the inputs of a run before it starts: files of the wrong format, and answers that no output can match.
 
-Imports nothing heavy unless an answer is so long that a tokenizer has to count it.
+Imports nothing heavy unless an answer is so long that a tokenizer must count its tokens.
 """
 
 from __future__ import annotations
@@ -37,14 +36,14 @@ if TYPE_CHECKING:
     from corsa.models.encoding import Encoder
 
 Fact = Mapping[str, Any]
-"""`id`, `prompt`, `target_new` and `target_old` ("": not known), as a draft or an edit has them."""
+"""`id`, `prompt`, `target_new` and `target_old` ("": unknown), as in a draft or an edit."""
 
 
 def check_files(steps: Iterable[Step]) -> None:
-    """Read the files that these steps read. What comes from the hub is left to the step.
+    """Read the input files of these steps. Data from the hub is not read here.
 
     Raises:
-        CorsaError: a file cannot be read, is not the benchmark's, or has bad records that stop a run.
+        CorsaError: a file cannot be read, does not belong to the benchmark, or has bad records that stop a run.
     """
     for step in steps:
         config, place = step.config, step.placement
@@ -69,21 +68,21 @@ def _read(config: str, data: str | None) -> Reading:
 
 
 def say_what_cannot_count(pending: Iterable[Step], console: Console) -> None:
-    """Say which new answers are longer than what is generated, or have several lines, of all that is to be asked."""
+    """Print which new answers are longer than the generated output or have several lines, for all pending questions."""
     asked: dict[tuple[str, ModelConfig, int], tuple[Step, AskingConfig]] = {}
     for step in pending:
         if isinstance(step.config, AskingConfig) and "edits" in step.inputs:
             edits, config = step.inputs["edits"], step.config
-            asked[edits.fingerprint, config.model, config.evaluation.new_tokens] = (edits, config)
+            asked[edits.fingerprint, config.model, config.evaluation.answer_tokens] = (edits, config)
     for edits, config in asked.values():
-        with suppress(CorsaError):  # what is wrong with the data or the tokenizer is said where it is read
-            tokens = config.evaluation.new_tokens
+        with suppress(CorsaError):  # errors in data or tokenizer are reported where they are read
+            tokens = config.evaluation.answer_tokens
             for line in too_long(_facts(edits), tokens, lambda config=config: _encoder(config.model)):
                 console.print(f"{edits.name}: {line}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _facts(step: Step) -> list[Fact]:
-    """The facts that a step makes edits of."""
+    """The facts that a step turns into edits."""
     config, place = step.config, step.placement
     if isinstance(config, PartConfig):
         return _facts(step.inputs["edits"])
@@ -107,9 +106,9 @@ def _encoder(model: ModelConfig) -> Encoder:
 
 
 def too_long(facts: Sequence[Fact], new_tokens: int, encoder: Callable[[], Encoder]) -> list[str]:
-    """Lines on the new answers that no output can give: those longer than `new_tokens`, and those of several lines.
+    """Messages on new answers that outputs match rarely or never: longer than `new_tokens`, or of several lines.
 
-    `encoder` is called only where an answer has more bytes than `new_tokens`: no tokenizer makes more tokens than that.
+    `encoder` is called only if an answer has at least `new_tokens` bytes: no tokenizer makes more tokens than bytes.
     """
     lines = []
     long = [fact["target_new"] for fact in facts if len(fact["target_new"].encode()) >= new_tokens]
@@ -123,14 +122,14 @@ def too_long(facts: Sequence[Fact], new_tokens: int, encoder: Callable[[], Encod
     several = [fact for fact in facts if "\n" in fact["target_new"]]
     if several:
         lines.append(
-            f"{len(several)} of {len(facts)} new answers have several lines ({several[0]['id']}): an output ends at "
-            "its first line, and cannot give them; write each on one line"
+            f"{len(several)} of {len(facts)} new answers have several lines ({several[0]['id']}): an output is right "
+            "only if it gives all of them"
         )
     return lines
 
 
 def remarks(facts: Sequence[Fact], encoder: Encoder, new_tokens: int) -> list[str]:
-    """What a person should know of facts that are sound: lines, none if there is nothing."""
+    """Messages on valid facts that a person should know; empty if there are none."""
     lines = too_long(facts, new_tokens, lambda: encoder)
 
     def say(found: Sequence[Fact], what: str) -> None:
@@ -148,10 +147,10 @@ def remarks(facts: Sequence[Fact], encoder: Encoder, new_tokens: int) -> list[st
 
 
 def beyond_context(facts: Sequence[Fact], encoder: Encoder, context: int | None) -> list[tuple[Fact, int]]:
-    """The facts whose prompt and longer answer have more tokens than the model's context, with how many they have."""
+    """The facts whose prompt and longer answer exceed the model's context, each with its number of tokens."""
     if context is None:
         return []
-    long = [f for f in facts if len(f["prompt"].encode()) + _answer_bytes(f) + 100 > context]  # 100: of the template
+    long = [f for f in facts if len(f["prompt"].encode()) + _answer_bytes(f) + 100 > context]  # 100: for the template
     prompts = encoder.prompts([fact["prompt"] for fact in long])
     sides = zip(*(encoder.answers([fact[side] for fact in long]) for side in ("target_new", "target_old")), strict=True)
     found = [(f, len(prompt) + max(map(len, own))) for f, prompt, own in zip(long, prompts, sides, strict=True)]

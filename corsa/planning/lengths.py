@@ -1,4 +1,4 @@
-"""How many tokens the edits have: counted on the benchmark itself, or the paper's average where none is named."""
+"""Token lengths of the edits: counted on the benchmark, or the paper's average if no benchmark is named."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from corsa.models.encoding import Encoder
 from corsa.models.loading import load_tokenizer
 
 Lengths = Sequence[tuple[int, int, int]]
-"""(prompt, new answer, old answer) of each edit, tokens."""
+"""(prompt, new answer, old answer) of each edit, in tokens."""
 
 ASSUMED: Lengths = [(12, 4, 4)]
-"""About 20 tokens an edit, as CounterFact's have."""
+"""About 20 tokens per edit, as in CounterFact."""
 
 
 def lengths(model: ModelConfig, benchmark: str, data: str | None, limit: int | None) -> tuple[Lengths, str]:
-    """The lengths of a benchmark's edits, and with whose tokenizer they were counted.
+    """The lengths of a benchmark's edits, and the name of the tokenizer that counted them.
 
-    Where the model's own tokenizer cannot be had (no network), the embedded model's counts: its vocabulary is smaller
-    than those of larger models, so it counts rather too many.
+    If the model's own tokenizer is not available (no network), the embedded model's is used. Its vocabulary is smaller
+    than those of larger models, so it tends to count too many tokens.
 
     Raises:
         CorsaError: the benchmark cannot be read, or no tokenizer can be had.
@@ -38,20 +38,20 @@ def lengths(model: ModelConfig, benchmark: str, data: str | None, limit: int | N
 def program_lengths(
     model: ModelConfig, data: str, limit: int | None, offset: int, template: str = TEMPLATE
 ) -> tuple[Lengths, str]:
-    """The same of updates of the code domain, asked with a prompt template. Old answers are the model's own: they are
-    taken to be as long as the new ones.
+    """The same for updates of the code domain, asked with a prompt template. The model itself writes the old answers:
+    they are assumed to be as long as the new ones.
 
     Raises:
         CorsaError: the file cannot be read, or no tokenizer can be had.
     """
     problems = read_problems(data, limit=limit, offset=offset, template=template)
-    taught = {p.update: p for p in reversed(problems)}  # the first of each
+    taught = {p.update: p for p in reversed(problems)}  # the first problem of each update
     found, whose = _counted(model, [(p.prompt, p.solution, p.solution) for p in taught.values()])
     return found, f"{len(found)} updates, counted with the tokenizer of {whose}"
 
 
 def _counted(model: ModelConfig, texts: Sequence[tuple[str, str, str]]) -> tuple[Lengths, str]:
-    """The lengths of (prompt, new answer, old answer), and whose tokenizer counted."""
+    """The lengths of (prompt, new answer, old answer), and the name of the tokenizer."""
     try:
         tokenizer, whose = load_tokenizer(model), model.name
     except CorsaError:

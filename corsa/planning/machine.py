@@ -1,4 +1,4 @@
-"""How much memory there is: of this machine's GPUs, or of the machine. Imports torch only where there is a GPU."""
+"""The memory of this machine's GPUs, or of the machine. Imports torch only if there is a GPU."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def memory_here(gpu: bool) -> int | None:
-    """Bytes of the smallest of this machine's GPUs, or of its memory; None where there is no GPU, or none is known."""
+    """Bytes of this machine's smallest GPU, or of its memory; None if there is no GPU, or the size is unknown."""
     if not gpu:
         return _allowed() or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if not any(Path("/dev").glob("nvidia[0-9]*")):
@@ -19,7 +19,7 @@ def memory_here(gpu: bool) -> int | None:
 
 
 def _allowed() -> int | None:
-    """What the container may use, where it is in one that is bounded."""
+    """The memory limit of the container, if there is one."""
     try:
         return int(Path("/sys/fs/cgroup/memory.max").read_text())
     except (OSError, ValueError):

@@ -1,7 +1,7 @@
-"""What every setting of sharding and offloading holds on each worker, from what one worker alone would hold.
+"""Memory per worker for every sharding and offloading setting, computed from the memory of a single worker.
 
-The table of docs/sharding.md as arithmetic: N workers share out the frozen base at stage 3, and AdamW's state of phi
-from stage 1 on. phi, its copy for SAM, its gradients and the activations are whole on every worker at every stage.
+Implements the table of docs/sharding.md: N workers shard the frozen base at stage 3, and AdamW's state of phi from
+stage 1 on. phi, its copy for SAM, its gradients and the activations are whole on every worker at every stage.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ from corsa.config import ShardingConfig
 from corsa.planning.rehearsal import Footprint
 
 GATHERED_PARAMETERS = 1_000_000_000
-"""Parameters of the base that stage 3 keeps whole at once, at most: DeepSpeed's defaults for
+"""Maximum number of base parameters that stage 3 gathers at once: DeepSpeed's defaults for
 `stage3_max_live_parameters` and `stage3_max_reuse_distance` (https://www.deepspeed.ai/docs/config-json)."""
 
 MIB = 1 << 20
 
 CUDA_CONTEXT = 600 * MIB
-"""Bytes that CUDA, its libraries and NCCL take before the first tensor: an allowance, it varies with the driver."""
+"""Bytes that CUDA, its libraries and NCCL use before the first tensor. An estimate: it varies with the driver."""
 
 LOST = {True: 0.10, False: 0.35}
-"""Share of what comes and goes (gradients, activations, logits) that the allocator holds on top of it, on a GPU and on
-a CPU. glibc's reuse of freed blocks, measured on the embedded model with batches of 8 and 16: 0.39 and 0.46, and nearly
-nothing with MALLOC_MMAP_THRESHOLD_=65536. torch's CUDA allocator rounds and splits blocks: an allowance."""
+"""Allocator overhead as a share of temporary memory (gradients, activations, logits), on a GPU and on a CPU.
+CPU: glibc's reuse of freed blocks, measured on the embedded model with batches of 8 and 16: 0.39 and 0.46, and nearly
+nothing with MALLOC_MMAP_THRESHOLD_=65536. GPU: torch's CUDA allocator rounds and splits blocks; an estimate."""
 
 COLUMNS = {
     "base": "base",
@@ -38,13 +38,13 @@ COLUMNS = {
     "working": "other",
     "allocator": "allocator",
 }
-"""Items of a setting and their names for people."""
+"""Items of a setting and their display names."""
 
 
 @dataclass(frozen=True)
 class Holding:
-    """One worker under one setting. items: bytes on its GPU (or, without one, in memory) by purpose, `COLUMNS`. host:
-    bytes in CPU memory beside a GPU. gathers: bytes of the base that come over the links in a step.
+    """Memory of one worker under one setting. items: bytes on its GPU (without one: in memory) by purpose, `COLUMNS`.
+    host: bytes in CPU memory in addition to the GPU. gathers: bytes of the base transferred over the links per step.
     """
 
     sharding: ShardingConfig
@@ -55,12 +55,12 @@ class Holding:
 
     @property
     def total(self) -> int:
-        """Bytes on the GPU, or in memory."""
+        """Total bytes on the GPU, or in memory."""
         return sum(self.items.values())
 
     @property
     def name(self) -> str:
-        """The setting in words."""
+        """The setting as text."""
         s = self.sharding
         offloaded = [word for word, on in (("base", s.offload_parameters), ("AdamW", s.offload_optimizer)) if on]
         parts = [f"stage {s.zero_stage}"]
@@ -70,7 +70,7 @@ class Holding:
 
 
 def settings(workers: int, gpu: bool) -> Iterator[ShardingConfig]:
-    """Every setting worth a look, without activation checkpointing. Alone, or without a GPU, little can be moved."""
+    """Every useful setting, without activation checkpointing. One worker, or no GPU, leaves few choices."""
     yield ShardingConfig()
     for stage in (1, 2, 3):
         for optimizer, parameters in ((False, False), (True, False), (False, True), (True, True)):
@@ -82,16 +82,16 @@ def settings(workers: int, gpu: bool) -> Iterator[ShardingConfig]:
 def hold(
     footprint: Footprint, sharding: ShardingConfig, *, workers: int, gpu: bool, element: int, passes: int
 ) -> Holding:
-    """What one of `workers` holds under `sharding`.
+    """The memory of one of `workers` under `sharding`.
 
     Args:
-        footprint: of one worker with the whole base and AdamW's whole state, with or without activation checkpointing
-            as `sharding` says.
+        footprint: of one worker with the whole base and AdamW's whole state. Its activation checkpointing must match
+            `sharding`.
         sharding: the setting.
-        workers: of the group.
+        workers: number of workers in the group.
         gpu: whether each has a GPU.
-        element: bytes of a parameter of the base.
-        passes: walks through the base in a step (forward, backward, and forward again with checkpointing).
+        element: bytes per parameter of the base.
+        passes: passes through the base per step (forward, backward, and forward again with checkpointing).
     """
     items = {name: footprint.items.get(name, 0) for name in COLUMNS}
     host, gathers, base = 0, 0, footprint.items["base"]
@@ -106,6 +106,6 @@ def hold(
         host += state if sharding.offload_optimizer else 0
     transient = sum(items[name] for name in ("gradients", "activations", "logits", "working"))
     items["allocator"] = int(LOST[gpu] * transient) + CUDA_CONTEXT * gpu
-    if not gpu:  # one memory for all
+    if not gpu:  # all items share one memory
         host = 0
     return Holding(sharding, items, host, gathers, footprint.flops)

@@ -1,7 +1,7 @@
-"""Every byte that a training step holds, operation by operation, by what it is for.
+"""Counts the live bytes of a training step after every operation, by purpose.
 
-A dispatch mode sees each tensor that torch makes, real or fake, and hears when its storage is freed. Under
-`FakeTensorMode` the tensors have shapes and no memory, so the step of a 14B model is counted on a laptop.
+A dispatch mode sees each tensor that torch creates, real or fake, and is notified when its storage is freed. Under
+`FakeTensorMode` tensors have shapes but no memory, so a laptop can count the step of a 14B model.
 """
 
 from __future__ import annotations
@@ -18,20 +18,19 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 ITEMS = ("base", "lora", "optimizer", "sam", "gradients", "activations", "logits", "working")
-"""What memory is for. sam: the copy that phi is restored from; gradients: everything else of phi's size (g_SFT and
-g_DPO of both phases, e, the merged one); activations: saved for the backward pass; working: what lives for a few
-operations."""
+"""Purposes of memory. sam: the copy that restores phi; gradients: all other tensors of phi's size (g_SFT and g_DPO of
+both phases, e, the merged gradient); activations: saved for the backward pass; working: short-lived tensors."""
 
 _aten = torch.ops.aten
 
 
 class Ledger(TorchDispatchMode):
-    """Counts live bytes by item while it is entered.
+    """Counts live bytes by item while it is active.
 
     Args:
-        phi: the LoRA parameters; what is known of a tensor's purpose follows from their shape.
+        phi: the LoRA parameters. Their shape is used to infer the purpose of a tensor.
         factors: shapes of its factors.
-        vocabulary: size of the output head: what ends in this dimension is logits.
+        vocabulary: size of the output head. A tensor whose last dimension has this size is logits.
         kept: for each fake mask of kept positions, how many positions it keeps (a fake mask has no values).
     """
 
@@ -51,17 +50,17 @@ class Ledger(TorchDispatchMode):
         self._entries: dict[int, _Entry] = {}
 
     def hold(self, item: str, tensors: Iterable[Tensor]) -> None:
-        """Count tensors that are there already."""
+        """Count tensors that already exist."""
         for tensor in tensors:
             self._count(tensor, item)
 
     def saving(self) -> saved_tensors_hooks:
-        """While it is entered, what autograd saves is counted as activations (and its bytes in `saved`)."""
+        """Counts what autograd saves as activations (and its bytes in `saved`) while the context is active."""
         return saved_tensors_hooks(self._save, lambda tensor: tensor)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if self._kept:  # fake tensors have no values: what is asked of them is answered as in a step without conflict
+        if self._kept:  # fake tensors have no values: return those of a step without conflict
             if func is _aten._local_scalar_dense.default:
                 return 1.0
             if func is _aten.index.Tensor:
@@ -78,7 +77,7 @@ class Ledger(TorchDispatchMode):
         return out
 
     def _positions(self, index: Tensor | None) -> list[Tensor | None]:
-        """A fake mask as fake positions, as many as the real mask keeps."""
+        """Converts a fake mask to fake positions, with the number of positions that the real mask keeps."""
         if index is None or index.dtype != torch.bool:
             return [index]
         count = next(count for mask, count in self._kept if mask is index)
@@ -110,7 +109,7 @@ class Ledger(TorchDispatchMode):
         entry = self._entries.get(id(tensor.untyped_storage()))
         if entry is not None and not entry.saved and entry.item not in ("base", "lora"):
             entry.saved = True
-            self.saved += entry.bytes * (True not in self.backward)  # of the first forward pass
+            self.saved += entry.bytes * (True not in self.backward)  # only the first forward pass
             if entry.item == "working":
                 self.live["working"] -= entry.bytes
                 self.live["activations"] += entry.bytes
@@ -119,7 +118,7 @@ class Ledger(TorchDispatchMode):
 
 
 class _Entry:
-    """One storage: its purpose, its bytes, whether autograd saved it, and the reference that hears of its end."""
+    """One storage: its purpose, its bytes, whether autograd saved it, and the weak reference that reports its end."""
 
     def __init__(self, item: str, bytes_: int) -> None:
         self.item, self.bytes, self.saved = item, bytes_, False

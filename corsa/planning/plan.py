@@ -1,4 +1,4 @@
-"""The plan of a run: what each worker holds per setting, which settings fit, which to take, and how long it takes."""
+"""The plan of a run: memory per worker for each setting, which settings fit, the recommended one, and the time."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from corsa.planning.rehearsal import rehearse
 
 @dataclass(frozen=True)
 class Job:
-    """What is planned. tokens: (prompt, new, old) of the edits; how many `edits` a round teaches may be more. pack:
-    adapters that are trained together.
+    """The job to plan. tokens: (prompt, new, old) lengths of the edits; a round may teach more `edits` than that. pack:
+    number of adapters trained together.
     """
 
     model: ModelConfig
@@ -36,7 +36,7 @@ class Job:
 
 @dataclass(frozen=True)
 class Choice:
-    """A setting: what a worker holds, whether that fits (None: the memory is not known), and the time of a step."""
+    """A setting: memory of a worker, whether it fits (None: memory unknown), and the time of a step."""
 
     holding: Holding
     fits: bool | None
@@ -47,9 +47,9 @@ class Choice:
 class Plan:
     """All settings of a job.
 
-    parameters, trained: of the base and of LoRA. activations, logits: bytes of each at its largest, without
-    checkpointing. memory, host: bytes of each GPU (or of a worker's share of the machine), and of CPU memory beside it,
-    if known.
+    parameters, trained: number in the base and in LoRA. activations, logits: maximum bytes of each, without
+    checkpointing. memory, host: bytes of each GPU (or of a worker's share of the machine), and of CPU memory in
+    addition, if known.
     """
 
     job: Job
@@ -64,7 +64,7 @@ class Plan:
 
     @property
     def recommended(self) -> Choice | None:
-        """The fastest setting that fits, the simplest of equals; None if none does."""
+        """The fastest setting that fits; if several are equal, the simplest; None if none fits."""
         fitting = [c for c in self.choices if c.fits is not False]
         fastest = min((c.step_s for c in fitting), default=0.0)
         near = [c for c in fitting if c.step_s <= 1.02 * fastest]
@@ -72,7 +72,7 @@ class Plan:
 
     @property
     def why(self) -> str:
-        """In a few words, what speaks for the recommended setting."""
+        """A short reason for the recommended setting."""
         chosen = self.recommended
         if chosen is None:
             least = min(self.choices, key=lambda c: c.holding.total)
@@ -97,11 +97,11 @@ class Plan:
 
     @property
     def steps(self) -> int:
-        """Optimizer steps of a round."""
+        """Optimizer steps per round."""
         return -(-self.job.edits // self.job.batch) * self.job.epochs
 
     def choice(self, sharding: ShardingConfig) -> Choice:
-        """The entry of a setting, or of that nearest to it (where sharing out among one changes nothing)."""
+        """The entry of a setting, or the nearest one (sharding over one worker changes nothing)."""
 
         def distance(choice: Choice) -> tuple[bool, bool, int, bool]:
             own = choice.holding.sharding
@@ -116,13 +116,13 @@ class Plan:
 
 
 def plan(job: Job, rate: Rate, memory: int | None, host: int | None) -> Plan:
-    """Rehearse the job's step and lay out every setting.
+    """Rehearse the job's step and evaluate every setting.
 
     Args:
-        job: what is to be run.
-        rate: how fast a worker computes.
-        memory: bytes of each GPU, or of a worker's share of the machine; None if not known.
-        host: bytes of CPU memory for each worker beside its GPU; None if not known.
+        job: the job to plan.
+        rate: the compute rate of a worker.
+        memory: bytes of each GPU, or of a worker's share of the machine; None if unknown.
+        host: bytes of CPU memory per worker in addition to its GPU; None if unknown.
     """
     shape = architecture(job.model)
     dtype = getattr(torch, job.model.dtype)
@@ -130,11 +130,11 @@ def plan(job: Job, rate: Rate, memory: int | None, host: int | None) -> Plan:
     together = min(own, job.micro_batch)
     longest = sorted(job.tokens, key=sum)[-together:]
     triplets = [Triplet([1] * x, [1] * new, [1] * old) for x, new, old in longest]
-    triplets = (triplets * together)[:together]  # fewer lengths given than edits: the given ones again
-    triplets = triplets * job.pack  # adapters together hold as much as one of their ranks' sum, over all their edits
+    triplets = (triplets * together)[:together]  # fewer lengths than edits: repeat them
+    triplets = triplets * job.pack  # as one adapter with the sum of the ranks and all edits
     lora = job.lora.model_copy(update={"rank": job.lora.rank * job.pack})
     mean = sum(map(sum, job.tokens)) / len(job.tokens)
-    share = own * job.pack * mean / sum(len(t) for t in triplets)  # the step's work in units of the rehearsed one
+    share = own * job.pack * mean / sum(len(t) for t in triplets)  # work relative to the rehearsed step
     phases = 2 if job.step.rho > 0 else 1
     choices = []
     plain, checkpointed = (
@@ -158,6 +158,6 @@ def _fits(holding: Holding, memory: int | None, host: int | None) -> bool | None
 
 
 def gib(bytes_: int) -> str:
-    """Bytes in GiB as text, two digits where it is small."""
+    """Bytes in GiB as text; small values have two digits."""
     value = bytes_ / 2**30
     return f"{value:.2f}" if value < 10 else f"{value:.1f}"

@@ -1,4 +1,4 @@
-"""How many facts and seeds a run needs to show a difference between two methods (`corsa plan --detect`)."""
+"""The number of facts and seeds that a run needs to show a difference between two methods (`corsa plan --detect`)."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from corsa.evaluation.uncertainty import LEVEL, POWER, Spread, designed, detecta
 
 SEEDS = (2, 3, 4, 5, 8, 10)
 FACTS = 100_000
-"""More facts than this are not proposed."""
+"""Maximum number of facts that is proposed."""
 
 INTERACTION = 0.15
-"""Standard deviation over facts of how much better one method is than another on a fact, as a share."""
+"""Standard deviation over facts of the difference between two methods on a fact, as a share."""
 CELL = 0.4
-"""Standard deviation of what remains of one fact under one seed: one in six answers differs between two runs."""
+"""Residual standard deviation of one fact with one seed: one in six answers differs between two runs."""
 
 
 @dataclass(frozen=True)
 class Assumed:
-    """Variances of the difference of two methods (shares squared), and in words where they come from."""
+    """Variances of the difference of two methods (shares squared), and a text on their source."""
 
     spread: Spread
     source: str
@@ -34,7 +34,9 @@ class Assumed:
 
 @dataclass(frozen=True)
 class Need:
-    """Facts that so many seeds need; None: more than 100,000. `least`: what 100,000 facts would show, as a share."""
+    """Facts needed with this number of seeds; None: more than 100,000. `least`: smallest difference that 100,000 facts
+    would show, as a share.
+    """
 
     seeds: int
     facts: int | None
@@ -42,7 +44,9 @@ class Need:
 
 
 def assumed(run_sd: float) -> Assumed:
-    """Components of a share where no run is at hand; `run_sd`: of a method's value from run to run, as a share."""
+    """Variance components if no run is available. `run_sd`: standard deviation of a method's value between runs, as a
+    share.
+    """
     words = (
         f"assumed: a method's value varies by {100 * run_sd:g} points from run to run (SD), the difference of two "
         f"methods by {100 * INTERACTION:g} points from fact to fact, and by {100 * CELL:g} points more of a fact in "
@@ -52,10 +56,10 @@ def assumed(run_sd: float) -> Assumed:
 
 
 def measured(path: Path, metric: str | None) -> Assumed:
-    """Components of a stored run's comparison: of `metric`, by default of the primary metric that varies most.
+    """Variance components from a stored run's comparison of `metric`; default: the primary metric that varies most.
 
     Raises:
-        CorsaError: no such file, no metrics of a report, or no comparison over two seeds or more.
+        CorsaError: the file does not exist, has no metrics of a report, or has no comparison over at least two seeds.
     """
     file = path / "metrics.json" if path.is_dir() else path
     try:
@@ -79,11 +83,11 @@ def measured(path: Path, metric: str | None) -> Assumed:
 
 
 def needs(points: float, spread: Spread, tests: int, seeds: Sequence[int] = SEEDS) -> list[Need]:
-    """For each number of seeds, the fewest facts with which a true difference of so many points shows with 80 % power,
-    as one of `tests` verdicts.
+    """For each number of seeds, the fewest facts that show a true difference of `points` with 80 % power, as one of
+    `tests` verdicts.
 
     Raises:
-        CorsaError: a difference that is not above 0 and at most 100 points, or no test.
+        CorsaError: `points` is not above 0 and at most 100, or `tests` is below 1.
     """
     if not 0 < points <= 100:
         raise CorsaError(f"--detect {points:g}: give the difference in points, above 0 and at most 100")
@@ -107,7 +111,7 @@ def needs(points: float, spread: Spread, tests: int, seeds: Sequence[int] = SEED
 
 
 def power_table(points: float, found: Sequence[Need], about: Assumed, tests: int) -> Table:
-    """The answer as the terminal shows it."""
+    """The result as a terminal table."""
     title = f"Facts and seeds to show a difference of {points:g} points"
     table = Table("seeds", "facts", title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for need in found:

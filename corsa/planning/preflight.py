@@ -1,4 +1,4 @@
-"""Refusing, before anything starts, a run that memory cannot hold. Imports nothing heavy unless that is in question."""
+"""Refuses a run that does not fit into memory, before it starts. Imports heavy packages only if a plan is needed."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
     from corsa.flow import Step
 
 EASY = 8
-"""A base that takes less than this part of the memory is not looked at closer: rounds of facts fit at usual batches."""
+"""A base that takes less than 1/EASY of the memory needs no plan: rounds of facts fit with usual batch sizes."""
 
 
 def refuse_what_memory_cannot_hold(pending: Iterable[Step], console: Console) -> None:
-    """Plan the rounds that are to be trained, where their memory is known and the model is not small beside it.
+    """Plan the pending rounds if their memory is known and the model is not small compared with it.
 
     Raises:
-        CorsaError: a round cannot fit; the plan's table is printed before. Not with `--placement.force`.
+        CorsaError: a round does not fit; the plan's table is printed first. Never raised with `--placement.force`.
     """
     rounds: dict[Any, Step] = {}
     for step in pending:
@@ -45,8 +45,8 @@ def refuse_what_memory_cannot_hold(pending: Iterable[Step], console: Console) ->
 
 
 def in_question(model: ModelConfig, placement: Placement, *, long: bool = False) -> int | None:
-    """The memory that a model's rounds are to be planned for, as `available`; None where nothing is to be planned: it
-    is not known, the run is forced, or the model is small beside it and its edits are not `long`.
+    """The memory to plan a model's rounds for, as in `available`. None if no plan is needed: the memory is unknown, the
+    run is forced, or the model is small compared with the memory and its edits are not `long`.
     """
     memory = available(placement)
     if placement.force or memory is None or (not long and _easy(model, memory // placement.pack)):
@@ -55,7 +55,7 @@ def in_question(model: ModelConfig, placement: Placement, *, long: bool = False)
 
 
 def available(placement: Placement) -> int | None:
-    """Bytes of each GPU, given or found here, or of a worker's share of this machine; None where it is not known."""
+    """Bytes of each GPU (given or detected), or of a worker's share of this machine; None if unknown."""
     if placement.gpu:
         return as_bytes(placement.gpu_memory, "--placement.gpu-memory") if placement.gpu_memory else memory_here(True)
     memory = memory_here(False)
@@ -63,7 +63,7 @@ def available(placement: Placement) -> int | None:
 
 
 def _easy(model: ModelConfig, memory: int) -> bool:
-    """Whether a model is so small beside the memory that a round of facts fits at usual batches."""
+    """Whether the model is so small that a round of facts fits with usual batch sizes."""
     shape = ARCHITECTURES.get(model.name.removeprefix("random:"))
     if shape is None:
         return False
@@ -83,7 +83,7 @@ def _refuse(step: Step, config: RoundConfig, placement: Placement, memory: int, 
     tokens, counted = ASSUMED, "20 tokens an edit (assumed)"
     edits = step.inputs["edits"]
     if isinstance(edits.config, EditsConfig) and isinstance(edits.placement, EditsPlace):
-        with suppress(CorsaError):  # what is wrong with the data is said when it is read
+        with suppress(CorsaError):  # errors in the data are reported when it is read
             tokens, counted = lengths(config.model, edits.config.benchmark, edits.placement.data, edits.config.limit)
     problems = edits.inputs.get("problems")
     if problems and isinstance(problems.config, ProblemsConfig) and isinstance(problems.placement, ProblemsPlace):

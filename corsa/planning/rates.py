@@ -1,4 +1,4 @@
-"""How fast a worker computes: measured, or stated. Every estimate of time says which."""
+"""The compute rate of a worker, measured or stated. Every time estimate names its source."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ import torch
 from corsa.errors import CorsaError
 
 STATED = 100.0
-"""TFLOP/s of a GPU where nothing is measured or given: about a third of an A100's bfloat16 peak (312, NVIDIA's data
+"""Default TFLOP/s of a GPU: about a third of an A100's bfloat16 peak (312, NVIDIA's data
 sheet)."""
 
 LINK = 25.0
-"""GB/s at which a worker receives shards of the base where nothing else is given: a PCIe 4.0 x16 slot's usable rate."""
+"""Default GB/s at which a worker receives shards of the base: the usable rate of a PCIe 4.0 x16 slot."""
 
 
 @dataclass(frozen=True)
 class Rate:
-    """tflops: of one worker, sustained. link: GB/s. source: where tflops comes from, for people."""
+    """tflops: sustained, per worker. link: GB/s. source: a text on the source of tflops."""
 
     tflops: float
     link: float
@@ -29,8 +29,8 @@ class Rate:
 
 
 def rate(gpu: bool, tflops: float | None, link: float | None, measured: Path | None) -> Rate:
-    """The rate to estimate with: a file of `corsa perf gpu` or a number where one is given; else a matrix product
-    measured on this machine, or, for GPUs that this machine does not have, `STATED`.
+    """The rate for estimates: from a file of `corsa perf gpu` or a number if given. Otherwise a matrix product measured
+    on this machine, or `STATED` for GPUs that this machine does not have.
 
     Raises:
         CorsaError: the file holds no measurement.
@@ -59,7 +59,7 @@ def _from_file(path: Path) -> float:
 
 
 def _matrix_product(device: torch.device, seconds: float = 0.3) -> float:
-    """TFLOP/s of products of the shape that a step is made of: a few hundred tokens times a weight."""
+    """TFLOP/s of matrix products with shapes typical for a step: a few hundred tokens times a weight."""
     size, dtype = (4096, torch.bfloat16) if device.type == "cuda" else (1024, torch.float32)
     a, b = (torch.ones(n, size, dtype=dtype, device=device) for n in (320, size))
     _ = a @ b

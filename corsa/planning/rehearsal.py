@@ -1,8 +1,8 @@
-"""One training step of the real architecture, taken without weights: what it holds at its peak, and its arithmetic.
+"""Runs one training step of the real architecture without weights, to get its peak memory and its FLOPs.
 
-The step is the one that trains (`corsa.algorithm.step`), with LoRA's own hooks and transformers' own layers; only the
-tensors are fake: they have shapes, and no memory. Layers are alike, so a deep model is rehearsed at two small depths
-and continued along the straight line through them: exact, at a tenth of the time.
+It is the real training step (`corsa.algorithm.step`), with the real LoRA hooks and transformers layers. Only the
+tensors are fake: they have shapes but no memory. All layers are alike, so a deep model is rehearsed at two small
+depths and extrapolated linearly: the result is exact, in a tenth of the time.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from corsa.planning.memory_ledger import Ledger, as_items
 
 @dataclass(frozen=True)
 class Footprint:
-    """What one worker holds at the peak of a step with the whole base on it.
+    """Peak memory of one worker in a step, with the whole base on it.
 
     items: bytes by purpose (`corsa.planning.memory_ledger.ITEMS`). saved: bytes that autograd keeps from one forward
     pass to its backward pass. flops: floating-point operations of the step (a multiplication and an addition are two).
-    parameters, trained: how many of the base, and of LoRA. activations, logits: bytes of each at its largest, which
-    need not be at the peak.
+    parameters, trained: number in the base and in LoRA. activations, logits: maximum bytes of each, not necessarily at
+    the peak.
     """
 
     items: dict[str, int]
@@ -46,7 +46,7 @@ class Footprint:
 
     @property
     def total(self) -> int:
-        """Bytes at the peak."""
+        """Total bytes at the peak."""
         return sum(self.items.values())
 
 
@@ -62,15 +62,15 @@ def rehearse(
     """The footprint of a step over one micro-batch of `triplets`.
 
     Args:
-        architecture: the model's shape; no weight of it is read.
+        architecture: the model's configuration; no weights are read.
         dtype: of the frozen base.
         lora: rank of the adapter.
-        step: what kind of step.
+        step: the configuration of the step.
         triplets: the edits of one forward pass.
-        checkpointing: recompute each layer in the backward pass instead of keeping what it computed.
+        checkpointing: recompute each layer in the backward pass instead of keeping its activations.
     """
     depth: int = architecture.num_hidden_layers
-    lora = lora.model_copy(update={"layers": None})  # an upper bound: the plan is made from fewer layers than there are
+    lora = lora.model_copy(update={"layers": None})  # upper bound: the rehearsal uses fewer layers than the model has
     period = _period(getattr(architecture, "layer_types", None) or [])
     low = depth % period + 2 * period
 
@@ -87,17 +87,17 @@ def rehearse(
 
 @dataclass(frozen=True)
 class _Course:
-    """A step in parts (forward passes, and the halves of backward passes): what is held at the peak of each part.
+    """The peak memory of each part of a step (forward passes, and the halves of backward passes).
 
-    Within a part what is held grows or shrinks evenly from layer to layer, so each peak is linear in the depth.
+    Within a part, memory grows or shrinks evenly from layer to layer, so each peak is linear in the depth.
     """
 
     peaks: list[tuple[int, ...]]
     counts: dict[str, int]
-    """The fields of `Footprint` beside the items."""
+    """The fields of `Footprint` other than the items."""
 
     def continued(self, other: _Course, more: int) -> _Course:
-        """This, where `other` is one unit of depth deeper, `more` units deeper."""
+        """Extrapolates by `more` units of depth; `other` is one unit deeper than this."""
 
         def line(a: int, b: int) -> int:
             return a + (b - a) * more
@@ -120,7 +120,7 @@ def _take(
 ) -> _Course:
     rows = pack(triplets, dtype=dtype)
     counts = [int(r.keep.count_nonzero()) for r in rows]
-    # transformers takes fake tensors for a trace, for which it builds masks that it leaves out in earnest
+    # transformers treats fake tensors as tracing and then builds masks that it omits in a real step
     with FakeTensorMode(allow_non_fake_inputs=True) as fake, patch.object(masking_utils, "is_tracing", lambda _: False):
         with no_init_weights():
             model = AutoModelForCausalLM.from_config(architecture, dtype=dtype, attn_implementation="sdpa")
@@ -145,7 +145,7 @@ def observed(
     step: StepConfig,
     kept: Sequence[tuple[torch.Tensor, int]] = (),
 ) -> Ledger:
-    """The ledger of one step that is not the first: AdamW's moments are there already. Works on real tensors too."""
+    """The ledger of one step after the first, so AdamW's moments already exist. Also works on real tensors."""
     phi = lora.phi
     optimizer = torch.optim.AdamW([phi], lr=1e-4, weight_decay=0.0)
     phi.grad = torch.zeros_like(phi)
@@ -165,7 +165,7 @@ def observed(
 
 
 def peaks(ledger: Ledger) -> list[tuple[int, ...]]:
-    """The row of the series with the largest sum in each part of the step."""
+    """For each part of the step, the row of the series with the largest sum."""
     edges = [0, *(i for i in range(1, len(ledger.backward)) if ledger.backward[i] != ledger.backward[i - 1])]
     parts = []
     for start, end in zip(edges, [*edges[1:], len(ledger.series)], strict=True):
@@ -183,5 +183,5 @@ def _with_layers(architecture: PreTrainedConfig, layers: int) -> PreTrainedConfi
 
 
 def _period(kinds: Sequence[Any]) -> int:
-    """After how many layers their kinds repeat; 1 where all are alike."""
+    """The period after which layer kinds repeat; 1 if all are alike."""
     return next((p for p in range(1, len(kinds)) if all(a == b for a, b in zip(kinds, kinds[p:], strict=False))), 1)

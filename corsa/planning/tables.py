@@ -1,4 +1,4 @@
-"""A plan for people and for programs."""
+"""A plan as terminal tables and as JSON."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from corsa.planning.plan import Choice, Plan, gib
 
 
 def tables(plan: Plan, method: str, counted: str) -> list[Table | str]:
-    """What a plan says: what was planned, a row per setting, what it holds by purpose, the recommendation, and the time
-    with its rate.
+    """The output of a plan: the job, one row per setting, memory by purpose, the recommendation, and the time with its
+    rate.
     """
     job = plan.job
     device = "GPU" if job.gpu else "worker"
@@ -37,8 +37,8 @@ def tables(plan: Plan, method: str, counted: str) -> list[Table | str]:
 
 
 def settings_table(plan: Plan) -> Table:
-    """A row per stage and offload: what is held in all, whether that fits, how long a step takes, and the total with
-    activation checkpointing. At most 80 columns wide.
+    """One row per stage and offload: total memory, whether it fits, time per step, and the total with activation
+    checkpointing. At most 80 columns wide.
     """
     table = _table("setting")
     host = ["CPU"] if plan.job.gpu else []
@@ -52,8 +52,8 @@ def settings_table(plan: Plan) -> Table:
 
 
 def purposes_table(plan: Plan) -> Table:
-    """A row per purpose: what every setting without activation checkpointing holds for it at the peak, GiB. At most 80
-    columns wide: settings go by their stage, with B and A for what is offloaded.
+    """One row per purpose: peak memory in GiB for every setting without activation checkpointing. At most 80 columns
+    wide: a setting is named by its stage, with B and A for what is offloaded.
     """
     holdings = [plain.holding for plain, _ in _pairs(plan)]
     table = _table("GiB at the peak")
@@ -86,7 +86,7 @@ def _verdict(plan: Plan, choice: Choice) -> list[str]:
 
 
 def options(plan: Plan, choice: Choice) -> list[str]:
-    """The pipelines' options for a setting."""
+    """The command-line options of a setting."""
     words = ["--placement.gpu"] if plan.job.gpu else []
     words += ["--workers", str(plan.job.workers), "--dtype", plan.job.model.dtype]
     sharding = choice.holding.sharding
@@ -107,7 +107,7 @@ def _time(plan: Plan, choice: Choice) -> str:
 
 
 def as_json(plan: Plan, method: str, counted: str) -> dict[str, Any]:
-    """The same for a program: bytes and seconds."""
+    """The plan as JSON data, in bytes and seconds."""
     job, chosen = plan.job, plan.recommended
     return {
         "model": job.model.canonical(),

@@ -1,3 +1,3 @@
-"""What a run found, for people: the terminal table (`tables`), its words (`findings`), and the page (`page`,
+"""The results of a run for people: the terminal table (`tables`), sentences (`findings`), and the page (`page`,
 `figures`).
 """

@@ -1,4 +1,4 @@
-"""Every answer of a run as the page's searchable table reads it: few distinct texts, and numbers that point to them."""
+"""Every answer of a run, encoded for the page's searchable table: distinct texts, and indices into them."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from corsa.evaluation.prepared_predictions import BASE, RULES
 from corsa.report.findings import label
 
 OUTCOMES = ("took", "failed", "reverted", "changed", "unchanged")
-"""Of an answer: the expected one; neither it nor the old one; the old one; for a neighbor, another than the base
-model's; the same as the base model's.
+"""Outcome of an answer: it gives the expected answer; neither that nor the old one; the old one. For a neighbor: it
+differs from the base model's answer; it is the same.
 """
 
 _GIVES = np.array(["neither", "new", "old", "both"])
@@ -31,10 +31,10 @@ def folded_answers(scenarios: Mapping[str, tuple[pd.DataFrame, str]]) -> dict[st
     """All answers of scenarios {title: (predictions, rule)}.
 
     Returns:
-        `rows`: their number. `columns`: {name: {"values": distinct values, "codes": one index a row}}, of scenario,
-        method, seed, trained, learnt, kind, question, expected, old, output, base (what the unedited model said, null
-        where it was not asked), outcome (of `OUTCOMES`), forgotten (right when it was learnt and wrong now).
-        The base model's own rows are only listed where nothing else was asked.
+        `rows`: the number of answers. `columns`: {name: {"values": distinct values, "codes": one index per row}} for
+        scenario, method, seed, trained, learnt, kind, question, expected, old, output, base (the unedited model's
+        output, null if it was not asked), outcome (one of `OUTCOMES`), forgotten (right when learnt, wrong now).
+        The base model's own rows are listed only if no other method was asked.
     """
     table = pd.concat(
         [_answers(predictions, rule).assign(scenario=title) for title, (predictions, rule) in scenarios.items()],
@@ -58,7 +58,7 @@ def _answers(predictions: pd.DataFrame, rule: str) -> pd.DataFrame:
     run = ["method", "seed", *asked, "draw"]
     then = rows[rows.trained == rows.learnt].drop_duplicates(run)[[*run, "right"]].rename(columns={"right": "then"})
     rows = rows.merge(base, on=asked, how="left").merge(then, on=run, how="left")
-    # Where the base model was not asked, a neighbor's true answer stands in for what it said.
+    # If the base model was not asked, a neighbor's true answer replaces its output.
     same = rows.said.eq(rows.base_said).where(rows.base_said.notna(), rows.right)
     of_fact = rows.gives.map({"new": "took", "both": "took", "old": "reverted", "neither": "failed"})
     neighbor = rows.kind == "neighbor"
@@ -84,7 +84,7 @@ def _answers(predictions: pd.DataFrame, rule: str) -> pd.DataFrame:
 
 
 def _plain(value: Any) -> Any:
-    """A value as JSON can write it."""
+    """Converts a value to a type that JSON supports."""
     if isinstance(value, str):
         return value
     if pd.isna(value):

@@ -19,8 +19,8 @@ def write_code_report(directory: Path, *, metrics: dict[str, Any], run: Mapping[
 
     Args:
         directory: created if absent.
-        metrics: what `corsa.experiments.code.steps` measured.
-        run: what is known of the run (`corsa.report.page.write_report`).
+        metrics: the metrics from `corsa.experiments.code.steps`.
+        run: facts about the run (`corsa.report.page.write_report`).
     """
     return write_page(
         directory,

@@ -1,4 +1,4 @@
-"""Two runs side by side: which settings differ, and what each method's metrics are in both."""
+"""Compares two runs: the settings that differ, and each method's metrics in both."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ Told = tuple[Mapping[str, Any], dict[str, Any]]
 
 
 def compared(first: Told, second: Told) -> dict[str, Any]:
-    """{settings: rows {name, first, second} that differ, metrics: rows {scenario, method, metric, label, unit, first,
-    second}}; a value is an entry of `corsa.evaluation.metrics.compute`, None where a run has none.
+    """Returns {settings: rows {name, first, second} that differ, metrics: rows {scenario, method, metric, label, unit,
+    first, second}}. A metric value is an entry of `corsa.evaluation.metrics.compute`; None if the run has none.
     """
     one, other = (dict(_flat(config)) for config, _ in (first, second))
     names = [name for name in dict.fromkeys([*one, *other]) if one.get(name) != other.get(name)]
@@ -35,7 +35,7 @@ def compared(first: Told, second: Told) -> dict[str, Any]:
 
 
 def metric_table(rows: list[dict[str, Any]], ids: list[str]) -> Table:
-    """The metrics of `compared` as a table."""
+    """The metrics from `compared` as a table."""
     table = Table("method", "metric", *ids, "difference", box=box.SIMPLE_HEAD, pad_edge=False)
     for row in rows:
         cells = [

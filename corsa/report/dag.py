@@ -1,4 +1,4 @@
-"""The steps of a run as a drawing: layers from left to right, and the way through them that takes longest."""
+"""Draws the steps of a run as a graph: layers from left to right, with the critical path."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from itertools import pairwise
 from typing import Any
 
 _BOX, _GAP, _ROW, _LINE = 148, 26, 60, 23
-"""Pixels: width of a box, space between layers, height of a row; letters that fit a line of a box."""
+"""Box width, gap between layers and row height in pixels; characters per line of a box."""
 
 
 @dataclass(frozen=True)
 class Node:
-    """One step. `share`: its time relative to the slowest step's. `lines`: its name as it fits the box."""
+    """One step. `share`: its time relative to the slowest step's. `lines`: its name, split to fit the box."""
 
     name: str
     seconds: float | None
@@ -26,7 +26,7 @@ class Node:
 
     @property
     def lines(self) -> list[str]:
-        """The name on two lines, broken at a slash where there is one; of a name too long for them, its end."""
+        """The name on one or two lines, broken at a slash if possible. A name that is too long loses its start."""
         if len(self.name) <= _LINE:
             return [self.name]
         breaks = [i for i, letter in enumerate(self.name) if letter == "/" and len(self.name) - i - 1 <= _LINE]
@@ -37,7 +37,7 @@ class Node:
 
 @dataclass(frozen=True)
 class Edge:
-    """From a step to one that needs it: an SVG path."""
+    """An edge from a step to one that depends on it, as an SVG path."""
 
     path: str
     critical: bool
@@ -45,9 +45,9 @@ class Edge:
 
 @dataclass(frozen=True)
 class Dag:
-    """The drawing, with a line for every input that does not follow from another line.
+    """The drawing, without transitive edges.
 
-    `seconds`: of all steps; `longest`: of the critical path; both are sums of what steps took.
+    `seconds`: total time of all steps. `longest`: total time of the critical path.
     """
 
     nodes: list[Node]
@@ -60,8 +60,8 @@ class Dag:
 
     @classmethod
     def of(cls, steps: Sequence[Mapping[str, Any]]) -> Dag:
-        """Of steps in an order in which each follows its inputs: {name, seconds, state, inputs: names}. Inputs that are
-        not among the steps are left out.
+        """Builds the drawing from steps {name, seconds, state, inputs: names} in topological order. Inputs that are not
+        among the steps are ignored.
         """
         took = {step["name"]: float(step.get("seconds") or 0) for step in steps}
         inputs = {
@@ -108,7 +108,7 @@ class Dag:
 
 
 def _slowest_way(inputs: Mapping[str, Sequence[str]], reached: Mapping[str, float]) -> list[str]:
-    """From a first step to a last one, through the inputs that were there latest."""
+    """The critical path: from the last step to finish, back through the input that finished latest each time."""
     way: list[str] = []
     at = max(reached, key=reached.__getitem__, default=None)
     while at is not None:
@@ -118,7 +118,7 @@ def _slowest_way(inputs: Mapping[str, Sequence[str]], reached: Mapping[str, floa
 
 
 def _direct(name: str, inputs: Mapping[str, Sequence[str]]) -> list[str]:
-    """The inputs of a step that no other of its inputs rests on: the rest need no line of their own."""
+    """The inputs of a step that no other input of it depends on. The others need no edge."""
     below: set[str] = set()
     open_ = [further for needed in inputs[name] for further in inputs[needed]]
     while open_:
@@ -130,7 +130,7 @@ def _direct(name: str, inputs: Mapping[str, Sequence[str]]) -> list[str]:
 
 
 def _rows(inputs: Mapping[str, Sequence[str]], depth: Mapping[str, int]) -> dict[str, float]:
-    """Each step's row within its layer: near the mean row of its inputs, so that lines cross little."""
+    """Each step's row within its layer: near the mean row of its inputs, so that few edges cross."""
     layers: dict[int, list[str]] = {}
     for name, layer in depth.items():
         layers.setdefault(layer, []).append(name)

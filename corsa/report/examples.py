@@ -1,4 +1,4 @@
-"""Questions with the answers of every method after every round, side by side, as in the paper's Tables 11 to 13."""
+"""Example questions with every method's answer after every round, as in the paper's Tables 11 to 13."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Asked:
-    """One fact after one round: the answer expected then, the one before it, and what each method (base first) said."""
+    """One fact after one round: the expected answer, the previous one, and each method's answer (base first)."""
 
     round: int
     expected: str
@@ -29,7 +29,7 @@ class Asked:
 
 @dataclass(frozen=True)
 class Example:
-    """One fact through the rounds, asked in one wording. `part`: "update" (revised) or "evaluation" (taught once)."""
+    """One fact over all rounds, asked in one wording. `part`: "update" (revised) or "evaluation" (taught once)."""
 
     question: str
     part: str
@@ -38,13 +38,13 @@ class Example:
 
 
 def examples(predictions: pd.DataFrame, *, rule: str, kind: str, methods: list[str], limit: int = 8) -> list[Example]:
-    """Up to `limit` facts, half of them from each part of the data, those first on which the methods ended differently.
+    """Up to `limit` facts, half from each part of the data. Facts on which the final answers differ come first.
 
     Args:
         predictions: the predictions table.
-        rule: "words", "contains" or "exact", which decides what an answer gives.
-        kind: the probe kind to show ("paraphrase", "edit", "multihop"), its first wording, first seed.
-        methods: in the order shown.
+        rule: "words", "contains" or "exact", which classifies an answer.
+        kind: the probe kind to show ("paraphrase", "edit", "multihop"); its first wording and first seed are used.
+        methods: in display order.
     """
     rows = predictions[predictions.kind == kind].reset_index(drop=True)
     rows = rows[rows.draw == 0]

@@ -1,4 +1,4 @@
-"""What an update did, fact by fact, as the terminal shows it."""
+"""The effect of an update on each fact, for the terminal."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def facts(predictions: pd.DataFrame, rule: str) -> list[dict[str, Any]]:
     """One row for each fact that the last update taught: {edit, prompt, answer, took, right, wordings, says}.
 
     Args:
-        predictions: the table of a report (`corsa.evaluation.predict`), one method beside the base model.
+        predictions: the table of a report (`corsa.evaluation.predict`), with the base model and one other method.
         rule: "words", "contains" or "exact".
     """
     last = predictions[(predictions.method != "base") & (predictions.trained == predictions.trained.max())]
@@ -45,7 +45,7 @@ def facts(predictions: pd.DataFrame, rule: str) -> list[dict[str, Any]]:
 
 
 def table(rows: list[dict[str, Any]]) -> Table:
-    """The facts as a table; of many only those that did not take or generalise."""
+    """The facts as a table. If there are many, only those that did not take or generalise."""
     shown = rows if len(rows) <= _SHOWN else [r for r in rows if not r["took"] or 2 * r["right"] < r["wordings"]]
     grid = Table(box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left", caption_justify="left")
     for name, justify in (("fact", "left"), ("taught", "left"), ("took", "left"), ("other wordings", "right")):
@@ -61,7 +61,7 @@ def table(rows: list[dict[str, Any]]) -> Table:
 
 
 def told_forgotten(metrics: dict[str, Any]) -> Iterator[str]:
-    """Forgetting in a sentence, with the numbers behind it: what the console and the page of an update say."""
+    """One sentence on forgetting, with its counts, for the console and the page of an update."""
     row = metrics["rows"][-1]
     counts = metrics["forgotten"].get(row["method"])
     if counts is None or row["metrics"]["forgetting"]["value"] is None:
@@ -76,7 +76,7 @@ def told_forgotten(metrics: dict[str, Any]) -> Iterator[str]:
 
 
 def summary(metrics: dict[str, Any], predictions: pd.DataFrame) -> Iterator[str]:
-    """What took, what generalises, what became of earlier facts and what else changed, a sentence each."""
+    """One sentence each on: facts that took, generality, earlier facts, and side effects."""
     row = metrics["rows"][-1]["metrics"]
     found = facts(predictions, metrics["rule"])
     if found:

@@ -1,6 +1,4 @@
-"""The figures of the report, each with a caption and a description in words. Colours of text and grid are set by the
-page.
-"""
+"""The figures of the report, each with a caption. The page sets the colours of text and grid."""
 
 from __future__ import annotations
 
@@ -15,19 +13,19 @@ import plotly.graph_objects as go
 from corsa.methods import METHODS
 from corsa.report.findings import drawn, label, shown
 
-# Mid tones that keep a contrast of at least 3 to 1 on the page's light and on its dark background.
+# Mid tones with a contrast of at least 3 to 1 on the page's light and dark backgrounds.
 _COLOURS = {"base": "#7d8590"} | {name: method.colour for name, method in METHODS.items() if method.colour}
 _SPARE = ("#c9506b", "#8a8a2f", "#3a93a8", "#9a6b4f")
 _SYMBOLS = {"base": "x"} | {name: method.symbol for name, method in METHODS.items() if method.symbol}
 
 
 _LINES = 8
-"""More curves than this cannot be told apart in one plot."""
+"""Maximum number of distinguishable curves in one plot."""
 
 
 @dataclass(frozen=True)
 class Figure:
-    """Plots side by side under one caption; `note` stands in where there is nothing to draw."""
+    """Plots side by side under one caption. `note` replaces them if there is nothing to draw."""
 
     id: str
     title: str
@@ -37,8 +35,8 @@ class Figure:
 
 
 def figures(metrics: dict[str, Any], curves: pd.DataFrame) -> list[Figure]:
-    """All figures of a run, in the order of the page."""
-    if len(metrics["methods"]) > _LINES and not curves.empty:  # one method under many settings: its own curve will do
+    """All figures of a run, in page order."""
+    if len(metrics["methods"]) > _LINES and not curves.empty:  # one method with many settings: show only its own curve
         curves = curves[~curves.method.str.contains(" ")]
     settings = [_against_setting(metrics, axis) for axis in metrics.get("axes", ())]
     rounds = [_efficacy_against_forgetting(metrics), _per_round(metrics)] if len(metrics["rounds"]) > 1 else []
@@ -50,7 +48,7 @@ def _what_bars_are(metrics: dict[str, Any]) -> str:
 
 
 def _against_setting(metrics: dict[str, Any], axis: dict[str, Any]) -> Figure:
-    """Figures 3 and 5 of the paper: metrics against a setting, a line per method."""
+    """Figures 3 and 5 of the paper: metrics against a setting, one line per method."""
     name = axis["name"]
     figure = Figure(
         "against-" + name.replace(" ", "-"),
@@ -84,7 +82,7 @@ def _against_setting(metrics: dict[str, Any], axis: dict[str, Any]) -> Figure:
 
 
 def _learning(curves: pd.DataFrame) -> Figure:
-    """Figure 2 of the paper: log-probabilities of both answers through training."""
+    """Figure 2 of the paper: log-probabilities of both answers during training."""
     caption = (
         "Mean log-probability (nats) of the new and of the old answer on the edits being taught, {unit}, "
         "averaged over seeds. Dotted lines separate the rounds: each teaches new answers, so the new answer's curve "
@@ -163,7 +161,7 @@ def _per_round(metrics: dict[str, Any]) -> Figure:
                 if row["method"] == method and row["metrics"][name]["value"] is not None
             ]
             entries = [row["metrics"][name] for row in rows]
-            shift = 0.06 * (index - (len(methods) - 1) / 2)  # so that the bars of two methods do not hide each other
+            shift = 0.06 * (index - (len(methods) - 1) / 2)  # keeps the error bars of two methods apart
             if rows:
                 plot.add_scatter(
                     x=[row["round"] + shift for row in rows],
@@ -193,13 +191,13 @@ def _diagnostics(curves: pd.DataFrame) -> Figure:
 
 
 def _through_training(curves: pd.DataFrame, column: str, title: str) -> go.Figure | None:
-    """One column of the curves, a line per method, rounds one after the other."""
+    """One column of the curves: one line per method, with the rounds in sequence."""
     plot = _plot("epochs, over all rounds" if _by_epoch(curves) else "optimizer steps, over all rounds", title)
     ends: list[float] = []
     longest = 0.0
     for method, points in _points(curves, column):
         longest = max(longest, float(points.x.max()))
-        gaps = points.groupby("round", as_index=False).tail(1).assign(y=None)  # rounds are not joined by a line
+        gaps = points.groupby("round", as_index=False).tail(1).assign(y=None)  # no line between rounds
         points = pd.concat([points, gaps]).sort_values("round", kind="stable")
         plot.add_scatter(
             x=points.x,
@@ -218,7 +216,7 @@ def _through_training(curves: pd.DataFrame, column: str, title: str) -> go.Figur
 
 
 def _points(curves: pd.DataFrame, column: str) -> Iterator[tuple[str, pd.DataFrame]]:
-    """For each method the means of a column: x (counted on over the rounds), y, round."""
+    """For each method, the means of a column: x (continues over the rounds), y, round."""
     if curves.empty or column not in curves:
         return
     unit = "epoch" if _by_epoch(curves) else "step"
@@ -232,8 +230,8 @@ def _points(curves: pd.DataFrame, column: str) -> Iterator[tuple[str, pd.DataFra
 
 
 def _by_epoch(curves: pd.DataFrame) -> bool:
-    """An epoch sees every edit once, so its mean is over the same edits each time; a run of one or two epochs is
-    shown by steps.
+    """Whether to plot one point per epoch. Every epoch mean covers the same edits. Runs of one or two epochs are
+    plotted by optimizer step.
     """
     return not curves.empty and curves.epoch.nunique() > 2
 
@@ -286,7 +284,7 @@ def _line(method: str, *, markers: bool = True) -> dict[str, Any]:
 
 
 def _bars(entries: list[dict[str, Any]]) -> dict[str, Any]:
-    """Error bars from value to both ends of its interval, in percent."""
+    """Error bars from each value to both ends of its interval, in percent."""
     reach: Callable[[dict[str, Any], str], float] = lambda entry, end: (  # noqa: E731
         0.0 if entry["low"] is None else 100 * abs(entry[end] - entry["value"])
     )
@@ -312,7 +310,7 @@ _SIZE_UNITS = {"generality": "%", "forgetting": "%", "training_s": "s", "worker_
 
 
 def against_size(scaling: dict[str, Any]) -> list[Figure]:
-    """Figure 4 of the paper, and what each size took: a figure per benchmark, a line per method, the trends dashed."""
+    """Figure 4 of the paper, with the cost of each size: a figure per benchmark, a line per method, dashed trends."""
     found = []
     for number, benchmark in enumerate(dict.fromkeys(point["benchmark"] for point in scaling["points"])):
         points = [point for point in scaling["points"] if point["benchmark"] == benchmark and point["parameters"]]

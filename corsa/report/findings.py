@@ -1,4 +1,4 @@
-"""The result of a run in sentences. Claims are made on primary metrics alone, where their corrected test allows it."""
+"""The result of a run in sentences. Only primary metrics with a significant corrected test lead to claims."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from corsa.methods import METHODS
 
 HEADLINES = ("efficacy", "forgetting", "generality", "retention", "activation")
-"""The metrics of the main table where a report names no others."""
+"""The default metrics of the main table."""
 
 _SHORT = {
     "efficacy": "update efficacy",
@@ -27,24 +27,24 @@ _SHORT = {
 }
 
 _FEW = 5
-"""More methods than this are left to the table."""
+"""With more methods than this, only the table shows them."""
 
 
 def headlines(metrics: dict[str, Any]) -> dict[str, str]:
-    """The metrics of a report's main table that have a value there, with their names in a sentence."""
+    """The metrics of a report's main table that have a value, with their short names for sentences."""
     chosen: Sequence[str] = metrics.get("headlines", HEADLINES)
     measured = [n for n in chosen if any(row["metrics"][n]["value"] is not None for row in metrics["rows"])]
     return {name: _SHORT.get(name, name) for name in measured or chosen}
 
 
 def label(method: str) -> str:
-    """A method's name as it is printed; what follows its name (a setting) stays as it is."""
+    """A method's display name. A setting after the name stays unchanged."""
     name, blank, setting = method.partition(" ")
     return f"{METHODS[name].label if name in METHODS else name}{blank}{setting}"
 
 
 def shown(entry: dict[str, Any], unit: str) -> tuple[str, str]:
-    """A value and its interval as text, shares in percent, points as pt; ("–", "") where there is none."""
+    """A value and its interval as text: shares in percent, points as pt; ("–", "") if there is no value."""
     if entry["value"] is None:
         return "–", ""
     scale, suffix = (1, " nats") if unit == "nats" else (100, " pt" if unit == "points" else " %")
@@ -58,14 +58,14 @@ def shown(entry: dict[str, Any], unit: str) -> tuple[str, str]:
 
 
 def drawn(metrics: dict[str, Any]) -> str:
-    """What the intervals of a report take as drawn by chance."""
+    """The random units that the intervals of a report are computed over, such as "facts and seeds"."""
     over = metrics.get("over", "facts")
     return f"{over} and seeds" if len(metrics["seeds"]) > 1 else over
 
 
 def findings(metrics: dict[str, Any]) -> list[str]:
-    """For each pair of methods that the report is about: which is better on which primary metric, and what they cannot
-    be told apart on; of one seed, how far two adapters are apart.
+    """For each pair of methods: which is better on which primary metric, and which metrics show no difference. With one
+    seed: the differences between the two adapters.
     """
     primary = [entry for entry in metrics["comparisons"] if entry["primary"]]
     sentences = []
@@ -96,12 +96,12 @@ def findings(metrics: dict[str, Any]) -> list[str]:
 
 
 def _asked(metrics: dict[str, Any]) -> bool:
-    """Whether paraphrases were asked, of data that has them."""
+    """Whether the run asked paraphrases (if the data has them)."""
     return "paraphrase" in (metrics.get("kinds") or ("paraphrase",))
 
 
 def summary(metrics: dict[str, Any]) -> str:
-    """One paragraph: what was done, what each method learnt and forgot."""
+    """One paragraph: what the run did, and what each method learnt and forgot."""
     rounds = len(metrics["rounds"])
     seeds = len(metrics["seeds"])
     what = "the edit prompts" if metrics["probe_kind"] == "edit" else "paraphrases"
@@ -129,7 +129,7 @@ def summary(metrics: dict[str, Any]) -> str:
 
 
 def _adapters(metrics: dict[str, Any], found: Sequence[dict[str, Any]]) -> list[str]:
-    """How far two adapters of one seed are apart."""
+    """The differences between two adapters of one seed."""
     if not found:
         return []
     ours, theirs = _order(found[0])
@@ -166,7 +166,7 @@ def _order(entry: dict[str, Any]) -> tuple[str, str]:
 
 
 def difference(metrics: dict[str, Any], entry: dict[str, Any], ours: str) -> str:
-    """The difference of a comparison as text, as that of `ours` to the other, with its interval."""
+    """The difference of a comparison (`ours` minus the other) as text, with its interval."""
     value, low, high = entry["difference"], entry["low"], entry["high"]
     if ours == entry["b"]:
         value, low, high = -value, None if high is None else -high, None if low is None else -low
@@ -175,7 +175,7 @@ def difference(metrics: dict[str, Any], entry: dict[str, Any], ours: str) -> str
 
 
 def undecided(metrics: dict[str, Any], entry: dict[str, Any]) -> str:
-    """The smallest true difference that would have been shown, as text."""
+    """The smallest detectable true difference, as text."""
     if entry["detectable"] is None:
         return f"too few {metrics.get('over', 'facts')} to show any difference"
     size = shown({"value": entry["detectable"], "low": None, "high": None}, _points(metrics, entry["metric"]))[0]

@@ -1,6 +1,6 @@
-"""The one layout of every page: style, figures and data in a single HTML file that needs no network.
+"""The common layout of all pages: style, figures and data in a single HTML file that needs no network.
 
-What is large is folded: compressed and written as text, for the page to unfold once its words are on the screen.
+Large data is folded: compressed and encoded as text. The page unfolds it after its text is displayed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from corsa.report.findings import difference, drawn, label, shown, undecided
 from corsa.report.published import differs
 
 BUNDLE = "plotly-basic.min.js.gz"
-"""From the npm package plotly.js-basic-dist-min (MIT), of the version that the Python package plotly brings whole."""
+"""From the npm package plotly.js-basic-dist-min (MIT), in the same version as the full bundle in the plotly package."""
 
 _BASIC = {"scatter", "bar", "pie"}
 
@@ -36,19 +36,19 @@ def write_page(
     answers: Mapping[str, Any] | None = None,
     **context: Any,
 ) -> Path:
-    """Write `report.html` into a directory, which is made if absent, and return its path.
+    """Write `report.html` into a directory and return its path.
 
     Args:
-        directory: where the page goes.
-        template: a template of this package, or the path of one elsewhere. It extends `layout.html` (blocks `header`
-            and `main`) and includes what it needs of the other templates here.
+        directory: created if absent.
+        template: a template of this package, or the path of another one. It extends `layout.html` (blocks `header`
+            and `main`) and can include the other templates here.
         title: the page's title and first heading.
-        plots: the figures of the page by the id of the element each is drawn in: `<div class="plot" id="...">`.
-        answers: what `corsa.report.answers.folded_answers` made, for pages that include `answers.html`.
-        context: what the template reads.
+        plots: the figures of the page, by the id of their element: `<div class="plot" id="...">`.
+        answers: the result of `corsa.report.answers.folded_answers`, for pages that include `answers.html`.
+        context: variables of the template.
 
     Raises:
-        OSError: the directory cannot be written to.
+        OSError: the directory is not writable.
     """
     loaders = [FileSystemLoader(template.parent)] if isinstance(template, Path) else []
     name = template.name if isinstance(template, Path) else template
@@ -73,7 +73,7 @@ def write_page(
 
 
 def folded(text: str) -> Markup:
-    """A text as base64 of gzip, which `unfold` in `page.js` reads."""
+    """Compresses a text with gzip and encodes it as base64. `unfold` in `page.js` decodes it."""
     return _as_text(gzip.compress(text.encode(), mtime=0))
 
 
@@ -82,8 +82,8 @@ def _as_text(packed: bytes) -> Markup:
 
 
 def _plotly(plots: Mapping[str, dict[str, Any]]) -> Markup:
-    """plotly.js, folded: its basic bundle where that will do, a quarter of the whole and started in a third of the
-    time.
+    """plotly.js, folded: the basic bundle if it is enough. That is a quarter of the full size and starts in a third of
+    the time.
     """
     if {trace.get("type", "scatter") for plot in plots.values() for trace in plot["data"]} <= _BASIC:
         return _as_text(files("corsa.report").joinpath(BUNDLE).read_bytes())
@@ -91,7 +91,7 @@ def _plotly(plots: Mapping[str, dict[str, Any]]) -> Markup:
 
 
 def duration(seconds: float | None) -> str:
-    """Seconds as people read them: 0.4 s, 41 s, 2 min 10 s, 3 h 5 min."""
+    """Formats seconds for people: 0.4 s, 41 s, 2 min 10 s, 3 h 5 min."""
     if seconds is None:
         return "–"
     if seconds < 60:

@@ -1,4 +1,4 @@
-"""The report of a run: one HTML file for a screen, a phone or paper."""
+"""The report of a run: one HTML file for screen, phone or print."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ _DIRECTIONS = {"high": "higher is better", "low": "lower is better"}
 
 @dataclass(frozen=True)
 class Scenario:
-    """What one scenario's part of a page is drawn from.
+    """The data for one scenario's part of a page.
 
-    metrics: what `corsa.evaluation.metrics.compute` returned. predictions: one row per wording asked
+    metrics: the result of `corsa.evaluation.metrics.compute`. predictions: one row per wording asked
     (`corsa.evaluation.predict`). curves: one row per optimizer step; may be empty. run: see `write_report`.
     """
 
@@ -43,12 +43,12 @@ def write_report(
 
     Args:
         directory: created if absent.
-        metrics: what `corsa.evaluation.metrics.compute` returned.
+        metrics: the result of `corsa.evaluation.metrics.compute`.
         predictions: one row per wording asked (`corsa.evaluation.predict`).
         curves: one row per optimizer step; may be empty.
-        run: what is known of the run, every key optional: `title`, `created`, `seconds`, `command` (text), `config`
+        run: facts about the run; every key is optional: `title`, `created`, `seconds`, `command` (text), `config`
             (nested mapping), `steps` (list of {name, seconds, state, inputs: names}), `versions` and `hardware`
-            (mappings, or text), `skipped` (list of records left out, each a mapping or text), `notes` (list of
+            (mappings, or text), `skipped` (list of skipped records, each a mapping or text), `notes` (list of
             sentences shown under the summary).
     """
     title = run.get("title", "CoRSA run")
@@ -68,8 +68,8 @@ def write_paper(
     run: Mapping[str, Any],
     sizes: dict[str, Any] | None = None,
 ) -> Path:
-    """Write `report.html` of several scenarios, by title, and return its path; with `sizes`
-    (`corsa.report.sizes.page_of_sizes`), of several sizes of model.
+    """Write `report.html` for several scenarios {title: scenario} and return its path. `sizes`
+    (`corsa.report.sizes.page_of_sizes`) adds a part on several model sizes.
     """
     sections = [
         _section(f"s{number}", title, scenario) for number, (title, scenario) in enumerate(scenarios.items(), start=1)
@@ -81,7 +81,7 @@ def write_paper(
 
 
 def _section(id_: str, title: str, scenario: Scenario) -> dict[str, Any]:
-    """What the results, figures and examples of one scenario are drawn from."""
+    """Template variables for the results, figures and examples of one scenario."""
     metrics, run = scenario.metrics, scenario.run
     chosen = headlines(metrics)
     prefix = f"{id_}-" if id_ else ""
@@ -117,7 +117,7 @@ def _section(id_: str, title: str, scenario: Scenario) -> dict[str, Any]:
 
 
 def _about(run: Mapping[str, Any], scenarios: Mapping[str, Scenario]) -> dict[str, Any]:
-    """What a page shows of the whole run: every answer, the steps, and how to repeat it."""
+    """Template variables for the whole run: every answer, the steps, and how to repeat it."""
     rules = {scenario.metrics["rule"] for scenario in scenarios.values()}
     return {
         "run": run,
@@ -132,7 +132,7 @@ def _about(run: Mapping[str, Any], scenarios: Mapping[str, Scenario]) -> dict[st
 
 
 def _counted(metrics: dict[str, Any], name: str) -> str:
-    """How many facts and wordings a metric counts: a range where that depends on the method."""
+    """The number of facts and wordings behind a metric; a range if it depends on the method."""
     entries = [row["metrics"][name] for row in metrics["rows"] if row["metrics"][name]["value"] is not None]
     if not entries:
         return ""
@@ -151,5 +151,5 @@ def _table(records: Sequence[Any]) -> tuple[list[str], list[list[str]]]:
 
 
 def _plain(value: Any) -> Any:
-    """The value as YAML can write it."""
+    """Converts a value to types that YAML supports."""
     return json.loads(json.dumps(value, default=str))

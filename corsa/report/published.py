@@ -1,8 +1,8 @@
-"""What the paper reports (Nguyen et al. 2026, arXiv 2602.03696), to stand beside what was measured here.
+"""Published results of the paper (Nguyen et al. 2026, arXiv 2602.03696), shown next to the results of a run.
 
 Every entry names its source. The paper's models (4B parameters and more) and data (the whole benchmarks) differ from
-most runs of this project, so the two are set side by side, never subtracted. The tables' single cells are not here:
-only what the abstract states could be checked against the source.
+most runs of this project, so the page shows both values and never subtracts them. Single cells of the tables are not
+included: only the abstract's statements could be checked against the source.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Published:
-    """One figure of the paper. `metric` is the one of `corsa.evaluation.metrics` to set beside it: the first method's
-    value minus the second's.
+    """One published number. `metric` is the matching metric of `corsa.evaluation.metrics`: the first method's value
+    minus the second's.
     """
 
     table: str
@@ -73,7 +73,7 @@ PUBLISHED = (
 
 
 def differs(metrics: dict[str, Any]) -> str:
-    """What is measured differently in a report than in the paper; "" where the protocol is that of the paper's code."""
+    """How a report's measurement differs from the paper's; "" if it follows the protocol of the paper's code."""
     if (metrics["protocol"], metrics["rule"]) == ("authors", "contains"):
         return ""
     here = f"the protocol “{metrics['protocol']}” and the rule “{metrics['rule']}”"
@@ -85,7 +85,7 @@ def differs(metrics: dict[str, Any]) -> str:
 
 
 def beside(metrics: dict[str, Any]) -> list[tuple[Published, dict[str, Any] | None]]:
-    """The published figures of a report's tables, each with the comparison that was measured here, if there is one."""
+    """The published numbers for a report's tables, each with the run's own comparison if there is one."""
     found = {(c["metric"], c["a"], c["b"]): c for c in metrics["comparisons"]}
     rows = []
     for entry in PUBLISHED:

@@ -1,4 +1,4 @@
-"""The part of a page, and the terminal's table, that set several sizes of model side by side."""
+"""Compares several model sizes: a part of the page, and a terminal table."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LABELS = {
 
 
 def page_of_sizes(scaling: dict[str, Any]) -> dict[str, Any]:
-    """What the template shows: figures, rows of text, sentences on the trends, and what is missing."""
+    """Template variables: figures, table rows, sentences on the trends, and missing runs."""
     figures = against_size(scaling)
     return {
         "figures": figures,
@@ -36,7 +36,7 @@ def page_of_sizes(scaling: dict[str, Any]) -> dict[str, Any]:
 
 
 def sizes_table(scaling: dict[str, Any]) -> Table:
-    """The table that the terminal shows."""
+    """The terminal table."""
     table = Table(*_columns(scaling), box=box.SIMPLE_HEAD, pad_edge=False, title="Against size", title_justify="left")
     for point in _sorted(scaling):
         table.add_row(*_cells(point))

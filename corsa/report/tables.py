@@ -1,4 +1,4 @@
-"""The table a run prints on the terminal."""
+"""The terminal table of a run."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ _ARROWS = {"high": "↑", "low": "↓"}
 
 
 def summary_table(metrics: dict[str, Any]) -> Table:
-    """Methods against the headline metrics after the last round, with intervals; below it, what can and cannot be
-    told apart.
+    """Methods against the headline metrics after the last round, with intervals. The caption states which differences
+    are significant.
 
     Args:
-        metrics: what `corsa.evaluation.metrics.compute` returned.
+        metrics: the result of `corsa.evaluation.metrics.compute`.
     """
     last, definitions, chosen = metrics["rounds"][-1], metrics["definitions"], headlines(metrics)
     title = (
@@ -53,7 +53,7 @@ def summary_table(metrics: dict[str, Any]) -> Table:
 
 
 def summary_tables(metrics: dict[str, Any]) -> list[Table]:
-    """The table of a run, or one for each of the scenarios of a report that joins several."""
+    """The table of a run, or one table per scenario of a joined report."""
     several = {} if "rows" in metrics else metrics
     tables = [summary_table(one) for one in several.values()] if several else [summary_table(metrics)]
     for name, table in zip(several, tables, strict=False):

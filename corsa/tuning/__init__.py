@@ -1,1 +1,1 @@
-"""Sweeps: the space searched, the study that remembers, the trials that Ray Tune runs, and what came of them."""
+"""Sweeps: the search space, the study that stores trials, the trials that Ray Tune runs, and the results."""

@@ -1,4 +1,4 @@
-"""The journal of a study, one line of JSON for each change, after a full disk or a lost node."""
+"""Repairs the journal of a study (one JSON line per change) after a full disk or a lost node."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from corsa.errors import CorsaError
 
 
 def mended(file: Path) -> str | None:
-    """Take away the last line of a journal if it was cut while it was written: what is added would join it.
+    """Remove the last line of a journal if it is incomplete: otherwise the next entry would be appended to it.
 
     Returns:
-        What was done, for a person; None if the journal is whole, or there is none.
+        A message on the repair; None if the journal is intact or absent.
 
     Raises:
-        CorsaError: an earlier line is broken. That was not cut, and what follows may rest on it.
+        CorsaError: an earlier line is broken. This is no incomplete write, and later lines may depend on it.
     """
     if not file.exists():
         return None
     lines = file.read_bytes().split(b"\n")
-    *whole, rest = lines  # of a whole journal the rest is empty
+    *whole, rest = lines  # the rest of an intact journal is empty
     broken = next((number for number, line in enumerate(whole, 1) if not _is_entry(line)), None)
     if broken is None and not rest:
         return None
@@ -33,7 +33,7 @@ def mended(file: Path) -> str | None:
             f"the journal {file} is broken in line {last} of {len(whole)}: bring it back from a copy, or give this "
             "sweep a --study name of its own"
         )
-    lock = JournalFileSymlinkLock(str(file))  # the one that Optuna holds while it adds to it
+    lock = JournalFileSymlinkLock(str(file))  # Optuna holds this lock while it appends
     lock.acquire()
     try:
         os.truncate(file, sum(len(line) + 1 for line in lines[: last - 1]))

@@ -1,4 +1,4 @@
-"""The page of a sweep: what was tried, what it cost, and what a person may conclude."""
+"""The page of a sweep: the trials, their cost, and the conclusions."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def write_sweep(
     study: optuna.Study,
     this_run: float,
 ) -> Path:
-    """Write `report.html` of a sweep. `table` is trials.parquet, `scores` what trials scored at epochs."""
+    """Write `report.html` of a sweep. `table`: trials.parquet. `scores`: {trial: {epoch: score}}."""
     done = table[table.state == "done"].copy()
     figures = [
         _history(table, done, config, scores),
@@ -228,14 +228,14 @@ def _interval(row: pd.Series, name: str) -> tuple[float, float]:
 
 
 def _placed(value: float, domain: Domain, values: pd.Series) -> float:
-    """Where a value stands on the axis: 0 at the left end of a log scale."""
+    """The axis position of a value. On a log scale, 0 is at the left end."""
     if value > 0 or not domain.log:
         return value
     return domain.floor or float(values[values > 0].min()) / 2
 
 
 def _scaled(done: pd.DataFrame, name: str, domains: Mapping[str, Domain]) -> np.ndarray:
-    """A column's values as an axis with its setting's scale has them."""
+    """A column's values on the scale of its setting."""
     domain = domains.get(name)
     if domain is None or not domain.log:
         return done[name].to_numpy(dtype=float)
@@ -257,7 +257,7 @@ def _contours(done: pd.DataFrame, config: SweepConfig, domains: Mapping[str, Dom
             across, up = np.linspace(x.min(), x.max(), 40), np.linspace(y.min(), y.max(), 40)
             try:
                 surface = griddata((x, y), z, tuple(np.meshgrid(across, up)), method="linear", rescale=True)
-            except QhullError:  # the trials lie on one line
+            except QhullError:  # the trials are collinear
                 surface = None
             if surface is not None:
                 plot.add_trace(go.Contour(x=across, y=up, z=surface, colorscale="Viridis", name="", showscale=True))
@@ -278,7 +278,7 @@ def _contours(done: pd.DataFrame, config: SweepConfig, domains: Mapping[str, Dom
 
 
 def _parallel(done: pd.DataFrame, config: SweepConfig, domains: Mapping[str, Domain]) -> Figure:
-    """Drawn of plain lines: plotly's own parallel coordinates are empty in a browser without WebGL."""
+    """Uses plain lines, because plotly's parallel coordinates are empty in a browser without WebGL."""
     objective = METRICS[config.objectives[0]]
     figure = Figure(
         "parallel",

@@ -1,7 +1,7 @@
-"""Ray Tune runs the trials that the study suggests: how many at once, which are stopped early, what became of each.
+"""Ray Tune runs the trials that the study suggests: concurrency, early stopping, and the result of each trial.
 
-Ray's own OptunaSearch tells a study of one trial at a time, asks its first points anew after every start and leaves the
-running ones behind; a sweep that goes on needs its study to be the one memory.
+Ray's own OptunaSearch reports one trial at a time, repeats its first points after every restart and abandons running
+trials. A resumable sweep needs the study as its only record.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from corsa.tuning.trials import Trials
 
 
 class StudySearch(Searcher):
-    """Suggests to Tune what the study asks for, up to `most` trials in all, `pack` of them as one trial of Tune."""
+    """Passes the study's suggestions to Tune: at most `most` trials in total, `pack` of them in one Tune trial."""
 
     def __init__(self, study: SweepStudy, trials: Trials, most: int, pack: int, console: Console) -> None:
         self._objectives = trials.config.objectives
@@ -63,7 +63,7 @@ class StudySearch(Searcher):
                 self._study.tell(number, TrialState.FAIL, failed=cause)
                 self._say("failed", number, f"{name}: {cause}")
             elif found is None:
-                self._score(number, result or {})  # Tune tells of the result that stopped it here alone
+                self._score(number, result or {})  # Tune reports the result that stopped a trial only here
                 epoch = (result or {}).get("epoch")
                 total = (result or {}).get("time_total_s")
                 seconds = total and total / len(chosen)
@@ -79,22 +79,22 @@ class StudySearch(Searcher):
                 self._say("done", number, f"{name}: {shown}  {found['seconds']:.1f} s")
 
     def _score(self, number: int, result: Mapping[str, Any]) -> None:
-        score = result.get(f"scores/{number}", math.nan)  # Tune hands nested results on flat
+        score = result.get(f"scores/{number}", math.nan)  # Tune flattens nested results
         if math.isfinite(score):
             self._study.report(number, result["epoch"], score)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Nothing of it: Tune would keep it for a restore, and the study in the store is what a sweep goes on from."""
+        """Empty: Tune would save the state for a restore, but a sweep resumes from the study in the store."""
         return {}
 
     def __deepcopy__(self, memo: Any) -> StudySearch:
         return self
 
     def save(self, checkpoint_path: str) -> None:
-        """The study is its own memory."""
+        """Does nothing: the study stores its own state."""
 
     def restore(self, checkpoint_path: str) -> None:
-        """The study is its own memory."""
+        """Does nothing: the study stores its own state."""
 
     def _say(self, what: str, number: int, text: str) -> None:
         line = f"{what:<8} trial {number}  {text}"
@@ -102,7 +102,7 @@ class StudySearch(Searcher):
 
 
 def scheduler(kind: str, metric: str, rung: int, epochs: int) -> TrialScheduler:
-    """What stops a poor trial, on scores no closer together than `rung` epochs."""
+    """The scheduler that stops poor trials. Scores are at least `rung` epochs apart."""
     mode = "max" if METRICS[metric].better == "high" else "min"
     how: dict[str, Any] = {"time_attr": "epoch", "metric": metric, "mode": mode, "grace_period": rung}
     if kind == "asha":
@@ -124,13 +124,13 @@ def search(
     name: str,
     console: Console,
 ) -> None:
-    """Run trials until the study has `most` that have ended. Nothing a trial does is raised."""
+    """Run trials until `most` trials of the study have ended. Errors of trials are not raised."""
 
     def trial(config: Mapping[str, Any]) -> None:
         chosen = [(int(number), dict(setting)) for number, setting in config["trials"]]
         try:
             results = trials.perform(chosen, config["name"])
-        except Exception as error:  # such as a storage that is gone: said of these trials, and the sweep goes on
+        except Exception as error:  # such as a lost storage: recorded for these trials; the sweep continues
             cause = f"{type(error).__name__}: {error}"
             results = {number: {"failed": cause, "seconds": None} for number, _ in chosen}
         metric = trials.config.objectives[0]
@@ -139,16 +139,16 @@ def search(
         epochs = trials.experiment.training.epochs * trials.config.rounds.rounds * len(trials.experiment.seeds)
         tune.report({metric: best, "epoch": epochs, "results": json.dumps(results)})
 
-    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # its box of settings is printed whatever `verbose` says
+    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # Ray prints its box of settings whatever the value of `verbose`
     searcher = StudySearch(study, trials, most, pack, console)
     tuner = tune.Tuner(
-        # Its workers ask for what they need, and it runs nothing else that needs a CPU. Tune wants something to place.
+        # The workers request their own resources and the trial itself needs no CPU, but Tune must place something.
         tune.with_resources(trial, {"memory": 1}),
         tune_config=tune.TuneConfig(
             search_alg=ConcurrencyLimiter(searcher, max_concurrent=at_once),
             scheduler=stops,
             num_samples=-1,
-            reuse_actors=type(stops) is FIFOScheduler,  # its imports are paid once; one that is stopped must end
+            reuse_actors=type(stops) is FIFOScheduler,  # imports run once; a stopped trial must end its process
             trial_name_creator=lambda t: t.config["name"],
             trial_dirname_creator=lambda t: f"{t.config['name'][:120]}-{t.trial_id[-5:]}",
         ),
@@ -156,7 +156,7 @@ def search(
             name=name,
             storage_path=folder,
             verbose=0,
-            failure_config=tune.FailureConfig(max_failures=1),  # a lost process: the trial goes on from its checkpoints
+            failure_config=tune.FailureConfig(max_failures=1),  # lost process: resume from checkpoints
         ),
     )
     tuner.fit()

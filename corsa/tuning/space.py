@@ -1,4 +1,4 @@
-"""What a sweep searches: a range or a list of values for each setting. Imports neither torch, ray nor optuna."""
+"""The search space of a sweep: a range or a list of values per setting. Imports neither torch, ray nor optuna."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ _TEXT = "LOW:HIGH on a log scale, LOW:HIGH:linear, 0|LOW:HIGH with 0 as well, or
 
 
 class Space(Frozen):
-    """The settings that are searched; what is not named stays as the experiment has it."""
+    """The settings to search. All others keep the experiment's values."""
 
     lambda_: Annotated[str | None, arg(name="lambda")] = Field(default=None, alias="lambda", description=_TEXT)
     rho: str | None = Field(default=None, description=f"likewise; by default {'0|0.005:0.5'}")
     beta: str | None = Field(default=None, description="likewise")
-    learning_rate: str | None = Field(default=None, description="likewise; only searched where it is named")
-    rank: str | None = Field(default=None, description="of LoRA, alpha in proportion; only searched where it is named")
-    epochs: str | None = Field(default=None, description="only searched where it is named")
+    learning_rate: str | None = Field(default=None, description="likewise; only searched if named")
+    rank: str | None = Field(default=None, description="rank of LoRA, alpha in proportion; only searched if named")
+    epochs: str | None = Field(default=None, description="only searched if named")
 
     def domains(self, *, grid: bool) -> dict[str, Domain]:
-        """What is searched, by name; where none is named lambda, rho and beta, for a grid at sensitivity.py's values.
+        """The domains to search, by name. Default: lambda, rho and beta; for a grid, with sensitivity.py's values.
 
         Raises:
-            CorsaError: a range or value that cannot be read, is empty or not allowed.
+            CorsaError: a range or value cannot be parsed, is empty or is not allowed.
         """
         named = {
             (field.alias or name): value
@@ -57,10 +57,10 @@ GRID = {"lambda": "0.2,0.5,1,2,5", "rho": "0,0.02,0.05,0.1,0.2", "beta": "0.02,0
 
 @dataclass(frozen=True)
 class Domain:
-    """The values a setting may take: `values`, or low to high and, with `zero`, 0 as well.
+    """The allowed values of a setting: `values`, or the range low to high; with `zero`, also 0.
 
-    Where 0 is a control beside a log scale, the study's own parameter goes down to half of `low`, and all below `low`
-    stands for 0: so it remains one number, in which samplers, importances and dashboards need no special case.
+    If 0 is added to a log scale, the study's parameter goes down to half of `low`, and all values below `low` mean 0.
+    The parameter stays a single number, so samplers, importances and dashboards need no special case.
     """
 
     name: str
@@ -77,25 +77,25 @@ class Domain:
 
     @property
     def floor(self) -> float:
-        """The least value of the study's parameter."""
+        """The minimum of the study's parameter."""
         return self.low / 2 if self.zero else self.low
 
     def value(self, drawn: float) -> float:
-        """The setting that a value of the study's parameter stands for, to four significant digits."""
+        """Converts a value of the study's parameter to the setting, rounded to four significant digits."""
         if self.zero and drawn < self.low:
             return 0.0
         return int(drawn) if self.whole else float(f"{drawn:.4g}")
 
     def drawn(self, value: float) -> float:
-        """The value of the study's parameter that stands for a setting."""
+        """Converts a setting to the value of the study's parameter."""
         return self.floor if self.zero and value == 0 else value
 
     @classmethod
     def read(cls, name: str, text: str) -> Domain:
-        """The domain that a text such as `0|0.005:0.5` names.
+        """Parses a domain from a text such as `0|0.005:0.5`.
 
         Raises:
-            CorsaError: it names none, an empty one, or values that the setting cannot have.
+            CorsaError: the text is no domain, the domain is empty, or the setting does not allow its values.
         """
         where = f"--space.{name.replace('_', '-')} {text}"
         zero, _, rest = text.rpartition("|")
@@ -131,7 +131,7 @@ class Domain:
 
 
 def with_default(domains: Mapping[str, Domain], default: Setting) -> dict[str, Domain]:
-    """The domains, each with the default's value in it: it is the first trial in any case."""
+    """The domains, extended to contain the default setting, which is always the first trial."""
     return {name: _with(domain, default[name]) for name, domain in domains.items()}
 
 
@@ -144,7 +144,7 @@ def _with(domain: Domain, value: float) -> Domain:
 
 
 def default_setting(experiment: Experiment, domains: Mapping[str, Domain]) -> dict[str, float]:
-    """What the experiment has for each name of the space: the paper's setting, unless it was configured otherwise."""
+    """The experiment's value for each name of the space: the paper's setting unless configured otherwise."""
     step, training = experiment.corsa, experiment.training
     known = {"lambda": step.lambda_, "rho": step.rho, "beta": step.beta, "learning_rate": training.learning_rate}
     known |= {"rank": experiment.lora.rank, "epochs": training.epochs}
@@ -152,7 +152,7 @@ def default_setting(experiment: Experiment, domains: Mapping[str, Domain]) -> di
 
 
 def applied(experiment: Experiment, setting: Setting) -> Experiment:
-    """The experiment with a setting in place of its own."""
+    """The experiment with its own values replaced by a setting."""
     step = {
         ("lambda_" if name == "lambda" else name): setting[name] for name in ("lambda", "rho", "beta") & setting.keys()
     }
@@ -171,16 +171,16 @@ def applied(experiment: Experiment, setting: Setting) -> Experiment:
 
 
 def label(experiment: Experiment, setting: Setting) -> str:
-    """A trial's name: `lambda=1.0,rho=0.05,beta=0.1`, and what else is searched."""
+    """A trial's name: `lambda=1.0,rho=0.05,beta=0.1`, and the other searched settings."""
     step = experiment.corsa
     shown = {"lambda": step.lambda_, "rho": step.rho, "beta": step.beta} | dict(setting)
     return ",".join(f"{name}={value}" for name, value in shown.items())
 
 
 def grid(domains: Mapping[str, Domain], default: Setting) -> Iterator[dict[str, float]]:
-    """Every combination of the values, those nearest to the default first: itself, then one value changed, and so on.
+    """Every combination of the values, nearest to the default first: the default, then one value changed, and so on.
 
-    So its first trials are those of `pipelines/sensitivity.py` where the values are the same.
+    With the same values, the first trials are those of `pipelines/sensitivity.py`.
     """
     names = list(domains)
     points = [dict(zip(names, values, strict=True)) for values in product(*(domains[n].values for n in names))]

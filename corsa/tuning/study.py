@@ -1,6 +1,6 @@
-"""The study of a sweep: an Optuna study whose journal lies in the store, so that it outlives whoever runs it.
+"""The study of a sweep: an Optuna study with its journal in the store, so that it outlives the process.
 
-It opens in optuna-dashboard while the sweep runs:
+optuna-dashboard can open it while the sweep runs:
 
     optuna-dashboard STORAGE/studies/NAME/journal.log
 """
@@ -31,13 +31,13 @@ ENDED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
 
 
 class SweepStudy:
-    """A study on a store: what it was made with, its trials, and the next suggestion.
+    """A study in a store: its configuration, its trials, and the next suggestion.
 
-    On an object store the journal is a local copy that is put back whole after every change (`keep`).
+    With an object store, the journal is a local copy that is uploaded whole after every change (`keep`).
 
     Raises:
-        CorsaError: there is a study of this name that was made with another space or another experiment, or its journal
-            is broken in the middle (a last line that was cut is left out, which `say` is told).
+        CorsaError: a study of this name exists with another space or experiment, or an earlier journal line is broken.
+            An incomplete last line is removed and reported to `say`.
     """
 
     def __init__(
@@ -84,35 +84,35 @@ class SweepStudy:
             _refuse_another(name, self.study.user_attrs.get("made with", {}), made_with)
         self.study.set_user_attr("made with", dict(made_with))
         for trial in self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-            if not trial.params.keys() >= domains.keys():  # whoever suggested it ended while the values were written
+            if not trial.params.keys() >= domains.keys():  # the process ended while it wrote the values
                 self.study.tell(trial.number, state=TrialState.FAIL)
         self.keep()
 
     @property
     def path(self) -> Path | None:
-        """The journal, where the store is a local directory."""
+        """The journal, if the store is a local directory."""
         return self._file if self._store.files.local else None
 
     @property
     def trials(self) -> list[FrozenTrial]:
-        """Every trial, oldest first; not one whose suggestion was cut off before it had all its values."""
+        """Every trial, oldest first, except those with an incomplete suggestion."""
         found = self.study.get_trials(deepcopy=False)
         return [t for t in found if t.state is not TrialState.WAITING and t.params.keys() >= self._domains.keys()]
 
     def unfinished(self) -> list[FrozenTrial]:
-        """Trials that were running when the sweep was stopped: they go on."""
+        """Trials that were running when the sweep stopped. They are resumed."""
         return [t for t in self.trials if t.state is TrialState.RUNNING]
 
     def setting(self, trial: FrozenTrial | Trial) -> dict[str, float]:
-        """The setting that a trial stands for."""
-        given = trial.user_attrs.get("setting")  # one that no sampler chose is not rounded
+        """The setting of a trial."""
+        given = trial.user_attrs.get("setting")  # a setting that no sampler chose is not rounded
         return given or {name: domain.value(trial.params[name]) for name, domain in self._domains.items()}
 
     def ask(self) -> Trial | None:
-        """A new trial; None where a grid has no more.
+        """A new trial; None if a grid has no more.
 
-        The first is the default setting, the second its control without SAM where rho may be 0. What follows depends
-        on the seed, the number of the trial and the results so far: a study that goes on repeats nothing.
+        The first is the default setting. The second is its control without SAM, if rho may be 0. Later ones depend on
+        the seed, the trial number and the results so far, so a resumed study repeats no trial.
         """
         before = self.trials
         number = len(before)
@@ -129,7 +129,7 @@ class SweepStudy:
         return trial
 
     def _fixed(self, before: Sequence[FrozenTrial]) -> dict[str, float] | None:
-        """The setting of the next trial where it is no sampler's to choose."""
+        """The setting of the next trial; None if a sampler chooses it, or a grid has no more."""
         rho = self._domains.get("rho")
         control = [{**self._default, "rho": 0.0}] if rho and rho.zero else []
         points = list(grid(self._domains, self._default)) if self._sampler == "grid" else control
@@ -141,7 +141,7 @@ class SweepStudy:
         seed = self._seed * 1_000_003 + number
         if self._sampler != "tpe":
             return RandomSampler(seed=seed)
-        # Every setting is named: Optuna 5 changed what is the default.
+        # Every argument is explicit, because Optuna 5 changed the defaults.
         return TPESampler(
             n_startup_trials=10,
             n_ei_candidates=24,
@@ -152,18 +152,18 @@ class SweepStudy:
         )
 
     def report(self, number: int, epoch: int, score: float) -> None:
-        """A score at the end of an epoch."""
+        """Record a score at the end of an epoch."""
         trial = Trial(self.study, self.study._storage.get_trial_id_from_study_id_trial_number(self._id, number))
         trial.report(score, epoch)
 
     def note(self, number: int, **attributes: Any) -> None:
-        """Keep what a reader of the study wants to know of a trial."""
+        """Store user attributes of a trial."""
         id_ = self.study._storage.get_trial_id_from_study_id_trial_number(self._id, number)
         for key, value in attributes.items():
             self.study._storage.set_trial_user_attr(id_, key, value)
 
     def tell(self, number: int, state: TrialState, values: Sequence[float] | None = None, **attributes: Any) -> None:
-        """A trial has ended."""
+        """Record the end of a trial."""
         self.note(number, **attributes)
         self.study.tell(number, values if state is TrialState.COMPLETE else None, state=state)
         self.keep()
@@ -173,7 +173,7 @@ class SweepStudy:
         return self.study._study_id
 
     def keep(self) -> None:
-        """Put the journal back where the store is not a local directory."""
+        """Upload the journal if the store is not a local directory."""
         if not self._store.files.local and self._file.exists():
             self._store.files.replace(self._path, self._file.read_bytes())
 
@@ -188,7 +188,7 @@ def _distribution(domain: Domain) -> optuna.distributions.BaseDistribution:
 
 
 def _refuse_another(name: str, made: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Raises `CorsaError`, with every difference, where a study was made with something else."""
+    """Raises `CorsaError` with every difference if a study was made with another configuration."""
     differences = [
         f"{path}: {_shown(before)} then, {_shown(after)} now"
         for path, before, after in _compared(dict(made), dict(now), "")

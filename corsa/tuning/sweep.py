@@ -1,4 +1,4 @@
-"""A sweep as a step: the trials that are still to be run, then the best setting, the table of trials and the page."""
+"""A sweep as a step: runs the remaining trials, then writes the best setting, the table of trials and the page."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from corsa.tuning.study import ENDED, SweepStudy
 from corsa.tuning.trials import Trials
 
 USUAL_START = 20.0
-"""Seconds that a trial's start is taken to cost where none has shown it: a sweep's first took 18 (docs/results.md)."""
+"""Assumed seconds of a trial's start if none is measured: a sweep's first start took 18 (docs/results.md)."""
 
 _STATES = {TrialState.COMPLETE: "done", TrialState.PRUNED: "stopped", TrialState.FAIL: "failed"}
 
@@ -89,13 +89,13 @@ def run(task: Task) -> dict[str, Any]:
     rung = None
     if config.stop != "no":
         measured = any(t.user_attrs.get("training_s") for t in study.trials)
-        if config.rung is None and not measured:  # the yardstick, run whole: what a start takes, and an epoch
+        if config.rung is None and not measured:  # a full first trial, to measure the time of a start and of an epoch
             go_on(1, None)
         rung, said = rung_of(config, experiment, study.trials)
         console.print(said, highlight=False)
     if left(config.trials):
         before = -1
-        while left(config.trials) and len(study.trials) > before:  # a grid may have fewer
+        while left(config.trials) and len(study.trials) > before:  # a grid may have fewer trials
             before = len(study.trials)
             go_on(config.trials, rung)
     rows = [_row(trial, config, study) for trial in study.trials if trial.state in ENDED]
@@ -134,7 +134,7 @@ def run(task: Task) -> dict[str, Any]:
 
 
 def made_with(task: Task) -> dict[str, Any]:
-    """What a study's trials have in common: another study is needed where any of it differs."""
+    """The configuration that all trials of a study share. If any of it differs, another study is needed."""
     config: SweepConfig = task.config
     inputs = {name: step.fingerprint[:16] for name, step in task.step.inputs.items()}
     kept = {"model", "lora", "corsa", "training", "evaluation", "seeds"}
@@ -155,7 +155,7 @@ def rows_by(rows: list[dict[str, Any]], number: int) -> dict[str, Any]:
 
 
 def refuse_what_is_not_asked(objectives: Sequence[str], edits: Any) -> None:
-    """Raises `CorsaError` before any trial where the data has nothing that an objective counts."""
+    """Raises `CorsaError` before any trial if the data has nothing that an objective counts."""
     kinds = {probe.kind for edit in from_table(edits) for probe in edit.probes}
     for name in objectives:
         of = METRICS[name].of
@@ -167,7 +167,7 @@ def refuse_what_is_not_asked(objectives: Sequence[str], edits: Any) -> None:
 
 
 def rung_of(config: SweepConfig, experiment: Experiment, trials: list[FrozenTrial]) -> tuple[int, str]:
-    """Epochs between scores, before which nothing is stopped: what was asked for, or what a group's start is worth."""
+    """Epochs between scores (no trial stops earlier): as configured, or derived from the time of a group's start."""
     if config.rung:
         return config.rung, f"nothing is stopped before {config.rung} epochs, as asked"
     epochs = experiment.training.epochs * config.rounds.rounds * len(experiment.seeds)
@@ -175,7 +175,7 @@ def rung_of(config: SweepConfig, experiment: Experiment, trials: list[FrozenTria
     if not measured:
         return 1, "nothing is stopped before the first epoch: no trial has shown what a start is worth"
     epoch = measured[0]["training_s"] / epochs
-    # A trial whose rounds were in the store already has taken less time than they did, and shows no start.
+    # A trial that found its rounds in the store took less time than their training, so it does not measure a start.
     starts = [m["seconds"] - m["training_s"] - m["evaluation_s"] for m in measured]
     start = next((s for s in starts if s > 0), USUAL_START)
     rung = max(1, min(math.ceil(start / epoch), epochs))
@@ -206,7 +206,7 @@ def _row(trial: FrozenTrial, config: SweepConfig, study: SweepStudy) -> dict[str
 
 
 def _configuration(experiment: Experiment, config: SweepConfig, setting: dict[str, float], row: dict[str, Any]) -> str:
-    """A configuration file for `--config`: what was chosen, on facts that a run with it does not ask."""
+    """A configuration file for `--config` with the chosen setting. A run with it skips the facts used by the sweep."""
     chosen = applied(experiment, setting).canonical()
     kept = {name: chosen[name] for name in ("model", "benchmark", "data", "lora", "corsa", "training", "evaluation")}
     if kept["data"]:

@@ -1,7 +1,7 @@
-"""A trial: the rounds of one setting, the same steps as the pipelines', and what the evaluation says of them.
+"""A trial: the rounds of one setting (the same steps as in the pipelines) and their evaluation.
 
-A trial's rounds are results of the store like any other: a grid shares them with `pipelines/sensitivity.py`, and a
-trial that was interrupted goes on from its checkpoints.
+A trial's rounds are ordinary results in the store: a grid shares them with `pipelines/sensitivity.py`, and an
+interrupted trial resumes from its checkpoints.
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ from corsa.tuning.space import Setting, applied, label
 
 @dataclass(frozen=True)
 class Trials:
-    """All that a trial's setting is applied to. Picklable."""
+    """The common data of all trials, and their execution. Picklable."""
 
     config: SweepConfig
     experiment: Experiment
     taught: Facts
     schedule: Step
     store: Store
-    rung: int | None  # epochs between scores; None: nothing is stopped early
+    rung: int | None  # epochs between scores; None: no early stopping
     progress: Progress
 
     def label(self, setting: Setting) -> str:
         return label(self.experiment, setting)
 
     def chains(self, number: int, setting: Setting, title: str) -> list[list[Step]]:
-        """The rounds of a setting, a chain for each seed."""
+        """The rounds of a setting: one chain per seed."""
         metric = self.config.objectives[0]
-        place = TrialPlace(  # the same for all that may be trained together: they are told apart by their names
+        place = TrialPlace(  # the same for all trials that may be packed together; their names distinguish them
             **{name: getattr(self.experiment.placement, name) for name in Placement.model_fields},
             title=title,
             metric=metric if self.rung else None,
@@ -66,9 +66,9 @@ class Trials:
         ]
 
     def perform(self, trials: Sequence[tuple[int, dict[str, float]]], title: str) -> dict[int, dict[str, Any]]:
-        """Bring the trials' rounds about, in one worker group. By number {failed} or {metrics, seconds, training_s}.
+        """Run the trials' rounds in one worker group. Returns, by number, {failed} or {metrics, seconds, training_s}.
 
-        Raises nothing that a trial did: what failed is said of that trial alone.
+        Errors of a trial are not raised: they are recorded for that trial only.
         """
         began = time.monotonic()
         chains = {number: self.chains(number, setting, title) for number, setting in trials}

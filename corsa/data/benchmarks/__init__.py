@@ -1,10 +1,10 @@
 """Benchmarks: published files, rows of the Hugging Face hub, a user's file, and `world_facts`, which ships with the
 project.
 
-One reader a module, each with `facts(source, rounds)`, an iterator over the facts of a source in their order. A fact is
-the list of its edits: one, or for a chain of updates the first `rounds` (all, if None), and an empty list if the chain
-has fewer. A record that cannot be used is a `BadRecord`. This module knows the readers by name and picks facts; it
-imports nothing heavy, so that a pipeline can be planned from it.
+Each module has one reader, `facts(source, rounds)`: an iterator over the facts of a source in their order. A fact is a
+list of edits: one edit, or the first `rounds` updates of a chain (all if None; an empty list if the chain has
+fewer). An unusable record is a `BadRecord`. This module finds the readers by name and selects facts. It imports nothing
+heavy, so that planning a pipeline is fast.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Hub(NamedTuple):
 
 
 class BadRecord(NamedTuple):
-    """A record that cannot be an edit: where it stands in its file, which field is wrong, why, and the remedy."""
+    """A record that cannot become an edit: its position in the file, the wrong field, the reason, and the remedy."""
 
     where: str
     field: str
@@ -58,26 +58,26 @@ class BadRecord(NamedTuple):
 
 @dataclass(frozen=True)
 class Benchmark:
-    """What is known of a benchmark before it is read."""
+    """What is known about a benchmark before it is read."""
 
     name: str
     description: str
     module: str
     signatures: tuple[frozenset[str], ...] = ()
-    """Keys by which a record of it is recognised: one of these sets is in every record (published file, hub's rows)."""
+    """Sets of keys that identify its records. Every record has one of these sets (published file, rows of the hub)."""
     needs_data: bool = True
-    """It does not ship with the project: read from the file given by `--data`, or from the hub."""
+    """The benchmark does not ship with the project. It is read from the file of `--data`, or from the hub."""
     hub: Hub | None = None
-    """Read from here when no `--data` is given."""
+    """The data set to read if `--data` is not given."""
     on_bad_record: OnBadRecord = "skip"
-    """skip: list the bad records and go on; stop: name them and refuse the file."""
+    """skip: list the bad records and continue; stop: report them and refuse the file."""
     repeats: bool = False
-    """Cases share edits: each is taught once, and asks what all of them ask."""
+    """Cases share edits. A shared edit is taught once, with the questions of all its cases."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where a benchmark is read from: a local file or the hub; and the first part of its edits' ids."""
+    """Where a benchmark is read from (a local file or the hub), and the prefix of its edits' ids."""
 
     benchmark: Benchmark
     prefix: str
@@ -89,7 +89,7 @@ class Source:
         return name_of(self.path) if self.path else str(self.benchmark.hub)
 
     def digest(self) -> str:
-        """What the edits depend on: the bytes of the file and the first part of the ids; or the data set of the hub."""
+        """Identifies the input: the prefix of the ids and the SHA-256 of the file, or the data set of the hub."""
         if self.path is None:
             return str(self.benchmark.hub)
         try:
@@ -103,17 +103,17 @@ class Reading(NamedTuple):
     """What was read."""
 
     edits: list[Edit]
-    """In file order, the edits of a chain together and by round."""
+    """In file order. The edits of a chain are together, sorted by round."""
     skipped: list[BadRecord]
-    """Bad records met before `limit` was reached."""
+    """Bad records found before `limit` was reached."""
     source: str
     """Path or hub id."""
     repeats: Repeats
-    """How many questions are not asked because they are taught, or are asked already."""
+    """How many questions are not asked, because they are taught or already asked."""
     short: int = 0
-    """Chains left out for having fewer updates than `rounds`."""
+    """Number of chains left out because they have fewer updates than `rounds`."""
     contradictions: Sequence[Contradiction] = ()
-    """Questions that are given different new answers."""
+    """Questions with different new answers."""
 
 
 def _keys(*names: str) -> frozenset[str]:
@@ -181,16 +181,16 @@ def read(
     on_contradiction: OnContradiction | None = None,
     whole_cases: bool = True,
 ) -> Reading:
-    """The edits of benchmark `name`, from the file `data` (else the hub, or the copy that ships with the project).
+    """The edits of benchmark `name`, from the file `data`, else from the hub or the copy in the project.
 
-    `rounds`: of a chain only the first `rounds` updates are kept, and chains with fewer are left out; it does not touch
-    facts without a chain. `limit`: the number of facts (chains, cases), taken in file order from those that are left,
-    after the first `offset`. `whole_cases`: all edits of a case, or its first alone (as the paper counts MQuAKE).
-    `on_contradiction`: by default a user's file is refused, and a benchmark's contradictions are reported. Each
-    question is asked once (`corsa.data.benchmarks.cases.asked_once`).
+    `rounds`: keeps the first `rounds` updates of a chain and leaves out shorter chains; facts without a chain are not
+    affected. `limit`: the number of facts (chains, cases), counted in file order among the remaining facts after the
+    first `offset`. `whole_cases`: takes all edits of a case, else only its first (as the paper counts MQuAKE).
+    `on_contradiction`: by default, contradictions in a user's file are refused, and those in a benchmark are reported.
+    Each question is asked once (`corsa.data.benchmarks.cases.asked_once`).
 
-    Raises CorsaError if nothing would be left, if the file is absent or not the benchmark's, with
-    `on_bad_record="stop"` if records are bad, and with `on_contradiction="refuse"` if edits contradict each other.
+    Raises CorsaError if no edit is left, if the file is absent or belongs to another benchmark, if records are bad
+    (with `on_bad_record="stop"`), and if edits contradict each other (with `on_contradiction="refuse"`).
     """
     if limit is not None and limit < 1:
         raise CorsaError(f"limit {limit}: nothing would be edited; give 1 or more, or leave it out to take every fact")
@@ -230,12 +230,12 @@ def read(
 
 
 def contradiction_rule(name: str) -> OnContradiction:
-    """What happens to the contradictions of a benchmark where nothing is said: a user's file is to be corrected."""
+    """The default for contradictions: refuse them in a user's file, report them in a benchmark."""
     return "refuse" if BENCHMARKS[name].on_bad_record == "stop" else "report"
 
 
 def refused(source: Source, bad: Sequence[BadRecord]) -> CorsaError:
-    """The error that names the bad records of a source: how many they are, and the first few."""
+    """The error for the bad records of a source: their number and the first few."""
     if len(bad) == 1:
         return CorsaError(f"{source}, {bad[0]}")
     more = f", and {len(bad) - 4} more" if len(bad) > 4 else ""
@@ -254,14 +254,14 @@ def _nothing_left(source: Source, skipped: list[BadRecord], short: int, rounds: 
 
 
 def digest(name: str, data: str | None = None) -> str:
-    """What identifies the data of a benchmark in a step: `<first part of the ids>:<sha256 of the file's bytes>`, or
+    """Identifies the data of a benchmark in a step: `<prefix of the ids>:<sha256 of the file's bytes>`, or
     `hub:<id>@<revision>:<split>`. Cheap. Raises CorsaError if the file is absent.
     """
     return locate(name, data).digest()
 
 
 def locate(name: str, data: str | None = None) -> Source:
-    """Where benchmark `name` is read from. Raises CorsaError if the name is unknown, the file absent or not given."""
+    """Where benchmark `name` is read from. Raises CorsaError if the name is unknown or the file absent or not given."""
     if name not in BENCHMARKS:
         raise unknown_name("benchmark", name, BENCHMARKS)
     benchmark = BENCHMARKS[name]

@@ -2,10 +2,10 @@
 (several updates of each fact) and `AToKe-SE.json` (one).
 
 The successive items of `requested_rewrite` are rounds 1..n of one chain. The edit prompt is the question
-(`evaluation.questions`), the form that the template `Q: ... A:` asks for; where it is null, the cloze
-(`evaluation.completion`). The other wordings without a time are the paraphrases; those with a time are not asked, since
-an edit says what holds now. The questions of `history_evaluation` ask for the value before, and become history probes.
-There are no neighbors.
+(`evaluation.questions`), which fits the template `Q: ... A:`; if it is null, the cloze (`evaluation.completion`). The
+other wordings without a time are the paraphrases. Wordings with a time are not asked, because an edit states the
+current value. The questions of `history_evaluation` ask for the former value, and become history probes. There are no
+neighbors.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ _WORDINGS = ("questions", "completion", "paraphrase_completion")
 
 
 def facts(source: Source, rounds: int | None = None) -> Iterator[list[Edit] | BadRecord]:
-    """Each record is one chain. It is bad as a whole if one of the updates asked for is: mostly one whose new value
-    equals the old one (41 chains of ME, 7 of SE, over all their updates).
+    """Each record is one chain. One bad update among those requested makes the whole chain bad. In most cases, its new
+    value equals the old one (41 chains of ME, 7 of SE, over all their updates).
     """
     return facts_of(source, partial(_edits, rounds=rounds))
 
@@ -38,7 +38,7 @@ def _edits(row: Row, prefix: str, rounds: int | None) -> list[Edit]:
         return []
     edits = []
     for position, update in enumerate(updates[:rounds]):
-        # One row an update: its own item of each of the record's parallel lists.
+        # One row per update: its item of each of the record's parallel lists.
         values = {key: _item(row, key, position) for key in ("history_evaluation", "new_answer_alias", "answer_alias")}
         try:
             edits.append(_edit(Row({**update, **values}, row.index, row.where), f"{prefix}/{case}", position + 1))

@@ -1,4 +1,4 @@
-"""Edits that return or contradict each other, and questions that are asked twice, over all that is taught together."""
+"""Finds repeated and contradicting edits, and repeated questions, among all edits that are taught together."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ OnContradiction = Literal["report", "refuse", "keep-first"]
 
 
 class Contradiction(NamedTuple):
-    """One question that is given, in one round, different new answers by two edits, or by the cases they belong to."""
+    """One question with different new answers in one round, from two edits or from their cases."""
 
     first: Edit
     later: Edit
     question: str
     answers: tuple[str, str]
     taught: bool = True
-    """Whether it is taught itself; else it is a multi-hop question, which two cases ask for different answers."""
+    """Whether the question itself is taught; else it is a multi-hop question of two cases with different answers."""
 
     def __str__(self) -> str:
         first, later = self.answers
@@ -30,7 +30,7 @@ class Contradiction(NamedTuple):
 
 
 class _Claim(NamedTuple):
-    """What an edit says of a question: its new answer."""
+    """The new answer that an edit gives to a question."""
 
     key: tuple[str, int, bool]
     names: frozenset[str]
@@ -39,7 +39,7 @@ class _Claim(NamedTuple):
 
 
 def _claims(edit: Edit) -> Iterator[_Claim]:
-    """Of the question that it teaches, and of the multi-hop questions that it asks for its case."""
+    """The claims about the question that the edit teaches, and about the multi-hop questions of its case."""
     names = frozenset((folded(edit.target_new),))
     yield _Claim((bare(edit.prompt), edit.round, True), names, edit.prompt, edit.target_new)
     for probe in edit.probes:
@@ -50,8 +50,8 @@ def _claims(edit: Edit) -> Iterator[_Claim]:
 
 
 def contradictions(edits: Sequence[Edit]) -> list[Contradiction]:
-    """The later edits of each question whose new answer is not that of its first edit, one for each other answer. Two
-    answers to a multi-hop question are the same if one name of them is.
+    """For each question, the later edits whose new answer differs from that of the first edit, one per other answer.
+    Two answers to a multi-hop question are the same if they share a name.
     """
     first: dict[tuple[str, int, bool], tuple[Edit, _Claim]] = {}
     found: dict[tuple[object, str], Contradiction] = {}
@@ -68,8 +68,8 @@ def contradictions(edits: Sequence[Edit]) -> list[Contradiction]:
 
 
 def without_repeats(facts: Sequence[Sequence[Edit]]) -> list[list[Edit]]:
-    """The facts with each edit once: a later one with the same question and answers is left out, and what it asks
-    beyond the first is asked of the first. Facts that are left without an edit are gone.
+    """The facts with each edit once. A later edit with the same question and answers is removed, and its additional
+    probes move to the first one. Facts without a remaining edit are removed.
     """
     kept: dict[tuple[str, int, str, str], Edit] = {}
     homes: list[list[tuple[str, int, str, str]]] = []
@@ -90,11 +90,11 @@ def without_repeats(facts: Sequence[Sequence[Edit]]) -> list[list[Edit]]:
 def resolved(facts: Sequence[Sequence[Edit]], on: OnContradiction) -> tuple[list[list[Edit]], list[Contradiction]]:
     """The facts (cases, chains) that are taught, and all contradictions between them.
 
-    report: all are taught. keep-first: a fact with an edit that contradicts an earlier fact's is left out whole, since
-    what it asks rests on that edit.
+    report: all are taught. keep-first: if an edit of a fact contradicts an earlier fact, the whole fact is left out,
+    because its questions depend on that edit.
 
     Raises:
-        CorsaError: refuse, and there is a contradiction.
+        CorsaError: `on` is refuse, and there is a contradiction.
     """
     found = contradictions([edit for fact in facts for edit in fact])
     if found and on == "refuse":
@@ -118,11 +118,11 @@ class Repeats(NamedTuple):
     """How many questions are not asked, or not asked again."""
 
     taught: int = 0
-    """Paraphrases that are a taught question, and so are asked as the edit itself."""
+    """Paraphrases that are a taught question. They are asked as edit prompts."""
     repeated: int = 0
-    """Wordings of paraphrases, multi-hop and history questions that are asked already."""
+    """Wordings of paraphrases, multi-hop and history questions that are already asked."""
     neighbors: int = 0
-    """Neighbor questions that an earlier fact asks already, or that are taught themselves."""
+    """Neighbor questions that an earlier fact already asks, or that are taught."""
 
     @property
     def counts(self) -> dict[str, int]:
@@ -131,7 +131,7 @@ class Repeats(NamedTuple):
 
 
 def told(record: Mapping[str, Any]) -> str:
-    """What a step's record says of questions that are not asked, in words; "" if there is none."""
+    """Describes the questions that are not asked, from a step's record; "" if there are none."""
     said = {
         "not_asked_taught": "paraphrases that are a taught question count as edit prompts",
         "not_asked_repeated": "wordings that repeat another are asked once",
@@ -141,12 +141,12 @@ def told(record: Mapping[str, Any]) -> str:
 
 
 def asked_once(edits: Sequence[Edit], before: Sequence[Edit] = ()) -> tuple[list[Edit], Repeats]:
-    """The edits with each question once, over all that is taught together; and how many were left out.
+    """The edits with each question once, over all edits that are taught together; and how many questions are left out.
 
-    A paraphrase that equals a taught question (`corsa.data.text.bare`) shows no generality: it is an edit prompt.
-    A neighbor question belongs to the first fact (chain) that has it, in the order of the edits; one that is taught is
-    no neighbor. A wording counts once in a multi-hop case, and a case that asks what an earlier one asks, for the same
-    answer, is not asked again. `before`: edits that are asked beside these; they are not changed.
+    A paraphrase that equals a taught question (`corsa.data.text.bare`) does not measure generality: it counts as an
+    edit prompt. A neighbor question belongs to the first fact (chain) that has it, in the order of the edits. A taught
+    question is not a neighbor. A wording counts once in a multi-hop case. A case with the questions and the answer of
+    an earlier case is not asked again. `before`: further edits that are asked with these; they are not changed.
     """
     taught = {bare(edit.prompt) for edit in (*before, *edits)}
     homes: dict[tuple[object, ...], str] = {}
@@ -170,7 +170,7 @@ def asked_once(edits: Sequence[Edit], before: Sequence[Edit] = ()) -> tuple[list
                 wordings.append(wording)
         if probe.kind == "multihop":
             case = (frozenset(question for kind, question in own if kind == "multihop"), folded(probe.answer))
-            own -= {(kind, question) for kind, question in own if kind == "multihop"}  # each case by itself
+            own -= {(kind, question) for kind, question in own if kind == "multihop"}  # each case separately
             if case in cases:
                 counts["repeated"] += len(wordings)
                 return None

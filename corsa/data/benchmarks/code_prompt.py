@@ -1,4 +1,4 @@
-"""The prompt of the code domain: what a model is asked for a problem whose solution needs an API update.
+"""The prompt of the code domain, for a problem whose solution needs an API update.
 
 The structure is that of the paper's Fig. 8 (a task, its unit tests, two rules); the wording is this project's. A user's
 template file replaces it.
@@ -39,9 +39,9 @@ Rules:
 
 
 def read_template(path: str | Path | None) -> str:
-    """The text of a template file, checked; `TEMPLATE` without one.
+    """The checked text of a template file; `TEMPLATE` if `path` is None.
 
-    The four `PLACEHOLDERS` stand in braces, each at least once. A brace that is text is doubled: `{{`.
+    Each of the four `PLACEHOLDERS` occurs in braces at least once. A literal brace is doubled: `{{`.
 
     Raises:
         CorsaError: the file cannot be read, or its placeholders are not these.
@@ -72,20 +72,20 @@ def read_template(path: str | Path | None) -> str:
 
 
 def digest_of(template: str) -> str:
-    """What identifies a template: its text, wherever the file is."""
+    """Identifies a template by its text, independent of the file's path."""
     return hashlib.sha256(template.encode()).hexdigest()
 
 
 def question(template: str, *, scenario: str, problem: str, solution_signature: str, unit_tests: str) -> str:
-    """What a model is asked about a problem: the template with its placeholders filled."""
+    """The question about a problem: the template with its placeholders filled."""
     return template.format(
         scenario=scenario, problem=problem, solution_signature=solution_signature, unit_tests=unit_tests.strip()
     )
 
 
 def asked(problem: Mapping[str, str], *, described: bool, implementation: bool) -> str:
-    """What is asked for a program. With `described` the update's description stands before the question, and with
-    `implementation` the update's code after the description.
+    """The prompt for a program. `described` puts the update's description before the question. `implementation` puts
+    the update's code after the description.
     """
     if not described:
         return problem["prompt"]

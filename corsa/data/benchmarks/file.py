@@ -1,19 +1,19 @@
-"""A user's own edits: one record an edit, in JSONL (or a JSON list), CSV (also with semicolons or tabs) or Parquet,
+"""A user's own edits: one record per edit, in JSONL (or a JSON list), CSV (also with semicolons or tabs) or Parquet,
 gzipped or not.
 
 | column | | |
 |---|---|---|
 | prompt, target_new | required | the question or cloze, the new answer |
-| target_old | required (`drafts` does without) | the answer to give up |
+| target_old | required (not for `drafts`) | the old answer |
 | id | `<file name>/<position>` | unique |
 | subject, relation | "" | |
-| aliases_new, aliases_old | none | list of strings; in CSV a JSON list, or with bars between them |
-| paraphrases | none | list of strings; in CSV a JSON list, or with bars between them: `Who leads X? | X is led by` |
+| aliases_new, aliases_old | none | list of strings; in CSV a JSON list, or separated by bars |
+| paraphrases | none | list of strings; in CSV a JSON list, or separated by bars: `Who leads X? | X is led by` |
 | neighbors | none | list of {prompt, answer, aliases}; in CSV as JSON: questions that the edit must not touch |
-| chain, round | none | updates of one fact that follow each other: the same `chain`, `round` from 1 without a gap |
+| chain, round | none | successive updates of one fact: the same `chain`, `round` from 1 without a gap |
 
-Columns of a format that is known from elsewhere are mapped to these (`corsa.data.benchmarks.foreign`). One function,
-`checked`, finds what is wrong with a file, whichever command reads it.
+Columns of known foreign formats are mapped to these (`corsa.data.benchmarks.foreign`). One function, `checked`, finds
+the errors of a file, for every command that reads it.
 """
 
 from __future__ import annotations
@@ -43,37 +43,37 @@ _REMEDIES = {
 
 
 class Draft(NamedTuple):
-    """A record that may lack its old answer (""): where it stands, and the arguments of `Edit.build`."""
+    """A record whose old answer may be absent (""): its position, and the arguments of `Edit.build`."""
 
     where: str
     fields: dict[str, Any]
 
     def edit(self, **change: Any) -> Edit:
-        """The edit with some fields changed. Raises FieldError for the first that is not valid."""
+        """The edit with some fields changed. Raises FieldError for the first invalid field."""
         return Edit.build(**{**self.fields, **change})
 
 
 class Checked(NamedTuple):
-    """What a file holds."""
+    """The records of a file, valid and invalid."""
 
     drafts: list[Draft]
-    """The sound records, in file order."""
+    """The valid records, in file order."""
     faults: list[BadRecord]
-    """The others."""
+    """The invalid records."""
     format: Format | None
-    """Whose columns they are, if not our own."""
+    """The foreign format of the columns; None for the project's own."""
 
 
 def checked(
     source: Source, required: Sequence[str] = ("prompt", "target_new"), *, contradicting: bool = False
 ) -> Checked:
-    """The records of a file, each by itself and beside the others.
+    """Checks the records of a file, each alone and against the others.
 
     Args:
         source: the file.
-        required: columns that no record may lack.
-        contradicting: a question that is asked twice is sound if its answers differ: `corsa.data.benchmarks.cases` has
-            the say on those.
+        required: columns that every record must have.
+        contradicting: accepts a repeated question with different answers, which `corsa.data.benchmarks.cases` handles
+            later.
 
     Raises:
         CorsaError: the file cannot be read.
@@ -116,9 +116,9 @@ def _once(field: str, value: str, key: tuple[str, ...], seen: dict[Any, str], wh
 
 
 def drafts(source: Source) -> list[Draft]:
-    """The records in file order, of a chain the last one alone: what holds now is what a model is to be told.
+    """The records in file order; of a chain only the last one, which is the current value.
 
-    Raises CorsaError if records are bad, are given twice, or contradict each other; and if there is none.
+    Raises CorsaError if records are bad, repeated, or contradict each other, and if there are none.
     """
     found = checked(source)
     if found.faults:
@@ -151,7 +151,7 @@ def drafts_of(path: str | Path) -> list[Draft]:
 
 
 def facts(source: Source, rounds: int | None = None) -> Iterator[list[Edit] | BadRecord]:
-    """First the records that are bad by themselves, then the facts; a chain has the place of its first record."""
+    """First the bad records, then the facts. A chain has the position of its first record."""
     found = checked(source, REQUIRED, contradicting=True)
     yield from found.faults
     chains: dict[str, list[tuple[str, Edit]]] = {}
@@ -171,7 +171,7 @@ def facts(source: Source, rounds: int | None = None) -> Iterator[list[Edit] | Ba
 
 
 def _chain_fault(members: list[tuple[str, Edit]]) -> BadRecord | None:
-    """What is wrong with the rounds of a chain, whose members are sorted by round; None where they are 1, 2, 3, ..."""
+    """The error in the rounds of a chain, whose members are sorted by round; None if they are 1, 2, 3, ..."""
     for expected, (where, edit) in enumerate(members, start=1):
         if edit.round > expected:
             reason = f"chain {edit.chain!r} has round {edit.round} but no round {expected}"
@@ -180,7 +180,7 @@ def _chain_fault(members: list[tuple[str, Edit]]) -> BadRecord | None:
 
 
 def _fields(row: Row, prefix: str, required: Sequence[str]) -> dict[str, Any]:
-    """The arguments of `Edit.build` that a record gives; a column that is not required may be absent."""
+    """The arguments of `Edit.build` from a record. Columns that are not required may be absent."""
     _known(row.values, required)
     texts = {column: row.optional(column) for column in REQUIRED}
     texts |= {column: row.text(column, _REMEDIES[column]) for column in required}
@@ -202,7 +202,7 @@ def _fields(row: Row, prefix: str, required: Sequence[str]) -> dict[str, Any]:
 
 
 def _known(values: Mapping[str, Any], required: Sequence[str]) -> None:
-    """Raises FieldError if there are columns that are not ours: all of them at once, with what is missing."""
+    """Raises FieldError if there are unknown columns. It names all of them, and the missing columns."""
     unknown = [str(column) for column in values if column not in COLUMNS]
     if not unknown:
         return
@@ -214,7 +214,7 @@ def _known(values: Mapping[str, Any], required: Sequence[str]) -> None:
 
 
 def _texts(row: Row, column: str) -> list[str]:
-    """A list of strings. A single string is a cell of a table: a JSON list, or items with bars between them."""
+    """A list of strings. A single string is a cell of a table: a JSON list, or items separated by bars."""
     value = row.get(column)
     if isinstance(value, str):
         items = _json_list(value, column)
@@ -224,7 +224,7 @@ def _texts(row: Row, column: str) -> list[str]:
 
 
 def _json_list(cell: str, column: str) -> list[Any] | None:
-    """The JSON list in a cell; None if it holds none. Raises FieldError for a list that is not JSON."""
+    """The JSON list in a cell; None if there is none. Raises FieldError for a list that is not JSON."""
     cell = cell.strip()
     try:
         value = json.loads(cell) if cell.startswith("[") else None
@@ -241,16 +241,16 @@ _PYTHON = "write JSON (pandas: df[{0!r}] = df[{0!r}].map(json.dumps) before to_c
 
 
 def _is_python(cell: str) -> bool:
-    """Whether a cell is what Python or NumPy prints of a list, a tuple or a set of strings."""
+    """Whether a cell is the printed form of a list, tuple or set of strings in Python or NumPy."""
     try:
         value = ast.literal_eval(cell)
     except (ValueError, SyntaxError, MemoryError, RecursionError, TypeError):
-        return re.match(r"""\[\s*['"]""", cell) is not None  # a list that is cut, or as NumPy prints an array
+        return re.match(r"""\[\s*['"]""", cell) is not None  # a truncated list, or a printed NumPy array
     return isinstance(value, list | tuple | set)
 
 
 def _name(row: Row, column: str) -> str:
-    """A string, or a number as one; "" if absent."""
+    """A string, or a number as a string; "" if absent."""
     value = row.get(column)
     return str(value) if isinstance(value, int) else row.optional(column)
 

@@ -1,4 +1,4 @@
-"""The records of a file, whatever its kind: JSON, JSON lines, CSV or Parquet, plain or gzipped, or standard input."""
+"""Reads the records of a file or of standard input: JSON, JSON lines, CSV or Parquet, plain or gzipped."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from corsa.data.text import shown
 from corsa.errors import CorsaError
 
 Found = tuple[Any, str]
-"""The values of a record, and where a person finds it in the file."""
+"""The values of a record, and its position in the file, for messages."""
 
 SEPARATORS = {",": "a comma", ";": "a semicolon", "\t": "a tab"}
 
@@ -33,9 +33,9 @@ _names: dict[Path, str] = {}
 
 
 def regular(path: str | Path) -> Path:
-    """The path of a file that can be read more than once: what comes through a pipe is kept until the process ends.
+    """The path of a file that can be read more than once. The content of a pipe is kept until the process ends.
 
-    `-` is standard input. What a pipe holds is told by its first bytes: Parquet, a JSON list, JSON lines, or CSV.
+    `-` is standard input. The first bytes of a pipe give its format: Parquet, a JSON list, JSON lines, or CSV.
 
     Raises:
         CorsaError: standard input is a terminal, or cannot be read.
@@ -61,17 +61,17 @@ def regular(path: str | Path) -> Path:
 
 
 def call(path: Path, name: str) -> None:
-    """Name a temporary file in messages by what it stands for."""
+    """Set the name of a temporary file in messages."""
     _names[path] = name
 
 
 def name_of(path: Path) -> str:
-    """A file as messages name it."""
+    """The name of a file in messages."""
     return _names.get(path, str(path))
 
 
 def stem(path: Path) -> str:
-    """The name of a file without what tells its kind: `facts` of facts.csv.gz."""
+    """The name of a file without its suffixes: `facts` for facts.csv.gz."""
     return Path(path.name.removesuffix(".gz")).stem
 
 
@@ -81,21 +81,21 @@ def _kind(content: bytes) -> str:
             try:
                 return f"{_kind(file.read(4096))}.gz"
             except (OSError, EOFError, zlib.error):
-                return ".jsonl.gz"  # what is wrong with it is said when it is read
+                return ".jsonl.gz"  # reading it reports the error
     if content.startswith(b"PAR1"):
         return ".parquet"
     first = content.removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
     return {b"[": ".json", b"{": ".jsonl", b"": ".jsonl"}.get(first, ".csv")
 
 
-# What it holds
+# The records of a file
 
 
 def records(path: Path, columns: Collection[str]) -> Iterator[Found | BadRecord]:
-    """The records of a file in order. `columns`: names by which the separator of a CSV file is told.
+    """The records of a file in order. `columns`: known column names, to find the separator of a CSV file.
 
     Raises:
-        CorsaError: the file cannot be read, or is not of the kind that its name says.
+        CorsaError: the file cannot be read, or its content does not match its suffix.
     """
     readers: dict[str, Callable[[Path], Iterator[Found | BadRecord]]] = {
         ".json": _json,
@@ -142,16 +142,16 @@ def _not_utf8(path: Path, error: UnicodeDecodeError) -> str:
 
 
 class _Repeated(dict[str, Any]):
-    """An object of JSON that gives one key twice: Python would keep the last value and say nothing."""
+    """A JSON object with a repeated key. Python would silently keep the last value."""
 
     key: str
 
 
 def _parsed(text: str) -> tuple[Any, bool]:
-    """A JSON value, and whether an object in it gives a key twice.
+    """A JSON value, and whether an object in it repeats a key.
 
     Raises:
-        ValueError: it is not JSON (JSONDecodeError, which has a place), or cannot be held.
+        ValueError: it is not JSON (JSONDecodeError, with a position), or Python cannot represent it.
     """
     repeated = False
 
@@ -172,7 +172,7 @@ def _parsed(text: str) -> tuple[Any, bool]:
         raise
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
-    except ValueError as error:  # Python's bound on the digits of an integer
+    except ValueError as error:  # Python's limit on the digits of an integer
         raise ValueError(str(error).partition(":")[0].lower()) from None
 
 
@@ -186,7 +186,7 @@ def _checked(values: Any, where: str, repeated: bool) -> Found | BadRecord:
 
 
 def _twice(value: Any) -> str | None:
-    """A key that is given twice somewhere in a value."""
+    """A key that occurs twice in an object of the value, at any depth; None if there is none."""
     if isinstance(value, _Repeated):
         return value.key
     inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
@@ -258,10 +258,10 @@ def _csv(path: Path, columns: Collection[str]) -> Iterator[Found | BadRecord]:
 def _header(path: Path, file: IO[str], columns: Collection[str]) -> tuple[str, list[str], int]:
     """The separator, the names of the columns, and how many lines they take.
 
-    The separator is the one under which most names are known, and where none is, the one that makes most columns.
+    Chooses the separator that gives the most known names; if names are equally known, the most columns.
     """
     first, lines = file.readline(), 1
-    if first.lower().startswith("sep=") and len(first.rstrip("\r\n")) == 5:  # Excel's own first line
+    if first.lower().startswith("sep=") and len(first.rstrip("\r\n")) == 5:  # the optional first line of Excel
         given, first, lines = first[4], file.readline(), 2
         return given, _names_of(path, first, given, lines), lines
     found = {

@@ -1,6 +1,6 @@
-"""Formats of edits from elsewhere: what tells them, and how their columns map to those of a user's file.
+"""Foreign formats of edits: how to recognise them, and how their columns map to those of a user's file.
 
-A format with `convert` is read; of the others the mapping is said, for a person to write.
+A format with `convert` is read. For the others, a message describes the mapping, so that the user can convert the file.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ Values = Mapping[str, Any]
 
 
 class Format(NamedTuple):
-    """A format from elsewhere."""
+    """A foreign format."""
 
     name: str
     marks: tuple[frozenset[str], ...]
-    """One of these sets of keys is in every record."""
+    """Every record has one of these sets of keys."""
     mapping: str
-    """Its columns and ours, in words."""
+    """How its columns map to the project's, in words."""
     convert: Callable[[Values], dict[str, Any]] | None = None
-    """A record in our columns; values that are no strings stay as they are, to be refused by name."""
+    """Converts a record to the project's columns. Values that are not strings stay unchanged and are refused later."""
 
 
 def strings(value: Any) -> list[str]:
-    """The strings of a value that is one, or a list of them, or of lists of them; blank ones and nulls left out."""
+    """The strings of a value: a string or a nested list of strings. Blank strings and nulls are left out."""
     return [text for text in _leaves(value) if isinstance(text, str) and text.strip() and text != "<|endoftext|>"]
 
 
@@ -39,7 +39,7 @@ def _leaves(value: Any) -> Iterator[Any]:
 
 
 def _own(values: Values) -> dict[str, Any]:
-    """What a record has under our own names already."""
+    """The columns of a record that already have the project's names."""
     return {name: values[name] for name in COLUMNS if name in values}
 
 
@@ -52,7 +52,7 @@ def _answer(value: Any, target: str, aliases: str) -> dict[str, Any]:
 
 
 def _questions(prompts: Any, answers: Any) -> list[dict[str, Any]]:
-    """Questions that an edit must not touch; one without an answer cannot be counted and is left out."""
+    """Questions whose answers an edit must not change. Those without an answer cannot be scored and are left out."""
     one = isinstance(prompts, str) or not isinstance(answers, list | tuple)
     asked = prompts if isinstance(prompts, list | tuple) else [prompts]
     given = [answers] if one else answers
@@ -185,4 +185,4 @@ FORMATS = (
         "write a file of your own: the question -> prompt, the answer -> target_new",
     ),
 )
-"""In the order in which they are tried."""
+"""The foreign formats, in the order in which they are tried."""

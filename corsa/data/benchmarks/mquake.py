@@ -1,9 +1,9 @@
-"""MQuAKE (Zhong et al. 2023) and MQuAKE-Remastered (Zhong et al. 2025): facts that are edited one or several to a case,
-and questions that only their combination answers.
+"""MQuAKE (Zhong et al. 2023) and MQuAKE-Remastered (Zhong et al. 2025): cases of one or
+several edited facts, and questions that need all facts of the case.
 
-A case's edits are taught together; its multi-hop questions are one probe, of its last edit. An edit asks the cloze
-(`requested_rewrite[].prompt`) and, as its paraphrase, the question, as the authors of CoRSA do. In MQuAKE-CF-3k nearly
-half of the edits return in a later case: each is taught once (`corsa.data.benchmarks.cases`).
+A case's edits are taught together. Its multi-hop questions are one probe of its last edit. The prompt of an edit is the
+cloze (`requested_rewrite[].prompt`), and its paraphrase is the question, as in the authors' CoRSA code. In MQuAKE-CF-3k
+nearly half of the edits occur again in a later case: each is taught once (`corsa.data.benchmarks.cases`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from corsa.data.edit import Edit, FieldError, Probe
 
 
 def facts(source: Source, rounds: int | None = None) -> Iterator[list[Edit] | BadRecord]:
-    """Each case is one; `rounds` is not used."""
+    """Each case is one fact; `rounds` is not used."""
     return facts_of(source, _edits)
 
 
@@ -65,7 +65,7 @@ def _edit(rewrite: Row, name: str, case: str, hops: Mapping[str, Mapping[str, li
 
 
 def _target(rewrite: Row, name: str) -> str:
-    """Nested in the original, flat in the remastered rows."""
+    """The target: nested in the original rows, flat in the remastered rows."""
     flat = f"{name}_str"
     return rewrite.text(flat) if rewrite.get(flat) is not None else rewrite.text(f"{name}.str")
 

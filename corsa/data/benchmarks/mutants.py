@@ -28,7 +28,7 @@ _SWAPPED: dict[type, Callable[[], ast.AST]] = {
 
 
 class _Conditions(ast.NodeTransformer):
-    """Takes the other branch everywhere."""
+    """Negates every condition."""
 
     def visit_If(self, node: ast.If) -> ast.AST:
         self.generic_visit(node)
@@ -42,7 +42,7 @@ class _Conditions(ast.NodeTransformer):
 
 
 class _Operators(ast.NodeTransformer):
-    """Computes and compares the other way round."""
+    """Replaces each arithmetic, comparison or Boolean operator by another one."""
 
     def generic_visit(self, node: ast.AST) -> ast.AST:
         super().generic_visit(node)
@@ -51,7 +51,7 @@ class _Operators(ast.NodeTransformer):
 
 
 class _Numbers(ast.NodeTransformer):
-    """Uses other numbers."""
+    """Adds 1 to every number."""
 
     def visit_Constant(self, node: ast.Constant) -> ast.AST:
         value = node.value
@@ -59,19 +59,19 @@ class _Numbers(ast.NodeTransformer):
 
 
 class _Results(ast.NodeTransformer):
-    """Returns nothing."""
+    """Returns None instead of every result."""
 
     def visit_Return(self, node: ast.Return) -> ast.AST:
         return ast.Return(ast.Constant(None)) if node.value else node
 
 
 def plain(code: str) -> str:
-    """Code as it is written anew from its syntax, like its mutants: without comments, with their line numbers."""
+    """Code regenerated from its syntax tree, like its mutants: no comments, and the same line numbers as they have."""
     return ast.unparse(_parsed(code)) + "\n"
 
 
 def mutants(code: str) -> list[str]:
-    r"""Mutants of the functions that some code defines, the least conspicuous first. What it installs stays.
+    r"""Mutants of the functions and classes in `code`, the least conspicuous first. Other statements do not change.
 
     >>> mutants("def double(x):\n    return 2 * x\n")[0]
     'def double(x):\n    return 2 + x\n'

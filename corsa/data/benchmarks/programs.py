@@ -1,7 +1,7 @@
 """Benchmarks of programs: CodeUpdateArena (Liu et al. 2024), HumanEval (Chen et al. 2021), and a user's own file.
 
-Each record becomes `Problem`s: what a model is asked, and the tests that decide whether its program is right. A user's
-file is JSONL of CodeUpdateArena's record, an update and its program-synthesis problems.
+Each record becomes `Problem`s: a prompt, and the tests that decide whether the model's program is correct. A user's
+file is JSONL with records of CodeUpdateArena: an update and its program-synthesis problems.
 """
 
 from __future__ import annotations
@@ -31,26 +31,26 @@ Kind = Literal["updates", "humaneval"]
 
 
 class Problem(Frozen):
-    """A program to be written. `tests` and `before` are the benchmark's, trusted; a model's program is not."""
+    """A program to write. `tests` and `before` come from the benchmark and are trusted; a model's program is not."""
 
     id: str
-    update: str = Field(default="", description="id of the API update it is about; none: HumanEval")
+    update: str = Field(default="", description="id of the API update that it needs; blank: HumanEval")
     package: str = ""
-    prompt: str = Field(description="what a model is asked, without any template")
+    prompt: str = Field(description="the question to the model, without any template")
     described: str = Field(default="", description="what the update changes, in words: its documentation")
     implementation: str = Field(default="", description="the code of the update")
-    entry: str = Field(description="name of the function that is asked for")
-    lead: str = Field(default="", description="program text that an answer completes (HumanEval)")
+    entry: str = Field(description="name of the requested function")
+    lead: str = Field(default="", description="program text that the answer completes (HumanEval)")
     solution: str = Field(description="the reference solution, or what completes `lead`")
     tests: str = Field(description="imports and functions test_*, which call `entry`")
-    imports: str = Field(default="", description="what is run before program and tests where there is no update")
-    before: str = Field(default="", description="the same with the update installed")
+    imports: str = Field(default="", description="code that runs before program and tests without the update")
+    before: str = Field(default="", description="the same code, with the update installed")
 
     def program(self, answer: str, *, updated: bool, before: str | None = None) -> Program:
-        """The program that an answer makes, with its tests.
+        """The program of an answer, with its tests.
 
-        updated: with the update installed for both, or without it. before: what installs another update, a mutant, for
-        the program alone.
+        updated: install the update for program and tests. before: code that installs a mutant of the update for the
+        program only.
         """
         own = self.before if updated else self.imports
         tests = f"{own}\n{self.tests}"
@@ -58,7 +58,7 @@ class Problem(Frozen):
 
     @property
     def blanked(self) -> str:
-        """The solution with the body of the function that is asked for replaced by `pass`: it must not pass."""
+        """The solution with `pass` as the body of the requested function. It must fail the tests."""
         if self.lead:
             return "    pass\n"
         tree = _python(self.solution, "")
@@ -77,7 +77,7 @@ class Problem(Frozen):
 
 
 def kind_of(path: str) -> Kind:
-    """Which benchmark a file is of, by its first record. Raises CorsaError if it is neither."""
+    """The benchmark of a file, by its first record. Raises CorsaError if it is neither."""
     row = next(_rows(path), None)
     if row is None:
         raise CorsaError(f"{path} is empty: it holds no record")
@@ -92,7 +92,7 @@ def kind_of(path: str) -> Kind:
 
 
 def digest(path: str) -> str:
-    """What identifies a file's content. Raises CorsaError if it cannot be read."""
+    """The SHA-256 of a file's content. Raises CorsaError if it cannot be read."""
     try:
         return hashlib.sha256(regular(path).read_bytes()).hexdigest()
     except OSError as error:
@@ -102,10 +102,10 @@ def digest(path: str) -> str:
 def read_problems(path: str, *, limit: int | None = None, offset: int = 0, template: str = TEMPLATE) -> list[Problem]:
     """The problems of a file, in its order. `limit` and `offset` count its records: updates, or HumanEval's tasks.
 
-    `template` words the questions about updates; HumanEval's bring their own.
+    `template` is the prompt of questions about updates; HumanEval has its own prompts.
 
     Raises:
-        CorsaError: the file cannot be read, or a record is not one, with its line, field and reason.
+        CorsaError: the file cannot be read, or a record is invalid (with its line, field and reason).
     """
     updates = kind_of(path) == "updates"
     problems: list[Problem] = []
@@ -140,7 +140,7 @@ def _rows(path: str) -> Iterator[Row]:
 
 
 def _raw(row: Row, path: str) -> str:
-    """The string at a path as it is: indentation at a program's start counts."""
+    """The unchanged string at a path: indentation at the start of a program matters."""
     value = row.get(path)
     if value is None:
         raise FieldError(path, "is missing")
@@ -154,7 +154,7 @@ def _raw(row: Row, path: str) -> str:
 
 def _of_humaneval(row: Row) -> list[Problem]:
     entry, lead = row.text("entry_point"), _raw(row, "prompt")
-    # The examiner has the prompt's own helpers, so that a program that redefines them deceives itself alone.
+    # The tests have their own copy of the prompt's helpers, so a program that redefines them does not affect the tests.
     tests = f"{lead}    pass\n\n{_raw(row, 'test')}\n\ndef test_check():\n    check({entry})\n"
     _python(tests, "test")
     return [
@@ -186,7 +186,7 @@ def _of_update(row: Row, template: str) -> list[Problem]:
 
 
 def _problem(row: Row, index: int, template: str, imports: str, install: str, common: Mapping[str, str]) -> Problem:
-    """One problem of an update; `common` are the fields that all of its problems share."""
+    """One problem of an update; `common` has the fields that all its problems share."""
     values = row.get("prog_syn_examples")[index]
     if not isinstance(values, Mapping):
         raise FieldError(f"prog_syn_examples[{index}]", f"is not a record but {type(values).__name__}")
@@ -194,7 +194,7 @@ def _problem(row: Row, index: int, template: str, imports: str, install: str, co
     try:
         solution, tests = _raw(example, "ref_solution"), _raw(example, "unit_tests")
         signature = example.text("solution_signature")
-        # Tests use the names that the solution imports: published ones were run in its namespace.
+        # Tests use the names that the solution imports: the published tests ran in its namespace.
         tests = f"{_imports(solution)}\n{tests}"
         _python(tests, "unit_tests")
         own = str(example.get("prog_syn_imports") or "")
@@ -224,7 +224,7 @@ def _problem(row: Row, index: int, template: str, imports: str, install: str, co
 
 
 def _installing(code: str, path: str) -> str:
-    """What puts the functions of an update where its API is: `numpy.sum` for one; a new name beside the old."""
+    """Code that installs the functions of an update in the module of its API: replaces `numpy.sum`, adds new names."""
     parent, _, _ = path.rpartition(".")
     root = parent.partition(".")[0]
     names = [
@@ -248,7 +248,7 @@ def _imports(program: str) -> str:
 def _python(code: str, field: str) -> ast.Module:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of published code, such as a backslash in a plain string
+            warnings.simplefilter("ignore")  # from published code, such as a backslash in a plain string
             return ast.parse(code)
     except SyntaxError as error:
         raise FieldError(field, f"is not Python: {error.msg} (line {error.lineno})") from error
@@ -258,8 +258,8 @@ _FENCE = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL)
 
 
 def program_in(output: str, lead: str = "") -> str:
-    """The program in a model's output: its first fenced block, or all of it. For HumanEval, where an answer may repeat
-    the function or only go on after it, `lead` is what it completes; what comes back then follows `lead`.
+    """The program in a model's output: its first fenced block, or the whole output. For HumanEval, `lead` is the text
+    that the answer completes. The answer may repeat the function or only continue it; the result always follows `lead`.
     """
     fenced = _FENCE.search(output)
     text = fenced[1] if fenced else output

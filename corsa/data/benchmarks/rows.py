@@ -1,4 +1,4 @@
-"""Rows of a file or of the hub, and the access to their fields that says what is wrong with them."""
+"""Rows of a file or of the hub, and checked access to their fields."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from corsa.errors import CorsaError
 
 @dataclass(frozen=True)
 class Row:
-    """One record: its values, its position (from 0), and where a person finds it in the file."""
+    """One record: its values, its position (from 0), and its place in the file, for messages."""
 
     values: Mapping[str, Any]
     index: int
     where: str
 
     def get(self, path: str) -> Any:
-        """The value at a dotted path such as `requested_rewrite.target_new.str`, or None where any part is absent."""
+        """The value at a dotted path such as `requested_rewrite.target_new.str`, or None if any part is absent."""
         value: Any = self.values
         for key in path.split("."):
             value = value.get(key) if isinstance(value, Mapping) else None
@@ -43,9 +43,9 @@ class Row:
         return "" if value is None or value == "" else _string(value, path)
 
     def texts(self, path: str) -> list[str]:
-        """The strings of a list at a path; of a single string, that one; none if absent.
+        """The strings of a list at a path. A single string gives a list of one, an absent value an empty list.
 
-        Raises FieldError if one is not a string or blank.
+        Raises FieldError if an item is blank or not a string.
         """
         value = self.get(path)
         if isinstance(value, str):
@@ -53,7 +53,7 @@ class Row:
         return [_text(item, f"{path}[{i}]") for i, item in enumerate(_list(value, path))]
 
     def names(self, path: str) -> list[str]:
-        """As `texts`, but leaving out blank items and nulls: published lists of aliases have them."""
+        """Like `texts`, but without blank items and nulls, which published lists of aliases contain."""
         value = self.get(path)
         items = [value] if isinstance(value, str) else _list(value, path)
         strings = (_string(item, f"{path}[{i}]") for i, item in enumerate(items) if item is not None)
@@ -69,7 +69,7 @@ def _list(value: Any, path: str) -> list[Any]:
 
 
 def _string(value: Any, path: str) -> str:
-    """In composed form, whatever the file has."""
+    """The string in composed form. Raises FieldError if it is not a string or too long."""
     if not isinstance(value, str):
         raise FieldError(path, f"is not a string but {shown(repr(value))}")
     if len(value) > LONGEST:
@@ -87,7 +87,7 @@ def _text(value: Any, path: str, remedy: str = "") -> str:
 
 
 def facts_of(source: Source, edits: Callable[[Row, str], list[Edit]]) -> Iterator[list[Edit] | BadRecord]:
-    """The facts of a source in which each record is one, by `edits(row, prefix)`; a repeated id is a bad record."""
+    """The facts of a source with one fact per record, by `edits(row, prefix)`. A repeated id is a bad record."""
     seen: dict[str, str] = {}
     for row in rows_of(source).rows:
         if isinstance(row, BadRecord):
@@ -113,16 +113,16 @@ class Rows(NamedTuple):
     rows: Iterator[Row | BadRecord]
     """In order; a record that cannot be read is a BadRecord."""
     format: Format | None = None
-    """Whose columns they are, where they are not the benchmark's own and were mapped to them."""
+    """The foreign format whose columns were mapped to the benchmark's; None if there was none."""
 
 
 def rows_of(source: Source) -> Rows:
-    """The rows of a source. Those of a user's file in a format that is known from elsewhere have its columns mapped.
+    """The rows of a source. If a user's file has a known foreign format, its columns are mapped.
 
     Raises CorsaError if the file cannot be read, or if its records are not those of the source's benchmark.
     """
     found = records(source.path, _columns()) if source.path else _hub_rows(source)
-    # The first rows tell whether this is the right file at all; a single odd row among them is only a bad record.
+    # The first rows show whether this is the right file. A single different row is only a bad record.
     head = list(islice(found, 20))
     known = _recognise(source, [values for values, _ in (item for item in head if not isinstance(item, BadRecord))])
     return Rows(_rows(chain(head, found), known), known)
@@ -138,13 +138,13 @@ def _rows(found: Iterable[Found | BadRecord], known: Format | None) -> Iterator[
 
 
 def _columns() -> frozenset[str]:
-    """Every name that a column of a known format has."""
+    """The column names of all known formats."""
     own = (keys for benchmark in BENCHMARKS.values() for keys in benchmark.signatures)
     return frozenset(COLUMNS).union(*own, *(keys for format in FORMATS for keys in format.marks))
 
 
 def _recognise(source: Source, head: list[Mapping[str, Any]]) -> Format | None:
-    """The format from elsewhere that the records of a user's file are in; None where they are the benchmark's own."""
+    """The foreign format of a user's file; None if its records have the benchmark's own format."""
 
     def fits(signatures: Iterable[frozenset[str]]) -> bool:
         return any(keys <= values.keys() for values in head for keys in signatures)
@@ -158,7 +158,7 @@ def _recognise(source: Source, head: list[Mapping[str, Any]]) -> Format | None:
     if known and known.convert and mine:
         return known
     if mine and other is None and known is None:
-        return None  # its first record will say which column is missing or misspelt
+        return None  # the error of the first record names the missing or misspelt column
     if other:
         hint = f"this looks like benchmark {other!r}"
     elif known:
@@ -180,7 +180,7 @@ def _hub_rows(source: Source) -> Iterator[Found | BadRecord]:
     assert isinstance(hub, Hub), "a source has a file or a hub id"
     try:
         records = datasets.load_dataset(hub.id, split=hub.split, revision=hub.revision)
-    except Exception as error:  # the library raises whatever its transport raises
+    except Exception as error:  # the library passes on any exception of its transport
         raise CorsaError(
             f"{hub.id} ({hub.split}, {hub.revision}) could not be had from the Hugging Face hub: {error}; "
             "where there is no network, download the benchmark's file elsewhere and give it with --data"

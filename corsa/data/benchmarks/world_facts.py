@@ -24,7 +24,7 @@ from corsa.errors import CorsaError
 
 
 class Value(Frozen):
-    """A value and its other names; in the file a plain string where it has none."""
+    """A value and its other names; a plain string in the file if it has none."""
 
     name: Text
     aliases: tuple[Text, ...] = ()
@@ -79,9 +79,9 @@ class File(Frozen):
 
 
 def facts(source: Source, rounds: int | None = None) -> Iterator[list[Edit] | BadRecord]:
-    """The facts, one relation after the other in turn, so that a small limit covers many relations.
+    """The facts, alternating between the relations, so that a small limit covers many relations.
 
-    Raises CorsaError if the file is not what is described here.
+    Raises CorsaError if the file does not have the format described here.
     """
     relations = _load(source).relations
     seen: set[str] = set()

@@ -1,6 +1,6 @@
-"""The steps of the code domain: updates of APIs learnt as weights, measured by programs that use them.
+"""The steps of the code domain: models learn API updates, and programs that use the APIs measure the result.
 
-As `corsa.experiments.base`: planned before torch or ray is imported.
+As in `corsa.experiments.base`, planning imports neither torch nor ray.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ SUBSET = "sampled_humaneval_task_ids.json"
 
 
 class CodeExperiment(Experiment):
-    """An experiment on programs; `data` is CodeUpdateArena's file or one of the same record."""
+    """An experiment on programs. `data` is CodeUpdateArena's file, or one in the same format."""
 
     benchmark: str = Field(default="updates", description="always updates: what --data names")
     methods: Methods = CODE_METHODS
     humaneval: str | None = Field(
-        default=None, description="HumanEval.jsonl(.gz), for SPass; without it none is measured"
+        default=None, description="HumanEval.jsonl(.gz), for SPass; without it SPass is not measured"
     )
     humaneval_limit: int | None = Field(default=None, ge=1, description="tasks of it; all by default")
     humaneval_subset: str | None = Field(
@@ -64,22 +64,22 @@ class CodeExperiment(Experiment):
         "question about an update; by default the project's own wording",
     )
     prepend_implementation: bool = Field(
-        default=False, description="prepend shows the update's code as well, not its description alone"
+        default=False, description="prepend shows the update's code as well as its description"
     )
     sampling: SamplingConfig = SamplingConfig()
     limits: Limits = Limits()
     allow_code_execution: bool = Field(default=False, description="run the programs that the models write")
     sandbox: Annotated[Literal["auto", "bubblewrap", "namespaces", "none"], plain()] = Field(
-        default="auto", description="what isolates them; none: nothing does, they can do all that you can"
+        default="auto", description="what isolates these programs; none: no isolation, they run with all your rights"
     )
     lora: LoraConfig = LoraConfig(rank=128, alpha=256.0)
     training: TrainingConfig = TrainingConfig(learning_rate=2e-5)
 
     def checked(self) -> CodeExperiment:
-        """Itself, if it can be run.
+        """Returns itself after checking that it can run.
 
         Raises:
-            CorsaError: no file, a method that is unknown or has no place here, or no leave to run programs.
+            CorsaError: no file is named, a method is unknown or not supported here, or running programs is not allowed.
         """
         if self.data is None:
             raise CorsaError("give CodeUpdateArena's arena.jsonl, or a file of the same record, with --data")
@@ -104,7 +104,7 @@ class CodeExperiment(Experiment):
 
 
 class _Domain:
-    """The steps of one experiment, made once each."""
+    """The steps of one experiment. Each is created once."""
 
     def __init__(self, experiment: CodeExperiment) -> None:
         self.experiment, self.model = experiment, pin(experiment.model)
@@ -131,12 +131,12 @@ class _Domain:
         }
 
     def judged(self, name: str, problems: Step, answers: Step) -> Step:
-        """The verdicts on answers."""
+        """The step that judges answers."""
         config = JudgingConfig(limits=self.experiment.limits, isolated=self.experiment.sandbox != "none")
         return Step(f"{name}/verdicts", JUDGING, config, {"problems": problems, "answers": answers}, self.judging_place)
 
     def taught(self) -> Facts:
-        """The problems that are taught, as edits: y_new is the reference solution, y_old what the base model writes."""
+        """The taught problems as edits: y_new is the reference solution, y_old the base model's output."""
         config = OldAnswersConfig(model=self.model, new_tokens=self.experiment.sampling.new_tokens)
         old = Step("updates/old-answers", OLD_ANSWERS, config, {"problems": self.updates}, self.experiment.placement)
         verdicts = self.judged("updates/old-answers", self.updates, old)
@@ -145,7 +145,7 @@ class _Domain:
         return with_reference(self.experiment, "updates", edits)
 
     def programs(self, name: str, problems: Step, adapter: Step | None, *, described: bool, seed: int) -> Step:
-        """Programs drawn from the unedited model or an edited one, and the verdicts on them."""
+        """Programs sampled from the unedited or an edited model, and their verdicts."""
         config = SamplesConfig(
             model=self.model,
             sampling=self.experiment.sampling,
@@ -179,7 +179,7 @@ def _absolute(path: str) -> str:
 def code_report(
     experiment: CodeExperiment, command: str, *, primary: Sequence[str], published: Sequence[str] = ()
 ) -> Step:
-    """Base, prepend and every taught method on the problems that no method was taught, and on HumanEval."""
+    """Base, prepend and every trained method on the problems that were not taught, and on HumanEval."""
     domain = _Domain(experiment)
     facts = domain.taught()
     schedule = dealt(facts, RoundsConfig(rounds=1))
@@ -192,7 +192,7 @@ def code_report(
         for method, adapter in edited.items():
             for benchmark, problems in domain.benchmarks.items():
                 if problems is None or (method == "prepend" and benchmark == "humaneval"):
-                    continue  # there is nothing to describe: it would be the base model again
+                    continue  # no update to describe: the same as the base model
                 name = f"{benchmark}/{method}/seed{seed}"
                 verdicts = domain.programs(name, problems, adapter, described=method == "prepend", seed=seed)
                 inputs |= {verdicts.name: verdicts, problems.name: problems}
@@ -211,7 +211,7 @@ def code_report(
 
 
 def _subset(experiment: CodeExperiment) -> tuple[str, ...]:
-    """The tasks of HumanEval that the benchmark's authors chose."""
+    """The HumanEval tasks that the benchmark's authors chose."""
     named = experiment.humaneval_subset
     path = Path(named).expanduser() if named else Path(experiment.data or "").expanduser().with_name(SUBSET)
     if experiment.humaneval is None or (named is None and not path.is_file()):

@@ -1,4 +1,4 @@
-"""The steps of the code domain that need no cluster: reading problems, making edits of them, and the report."""
+"""The steps of the code domain that need no cluster: reading problems, converting them to edits, and the report."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ PROBLEMS = pa.schema(
         )
     ]
 )
-"""One row a problem; `part` is taught or asked."""
+"""One row per problem; `part` is "taught" or "asked"."""
 
 RATES = {
     "upass_1": ("UPass@1", "updates", 1),
@@ -42,7 +42,7 @@ RATES = {
     "spass_subset_1": ("SPass@1, published subset", "subset", 1),
     "spass_subset_5": ("SPass@5, published subset", "subset", 5),
 }
-"""Every rate: its name, what it is measured on, and k (None: the first sample alone)."""
+"""Every rate: its name, its benchmark, and k (None: only the first sample)."""
 
 
 def read(task: Task) -> dict[str, Any]:
@@ -63,8 +63,8 @@ def read(task: Task) -> dict[str, Any]:
 def as_edits(task: Task) -> dict[str, Any]:
     """Step function: the taught problems, the base model's answers and their verdicts -> edits.parquet.
 
-    An old answer is kept if it ran as far as the tests and did not pass with the update; otherwise the edit has none
-    and is taught by L_SFT alone.
+    An old answer is kept if it reached the tests and did not pass with the update. Otherwise the edit has no old
+    answer and is trained with L_SFT only.
     """
     rows = {row["id"]: row for row in _rows(task, "problems") if row["part"] == "taught"}
     answers = {row["problem"]: row["output"].strip() for row in _rows(task, "answers")}
@@ -116,7 +116,7 @@ def make_report(task: Task) -> dict[str, Any]:
 
 
 def measured(task: Task, config: CodeReportConfig) -> dict[str, Any]:
-    """The rates of every method, compared with each other, with the base model, by update and by problem."""
+    """The rates of every method, compared with the other methods and the base model, by update and by problem."""
     found: dict[str, dict[str, list[Tried]]] = {}
     verdicts = {
         shown.answers: pq.read_table(task.inputs[shown.answers].local("verdicts.parquet")).to_pylist()
@@ -145,7 +145,7 @@ def measured(task: Task, config: CodeReportConfig) -> dict[str, Any]:
         for name, (_, of, _) in rates.items()
         if (entry := compared(name, a, b, sums[a, name], sums[b, name], cells[a, name]["probes"]))
     ]
-    # A rate that this run does not measure (HumanEval without its file) is no rate to judge.
+    # A rate that this run does not measure (HumanEval without its file) gets no verdict.
     primary = [name for name in config.primary if name in rates or name not in RATES]
     edited = [name for name in found if name != "base"]
     better = dict.fromkeys(rates, "high")
@@ -194,7 +194,7 @@ def _rows_of(task: Task, name: str) -> list[dict[str, Any]]:
 
 
 def _against_base(comparisons: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Of each method, how far HumanEval's rates are from the unedited model's."""
+    """For each method, the difference of its HumanEval rates from the unedited model's."""
     found: dict[str, dict[str, Any]] = {}
     for entry in comparisons:
         if entry["a"] == "base" and entry["metric"].startswith("spass"):
@@ -216,7 +216,7 @@ def _by_group(found: dict[str, dict[str, list[Tried]]]) -> dict[str, dict[str, d
 
 
 def _by_problem(found: list[Tried]) -> dict[str, dict[str, int]]:
-    """How many programs of each problem are right, of all seeds."""
+    """The number of correct programs per problem, over all seeds."""
     table: dict[str, dict[str, int]] = {}
     for t in found:
         entry = table.setdefault(t.problem, {"right": 0, "samples": 0})

@@ -17,12 +17,12 @@ from corsa.methods.f_learning import FLearningRoundConfig
 def teach(round_: Round) -> Taught:
     """Both phases of a round (Ni et al. 2024, Eq. 2 and 3).
 
-    Both deltas are plain LoRA, trained by the one step of this project on top of all earlier rounds.
+    Both deltas are plain LoRA, trained by the step of Algorithm 1 on top of all earlier rounds.
 
     Returns:
-        The adapter of all rounds so far: the factors of before, of what is subtracted and of what is learnt, side by
-        side, so that their product is the exact sum. The curves of the second phase. Metrics: `rank`,
-        `forgetting_loss_sft` (the last loss of the first phase), and `cut_error` where the rank is cut.
+        The adapter of all rounds so far: the concatenated factors of the earlier rounds, the subtracted delta and the
+        learnt delta, so that their product is the exact sum. The curves of the second phase. Metrics: `rank`,
+        `forgetting_loss_sft` (the last loss of the first phase), and `cut_error` if the rank is cut.
     """
     config: FLearningRoundConfig = round_.config
     lora, alpha = round_.lora, config.f_learning.alpha
@@ -36,7 +36,7 @@ def teach(round_: Round) -> Taught:
 
     metrics: dict[str, Any] = {}
     start = known
-    if backwards := [_backwards(t) for t in round_.triplets if t.old]:  # an edit without an old answer forgets nothing
+    if backwards := [_backwards(t) for t in round_.triplets if t.old]:  # without an old answer, nothing is forgotten
         round_.post({"phase": "forgetting"})
         old, forgetting = delta(backwards, "forgetting", *known)
         weights = [1.0] * len(known) + [-alpha]
@@ -52,5 +52,5 @@ def teach(round_: Round) -> Taught:
 
 
 def _backwards(triplet: Triplet) -> Triplet:
-    """The old answer in the place of the new one: what LoRA learns from it is what the round subtracts."""
+    """The triplet with old and new answer swapped. The round subtracts what LoRA learns from it."""
     return replace(triplet, new=triplet.old, old=triplet.new, reference=triplet.reference[::-1])

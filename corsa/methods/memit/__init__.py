@@ -1,4 +1,4 @@
-"""MEMIT (Meng et al. 2023, "Mass-Editing Memory in a Transformer"): a dense change of a few layers in closed form."""
+"""MEMIT (Meng et al. 2023, "Mass-Editing Memory in a Transformer"): a closed-form dense change of a few layers."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ def _round_config(settings: RunSettings, seed: int, number: int) -> MemitRoundCo
             "memit reads and solves for the base's own weights, and under --sharding.zero-stage 3 no worker has "
             "them whole: leave memit out of --methods, or use a stage below 3"
         )
-    alone = settings.memit.model_copy(update={"corpus": None})  # the statistics stand for it
+    alone = settings.memit.model_copy(update={"corpus": None})  # the statistics identify it
     asking = {"model": settings.model, "evaluation": settings.evaluation.asking()}
     return MemitRoundConfig(**asking, seed=seed, round=number, memit=alone)
 
 
 def _inputs(settings: RunSettings) -> dict[str, Step]:
-    """The key statistics. They depend on the model and the corpus alone, so that all benchmarks share them."""
+    """The key statistics. They depend only on the model and the corpus, so all benchmarks share them."""
     corpus = str(Path(settings.memit.corpus).expanduser().absolute()) if settings.memit.corpus else None
     config = StatisticsConfig(
         model=settings.model, layers=settings.memit.layers, corpus=_digest(corpus or str(NEUTRAL))
@@ -59,7 +59,7 @@ def _digest(path: str) -> str:
 
 
 def _report_notes(name: str, found: Mapping[str, Any]) -> list[str]:
-    """With which settings a round of MEMIT was solved, and a warning where the weights fall short of their targets."""
+    """The settings of a round of MEMIT, and a warning if the weights do not reach their targets."""
     used = f"weight {found['weight']:g}, clamp {found['clamp_norm_factor']:g}, decay {found['weight_decay']:g}"
     notes = [f"MEMIT edits layers {found['layers']} with {used} (what is not configured: {found['source']})."]
     reached = found["reached"]

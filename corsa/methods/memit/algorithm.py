@@ -1,8 +1,8 @@
-"""MEMIT (Meng et al. 2023, "Mass-Editing Memory in a Transformer"): the edits of a round written into a few MLP layers.
+"""MEMIT (Meng et al. 2023, "Mass-Editing Memory in a Transformer"): writes the edits of a round into a few MLP layers.
 
-For every edit a residual z at the subject's last token is found by gradient that makes the model say the new answer
-(Eq. 16); the down projections of the chosen layers are then changed, in closed form and for all edits at once, so that
-the residual becomes z while what the layers are used for otherwise stays (Eq. 14, 15, 20).
+For each edit, gradient descent finds a residual z at the subject's last token with which the model gives the new answer
+(Eq. 16). Then the down projections of the chosen layers are changed, in closed form and for all edits at once, so that
+the residual becomes z while the layers' outputs for other keys are preserved (Eq. 14, 15, 20).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ LOSS_REACHED = 0.05
 """An edit's search ends when its loss is below this (published code)."""
 
 OPENINGS = ("The", "Therefore", "Because", "I", "You")
-"""What the sampled prefixes begin with (published code)."""
+"""First words of the sampled prefixes (published code)."""
 
 ROWS = 64
 """Token rows of one forward pass without gradients."""
@@ -36,7 +36,7 @@ Post = Callable[[dict[str, Any]], None]
 
 
 class Wording(NamedTuple):
-    """One way an edit's question is put: token ids, and where among them the subject ends."""
+    """One wording of an edit's question: its token ids, and the position of the subject's last token."""
 
     prompt: list[int]
     subject: int
@@ -44,13 +44,13 @@ class Wording(NamedTuple):
 
 @dataclass(frozen=True)
 class Request:
-    """An edit as MEMIT takes it.
+    """An edit in the form that MEMIT needs.
 
     Attributes:
-        wordings: the question as it is asked, and then behind each prefix.
+        wordings: the question alone, and then after each prefix.
         essence: "{subject} is a", up to the end of the subject; empty for an edit without a subject.
-        answer: token ids of the new answer with the end token, which is learnt like the others.
-        located: whether the question names the subject; else its last token stands in for the subject's.
+        answer: token ids of the new answer, with the end token, which is learnt like the others.
+        located: whether the question names the subject; if not, its last token replaces the subject's.
     """
 
     wordings: list[Wording]
@@ -60,9 +60,9 @@ class Request:
 
 
 def last_subject_token(encoder: Encoder, prompt: Sequence[int], subject: str) -> int | None:
-    """Position in `prompt` of the token with which `subject` ends, where it occurs last; None if it does not occur.
+    """Position in `prompt` of the last token of the last occurrence of `subject`; None if it does not occur.
 
-    It is looked for in the decoded text, so any template will do; a whole word is preferred to a part of one.
+    Searches the decoded text, so any template works. Prefers a whole word to a part of a word.
     """
     if not subject.strip():
         return None
@@ -73,12 +73,12 @@ def last_subject_token(encoder: Encoder, prompt: Sequence[int], subject: str) ->
     if not found:
         return None
     end = found[-1].end()
-    # a character of several tokens is only there, unbroken, with the last of them: compare texts and not lengths
+    # a character of several tokens decodes correctly only with its last token: compare texts and not lengths
     return next(i for i in range(len(prompt)) if decode(prompt[: i + 1])[:end] == text[:end])
 
 
 def request(encoder: Encoder, edit: Edit, prefixes: Sequence[str]) -> Request:
-    """The edit in token ids. A prefix is a sentence of its own before the question, inside the template."""
+    """The edit as token ids. A prefix is a separate sentence before the question, inside the template."""
     wordings, located = [], True
     for question in (edit.prompt, *(f"{prefix}. {edit.prompt}" for prefix in prefixes)):
         prompt = encoder.prompt(question)
@@ -95,8 +95,8 @@ def request(encoder: Encoder, edit: Edit, prefixes: Sequence[str]) -> Request:
 
 @torch.no_grad()
 def sample_prefixes(model: Any, tokenizer: Any, count: int, tokens: int, seed: int) -> list[str]:
-    """Texts of at most `tokens` tokens from the model itself, drawn among the five likeliest next tokens, so that what
-    is learnt does not hang on how a prompt begins. They follow from the model and the seed.
+    """Texts of at most `tokens` sampled tokens each, drawn by the model among its five likeliest next tokens. With
+    them, an edit does not depend on the start of the prompt. The texts depend only on the model and the seed.
     """
     generator = torch.Generator().manual_seed(seed)
     texts = []
@@ -112,8 +112,8 @@ def sample_prefixes(model: Any, tokenizer: Any, count: int, tokens: int, seed: i
 
 
 class Target(NamedTuple):
-    """What was found for an edit: the residual z (hidden,) float32; -log p of the new answer with it (nats a token,
-    mean over the wordings); and whether z differs from h: the answer may be given already.
+    """The target of an edit: the residual z (hidden,) float32; -log p of the new answer with it (nats per token, mean
+    over the wordings); and whether z differs from h (not if the model already gives the answer).
     """
 
     z: Tensor
@@ -130,7 +130,7 @@ def find_target(model: Any, wanted: Request, layer: int, settings: Settings) -> 
     """
     answer, asked = wanted.answer, len(wanted.wordings)
     rows = [w.prompt + answer[:-1] for w in wanted.wordings] + ([wanted.essence] if wanted.essence else [])
-    width = max(map(len, rows))  # padded on the left: every row's last tokens are those whose logits are needed
+    width = max(map(len, rows))  # padded on the left: the last tokens of every row are those whose logits are needed
     padding = [width - len(row) for row in rows]
     ids = torch.tensor([[0] * pad + row for pad, row in zip(padding, rows, strict=True)], device=model.device)
     mask = torch.tensor([[0] * pad + [1] * (width - pad) for pad in padding], device=model.device)
@@ -169,7 +169,7 @@ def find_target(model: Any, wanted: Request, layer: int, settings: Settings) -> 
 
 @contextmanager
 def _added(layer: nn.Module, places: Tensor, delta: Tensor) -> Iterator[list[Tensor]]:
-    """Add `delta` to the output of `layer` at `places` (R,), one of each row; gives what stood there, (R, hidden)."""
+    """Add `delta` to the output of `layer` at `places` (R,), one per row; yields the values before, (R, hidden)."""
     unchanged: list[Tensor] = []
 
     def add(module: nn.Module, args: Any, output: Tensor) -> Tensor:
@@ -191,7 +191,7 @@ def closed_form(mean: Tensor, keys: Tensor, residuals: Tensor, weight: float) ->
     Args:
         mean: C = E[k k^T], (inputs, inputs).
         keys: K, (inputs, E).
-        residuals: R, (outputs, E): what the layer shall give beyond what it gives.
+        residuals: R, (outputs, E): what to add to the layer's outputs.
         weight: lambda.
 
     Returns:
@@ -212,26 +212,26 @@ def memit(
     seed: int,
     post: Post = lambda line: None,
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The change of the down projections that makes all `edits` at once. The model is left as it was, bit for bit.
+    """The change of the down projections for all `edits` at once. The model itself is unchanged, bit for bit.
 
     Args:
-        model: causal language model of the Llama, Qwen3 or Gemma kind, frozen.
-        encoder: how it is asked.
-        edits: what it shall say.
-        statistics: of the layers to be edited (`settings.layers`).
-        settings: as `settings_for` gives them for the model.
-        seed: of the sampled prefixes.
+        model: frozen causal language model with the architecture of Llama, Qwen3 or Gemma.
+        encoder: makes its prompts and answers.
+        edits: the edits to write.
+        statistics: of the layers to edit (`settings.layers`).
+        settings: those of `settings_for` for the model.
+        seed: for the sampled prefixes.
         post: shows progress: step, steps (edits) and loss.
 
     Returns:
-        The delta: module name -> (outputs, inputs) float32, on the CPU. And what was measured: `edits`;
-        `without_subject`, edits whose prompt does not name their subject, so that its last token stood in for it;
-        `target_loss`, -log p of the new answers with the residuals z put in place (nats a token); `reached`, the share
-        of the way from h to z that the changed weights go (mean over the edits whose z is not h; None without any);
-        `weight`, `clamp_norm_factor`, `weight_decay` and `layers` as used, and the `source` of what was not configured.
+        The delta: module name -> (outputs, inputs) float32, on the CPU. And the metrics: `edits`;
+        `without_subject`, edits whose prompt does not name their subject, so that its last token was used instead;
+        `target_loss`, -log p of the new answers with the residuals z (nats per token); `reached`, the share of the
+        distance from h to z that the changed weights cover (mean over the edits whose z is not h; None without any);
+        `weight`, `clamp_norm_factor`, `weight_decay` and `layers` as used, and the `source` of settings not configured.
 
     Raises:
-        CorsaError: the statistics cannot be solved with.
+        CorsaError: the solve is not possible with these statistics.
     """
     layers = settings.layers
     statistics.check(layers)
@@ -244,7 +244,7 @@ def memit(
 
     z = torch.stack([target.z for target in targets])  # (E, hidden)
     delta: dict[str, Tensor] = {}
-    ways: list[Tensor] = []  # |z - h|, before each layer's change and after the last one's
+    ways: list[Tensor] = []  # |z - h|, before the change of each layer and after the last change
     with ExitStack() as stack:
         for i, layer in enumerate(layers):
             now = _at_subjects(model, requests, layer, layers[-1])
@@ -256,7 +256,7 @@ def memit(
             change = closed_form(mean, now.keys.mT, residuals.mT, settings.weight).float()
             name = down_projections(model)[layer][0]
             delta[name] = change.cpu()
-            stack.enter_context(attached(model, {name: change}))  # the next layer's keys see it
+            stack.enter_context(attached(model, {name: change}))  # it affects the next layer's keys
         ways.append((z - _at_subjects(model, requests, layers[-1], layers[-1]).residual).norm(dim=1))
     moved = torch.tensor([target.moved for target in targets], device=z.device)
     measured = {
@@ -271,9 +271,9 @@ def memit(
 
 
 class _Subjects(NamedTuple):
-    """What a layer holds at the subjects' ends: keys (E, inputs), averaged over the wordings; for the question itself
-    the residual (E, hidden) of the last edited layer, and by what the layer multiplies its down projection's outputs
-    (E, hidden), if it does.
+    """Values of a layer at the subjects' last tokens: keys (E, inputs), averaged over the wordings; and, for the
+    question without prefix, the residual (E, hidden) of the last edited layer and the factor (E, hidden) by which the
+    layer scales its down projection's outputs (None if it does not).
     """
 
     keys: Tensor
@@ -297,10 +297,10 @@ def _at_subjects(model: Any, requests: Sequence[Request], layer: int, last: int)
         seen.append([t[every.to(t.device), ends.to(t.device)].float() for t in kept])
     columns = [torch.cat(parts).unflatten(0, (len(requests), -1)) for parts in zip(*seen, strict=True)]  # (E, W, .)
     keys, outputs, *normed, residuals = columns
-    # The published code averages over the prefixes, and then over that mean and the question without one.
+    # The published code averages over the prefixes, and then averages this mean and the question without a prefix.
     plain, prefixed = keys[:, 0], keys[:, 1:]
     mean = (plain + prefixed.mean(1)) / 2 if prefixed.shape[1] else plain
-    # An RMS norm multiplies by weight / rms, so what shall be added behind it is divided by that before it. To first
-    # order: the change of the rms itself is left to the layers that follow, whose residuals are measured anew.
+    # An RMS norm multiplies by weight / rms, so a change after the norm is divided by this factor before it. This is
+    # first order: it ignores the change of the rms. The next layers correct it, as their residuals are measured again.
     scale = normed[0][:, 0] / outputs[:, 0] if normed else None
     return _Subjects(mean, residuals[:, 0], scale)

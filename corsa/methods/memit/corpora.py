@@ -17,15 +17,15 @@ NEUTRAL = Path(__file__).parent / "corpus" / "neutral.txt.gz"
 """The default corpus: passages on many subjects, without the benchmarks' facts. corpus/README.md has their origin."""
 
 NEUTRAL_NAME = "the shipped neutral corpus (presidential addresses 1900-1988, WordNet entries)"
-"""How a report names it."""
+"""Its name in a report."""
 
 
 def corpus_texts(path: str | Path) -> Iterator[str]:
-    """The texts of a file, one a line; of a `.jsonl` file the field `text` of each line. Blank ones are left out. The
+    """The texts of a file, one per line; in a `.jsonl` file, the field `text` of each line. Leaves out blank texts. The
     file may be compressed with gzip (`.gz`).
 
     Raises:
-        CorsaError: the file cannot be read, or a line of JSON has no text.
+        CorsaError: the file cannot be read, or a JSON line has no text.
     """
     opened = gzip.open if str(path).endswith(".gz") else open
     json_lines = str(path).removesuffix(".gz").endswith(".jsonl")

@@ -1,7 +1,7 @@
-"""The key statistics of MEMIT, C = E[k k^T]: what the chosen MLP layers are used for, which an edit shall not disturb.
+"""The key statistics of MEMIT, C = E[k k^T]: the keys for which an edit should preserve the outputs of the MLP layers.
 
-A key k is the input of a layer's down projection at one token of a text. The sums are float64, so that they depend on
-the texts alone and not, beyond rounding, on batches and on how many workers share them.
+A key k is the input of a layer's down projection at one token of a text. The sums are float64. Except for rounding,
+they depend only on the texts, not on batches and the number of workers.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from corsa.errors import CorsaError
 from corsa.models.encoding import Encoder
 
 WINDOW = 1024
-"""Tokens of a text that are read at once; a longer text is read in pieces."""
+"""Maximum tokens of a row; a longer text is split into rows."""
 
 BATCH_TOKENS = 8192
 """Tokens of one forward pass, padding included."""
 
 OWN = 1e-12
-"""A direction with no more than this share of the keys' energy was never seen: it holds rounding."""
+"""A direction with at most this share of the keys' energy counts as missing: its energy is rounding."""
 
 
 def down_projections(model: nn.Module) -> dict[int, tuple[str, nn.Linear]]:
-    """The down projection of every MLP layer, by the layer's number: its module name and itself.
+    """The module name and the module of every MLP layer's down projection, by the layer's number.
 
     Raises:
-        CorsaError: the model is no decoder of the Llama kind.
+        CorsaError: the model is not a decoder with the architecture of Llama.
     """
     found = {}
     for name, module in model.named_modules():
@@ -49,22 +49,22 @@ def down_projections(model: nn.Module) -> dict[int, tuple[str, nn.Linear]]:
 
 
 class _Reached(Exception):  # noqa: N818
-    """The forward pass has come as far as it is needed."""
+    """Ends the forward pass once all required modules have run."""
 
 
 @torch.no_grad()
 def watch(model: Any, modules: Sequence[nn.Module], rows: Sequence[Sequence[int]]) -> list[tuple[Tensor, Tensor]]:
-    """Input and output of each of `modules` in a forward pass over token rows, which ends at the last of them.
+    """Input and output of each of `modules` in a forward pass over token rows. The pass ends after the last module.
 
-    The rows are padded on the right: in a causal model a token does not see what follows it, so no mask is needed.
+    The rows are padded on the right: in a causal model a token does not attend to later tokens, so no mask is needed.
 
     Args:
         model: causal language model.
         modules: some of its modules, in the order in which they run.
-        rows: token ids, each row at least one.
+        rows: token ids, at least one per row.
 
     Returns:
-        Of each module (R, T, inputs) and (R, T, outputs); what stands beyond a row's length is padding.
+        For each module (R, T, inputs) and (R, T, outputs); values beyond a row's length are padding.
     """
     width = max(map(len, rows))
     ids = torch.tensor([[*row, *[0] * (width - len(row))] for row in rows], device=model.device)
@@ -92,7 +92,7 @@ class KeyStatistics:
 
     Attributes:
         sums: layer -> (inputs, inputs), float64.
-        tokens: how many keys of each layer were summed.
+        tokens: number of summed keys per layer.
     """
 
     sums: dict[int, Tensor]
@@ -134,10 +134,10 @@ class KeyStatistics:
         return self.sums[layer] / self.tokens
 
     def check(self, layers: Iterable[int] | None = None) -> None:
-        """See that C of each of `layers` (all by default) is there and can be solved with.
+        """Check that C of each of `layers` (all by default) is available and can be used in the solve.
 
         Raises:
-            CorsaError: a layer was not gathered, there are fewer tokens than C has rows, or they are too much alike.
+            CorsaError: a layer was not gathered, there are fewer tokens than C has rows, or the keys lack full rank.
         """
         for layer in self.sums if layers is None else layers:
             if layer not in self.sums:
@@ -178,23 +178,23 @@ class KeyStatistics:
 
 
 def _directions_missing(total: Tensor) -> int:
-    """How much the rank of the keys summed in `total` falls short. (Tokens behind the same beginning have one key.)"""
+    """How far the keys summed in `total` are from full rank. (Tokens after the same beginning have the same key.)"""
     energy = total.diagonal().clamp(min=torch.finfo(torch.float64).tiny)
-    scaled = total * energy.rsqrt()[:, None] * energy.rsqrt()  # of unit diagonal: inputs differ in size by orders
+    scaled = total * energy.rsqrt()[:, None] * energy.rsqrt()  # unit diagonal: inputs differ by orders of magnitude
     factor, failed = torch.linalg.cholesky_ex(scaled)
-    # The square of a pivot is what a coordinate has of its own, the coordinates before it taken out.
+    # The square of a pivot is the energy of a coordinate that is independent of the coordinates before it.
     if not failed and factor.diagonal().square().min() > OWN:
         return 0
-    values = torch.linalg.eigvalsh(scaled)  # slower, and counts
+    values = torch.linalg.eigvalsh(scaled)  # slower, but gives the number of missing directions
     return max(int((values <= OWN * values[-1]).sum()), 1)
 
 
 def gather(
     model: Any, encoder: Encoder, texts: Iterable[str], layers: Sequence[int], device: torch.device | str
 ) -> KeyStatistics:
-    """The statistics of `layers` over all tokens of `texts`, as the tokenizer reads them (no template).
+    """The statistics of `layers` over all tokens of `texts`, without a template.
 
-    Texts can be shared out in any way, and the parts' statistics added.
+    Texts can be divided in any way, and the statistics of the parts added.
     """
     statistics = KeyStatistics.empty(model.to(device), layers)
     for rows in _batches(encoder.tokenizer, texts):

@@ -1,8 +1,8 @@
-"""MEMIT's settings: what was published for each architecture, and how it carries over to a model of another size.
+"""MEMIT's settings: the published ones for each architecture, and how they are scaled to models of other sizes.
 
-Imports no torch. All numbers of `PUBLISHED` are those of EasyEdit (zjunlp/EasyEdit, `hparams/MEMIT/*.yaml`), which has
-them for decoders of the Llama kind; each row names its file. The MEMIT authors' own files are for GPT-J and GPT-2 XL,
-which have no `mlp.down_proj`; their clamp and decay (0.75 and 0.5) are not mixed in here.
+Imports no torch. All numbers of `PUBLISHED` are from EasyEdit (zjunlp/EasyEdit, `hparams/MEMIT/*.yaml`), which has them
+for decoders with the architecture of Llama; each row names its file. The MEMIT authors' own files are for GPT-J and
+GPT-2 XL, which have no `mlp.down_proj`; their clamp and decay (0.75 and 0.5) are not used here.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from corsa.config import MemitConfig
 from corsa.errors import CorsaError
 
 REACHED = 0.8
-"""Below this share of the aimed change a report warns: the weight is too heavy for a comparison."""
+"""A report warns below this share of the target change: the weight is too large for a comparison."""
 
 WINDOW_LAYERS = 5
-"""How many layers are edited in a model of no published depth; the last of them is at a quarter of the depth."""
+"""Number of edited layers in a model without published depth; the last is at a quarter of the depth."""
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,9 @@ class Published:
         layers: edited layers, from 0.
         weight: lambda of the solve, at `inputs`.
         learning_rate: of Adam.
-        gradient_steps: of Adam at most.
-        weight_decay: of |delta| / |h|^2.
-        clamp_norm_factor: bound on |delta|, in |h|.
+        gradient_steps: maximum number of Adam steps.
+        weight_decay: weight of |delta| / |h|^2.
+        clamp_norm_factor: upper bound of |delta|, in units of |h|.
         kl_factor: weight of the KL term.
     """
 
@@ -59,17 +59,17 @@ PUBLISHED = (
     Published("mistral", 32, 14336, "Mistral-7B, mistral-7b.yaml"),
     Published("qwen2", 28, 18944, "Qwen2.5-7B, qwen2.5-7b.yaml"),
 )
-"""Published models, the first of a family being the one that its other sizes are scaled from. Who changes a number here
-raises the version of `corsa.experiments.base.ROUND`: the identity of a round holds what was configured, not this table.
+"""Published models. Other sizes of a family are scaled from its first row. If you change a number here, increase the
+version of `corsa.experiments.base.ROUND`: the identity of a round contains the configured settings, not this table.
 """
 
 RELATED = {"qwen3": "qwen2"}
-"""Families without a published file: the family whose settings they take. All others take Llama's."""
+"""For families without a published file, the family whose settings they use. All others use Llama's."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that MEMIT is run with: `MemitConfig` with its gaps filled, and where the filling comes from."""
+    """All settings of a MEMIT run: `MemitConfig` with the open values filled, and the source of those values."""
 
     layers: tuple[int, ...]
     weight: float
@@ -84,11 +84,11 @@ class Settings:
 
 
 def settings_for(architecture: Any, config: MemitConfig) -> Settings:
-    """The settings for a model: those of `config`, and where it leaves one open the published one.
+    """The settings for a model: those of `config`, with published values for those left open.
 
-    A published weight holds for the size it was published for. The keys of a typical token give k^T C^-1 k = d_mlp, so
-    one layer reaches a share of its residual that depends on d_mlp / weight alone: for a model of another size the
-    weight is scaled by d_mlp, which keeps that ratio.
+    A published weight is valid for its model size. The keys of a typical token give k^T C^-1 k = d_mlp, so the share of
+    its residual that one layer reaches depends only on d_mlp / weight. For a model of another size, the weight is
+    scaled by d_mlp, which keeps this ratio.
 
     Args:
         architecture: configuration of the model (transformers).
@@ -143,7 +143,7 @@ def layers_for(architecture: Any, chosen: Sequence[int] | None = None) -> tuple[
 
 
 def _published(text: Any) -> tuple[bool, Published]:
-    """The row of a model, and whether it was published for this very size."""
+    """The published row for a model, and whether it is for exactly this size."""
     rows = [row for row in PUBLISHED if row.family == RELATED.get(text.model_type, text.model_type)]
     rows = rows or [row for row in PUBLISHED if row.family == "llama"]
     for row in rows:

@@ -21,7 +21,7 @@ from corsa.models.encoding import Encoder
 from corsa.models.loading import load_model, load_tokenizer
 
 TEXTS_PER_BATCH = 256
-"""Texts of one block; their sums are added up in the order of the corpus."""
+"""Texts per block; the sums of the blocks are added in the order of the corpus."""
 
 
 class Gather:
@@ -56,7 +56,7 @@ def compute(task: Task) -> dict[str, Any]:
 
 
 def _gathered(texts: list[str], config: StatisticsConfig, placement: Placement) -> KeyStatistics | None:
-    """The sums over all texts; None where there is no text."""
+    """The sums over all texts; None if there is no text."""
     total: KeyStatistics | None = None
     data = ray.data.from_items([{"text": text} for text in texts])
     arguments = (config.model, config.layers, placement)

@@ -1,4 +1,4 @@
-"""One round of MEMIT: the leader solves for the change of a few layers, which is added to that of earlier rounds."""
+"""One round of MEMIT: the leader computes the change of a few layers, which is added to that of earlier rounds."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from corsa.methods.memit.settings import settings_for
 
 
 def teach(round_: Round) -> Taught:
-    """Teach all edits of a round by one solve (Meng et al. 2023, Algorithm 1)."""
+    """Teach all edits of a round with one solve (Meng et al. 2023, Algorithm 1)."""
     config: MemitRoundConfig = round_.config
     round_.post({"phase": "training"})
     change: Any = dict(round_.before or {})
