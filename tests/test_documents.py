@@ -26,6 +26,7 @@ import corsa.data.benchmarks
 from corsa import config
 from corsa.cli.commands import app
 from corsa.config import StepConfig
+from corsa.methods import METHODS
 
 SHELL = [block for block in blocks() if not block.elsewhere and list(block.commands())]
 OPTIONS_OF_ALL = "--training.batch"
@@ -224,7 +225,7 @@ def test_the_example_of_a_benchmark_reads_its_rows(tmp_path: Path, monkeypatch: 
 
 def test_the_example_of_a_method_trains(tmp_path: Path) -> None:
     ((name, setting),) = eval(example("an entry of STEPS"), dict(vars(config))).items()
-    assert name not in config.METHODS
+    assert name not in METHODS
     step = setting(StepConfig()).effective()
     assert (step.lambda_, step.rho) == (0.0, 0.2)
     trained = Bench(triplets(4)).train(round_config(step=step.canonical()), tmp_path)

@@ -388,6 +388,3 @@ STEPS = {
 
 TRAININGS = {"corsa-published": published_training}
 """Methods that also train in their own way: how that follows from the configured training."""
-
-METHODS = (*STEPS, "f-learning", "memit")
-"""Every method by name. The unedited model, "base", is asked in every scenario."""

@@ -192,7 +192,7 @@ def _experiment(options: Teaching, line: Line | None) -> Experiment:
     if options.method not in TEACHING:
         raise unknown_name("method", options.method, TEACHING)
     lora = line.lora if line and options.lora == LoraConfig() else options.lora
-    if line and options.method != "f-learning" and lora != line.lora:
+    if line and METHODS[options.method].keeps_shape and lora != line.lora:
         raise CorsaError(
             f"adapter {line.directory} has rank {line.lora.rank}, alpha {line.lora.alpha:g} and its own target layers. "
             "An update keeps them: leave the --lora options out"

@@ -92,6 +92,7 @@ class Method:
         notes: makes sentences for the report, from the name of a round's step and the metrics of the round.
         refuses: purposes that the method cannot serve, each with the reason: "adapter" (leaving a PEFT adapter),
             "programs" (learning updates of APIs).
+        keeps_shape: whether an update leaves the rank of the adapter as it was.
         colour, symbol: its look in figures, by plotly's names; an unused one by default.
     """
 
@@ -103,5 +104,6 @@ class Method:
     inputs: Callable[[RunSettings], dict[str, Step]] = _no_inputs
     notes: Callable[[str, Mapping[str, Any]], list[str]] = _no_notes
     refuses: Mapping[str, str] = field(default_factory=dict)
+    keeps_shape: bool = True
     colour: str | None = None
     symbol: str | None = None

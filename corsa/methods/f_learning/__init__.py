@@ -41,6 +41,7 @@ METHOD = Method(
     FLearningRoundConfig,
     _load_teach,
     notes=_report_notes,
+    keeps_shape=False,  # each round adds two LoRA ranks
     colour="#a560c4",
     symbol="triangle-up",
 )
