@@ -1,1 +1,1 @@
-"""The paper, one idea a file. Torch only: no Ray, no DeepSpeed, no files."""
+"""The paper's method, one idea per file. Needs only torch: no Ray, no DeepSpeed, no file access."""

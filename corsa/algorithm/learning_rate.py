@@ -8,15 +8,15 @@ from typing import Literal
 def learning_rate(
     peak: float, step: int, steps: int, warmup: int, first: Literal["above_zero", "zero"] = "above_zero"
 ) -> float:
-    """The rate of step `step` (from 0) of `steps`; the last of the decay is one step above 0.
+    """The learning rate of step `step` (from 0) of `steps`. The last step is one decay step above 0.
 
     Args:
         peak: the highest rate.
         step: from 0.
-        steps: of the round.
+        steps: steps in the round.
         warmup: steps of linear warm-up.
-        first: above_zero: the first step learns, and the last of the warm-up has the peak. zero: as
-            `transformers.get_linear_schedule_with_warmup`, whose first step has rate 0 and so changes nothing.
+        first: above_zero: the first step has a rate above 0, and the last warm-up step has the peak. zero: as
+            `transformers.get_linear_schedule_with_warmup`: the first step has rate 0, so it changes nothing.
 
     >>> [learning_rate(1.0, s, 6, 2) for s in range(6)]
     [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]

@@ -11,13 +11,13 @@ from torch import Tensor
 from corsa.algorithm.packing import Rows, Triplet, pack
 
 Model = Callable[..., Any]
-"""A causal language model of transformers (or a wrapper called like one)."""
+"""A causal language model of transformers, or a wrapper with the same call."""
 
 
 def answer_logprobs(model: Model, rows: Sequence[Rows], edits: int) -> Tensor:
     """Sums of log p over the answer tokens, in nats: (2, E), new answers first, old ones second; float32.
 
-    No logit of a prompt token is computed: the output head sees the kept positions alone.
+    The output head runs only on the kept positions, so no logits of prompt tokens are computed.
     """
     total: Tensor | None = None
     for r in rows:
@@ -43,10 +43,10 @@ def packing_is_exact(
     device: torch.device | str,
     tolerance: float | None = None,
 ) -> bool:
-    """Whether this model family gives a packed row the log-probabilities of two plain rows.
+    """Whether this model gives the same log-probabilities for a packed row as for two plain rows.
 
-    Architectures differ in how they treat a mask and position ids of one's own, so each is tried on its first batch.
-    The tolerance is relative to |log p| (default: 1e-4 in float32, 3e-2 in bfloat16, where rounding alone moves it).
+    Architectures treat custom masks and position ids differently, so each model is tested on its first batch.
+    `tolerance` is relative to 1 + |log p| (default: 1e-4 in float32, else 3e-2: bfloat16 rounding causes such errors).
     """
     if tolerance is None:
         tolerance = 1e-4 if dtype == torch.float32 else 3e-2

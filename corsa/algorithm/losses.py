@@ -1,8 +1,7 @@
 """The two objectives of an update (paper, Section 3, Eq. 4): L_Update = L_SFT + lambda * L_DPO.
 
-Both are sums over the given edits divided by a count given from outside, so that the parts of a batch that lies on
-several workers or in several micro-batches add up to the loss of the whole. Of K adapters trained together each has its
-own, a column (K, 1).
+Both are sums over the given edits, divided by a count that the caller gives. So the losses of the parts of a batch
+(workers, micro-batches) add up to the loss of the whole batch. K adapters trained together have K losses: (K, 1).
 """
 
 from __future__ import annotations

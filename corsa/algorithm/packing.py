@@ -1,8 +1,8 @@
 """The packed triplet: one row `[x | y_new | y_old]`, so the prompt of an edit is computed once for both answers.
 
-A tree attention mask hides y_new from y_old, and y_old counts its positions from the end of x, so each answer sees what
-it would see in a row of its own. Several edits share a row, out of each other's sight, so that rows are of about equal
-length. They are padded on the right: causality alone keeps padding out of every answer.
+A tree attention mask hides y_new from y_old, and the positions of y_old continue from the end of x. So each answer sees
+the same tokens as in a row of its own. Several edits share a row, masked from each other, to make rows about equally
+long. Rows are padded on the right, where the causal mask hides the padding from every answer.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ import torch
 from torch import Tensor
 
 SAVING = 0.2
-"""An edit whose packed row saves less than this share of the tokens runs as two plain causal rows instead: with long
-answers (code) the dense mask costs more than the prompt it saves."""
+"""If a packed row saves less than this share of the tokens, the edit runs as two plain causal rows: with long answers
+(code) the dense mask costs more than packing saves."""
 
 PADDING = 1.05
-"""Packed rows are made longer, by more edits each, until tokens processed / tokens needed is at most this."""
+"""More edits are put into each packed row until tokens processed / tokens needed is at most this."""
 
 WIDEST = 2048
-"""Tokens in a row of several edits at most: its mask takes the square of them."""
+"""Most tokens in a row of several edits: the size of its mask is quadratic in them."""
 
 
 NO_OLD_ANSWER = float("inf")
-"""The reference of an old answer that is not there: as if the base model could not but give it. Then L_DPO's margin is
-infinite, its log sigmoid and the gradient exactly 0: the edit is taught by L_SFT alone."""
+"""The reference log-probability of an edit without an old answer. It makes L_DPO's margin infinite, so the log sigmoid
+and its gradient are exactly 0: L_SFT alone teaches the edit."""
 
 
 @dataclass(frozen=True)
@@ -55,11 +55,11 @@ class Triplet:
 
 @dataclass(frozen=True)
 class Rows:
-    """Padded rows for one forward pass, and where their answers' tokens are predicted.
+    """Padded rows for one forward pass, and the positions that predict the answer tokens.
 
     input_ids, position_ids: (R, T). mask: (R, 1, T, T) additive, or None for plain causal rows. keep: (R, T) bool, the
     positions whose logits are needed (n of them). For each answer token, A in all: `index` into the n kept positions,
-    `target` token id, and `slot` in 0..2E-1: the edit's place among E new answers followed by E old ones.
+    `target` token id, and `slot` in 0..2E-1: the answer's index among E new answers followed by E old ones.
     """
 
     input_ids: Tensor
@@ -80,10 +80,10 @@ _PROMPT, _NEW, _OLD, _PADDING = range(4)
 
 @dataclass(frozen=True)
 class _Piece:
-    """A run of tokens that is not cut: an edit packed, or one of its answers after its prompt.
+    """A run of tokens that stays in one row: a packed edit, or a prompt with one of its answers.
 
-    `positions` are those of the model; `parts` say of each token whether it is of the prompt or of which answer.
-    `answers` are (slot, first token, token ids); what predicts the first token is the last one of the prompt.
+    `positions` are the position ids. `parts` gives the part of each token: prompt, new answer or old answer.
+    `answers` are (slot, index of the first token, token ids). The last prompt token predicts the first answer token.
     """
 
     tokens: list[int]
@@ -101,14 +101,14 @@ def pack(
 ) -> list[Rows]:
     """Rows for the forward passes over `triplets`: at most one packed and one plain (see `SAVING`).
 
-    Packed rows hold several edits each, out of each other's sight, so that all are about equally long and next to
-    nothing is padded. An answer without tokens takes none, and its log-probability is 0.
+    A packed row holds several edits, masked from each other, so that rows are about equally long and need little
+    padding. An answer without tokens gets no row, and its log-probability is 0.
 
     Args:
-        triplets: E edits; of several adapters as many for each, one adapter's after the other's.
-        dtype: of the additive mask, the model's own.
+        triplets: E edits. With several adapters, the same number for each, grouped by adapter.
+        dtype: dtype of the additive mask (the model's dtype).
         packed: False runs every edit as two plain rows (for model families whose packed log-probabilities differ).
-        adapters: each has as many rows, in its turn; blank ones stand in where its edits have fewer.
+        adapters: number of adapters. All get the same number of rows, in adapter order; blank rows fill up.
     """
     whole: list[list[_Piece]] = [[] for _ in range(adapters)]
     plain: list[list[_Piece]] = [[] for _ in range(adapters)]
@@ -123,7 +123,7 @@ def pack(
         else:
             for slot, answer in ((i, t.new), (old_slot, t.old)):
                 tokens = [*t.prompt, *answer]
-                if answer:  # no row for one that is not there
+                if answer:  # an empty answer gets no row
                     plain[of].append(_Piece(tokens, list(range(len(tokens))), [], x, [(slot, x, answer)]))
     rows = []
     if any(whole):
@@ -134,13 +134,13 @@ def pack(
 
 
 def blank(device: torch.device | str) -> Rows:
-    """One row of one token without an answer: a pass over it counts for nothing."""
+    """One row of one token without an answer: a pass over it adds nothing to the losses."""
     one, none = torch.zeros(1, 1, dtype=torch.long, device=device), torch.empty(0, dtype=torch.long, device=device)
     return Rows(one, one, None, torch.ones_like(one, dtype=torch.bool), none, none, none)
 
 
 def _side_by_side(pieces: Sequence[Sequence[_Piece]]) -> list[list[_Piece]]:
-    """Each adapter's pieces in as few rows as `PADDING` asks for, as many for each adapter."""
+    """Each adapter's pieces in as few rows as `PADDING` requires, the same number of rows for each adapter."""
     needed = sum(len(piece) for own in pieces for piece in own)
     count = max(map(len, pieces))
     while True:
@@ -152,7 +152,7 @@ def _side_by_side(pieces: Sequence[Sequence[_Piece]]) -> list[list[_Piece]]:
 
 
 def _even(pieces: Sequence[_Piece], count: int) -> list[list[_Piece]]:
-    """The pieces in `count` rows of about equal length: the longest that is left goes to the shortest row."""
+    """The pieces in `count` rows of about equal length: the longest remaining piece goes to the shortest row."""
     rows: list[list[_Piece]] = [[] for _ in range(count)]
     lengths = [(0, r) for r in range(count)]  # a heap
     for piece in sorted(pieces, key=len, reverse=True):
@@ -163,7 +163,7 @@ def _even(pieces: Sequence[_Piece], count: int) -> list[list[_Piece]]:
 
 
 def _one_each(pieces: Sequence[Sequence[_Piece]]) -> list[list[_Piece]]:
-    """A row for each piece, and blank ones where an adapter has fewer than another."""
+    """One row per piece, and blank rows for adapters that have fewer pieces."""
     most = max(map(len, pieces))
     return [row for own in pieces for row in [*([piece] for piece in own), *[[]] * (most - len(own))]]
 
@@ -172,9 +172,9 @@ def _lay_out(rows: Sequence[Sequence[_Piece]], dtype: torch.dtype, *, tree: bool
     width = max(sum(map(len, row)) for row in rows)
     size = len(rows) * width
     input_ids = np.zeros(size, dtype=np.int64)
-    # counted on through the padding: ids that start anew would make transformers build a dense mask for plain rows too
+    # ids count on through the padding: if they restarted, transformers would build a dense mask for plain rows too
     position_ids = np.tile(np.arange(width), len(rows))
-    edit, part = np.full(size, -1), np.full(size, _PADDING)  # of each token: what it may see depends on both
+    edit, part = np.full(size, -1), np.full(size, _PADDING)  # per token; both decide what it may see
     at, target, slot = [], [], []  # the position that predicts each answer token
     for r, row in enumerate(rows):
         start = r * width

@@ -8,14 +8,14 @@ from torch import Tensor
 from corsa.config import PCGrad
 
 BLOCK = 131072
-"""Values of phi whose products are summed in float32; what the blocks come to is summed in float64."""
+"""Values of phi per block. Products are summed in float32 within a block, and the blocks in float64."""
 
 
 def dot(a: Tensor, b: Tensor) -> Tensor:
     """Inner products of the rows of two (K, P) tensors: (K, 1), float64.
 
-    One float32 sum over the 1e7 values and more of phi is too small by 1e-4 and at 1e8 by 1e-2; summed by blocks it is
-    right to 1e-6. Neither a float64 copy nor the product of the rows is made: both would take phi's memory again.
+    A single float32 sum over phi is too small by 1e-4 at 1e7 values and by 1e-2 at 1e8. The sum by blocks is right to
+    1e-6. It makes no float64 copy and no product of the rows: each would need as much memory as phi.
     """
     rows = zip(a.split(BLOCK, dim=-1), b.split(BLOCK, dim=-1), strict=True)
     sums = [torch.stack([torch.dot(x, y) for x, y in zip(p, q, strict=True)]) for p, q in rows]
@@ -42,9 +42,9 @@ def merge(sft: Tensor, dpo: Tensor, lam: float | Tensor, how: PCGrad, eps: float
 
     symmetric (the paper's Section 3): P(g_SFT; g_DPO) + lambda P(g_DPO; g_SFT), both against the original other.
     algorithm1 (its Algorithm 1, line 6, read literally): g_SFT is projected first; the projection of g_DPO uses the
-    changed g_SFT, and the inner product taken before the change. The changed g_SFT can be short, so this can be long.
-    authors (their trainer): g_DPO is projected first, then g_SFT against the changed g_DPO. These two no longer oppose
-    each other, so g_SFT stays whole. The sum is halved: (g_SFT + lambda P(g_DPO; g_SFT)) / 2.
+    changed g_SFT, and the inner product taken before the change. The changed g_SFT can be short, so the result can be
+    long. authors (their trainer): g_DPO is projected first, then g_SFT against the changed g_DPO. These two no longer
+    oppose each other, so g_SFT stays whole. The sum is halved: (g_SFT + lambda P(g_DPO; g_SFT)) / 2.
     off (Table 9, without PCGrad): g_SFT + lambda g_DPO.
     """
     if how == "off":

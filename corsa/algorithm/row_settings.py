@@ -1,4 +1,4 @@
-"""K adapters trained together on one copy of the base: rows of phi that differ in lambda, beta and rho alone."""
+"""K adapters trained together on one copy of the base: rows of phi that differ only in lambda, beta and rho."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from corsa.errors import CorsaError
 
 @dataclass(frozen=True)
 class Together:
-    """The settings of K steps taken at once, under the names of `StepConfig`: what may differ is a column (K, 1).
+    """The settings of K steps taken at once, with the names of `StepConfig`. A setting that may differ is (K, 1).
 
-    Rows with lambda = 0 or rho = 0 run without DPO or SAM beside rows that have them: the gradient is that of L_SFT, or
-    the perturbation is zero.
+    A row with lambda = 0 runs without DPO (its gradient is that of L_SFT), and a row with rho = 0 without SAM (its
+    perturbation is zero), also when other rows use them.
     """
 
     configs: tuple[StepConfig, ...]
@@ -29,7 +29,7 @@ class Together:
 
     @classmethod
     def of(cls, configs: Sequence[StepConfig], device: torch.device | str) -> StepConfig | Together:
-        """The settings of these steps; one alone is itself.
+        """The settings of these steps together. A single step is returned as it is.
 
         Raises:
             CorsaError: the steps differ in more than lambda, beta and rho, or use LookSAM, which keeps one adapter's
@@ -82,8 +82,8 @@ class Together:
         return self.shared.eps
 
     def known(self, reference: Tensor, logp: Tensor) -> Tensor:
-        """The reference (2, K, E) where L_DPO is run. Elsewhere `logp` itself: what is not finite in a reference would
-        reach L_SFT's gradient too, as 0 times that.
+        """The reference (2, K, E) for rows that run L_DPO. Other rows get `logp` itself: a non-finite reference, times
+        0, would spoil L_SFT's gradient too.
         """
         return torch.where((self.lambda_ > 0)[None], reference, logp.detach())
 

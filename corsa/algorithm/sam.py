@@ -12,13 +12,13 @@ from corsa.algorithm.pcgrad import dot, norm
 
 
 def perturbation(g: Tensor, rho: float | Tensor, eps: float) -> Tensor:
-    """E = rho * g / (|g| + eps), the norm over all of phi. Shapes (K, P), row by row; rho may be (K, 1)."""
+    """E = rho * g / (|g| + eps), with the norm over all of phi. Shapes (K, P), row by row; rho may be (K, 1)."""
     return g * (rho / (norm(g) + eps)).to(g.dtype)
 
 
 @contextmanager
 def perturbed(phi: Tensor, e: Tensor) -> Iterator[None]:
-    """Inside the block phi + e; afterwards phi bit for bit (restored from a copy, never by subtraction)."""
+    """Sets phi to phi + e inside the block. Restores phi bit for bit from a copy afterwards, not by subtraction."""
     kept = phi.detach().clone()
     with torch.no_grad():
         phi.add_(e)
@@ -30,13 +30,13 @@ def perturbed(phi: Tensor, e: Tensor) -> Iterator[None]:
 
 
 class LookSam:
-    """LookSAM (Liu et al. 2022, *Towards Efficient and Scalable Sharpness-Aware Minimization*, Algorithm 1): the second
-    gradient g_s, at phi + e, is taken in the first of every `every` steps. What of it is orthogonal to g, the gradient
-    at phi, changes slowly from step to step, and is added to g in the others. An approximation, but for every = 1.
+    """LookSAM (Liu et al. 2022, *Towards Efficient and Scalable Sharpness-Aware Minimization*, Algorithm 1): the first
+    of every `every` steps computes the second gradient g_s, at phi + e. The part of g_s orthogonal to g, the gradient
+    at phi, changes slowly, so the other steps add it to g. This is exact only for every = 1.
 
     Attributes:
         part: g_v = g_s - (g_s . g / |g|^2) g of the last perturbed step, (1, P); zero before the first.
-        due: whether the step at hand is a perturbed one.
+        due: whether the current step is perturbed.
     """
 
     def __init__(self, phi: Tensor, every: int, alpha: float) -> None:
@@ -45,20 +45,20 @@ class LookSam:
         self.due = True
 
     def begin(self, step: int) -> None:
-        """Step `step` of the round, from 1, begins."""
+        """Begin step `step` of the round (from 1)."""
         self.due = (step - 1) % self._every == 0
 
     def keep(self, g: Tensor, sharp: Tensor) -> None:
-        """The gradients of a perturbed step, at phi and at phi + e. Those of a step that is skipped are not kept."""
+        """Keep `part` of a perturbed step from its gradients at phi and at phi + e. Non-finite ones are not kept."""
         part = torch.addcmul(sharp, _factor(-dot(sharp, g) / dot(g, g), g), g)
         self.part = torch.where(dot(part, part).isfinite(), part, self.part)
 
     def sharpened(self, g: Tensor) -> Tensor:
-        """The gradient of a step that is not perturbed: g + alpha |g| / |g_v| g_v; g itself while g_v is zero."""
+        """The gradient of an unperturbed step: g + alpha |g| / |g_v| g_v, or g while g_v is zero."""
         return torch.addcmul(g, _factor(self._alpha * norm(g) / norm(self.part), g), self.part)
 
 
 def _factor(ratio: Tensor, g: Tensor) -> Tensor:
-    """A ratio of lengths as a factor in g's type; 0 where the length below the line is zero, or next to it."""
+    """A ratio as a factor in g's dtype; 0 where it is not finite (the denominator is zero or nearly zero)."""
     factor = ratio.to(g.dtype)
     return torch.where(factor.isfinite(), factor, 0.0)

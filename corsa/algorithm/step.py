@@ -1,8 +1,8 @@
-"""One optimizer step of CoRSA (Algorithm 1), and everything it is made of that needs to know phi and the batch.
+"""One optimizer step of CoRSA (Algorithm 1), and those of its parts that depend on phi and the batch.
 
-Plain LoRA and the ablations of Table 9 are settings of this step (`corsa.config.STEPS`); there is no second one. K
-adapters trained together (`corsa.algorithm.row_settings`) take it row by row of phi: every quantity below has a column
-(K, 1) where one adapter has a number, and no row sees another.
+Plain LoRA and the ablations of Table 9 are settings of this step (`corsa.config.STEPS`), not other code. K adapters
+trained together (`corsa.algorithm.row_settings`) are K independent rows of phi: a number of one adapter becomes a
+column (K, 1).
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ Reduce = Callable[[Tensor], Tensor]
 """Sums a tensor over all workers, in place."""
 
 Setting = StepConfig | Together
-"""The step's settings: one adapter's, or those of K that are trained together."""
+"""The step's settings, for one adapter or for K trained together."""
 
 
 class Optimizer(Protocol):
-    """Updates phi by `phi.grad`. Of several rows, one whose gradient is not finite stays as it is."""
+    """Updates phi by `phi.grad`. With several rows, a row with a non-finite gradient is not changed."""
 
     def step(self) -> Any: ...
 
@@ -39,8 +39,8 @@ class Optimizer(Protocol):
 class MicroBatch:
     """Edits of one forward pass: their rows, reference log-probabilities in nats, and number of new tokens.
 
-    For one adapter `reference` is (2, E) and `tokens` a number; for K, each with E edits of its own, (2, K, E) and
-    (K, 1).
+    For one adapter `reference` is (2, E) and `tokens` a number. For K adapters with E edits each, they are (2, K, E)
+    and (K, 1).
     """
 
     rows: Sequence[Rows]
@@ -49,18 +49,18 @@ class MicroBatch:
 
     @property
     def edits(self) -> int:
-        """How many edits an adapter has, E."""
+        """Edits per adapter, E."""
         return self.reference.shape[-1]
 
     @property
     def unpaired(self) -> Tensor:
-        """How many of them have no old answer, of each adapter: L_DPO is a mean over the others."""
+        """Edits without an old answer, per adapter: L_DPO is a mean over the others."""
         return (self.reference[1] == NO_OLD_ANSWER).sum(-1, keepdim=True)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One worker's part of a global batch, with the counts of the whole of it (all workers), of each adapter."""
+    """One worker's part of a global batch, with the counts of the whole batch (all workers) per adapter."""
 
     parts: Sequence[MicroBatch]
     edits: int
@@ -69,13 +69,13 @@ class Batch:
 
     @property
     def pairs(self) -> Tensor:
-        """Edits with an old answer, of each adapter (1 where there is none: then the sum over them is 0)."""
+        """Edits with an old answer, per adapter. At least 1: without such edits the sum over them is 0."""
         return torch.as_tensor(self.edits - self.unpaired).clamp(min=1)
 
 
 @dataclass
 class Gradients:
-    """g = (1 or 2, K, P): of L_SFT and, where lambda > 0, of L_DPO; with sums over the batch for the log.
+    """Gradients g (1 or 2, K, P) of L_SFT and, where lambda > 0, of L_DPO, with sums over the batch for the log.
 
     `sums` (4, K, 1) holds L_SFT, L_DPO, sum of logp_new, sum of logp_old (nats).
     """
@@ -86,7 +86,7 @@ class Gradients:
 
 @dataclass(frozen=True)
 class Measured:
-    """What the log shows of a step: sums as in `Gradients`, at phi and where it was visited at phi + e; with two
+    """What the log shows of a step: sums as in `Gradients` at phi and, if the step was perturbed, at phi + e. With two
     objectives also the cosine of their gradients at phi, (K, 1), and whether they conflict.
     """
 
@@ -97,7 +97,7 @@ class Measured:
 
     @classmethod
     def of(cls, found: Gradients, eps: float) -> Measured:
-        """Of the gradients at phi."""
+        """Measurements of the gradients at phi."""
         if len(found.g) == 1:
             return cls(found.sums)
         angle = cosine(found.g[0], found.g[1], eps)
@@ -121,21 +121,21 @@ def corsa_step(
     reduce: Reduce,
     look: LookSam | None = None,
 ) -> list[dict[str, Any]]:
-    """Algorithm 1: one update of phi from one batch. Returns what the learning curves show, for each row of phi.
+    """Algorithm 1: one update of phi from one batch. Returns one row of the learning curves per row of phi.
 
     Args:
         model: the frozen base with phi applied by forward hooks.
         phi: (K, P) float32 leaf.
         batch: this worker's part of the global batch.
         config: lambda, beta, rho, and how the gradients are reconciled.
-        optimizer: over phi alone; its learning rate, or that of each row, is already set.
+        optimizer: updates phi only. Its learning rate, or that of each row, is already set.
         clip: the merged gradient is clipped to this norm.
         reduce: sums over workers.
-        look: perturb in some of the steps alone (`config.perturb_every`), with scope `step` and one adapter.
+        look: perturbs only every `config.perturb_every` steps. Needs scope `step` and one adapter.
     """
-    if config.scope == "step":  # e is made from the whole effective batch, over all workers and micro-batches
+    if config.scope == "step":  # e comes from the whole effective batch, over all workers and micro-batches
         g, measured = sharp_gradient(phi, lambda: gradients(model, phi, batch, config, reduce), config, look)
-    else:  # e is made from each micro-batch, as the authors' trainer does; only the result is summed
+    else:  # e comes from each micro-batch, as in the authors' trainer; only the result is summed
         g, measured = _microbatch_sharp_gradient(model, phi, batch, config, reduce)
     length = norm(g)  # (K, 1)
     # The gradients were summed over workers: one bad worker makes all of them skip.
@@ -150,7 +150,7 @@ def corsa_step(
 def sharp_gradient(
     phi: Tensor, gradients: Callable[[], Gradients], config: Setting, look: LookSam | None = None
 ) -> tuple[Tensor, Measured]:
-    """g_PC at phi + e (lines 3 to 9 of Algorithm 1); with rho = 0, g_PC at phi. (K, P), with what was measured."""
+    """g_PC (K, P) at phi + e (lines 3 to 9 of Algorithm 1), or at phi with rho = 0; and the measurements."""
     at_phi = gradients()
     g, measured = reconcile(at_phi.g, config), Measured.of(at_phi, config.eps)
     if not config.sam:
@@ -170,17 +170,17 @@ def reconcile(g: Tensor, config: Setting) -> Tensor:
     if len(g) == 1:
         return g[0]
     merged = merge(g[0], g[1], config.lambda_, config.pcgrad, config.eps)
-    if isinstance(config, Together):  # a row without DPO beside others takes the plain step
+    if isinstance(config, Together):  # rows without DPO take the plain step
         return torch.where(config.lambda_ > 0, merged, g[0])
     return merged
 
 
 def gradients(model: Model, phi: Tensor, batch: Batch, config: Setting, reduce: Reduce) -> Gradients:
-    """g_SFT and g_DPO of the global batch at the present phi: both from one forward pass of each micro-batch."""
+    """g_SFT and g_DPO of the global batch at the current phi, both from one forward pass of each micro-batch."""
     objectives, adapters = 2 if config.dpo else 1, len(phi)
     g: Tensor | None = None
     sums = phi.new_zeros(4, adapters, 1)
-    # Row k of phi is in the losses of adapter k alone, so the gradient of their sum holds each one's own.
+    # Row k of phi affects only the losses of adapter k, so the gradient of the sum holds each adapter's gradient.
     directions = torch.eye(objectives, device=phi.device)[:, :, None, None].expand(-1, -1, adapters, 1)
     per_token = batch.tokens if config.reduction == "token" else batch.edits
     for part in batch.parts:
@@ -189,12 +189,12 @@ def gradients(model: Model, phi: Tensor, batch: Batch, config: Setting, reduce: 
         if isinstance(config, Together):
             reference = config.known(reference, logp)
         losses = torch.stack([sft_loss(logp, per_token), dpo_loss(logp, reference, config.beta, batch.pairs)])
-        # One backward for both, exact (a batch of two vector-Jacobian products): half the walks of two calls
-        # through the graph, and the only way that works where the base is sharded (a kept graph fails under ZeRO-3).
+        # One exact backward for both (a batch of two vector-Jacobian products) walks the graph once instead of twice.
+        # It is also the only way with a sharded base: a kept graph fails under ZeRO-3.
         chosen = losses[:objectives]
         (found,) = torch.autograd.grad([chosen], [phi], grad_outputs=[directions], is_grads_batched=True)
         g = found.contiguous() if g is None else g.add_(found)
-        del found  # or it would be held through the next forward pass
+        del found  # otherwise it stays in memory during the next forward pass
         sums += torch.cat([losses, logp.sum(-1, keepdim=True)]).detach()
     if g is None:  # a worker without edits in this batch
         g = phi.new_zeros(objectives, *phi.shape)
@@ -206,9 +206,9 @@ def gradients(model: Model, phi: Tensor, batch: Batch, config: Setting, reduce: 
 def _microbatch_sharp_gradient(
     model: Model, phi: Tensor, batch: Batch, config: Setting, reduce: Reduce
 ) -> tuple[Tensor, Measured]:
-    """As `sharp_gradient`, with e made from each micro-batch alone; parts weigh as many edits as they hold.
+    """As `sharp_gradient`, but e comes from each micro-batch alone. Micro-batches are weighted by their edits.
 
-    The cosine is the mean over micro-batches with these weights. There is a conflict where any of them has one.
+    The cosine is the mean over micro-batches with these weights. There is a conflict if any micro-batch has one.
     """
     g, sums, angles = torch.zeros_like(phi), phi.new_zeros(2, 4, len(phi), 1), phi.new_zeros(2, len(phi), 1)
     for part in batch.parts:
@@ -230,7 +230,7 @@ def _microbatch_sharp_gradient(
 
 
 def _log(measured: Measured, norm: Tensor, finite: list[bool], batch: Batch, config: Setting) -> list[dict[str, Any]]:
-    """A row of the curves table for each adapter (here the step waits for the device)."""
+    """One row of the curves table per adapter. Here the step waits for the device."""
     sft, dpo, new, old = measured.at_phi.double()
     columns = {"loss_sft": sft, "loss_dpo": dpo, "logp_new": new / batch.edits, "logp_old": old / batch.pairs}
     columns |= {"cosine": measured.cosine, "conflict": measured.conflict}

@@ -1,4 +1,4 @@
-"""What an experiment is made of: frozen, typed configuration; unknown keys are refused.
+"""The configuration of experiments: frozen and typed; unknown keys are refused.
 
 Fields that change a result enter a step's identity (`corsa.flow`); fields that only say how it is run (`Placement`) do
 not. This module imports neither torch nor ray: a pipeline is planned from it before either is needed.
@@ -19,7 +19,7 @@ from corsa.errors import CorsaError
 
 
 class ModelConfig(Frozen):
-    """A base model and how it is asked. Identity of everything computed with it."""
+    """A base model and its prompt template. Part of the identity of everything computed with it."""
 
     name: Annotated[str, plain("model")] = Field(
         default="smollm2-135m",
@@ -45,7 +45,7 @@ class LoraConfig(Frozen):
 
     rank: int = Field(default=32, ge=1, le=16384, description="rank of each pair of factors")
     alpha: float = Field(default=64.0, gt=0, description="the product B A is scaled by alpha / rank")
-    # An adapter on all layers has the identity it would have without these two fields.
+    # These two fields do not change the identity of an adapter on all layers.
     targets: tuple[str, ...] = Field(
         default=("all-linear",),
         min_length=1,
@@ -97,7 +97,7 @@ class StepConfig(Frozen):
     perturb_every: int = Field(
         default=1,
         ge=1,
-        exclude_if=lambda every: every == 1,  # an exact step has the identity it would have without these two fields
+        exclude_if=lambda every: every == 1,  # these two fields do not change the identity of an exact step
         description="1: exact. More is LookSAM (Liu et al. 2022), an approximation: the gradient is taken at phi + e "
         "in the first of so many steps, and what that changed is used again in the others",
     )
@@ -142,7 +142,7 @@ class StepConfig(Frozen):
         return [self] * adapters
 
     def effective(self) -> StepConfig:
-        """The same step with every field that has no effect at its default: equal steps then have equal identities."""
+        """The same step, with fields without effect at their defaults: equal steps then have equal identities."""
         idle = {"beta", "pcgrad"} if self.lambda_ == 0 else set()
         idle |= {"microbatch"} if self.scope == "step" else set()
         idle |= {"perturb_every"} if self.rho == 0 else set()
@@ -153,8 +153,8 @@ class StepConfig(Frozen):
     def shared(self) -> StepConfig:
         """What the steps of adapters trained together must have in common: all but lambda, beta and rho.
 
-        What has no effect is at its default: a step without DPO has the default's `pcgrad`, and so shares a pack only
-        with steps that have it too.
+        Fields without effect are at their defaults: a step without DPO has the default `pcgrad`, and so shares a pack
+        only with steps that have it too.
         """
         return self.effective().model_copy(update={name: getattr(StepConfig(), name) for name in PER_ROW})
 
@@ -186,7 +186,7 @@ class TrainingConfig(Frozen):
     )
 
     def effective(self, template: Literal["qa", "chat"]) -> TrainingConfig:
-        """The same training with every field that has no effect in this template at its default."""
+        """The same training, with fields that have no effect in this template set to their defaults."""
         return self if template == "chat" else self.model_copy(update={"answer_end": "end_token"})
 
 
@@ -210,7 +210,7 @@ class FLearningConfig(Frozen):
 class MemitConfig(Frozen):
     """MEMIT (Meng et al. 2023): a dense change of a few layers in closed form.
 
-    What is left open is taken from the table of published settings, by architecture and size
+    Fields that are None come from the table of published settings, by architecture and size
     (`corsa.methods.memit.settings`).
     """
 
@@ -256,7 +256,7 @@ class SamplingConfig(Frozen):
 
 
 class ShardingConfig(Frozen):
-    """What the workers of a group divide among them instead of holding all of it each (DeepSpeed ZeRO).
+    """What the workers of a group shard, instead of each holding all of it (DeepSpeed ZeRO).
 
     The base is frozen: stage 1 shards AdamW's state of phi, the LoRA parameters; 2 also its merged gradient; 3 also
     the base. The result is the same. docs/sharding.md has the table.
@@ -320,7 +320,8 @@ class Placement(Frozen):
 
     force: bool = Field(default=False, description="start also what the plan says cannot fit in memory")
     branch: Annotated[str, Suppress] = Field(
-        default="", description="steps of different branches share no worker group: what befalls one spares the others"
+        default="",
+        description="steps of different branches share no worker group: a failure in one does not affect the others",
     )
     probe_batch: int = Field(default=128, ge=1, description="probes generated together on one worker")
     pack: Annotated[int, plain()] = Field(
@@ -366,7 +367,7 @@ def _lora(step: StepConfig) -> StepConfig:
 
 
 def published_trainer(step: StepConfig) -> StepConfig:
-    """The step as the authors' trainer takes it; `published_training` has the rest of what it does otherwise."""
+    """The step of the authors' trainer; `published_training` has its other differences."""
     theirs = {"pcgrad": "authors", "scope": "microbatch", "reduction": "token", "perturb_every": 1}
     return step.model_copy(update=theirs)
 
@@ -384,7 +385,7 @@ STEPS = {
     "corsa-no-pcgrad": lambda step: step.model_copy(update={"pcgrad": "off"}),
     "corsa-published": published_trainer,
 }
-"""Methods that are settings of the one step: how each follows from the configured CoRSA step (Table 9)."""
+"""Methods that are settings of the one step: each is made from the configured CoRSA step (Table 9)."""
 
 TRAININGS = {"corsa-published": published_training}
-"""Methods that also train in their own way: how that follows from the configured training."""
+"""Methods with their own training settings: each is made from the configured training."""

@@ -13,7 +13,7 @@ def as_bytes(text: str, option: str) -> int:
     """Bytes of "48GiB", "80GB" or "48" (GiB).
 
     Raises:
-        CorsaError: it is no amount of memory.
+        CorsaError: the text is not an amount of memory.
     """
     found = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", text)
     unit = found and _UNITS.get(found[2].lower())

@@ -1,4 +1,4 @@
-"""What every configuration is made of."""
+"""The base of every configuration."""
 
 from __future__ import annotations
 
@@ -19,5 +19,5 @@ class Frozen(BaseModel):
 
 
 def plain(name: str | None = None) -> Any:
-    """Marks a field whose option carries no group's name: `--workers`, not `--placement.workers`."""
+    """Marks a field whose option has no group prefix: `--workers`, not `--placement.workers`."""
     return arg(name=name, prefix_name=False)

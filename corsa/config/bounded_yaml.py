@@ -1,4 +1,4 @@
-"""YAML that anybody may have written: read with bounds on its size, its depth, and what its aliases stand for."""
+"""Reads untrusted YAML, with bounds on its size, its depth and the expansion of its aliases."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def read_yaml(path: Path) -> Any:
     """What a YAML file holds: plain values, lists and mappings.
 
     Raises:
-        CorsaError: it is larger, deeper or has more nodes than any file of this project, an alias stands for what it is
-            part of (all that is found before anything is built), or a value makes no sense.
+        CorsaError: it is larger, deeper or has more nodes than any file of this project, an alias refers to a
+            node that contains it (all found before anything is built), or a value is invalid.
         OSError, UnicodeDecodeError, yaml.YAMLError: it cannot be read, or is not YAML.
     """
     with path.open("rb") as file:

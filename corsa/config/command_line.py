@@ -1,4 +1,4 @@
-"""From the command line and a YAML file to a configuration, and from a failure to a line a person can act on."""
+"""Makes a configuration from the command line and a YAML file, and turns a failure into a line that says what to do."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ def listed(kind: type, metavar: str) -> PrimitiveConstructorSpec[Any]:
 
 
 def configure(default: C, arguments: Sequence[str], *, program: str, description: str) -> C:
-    """The configuration that `--config FILE` and the other options make of `default`; the options win over the file.
+    """`default` changed by `--config FILE` and the other options; the options override the file.
 
-    Prints help or the parser's own complaint and exits where the arguments ask for that.
+    Prints help or the parser's own error and exits if the arguments ask for help or are wrong.
 
     Raises:
         CorsaError: the file cannot be read, or has a field that does not exist or a value that is not allowed.
@@ -73,7 +73,7 @@ def _from_file(kind: type[C], path: Path) -> C:
 
 
 def _place(error: Exception) -> str:
-    """Where a file stops to be YAML, and why."""
+    """Where a file stops being YAML, and why."""
     mark = getattr(error, "problem_mark", None)
     if mark is None:
         return f" is not YAML: {str(error).splitlines()[0]}"
@@ -87,21 +87,21 @@ def exit_with(main: Callable[[], int]) -> None:
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM has come: what Ctrl-C would end ends, and says what is kept."""
+    """SIGTERM was received: the command ends as with Ctrl-C, and says what is kept."""
 
 
 def answered(command: Callable[[], int | None]) -> int:
-    """Run a command; its exit status. An error that the user can mend is one line on stderr."""
+    """Run a command; its exit status. An error that the user can fix is one line on stderr."""
     try:
         with _terminated_as_interrupted():
             _write_whatever_the_encoding()
             _refuse_a_place_that_is_gone()
-            if shutil.get_terminal_size().columns < NARROWEST:  # help would be laid out for ever
+            if shutil.get_terminal_size().columns < NARROWEST:  # laying out help would never end
                 os.environ["COLUMNS"] = str(NARROWEST)
             try:
                 status = command()
             finally:
-                sys.stdout.flush()  # here, not at exit, it shows that nobody reads, or that the disk is full
+                sys.stdout.flush()  # a closed pipe or a full disk shows here, not at exit
     except CorsaError as error:
         return _complain(str(error), error.status)
     except Terminated:
@@ -120,27 +120,27 @@ def answered(command: Callable[[], int | None]) -> int:
 
 
 NARROWEST = 20
-"""Columns that are written for at least, however narrow the terminal."""
+"""Smallest number of columns that output is laid out for, on any terminal."""
 
 _NO_PLACE = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EBADF)
-"""What a standard output raises that is full or closed."""
+"""Errors of a standard output that is full or closed."""
 
 
 def _complain(line: str, status: int) -> int:
-    with suppress(OSError, AttributeError, ValueError):  # a standard error that is closed hears nothing
+    with suppress(OSError, AttributeError, ValueError):  # standard error may be closed
         print(f"error: {visible(line)}", file=sys.stderr)
     return status
 
 
 def _write_no_more() -> None:
-    """What is left in the buffer of the standard output would fail again at exit."""
+    """Discard the rest of the standard output's buffer, which would fail again at exit."""
     with suppress(OSError, ValueError, AttributeError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _write_whatever_the_encoding() -> None:
-    """A terminal or a pipe that cannot show a character gets its escape, not an end of the command; one that is closed
-    gets nothing.
+    """Write escapes for characters that a terminal or a pipe cannot show, instead of failing. A closed stream gets
+    nothing.
     """
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
@@ -166,7 +166,7 @@ def _terminated_as_interrupted() -> Iterator[None]:
         signal.signal(number, signal.SIG_DFL)
         raise Terminated
 
-    if threading.current_thread() is not threading.main_thread():  # no other may say what a signal does
+    if threading.current_thread() is not threading.main_thread():  # only the main thread can set a signal handler
         yield
         return
     before = signal.signal(signal.SIGTERM, handle)

@@ -1,4 +1,4 @@
-"""A configuration that is refused, in one line a person can act on: which option or field, what was found, what may be.
+"""Explains a refused configuration in one line: which option or field, what was found and what is allowed.
 
 Every `pydantic.ValidationError` of a configuration that a person has written becomes a message here.
 """
@@ -22,7 +22,7 @@ _LONGEST = 80  # characters shown of what was found
 
 
 def refused(error: ValidationError, kind: type[BaseModel], where: str = "") -> CorsaError:
-    """What was wrong with the fields of a `kind`, as a file or a program names them: `where: training.epochs: ...`."""
+    """What is wrong with the fields of a `kind`, as a file or a program names them: `where: training.epochs: ...`."""
     path, text = _first(error)
     before = f"{where}: " if where else ""
     if error.errors()[0]["type"] == "extra_forbidden":
@@ -32,14 +32,14 @@ def refused(error: ValidationError, kind: type[BaseModel], where: str = "") -> C
 
 
 def refused_option(error: ValidationError, prefix: str = "") -> CorsaError:
-    """The same of options of the command line: `--training.epochs: ...`. `prefix`: of the group that was refused."""
+    """The same for command-line options: `--training.epochs: ...`. `prefix` is that of the refused group."""
     path, text = _first(error)
     parts = [part for part in prefix.split(".") if part and not part.startswith("__") and part != "options"]
     kinds = {kind.__name__: kind for kind in _all(Frozen)}
     kind = kinds.get(error.title)
     if path and kind and path[0] in kind.model_fields:
         how = [meta for meta in kind.model_fields[path[0]].metadata if getattr(meta, "prefix_name", None) is False]
-        if how:  # an option that carries no group's name
+        if how:  # an option without a group prefix
             parts, path = [], [getattr(how[0], "name", None) or path[0], *path[1:]]
     option = ".".join([*parts, *path]).replace("_", "-")
     return CorsaError(f"--{option}: {text}" if option else text)
@@ -47,7 +47,7 @@ def refused_option(error: ValidationError, prefix: str = "") -> CorsaError:
 
 @contextmanager
 def options_explained() -> Iterator[None]:
-    """Inside, what a command line gives to a configuration that refuses it is raised as a `CorsaError`."""
+    """Inside, a command-line value that a configuration refuses raises `CorsaError`."""
     plain: Any = tyro._errors.fire_and_exit_instantiation_failure
 
     def explained(*given: Any, arg_fallback: Any, **more: Any) -> None:
@@ -65,7 +65,7 @@ def options_explained() -> Iterator[None]:
     except ValidationError as error:
         frames = traceback.walk_tb(error.__traceback__)
         if any(frame.f_globals.get("__name__", "").startswith("corsa.cli.commands.") for frame, _ in frames):
-            raise  # a command's own affair
+            raise  # raised by a command itself
         raise refused_option(error) from error
 
 

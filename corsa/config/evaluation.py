@@ -1,4 +1,4 @@
-"""How an edited model is asked, and by which rule its answers count."""
+"""How an edited model is asked, and by which rule its answers are judged."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from corsa.config import ModelConfig
 
 ProbeKind = Literal["edit", "paraphrase", "neighbor", "multihop", "history"]
-"""What a probe asks about: the fact in its own words or in others, a fact beside it, a conclusion, the former value."""
+"""What a probe asks about: the fact in its own words or in others, a neighboring fact, a conclusion, the old value."""
 
 Rule = Literal["words", "contains", "exact"]
 """How an answer is matched (`corsa.evaluation.matching`)."""
@@ -38,7 +38,7 @@ _KINDS = PrimitiveConstructorSpec(
     is_instance=lambda value: isinstance(value, str | tuple),
     str_from_instance=lambda value: [value if isinstance(value, str) else ",".join(value)],
 )
-"""How probe kinds are given on the command line: in one word."""
+"""Probe kinds on the command line: one word."""
 
 
 class EvaluationConfig(Frozen):
@@ -46,7 +46,7 @@ class EvaluationConfig(Frozen):
 
     The protocol decides what is asked, how answers are generated and which rule counts:
 
-    - full: every probe, greedily, an answer being one line; rule `words`.
+    - full: every probe, greedy, one line per answer; rule `words`.
     - paper: the same generation, the edit prompt, the first paraphrase and multi-hop questions alone; rule `contains`.
     - authors: as the published evaluation code. The probes of `paper`, sampled at temperature 0.7 and top-p 1, 128
       tokens, no stop at a newline, in the chat template; rule `contains` as a plain lower-cased substring test of the
@@ -126,8 +126,8 @@ class EvaluationConfig(Frozen):
         return _AUTHORS_TOKENS if self.sampled else self.new_tokens
 
     def asking(self) -> EvaluationConfig:
-        """What the answers depend on, with every field that does not change them at its default: not the rule that
-        judges them afterwards.
+        """What the answers depend on, with all other fields at their defaults. The rule that judges the
+        answers afterwards is not part of it.
         """
         kinds = self.kinds if self.kinds != _COUNTED[self.protocol] else "all"
         default = EvaluationConfig()

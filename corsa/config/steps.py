@@ -1,4 +1,4 @@
-"""What each kind of step depends on, beside its inputs: the configurations that enter a step's identity.
+"""What each kind of step depends on, besides its inputs: the configurations that enter a step's identity.
 
 Imports neither torch nor ray: steps are planned from these.
 """
@@ -44,7 +44,7 @@ class EditsPlace(Frozen):
 
 
 class RoundsConfig(Frozen):
-    """How facts are dealt to rounds. The split does not follow the training seed: methods and seeds share it."""
+    """How facts are assigned to rounds. The split does not follow the training seed: methods and seeds share it."""
 
     rounds: int = Field(default=3, ge=1, description="rounds of updates")
     first: int = Field(default=1, ge=1, description="number of the first of them; later ones go on from another run")
@@ -63,7 +63,7 @@ class PartConfig(Frozen):
 
 
 class ReferenceConfig(Frozen):
-    """What the reference column depends on, beside the edits."""
+    """What the reference column depends on, besides the edits."""
 
     model: ModelConfig
     on_bad_record: Literal["skip", "stop"] = Field(
@@ -75,9 +75,9 @@ class ReferenceConfig(Frozen):
 
 
 class AskingConfig(Frozen):
-    """What the answers of a model depend on: alone the unedited one's, with an input `adapter` those of an edited one.
+    """What the answers of a model depend on. With an input `adapter` the model is edited, without one it is not.
 
-    With an input `schedule` the facts that stand after `round` are asked, without one all of the benchmark.
+    With an input `schedule` the facts that hold after `round` are asked, without one all facts of the benchmark.
     """
 
     model: ModelConfig
@@ -87,8 +87,8 @@ class AskingConfig(Frozen):
 
 
 class RoundConfig(AskingConfig):
-    """What one round of one method depends on, beside its inputs: the edits, the reference, the schedule, the adapter
-    before. The method's name is not among them: what makes it is.
+    """What one round of one method depends on, besides its inputs: the edits, the reference, the schedule and the
+    previous adapter. The method's name is not included; its settings are.
     """
 
     seed: int = Field(ge=0, description="of LoRA's initial values and the order of the edits")
@@ -120,7 +120,7 @@ class StatisticsPlace(Placement):
 
 
 class TrialPlace(Placement):
-    """How the rounds of a trial of a sweep, or of several in one group, are run, and what they tell on the way."""
+    """How the rounds of a trial of a sweep, or of several in one group, are run, and what they report meanwhile."""
 
     title: str = Field(description="of the worker group, on the Ray dashboard")
     metric: str | None = Field(default=None, description="scored at the end of epochs; None: never")
@@ -132,17 +132,17 @@ class TrialPlace(Placement):
 
     @staticmethod
     def named(number: int, label: str) -> str:
-        """What stands for the method in the names of a trial's steps."""
+        """What replaces the method in the names of a trial's steps."""
         return f"trial{number}-{label}"
 
     @staticmethod
     def number(name: str) -> str:
-        """The trial, by its number in the study, that a step of this name belongs to."""
+        """The number in the study of the trial that a step of this name belongs to."""
         return name.partition("/trial")[2].partition("-")[0]
 
 
 class SweepConfig(Frozen):
-    """What the result of a sweep depends on, beside the edits and the reference."""
+    """What the result of a sweep depends on, besides the edits and the reference."""
 
     experiment: dict[str, Any] = Field(description="the resolved configuration that the trials change")
     command: str = Field(description="repeats the run")
@@ -177,13 +177,13 @@ class QuestionsPlace(Frozen):
 
 
 class SpecificityConfig(Frozen):
-    """What a model's answers to MMLU depend on, beside the questions and the adapter."""
+    """What a model's answers to MMLU depend on, besides the questions and the adapter."""
 
     model: ModelConfig
 
 
 class ControlsConfig(Frozen):
-    """What a model's answers to the everyday questions depend on, beside the adapter."""
+    """What a model's answers to the everyday questions depend on, besides the adapter."""
 
     model: ModelConfig
     digest: str = Field(description="of the questions")
@@ -234,7 +234,7 @@ class TakenBackConfig(Frozen):
 
 
 class RoutingConfig(AskingConfig):
-    """What routed answers depend on, beside the parts of the data and their adapters."""
+    """What routed answers depend on, besides the parts of the data and their adapters."""
 
     router: Literal["prompt", "embedding", "oracle"] = Field(
         description="oracle: every query to the adapter that was taught its fact, the bound of any router"
@@ -273,7 +273,7 @@ class Axis(Frozen):
 
 
 class ReportConfig(Frozen):
-    """What a report shows, beside what its inputs hold."""
+    """What a report shows, besides what its inputs hold."""
 
     title: str
     scenario: str
@@ -300,7 +300,7 @@ class ReportConfig(Frozen):
 
 
 class JoinedConfig(Frozen):
-    """What a report of several scenarios shows, beside their own reports."""
+    """What a report of several scenarios shows, besides their own reports."""
 
     title: str
     command: str
@@ -325,7 +325,7 @@ class ProblemsPlace(Frozen):
 
 
 class OldAnswersConfig(Frozen):
-    """What the base model's answers before the update depend on, beside the problems."""
+    """What the base model's answers before the update depend on, besides the problems."""
 
     model: ModelConfig
     new_tokens: int = Field(ge=1)
@@ -339,7 +339,7 @@ class ProgramEditsConfig(Frozen):
 
 
 class SamplesConfig(Frozen):
-    """What a model's programs depend on, beside the problems and the adapter."""
+    """What a model's programs depend on, besides the problems and the adapter."""
 
     model: ModelConfig
     sampling: SamplingConfig
@@ -349,7 +349,7 @@ class SamplesConfig(Frozen):
 
 
 class JudgingConfig(Frozen):
-    """What verdicts depend on, beside programs and tests."""
+    """What verdicts depend on, besides programs and tests."""
 
     limits: Limits
     isolated: bool = Field(default=True, description="nothing that is judged unprotected stands for what is not")
@@ -373,7 +373,7 @@ class CodeShown(Frozen):
 
 
 class CodeReportConfig(Frozen):
-    """What a report of the code domain shows, beside what its inputs hold."""
+    """What a report of the code domain shows, besides what its inputs hold."""
 
     title: str
     command: str
@@ -387,8 +387,8 @@ class CodeReportConfig(Frozen):
 
 
 class ScalingConfig(JoinedConfig):
-    """What a report of several sizes of model shows, beside the reports of each."""
+    """What a report of several sizes of model shows, besides the reports of each."""
 
     models: dict[str, str] = Field(description="report (name of the input) -> model")
     benchmarks: dict[str, str] = Field(description="report -> benchmark")
-    missing: dict[str, str] = Field(default={}, description="report that did not come about -> why")
+    missing: dict[str, str] = Field(default={}, description="report that was not made -> why")

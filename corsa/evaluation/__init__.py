@@ -1,1 +1,1 @@
-"""Asking an edited model, deciding what its answers match, and counting: `asking`, `matching`, `metrics`."""
+"""Asks an edited model, matches its answers, and computes metrics: `predict`, `matching`, `metrics`."""

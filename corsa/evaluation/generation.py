@@ -1,5 +1,5 @@
-"""Generation, greedy or drawn: batched by prompt length, common beginnings computed once; each answer leaves the batch
-as soon as it ends.
+"""Generation, greedy or sampled. Prompts are batched by length, and common beginnings are computed once. An answer
+leaves the batch when it ends.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ def newline_tokens(tokenizer: Any) -> Tensor:
 
 
 def end_tokens(model: Any, tokenizer: Any) -> Tensor:
-    """Every token that ends an answer, (V,) bool: the tokenizer's end token, and all that the model publishes in its
-    `generation_config` (an instruct model ends a turn by another token than a text).
+    """Every token that ends an answer, (V,) bool: the tokenizer's end token, and the end tokens in the model's
+    `generation_config` (an instruct model ends a turn and a text with different tokens).
     """
     stops = torch.zeros(len(tokenizer), dtype=torch.bool)
     published = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
@@ -46,17 +46,17 @@ def generate(
     device: torch.device | str,
     told: Callable[[int], None] = lambda done: None,
 ) -> list[list[int]]:
-    """The greedy continuation of each prompt, up to and without the first token of `stops`, at most `new_tokens` long.
+    """The greedy continuation of each prompt, up to the first token of `stops` (excluded), at most `new_tokens` long.
 
     Args:
         model: causal language model.
-        prompts: token ids, each at least one.
+        prompts: token ids, at least one per prompt.
         stops: (V,) bool, tokens that end an answer.
-        new_tokens: bound on an answer's length, tokens.
-        batch: prompts generated together; neighbours in length share a batch, so little is padded, and
-            prompts that begin alike, so that their beginning is computed once.
-        device: where the model is.
-        told: hears after each batch how many prompts are done.
+        new_tokens: most tokens of an answer.
+        batch: prompts per batch. Prompts of similar length share a batch (little padding), and so do prompts with the
+            same beginning (computed once).
+        device: device of the model.
+        told: called after each batch with the number of finished prompts.
     """
     return _generate(model, prompts, stops, new_tokens, batch, device, _likeliest, told)
 
@@ -67,7 +67,7 @@ def _likeliest(logits: Tensor, alive: Sequence[int], step: int) -> Tensor:
 
 
 Choose = Callable[[Tensor, Sequence[int], int], Tensor]
-"""The next tokens (R,) from logits (R, V), for which prompts they are, and how many tokens came before."""
+"""The next tokens (R,) from logits (R, V), the indices of their prompts, and the number of tokens before."""
 
 
 @torch.no_grad()
@@ -84,9 +84,9 @@ def sample(
     device: torch.device | str,
     told: Callable[[int], None] = lambda done: None,
 ) -> list[list[int]]:
-    """As `generate`, each token drawn from the likeliest that hold `top_p` of softmax(logits / temperature).
+    """As `generate`, but samples each token from the likeliest ones that hold `top_p` of softmax(logits / temperature).
 
-    `seeds`: of each prompt's draws (whole numbers). What is drawn for a prompt does not depend on the others.
+    `seeds`: the seed of each prompt (whole numbers). The random numbers of a prompt do not depend on other prompts.
     """
     draws = [np.random.default_rng(list(seed)).random(new_tokens) for seed in seeds]
 
@@ -95,9 +95,9 @@ def sample(
         if top_p < 1:
             likeliest, tokens = p.sort(dim=-1, descending=True, stable=True)
             before = likeliest.cumsum(-1) - likeliest
-            p = p.scatter(-1, tokens, likeliest.masked_fill(before >= top_p, 0.0))  # the likeliest always stays
-        # In the order of the vocabulary: in that of the probabilities, tokens that are nearly equally likely would
-        # change places with the rounding of a batch.
+            p = p.scatter(-1, tokens, likeliest.masked_fill(before >= top_p, 0.0))  # the most likely token always stays
+        # In vocabulary order: in order of probability, rounding in a batch could swap tokens of nearly equal
+        # probability.
         drawn = torch.tensor([draws[i][step] for i in alive], device=logits.device, dtype=p.dtype)[:, None]
         heights = p.cumsum(-1)
         place = torch.searchsorted(heights, drawn * heights[:, -1:], right=True)
@@ -157,7 +157,7 @@ def _generate_batch(
         kept = going.nonzero()[:, 0]
         if len(kept) == 0:
             return
-        if len(kept) < len(alive):  # ended answers leave: their rows would be computed for nothing
+        if len(kept) < len(alive):  # drop the rows of finished answers
             cache.batch_select_indices(kept)
             alive = [alive[k] for k in kept.tolist()]
             seen, token = seen[kept], token[kept]

@@ -1,12 +1,12 @@
-"""Whether an output gives an answer: the three rules, of which every reported number names one.
+"""Whether an output gives an answer, by one of three rules. Every reported number names its rule.
 
-`words` finds the target as whole words: "Iran" is not in "Tirana", "4" is neither in "2004" nor in "3.4". It is the
-rule of the protocol `full`. `contains` finds it anywhere, inside words too; it is the rule of the protocols `paper` and
-`authors`. `exact` accepts only the target itself. All three compare folded text (`corsa.data.text.folded`: NFKC, case,
+`words` finds the target as whole words: "Iran" is not in "Tirana", "4" is neither in "2004" nor in "3.4". The
+protocol `full` uses it. `contains` finds the target anywhere, also inside words; the protocols `paper` and `authors`
+use it. `exact` accepts only the target itself. All three compare folded text (`corsa.data.text.folded`: NFKC, case,
 quotes, spaces), and all three are stored for every output.
 
-The protocol `authors` judges as the published evaluation code does: a plain lower-cased substring test of the target
-alone, without folding, aliases, or regard to a longer name (`plain_matches`).
+The protocol `authors` matches as the published evaluation code does: a plain lower-cased substring test of the target,
+without folding, aliases, or preference for a longer name (`plain_matches`).
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ Answer = tuple[str, Sequence[str]]
 """A target and its aliases: any of the names counts."""
 
 Found = Callable[[str, str], bool]
-"""Whether a folded text holds a folded name."""
+"""Whether a folded text contains a folded name."""
 
 
 class Match(NamedTuple):
-    """What one output gives: `new`, `old` under the rule `contains`, and the same under the other two rules."""
+    """Which answers one output gives: `new` and `old` by the rule `contains`, and the same by the other two rules."""
 
     new: bool
     old: bool
@@ -40,8 +40,8 @@ class Match(NamedTuple):
 def words(output: str, target: str, aliases: Sequence[str] = ()) -> bool:
     """Whether the target or an alias occurs in the output as whole words. An empty name never does.
 
-    A name ends where a letter, a digit or an accent does not go on. In scripts written without spaces (Chinese,
-    Japanese, Thai, ...) it may occur anywhere. A number is one word: with its sign, decimals and groups of thousands.
+    No letter, digit or accent may continue the name. In scripts without spaces (Chinese, Japanese, Thai, ...) it may
+    occur anywhere. A number is one word, with its sign, decimals and groups of thousands.
 
     >>> words("He plays for the Lakers.", "Los Angeles Lakers", ["Lakers"])
     True
@@ -64,7 +64,7 @@ def contains(output: str, target: str, aliases: Sequence[str] = ()) -> bool:
 
 def exact(output: str, target: str, aliases: Sequence[str] = ()) -> bool:
     r"""Whether the first line of the output, normalised, is the target or an alias. If one of these names has several
-    lines, the whole output has to be the name.
+    lines, the whole output must be the name.
 
     >>> exact(" Tim Cook.\nQ: Who", "tim cook")
     True
@@ -78,14 +78,14 @@ def exact(output: str, target: str, aliases: Sequence[str] = ()) -> bool:
 
 
 def matches(output: str, new: Answer, old: Answer) -> Match:
-    """Which of two answers the output gives, under each rule. Where the name found of one contains the name found of
-    the other, the longer wins.
+    """Which of two answers the output gives, by each rule. If the name found for one answer contains the name found for
+    the other, the longer one wins.
 
     >>> matches("New York City", new=("New York City", ()), old=("New York", ()))[:2]
     (True, False)
 
     An output that names both, neither inside the other, matches both. Pass `("", ())` as `old` for a probe without
-    one.
+    an old answer.
     """
     whole = several_lines((new[0], *new[1], old[0], *old[1]))
     return Match(
@@ -97,7 +97,7 @@ def matches(output: str, new: Answer, old: Answer) -> Match:
 
 
 def plain_matches(output: str, new: str, old: str) -> Match:
-    """As `matches` for the protocol `authors`: `contains` is a plain test of the lower-cased target, and no rule knows
+    """As `matches` for the protocol `authors`: `contains` is a plain test of the lower-cased target. No rule uses
     aliases or prefers a longer name.
 
     >>> plain_matches("New York City", "New York City", "New York")[:2]
@@ -114,7 +114,7 @@ def plain_matches(output: str, new: str, old: str) -> Match:
 
 
 def several_lines(names: Sequence[str]) -> bool:
-    """Whether one of the names has more than one line: it can then only be compared with a whole output."""
+    """Whether one of the names has several lines: then it can only be compared with a whole output."""
     return any(len(name.strip().splitlines()) > 1 for name in names)
 
 
@@ -126,7 +126,7 @@ def folded(text: str) -> str:
 
 @lru_cache(maxsize=4096)
 def normalise(text: str) -> str:
-    """The folded text without surrounding punctuation and quotes; punctuation alone stays as it is.
+    """The folded text without surrounding punctuation and quotes. A text of punctuation only is not changed.
 
     >>> normalise(' "Tim  COOK".'), normalise(".NET"), normalise("?")
     ('tim cook', '.net', '?')
@@ -146,7 +146,7 @@ def _exact(output: str, names: Sequence[str], whole: bool) -> bool:
 
 
 def first_line(text: str) -> str:
-    """The first line that is not blank, without surrounding blanks; "" where there is none."""
+    """The first non-blank line, without surrounding blanks; "" if there is none."""
     return next((line.strip() for line in text.splitlines() if line.strip()), "")
 
 
@@ -159,7 +159,7 @@ def _which(output: str, new: Answer, old: Answer, found: Found) -> tuple[bool, b
 
 
 def _longest(output: str, answer: Answer, found: Found) -> str:
-    """The longest folded name of the answer that the output holds; "" where it holds none."""
+    """The longest folded name of the answer in the output; "" if there is none."""
     text, form = folded(output), normalise if found is _as_words else folded
     names = [form(name) for name in (answer[0], *answer[1])]
     return max((name for name in names if name and found(text, name)), key=len, default="")
@@ -181,32 +181,32 @@ def _as_words(text: str, name: str) -> bool:
 # Where words end
 
 _NUMBER = re.compile(r"\d{1,3}(?:[,.' ]\d{3})+(?:[.,]\d+)?|\d+[.,]\d+")
-"""A number with decimals or groups of thousands; a date such as 12.05.2004 is none."""
+"""A number with decimals or groups of thousands. A date such as 12.05.2004 does not match."""
 _DIGITS = re.compile(r"\d+(?:[.,']\d+)*")
 _CONTRACTED = frozenset({"s", "t", "d", "m", "re", "ve", "ll"})
 """What follows the apostrophe in "Acme's" and "don't"."""
 
 _SUFFIX = re.compile(r"[+#]+(?!\w)")
-"""C is neither C++ nor C#."""
+"""So that C does not match in C++ or C#."""
 
 _UNSPACED = re.compile(
     "[\u0e00-\u0eff\u0f00-\u109f\u1100-\u11ff\u1780-\u17ff\u1950-\u19df\u1a20-\u1aaf\u1b00-\u1b7f"
     "\u3005-\u3007\u3040-\u312f\u31a0-\u31bf\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\ua980-\ua9df\uaa60-\uaadf"
     "\uac00-\ud7ff\uf900-\ufaff\U00020000-\U0003ffff]"
 )
-"""Thai, Lao, Tibetan, Burmese, Khmer and their neighbours, Chinese and Japanese: written without spaces between words.
-Also Korean, where particles are attached to a name.
+"""Scripts without spaces between words: Thai, Lao, Tibetan, Burmese, Khmer and related ones, Chinese, Japanese. Also
+Korean, where particles are attached to a name.
 """
 
 
 def _bounded(text: str, start: int, end: int) -> bool:
-    """Whether text[start:end] is made of whole words of the text."""
+    """Whether text[start:end] consists of whole words of the text."""
     before, after = text[:start], text[end:]
     if before and _goes_on(text[start], before[-1]) and not (before[-1] == "_" and _emphasis(before[::-1])):
         return False
     if after and _goes_on(text[end - 1], after[0]) and not (after[0] == "_" and _emphasis(after)):
         return False
-    if after and unicodedata.category(after[0]).startswith("M"):  # an accent that no single letter has
+    if after and unicodedata.category(after[0]).startswith("M"):  # a combining accent without a precomposed letter
         return False
     if text[end - 1].isalpha() and _SUFFIX.match(after):
         return False
@@ -216,7 +216,7 @@ def _bounded(text: str, start: int, end: int) -> bool:
 
 
 def _goes_on(edge: str, neighbour: str) -> bool:
-    """Whether a word with this character at its edge goes on in the neighbouring one."""
+    """Whether a word with the character `edge` at its end continues in `neighbour`."""
     return _of_word(edge) and _of_word(neighbour) and not (_UNSPACED.match(edge) or _UNSPACED.match(neighbour))
 
 
@@ -225,7 +225,7 @@ def _of_word(character: str) -> bool:
 
 
 def _emphasis(following: str) -> bool:
-    """Underscores that mark text, as in _Paris_: no word goes on behind them."""
+    """Whether underscores mark emphasis, as in _Paris_: no word continues after them."""
     rest = following.lstrip("_")
     return not rest or not _of_word(rest[0])
 

@@ -1,19 +1,19 @@
-"""What the numbers of a report are: pure functions of the predictions table.
+"""The metrics of a report: pure functions of the predictions table.
 
-One `Metric` says which rows count and what is summed over them; `compute` does so for every method and round, with
-uncertainty over facts and seeds, and compares methods on the probes both were asked. Nothing here depends on how the
-predictions were made, so any metric can be recomputed later from the stored table.
+A `Metric` defines which rows count and what is summed over them. `compute` evaluates it for every method and round,
+with uncertainty over facts and seeds, and compares methods on the probes that both were asked. Nothing here depends on
+how the predictions were made, so any metric can be recomputed later from the stored table.
 
-What an interval takes as drawn is the fact (a chain of updates counts as one), or the case where several facts are
-asked together (MQuAKE: column `case`).
+The random unit of an interval is the fact (a chain of updates counts as one), or the case if several facts are asked
+together (MQuAKE: column `case`).
 
-Three words. A fact is *standing* after round r if it was learnt in an earlier round and not revised since. A chain is
+Three terms. A fact is *standing* after round r if it was learnt in an earlier round and not revised since. A chain is
 asked through its latest edit, so these are the rows with learnt < trained. Where the data has an evaluation set
 (facts taught once, never revised: the temporal scenario), the standing facts are those of the evaluation set.
 
-An old answer was *displaced* if the model had it and an edit put another in its place. In a table with revised facts
-(chains), these are the revised facts whose former answer took in its own round; they count from the round that revises
-them. In a table without, they are the facts learnt in an earlier round whose new answer took then.
+An old answer was *displaced* if the model gave it and an edit replaced it. In a table with revised facts (chains),
+these are the revised facts whose former answer was learnt in its own round; they count from the round that revises
+them. In a table without revised facts, these are the facts of an earlier round whose new answer was learnt then.
 
 The metrics on *wordings* use the paraphrases. A benchmark without any paraphrase falls back to its edit prompts; the
 result names these benchmarks in `fallback`.
@@ -40,7 +40,7 @@ Counts = tuple[pd.Series, "pd.Series | int", "pd.Series | int"]
 
 @dataclass(frozen=True)
 class Metric:
-    """One number: `count` maps rows to (which of them count, numerator, denominator); the value is sum / sum."""
+    """One metric. `count` maps rows to (which rows count, numerator, denominator); the value is sum / sum."""
 
     label: str
     text: str
@@ -192,27 +192,27 @@ def compute(
     """All metrics of a predictions table as plain JSON values.
 
     Args:
-        predictions: the table described in `corsa.evaluation.predict`, one row per wording asked; the base model's
-        rows are optional.
-        rule: "words", "contains" or "exact", the match that counts.
-        protocol: "full" asks everything; "paper" and "authors" count one paraphrase an edit, the first.
-        compare_with: the method that every other is compared with; by default each is compared with each.
-        taught_questions: forgetting and activation count the questions as taught and the other wordings (an update of
-            `corsa edit`); by default wordings alone (the paper's scenarios).
-        kinds: the kinds of probes that were asked; by default all that the data has.
-        primary: the metrics that verdicts are given on (`corsa.evaluation.verdicts`); every other is exploratory.
+        predictions: the table described in `corsa.evaluation.predict`, one row per wording and draw. Rows of the base
+            model are optional.
+        rule: the match rule: "words", "contains" or "exact".
+        protocol: "full" counts everything; "paper" and "authors" count only the first paraphrase of each edit.
+        compare_with: compare every other method with this one; by default all pairs are compared.
+        taught_questions: forgetting and activation count both the questions as taught and the other wordings (an update
+            of `corsa edit`); by default only wordings (the paper's scenarios).
+        kinds: the kinds of probes that were asked; by default all kinds in the data.
+        primary: the metrics that get verdicts (`corsa.evaluation.verdicts`); all others are exploratory.
 
     Returns:
         `rule`, `protocol`, `kinds`, `level`, `probe_kind` ("paraphrase" | "edit": the metrics on wordings count edit
         prompts only), `fallback` (benchmarks without paraphrases), `standing` ("evaluation" | "earlier"), `over`
-        ("facts" | "cases": what is resampled beside seeds), `primary`, `forgotten` ({method: see the function}; empty
+        ("facts" | "cases": what is resampled besides seeds), `primary`, `forgotten` ({method: see the function}; empty
         without `taught_questions`), `rounds`, `methods`, `seeds`, `chains`, `draws`, `definitions` {metric: {label,
         text, better, unit}}, `rows` (one per method, after the last round), `series` (one per method and round),
-        `matrices` and `comparisons`. A matrix
-        {method: rows} has a row for each round trained up to and in it an entry for each round whose facts are asked:
-        {value: share of their wordings answered right, edits, probes}, null where none was. A row is {method, round,
+        `matrices` and `comparisons`. `matrices` is
+        {method: rows}: one row per trained round, with one entry per round whose facts are asked:
+        {value: share of their wordings answered right, edits, probes}, null if none was asked. A row is {method, round,
         metrics: {name: value}}; a value is {value, low, high, interval, edits, probes, rule, seeds, reason}, with
-        nulls and a reason where there is nothing to count; `interval` is "facts and seeds", "facts" (one seed) or
+        nulls and a reason if there is nothing to count; `interval` is "facts and seeds", "facts" (one seed) or
         "exact". A comparison is described in `corsa.evaluation.verdicts`.
 
     Raises:
@@ -285,9 +285,9 @@ def compute(
 
 
 def forgotten(cell: pd.DataFrame) -> dict[str, Any]:
-    """What `forgetting` counts, in numbers: of standing facts, {facts, taught: {right, lost}, other: {right, lost}} for
-    the questions as taught and for other wordings; right: when they were learnt, lost: wrong now. Rows of one method
-    after one round.
+    """The counts behind `forgetting`, for standing facts: {facts, taught: {right, lost}, other: {right, lost}}.
+    `taught`: the questions as taught; `other`: other wordings; `right`: right when learnt; `lost`: of these, wrong now.
+    `cell`: the rows of one method after one round.
     """
     learnt = cell[cell.standing & cell.then]
     parts = {"taught": learnt[learnt.kind == "edit"], "other": learnt[learnt.kind != "edit"]}
@@ -302,7 +302,7 @@ def _text(metric: Metric, taught_questions: bool) -> str:
 
 
 def _say_what_was_not_asked(series: list[dict[str, Any]], kinds: Sequence[str] | None) -> None:
-    """A value that is missing because its probes were not asked says so."""
+    """Set the reason of values that are missing because their probes were not asked."""
     for row in series:
         for name, entry in row["metrics"].items():
             kind = METRICS[name].of
@@ -311,7 +311,7 @@ def _say_what_was_not_asked(series: list[dict[str, Any]], kinds: Sequence[str] |
 
 
 def _by_round_asked(cell: pd.DataFrame, rounds: list[int]) -> list[dict[str, Any] | None]:
-    """One row of a matrix: of the facts each round taught, the share of wordings answered right."""
+    """One row of a matrix: for the facts of each round, the share of wordings answered right."""
     asked = cell[cell.wordings]
     entries = []
     for number in rounds:
@@ -322,9 +322,9 @@ def _by_round_asked(cell: pd.DataFrame, rounds: list[int]) -> list[dict[str, Any
 
 
 def measure(name: str, predictions: pd.DataFrame, *, rule: str, protocol: str) -> float | None:
-    """One metric of one method after its last round, without an interval; None where there is nothing to count.
+    """One metric of one method after its last round, without an interval; None if there is nothing to count.
 
-    `predictions` has one method's rows, and the base model's where the metric compares with them.
+    `predictions` has the rows of one method, and those of the base model if the metric compares with them.
     """
     rows = prepared(predictions, rule, protocol)
     rows = rows[(rows.method != BASE) & (rows.trained == rows.trained.max())]
@@ -353,7 +353,7 @@ class _Counted(NamedTuple):
         return _Counted(*(part[chosen] for part in self))
 
     def sums(self, units: np.ndarray | None = None) -> Sums:
-        """Summed within each unit and seed, in the order of `units` (by default those counted) and of the seeds."""
+        """Sums per unit and seed, in the order of `units` (by default the counted units) and of the seeds."""
         units = np.unique(self.unit) if units is None else units
         seeds, column = np.unique(self.seed, return_inverse=True)
         cell = np.searchsorted(units, self.unit) * len(seeds) + column
@@ -398,7 +398,7 @@ def _value(name: str, cell: pd.DataFrame, method: str, number: int, rule: str) -
 def _comparison(
     name: str, number: int, a: str, b: str, cells: Mapping[Any, pd.DataFrame]
 ) -> tuple[dict[str, Any], Difference] | None:
-    """Metric of `a` minus that of `b` on the probes and seeds both were asked after the same round; None where either
+    """The metric of `a` minus that of `b`, on the probes and seeds common to both, after the same round. None if either
     has no value.
     """
     metric = METRICS[name]

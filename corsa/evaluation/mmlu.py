@@ -1,5 +1,5 @@
-"""MMLU (Hendrycks et al. 2021, arXiv 2009.03300): reading its files, asking its questions as the EleutherAI evaluation
-harness does (task `mmlu`, version 1), and the share answered right. What an edit should not touch is measured on it.
+"""MMLU (Hendrycks et al. 2021, arXiv 2009.03300): reads its files, words its questions as the EleutherAI evaluation
+harness does (task `mmlu`, version 1), and computes the accuracy. It measures knowledge that an edit should not change.
 """
 
 from __future__ import annotations
@@ -101,12 +101,12 @@ QUESTIONS = pa.schema(
         ("shots", pa.list_(pa.string())),  # the subject's worked examples, in order
     ]
 )
-"""One row a question; subjects in alphabetical order, the questions of each in that of its file."""
+"""One row per question: subjects in alphabetical order, questions in the order of their file."""
 
 
 @dataclass(frozen=True)
 class Question:
-    """A question as it is asked, with its choices, and the right one (0 to 3)."""
+    """A question with its choices as text, and the index of the right choice (0 to 3)."""
 
     index: int
     text: str
@@ -122,7 +122,7 @@ class Subject:
     questions: tuple[Question, ...]
 
     def prompt(self, question: Question, shots: int) -> str:
-        """What the model is asked: the description, the first `shots` worked examples, the question."""
+        """The prompt: the description, the first `shots` worked examples, the question."""
         about = f"The following are multiple choice questions (with answers) about {self.name.replace('_', ' ')}."
         return "\n\n".join([about, *self.shots[:shots], question.text])
 
@@ -134,8 +134,8 @@ class MmluQuestions:
     subjects: tuple[Subject, ...]
 
     def share(self, part: int, parts: int) -> MmluQuestions:
-        """The subjects of one of `parts` workers: whole ones (their worked examples are computed once), and about as
-        much text for each worker.
+        """The subjects of worker `part` of `parts`. Subjects are not split (their worked examples are computed once),
+        and each worker gets about the same amount of text.
         """
         loads, shares = [0] * parts, [[] for _ in range(parts)]
         for subject in sorted(self.subjects, key=_length, reverse=True):
@@ -155,11 +155,11 @@ def _length(subject: Subject) -> int:
 def read_mmlu(place: str | None, *, limit: int | None = None, shots: int = 5) -> pa.Table:
     """The questions under `place` (`QUESTIONS`): the first `limit` of each subject, with `shots` worked examples.
 
-    `place` is a directory with test/<subject>_test.csv and dev/<subject>_dev.csv, either with the header
-    question,choice0,choice1,choice2,choice3,answer (0 to 3), or as first published: the same six columns without a
-    header, the answer A to D. None: `cais/mmlu` of the Hugging Face hub, which has the same rows.
+    `place` is a directory with test/<subject>_test.csv and dev/<subject>_dev.csv. The files have the header
+    question,choice0,choice1,choice2,choice3,answer (0 to 3), or the format first published: the same six columns
+    without a header, answers A to D. None: `cais/mmlu` of the Hugging Face hub, which has the same rows.
 
-    Raises CorsaError if there is nothing to read, a column is missing, a row is not a question, or a subject unknown.
+    Raises CorsaError if there is nothing to read, a column is missing, a row is invalid, or a subject is unknown.
     """
     if limit is not None and limit < 1:
         raise CorsaError(f"limit {limit}: nothing would be asked; give 1 or more, or leave it out to take all")
@@ -180,7 +180,7 @@ def read_mmlu(place: str | None, *, limit: int | None = None, shots: int = 5) ->
 
 
 def from_questions_table(table: pa.Table) -> MmluQuestions:
-    """The questions of a table that `read_mmlu` has made."""
+    """The questions of a table made by `read_mmlu`."""
     subjects: dict[str, tuple[tuple[str, ...], list[Question]]] = {}
     for row in table.to_pylist():
         _, questions = subjects.setdefault(row["subject"], (tuple(row["shots"]), []))
@@ -189,7 +189,7 @@ def from_questions_table(table: pa.Table) -> MmluQuestions:
 
 
 def digest(place: str | None) -> str:
-    """What identifies the questions in a step: `mmlu:<sha256 of the files' names and content>`, or
+    """Identifies the questions in a step: `mmlu:<sha256 of the files' names and content>`, or
     `hub:<id>@<revision>:<split>`. Cheap. Raises CorsaError if there is no file.
     """
     if place is None:
@@ -203,7 +203,7 @@ def digest(place: str | None) -> str:
 
 
 Asked = tuple[str, int]
-"""A question with its choices as text, and the right one."""
+"""A question with its choices as text, and the index of the right choice."""
 
 
 def _file_subjects(place: str, limit: int | None, shots: int) -> Iterator[tuple[str, list[Asked], list[Asked]]]:
@@ -247,7 +247,7 @@ def _asked(path: Path, lines: Iterable[list[str]]) -> Iterator[Asked]:
     rows = ((number, cells) for number, cells in enumerate(lines, start=1) if any(cells))
     number, first = next(rows, (1, list(COLUMNS)))
     places, width = list(range(len(COLUMNS))), len(COLUMNS)
-    if len(set(COLUMNS) & set(first)) > 1:  # a header, if perhaps not a whole one
+    if len(set(COLUMNS) & set(first)) > 1:  # a header, possibly incomplete
         missing = [column for column in COLUMNS if column not in first]
         if missing:
             raise CorsaError(
@@ -262,7 +262,7 @@ def _asked(path: Path, lines: Iterable[list[str]]) -> Iterator[Asked]:
 
 
 def _question(where: str, cells: Sequence[str], width: int, places: Sequence[int]) -> Asked:
-    """A question from the cells of its row; its columns stand at `places`."""
+    """A question from the cells of its row. `places` gives the position of each column."""
     if len(cells) != width:
         raise CorsaError(
             f"{where} has {len(cells)} columns instead of {width}; expected {', '.join(COLUMNS)}: is one missing, or a "
@@ -294,7 +294,7 @@ def _hub_subjects(limit: int | None, shots: int) -> Iterator[tuple[str, list[Ask
             rows: Any = datasets.load_dataset(HUB.id, "all", split=part, revision=HUB.revision)
             for row in rows:
                 asked[row["subject"]].append((_worded(row["question"], row["choices"]), int(row["answer"])))
-    except Exception as error:  # the library raises whatever its transport raises
+    except Exception as error:  # the library passes on any error of its transport
         raise CorsaError(
             f"{HUB.id} could not be had from the Hugging Face hub: {error}; where there is no network, give a "
             "directory with its test/<subject>_test.csv and dev/<subject>_dev.csv"
@@ -309,17 +309,18 @@ def _hub_subjects(limit: int | None, shots: int) -> Iterator[tuple[str, list[Ask
 def accuracy(
     runs: Mapping[int, Sequence[Mapping[str, Any]]], base: Sequence[Mapping[str, Any]] | None = None
 ) -> dict[str, Any]:
-    """Share of the questions answered right, over seeds, and how far that is from the unedited model's.
+    """The share of questions answered right, over seeds, and its difference from the unedited model.
 
-    Overall and by group every question counts the same (as in the paper and the harness), so large subjects weigh more.
+    Overall and by group, every question has the same weight (as in the paper and the harness), so large subjects weigh
+    more.
 
     Args:
-        runs: rows of `multiple_choice.ANSWERS` by seed; every seed has answered the same questions.
-        base: the unedited model's rows, on the same questions; None: no difference is given.
+        runs: {seed: rows of `multiple_choice.ANSWERS`}. Every seed has answered the same questions.
+        base: the unedited model's rows, for the same questions. None: no difference is computed.
 
     Returns:
         {overall, groups, subjects, shortened}. An entry is {value, low, high, questions, spread, difference}: `spread`
-        is the standard deviation between seeds (None of one), `difference` {value, low, high} is paired with the base,
+        is the standard deviation between seeds (None for one), `difference` {value, low, high} is paired with the base,
         question by question. Intervals: 95 %, over questions and seeds (`corsa.evaluation.uncertainty`). `shortened`:
         how many questions were asked with fewer worked examples.
     """
@@ -345,7 +346,7 @@ def accuracy(
 
 
 def _right(asked: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]) -> Any:
-    """1.0 where rows are right, in the order of the questions asked. Raises CorsaError if other questions were."""
+    """1.0 for right rows, in the order of `asked`. Raises CorsaError if `rows` has other questions."""
     import numpy as np
 
     found = {(row["subject"], row["index"]): row["correct"] for row in rows}
@@ -358,7 +359,7 @@ def _right(asked: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]
 def _share(right: Any, before: Any) -> dict[str, Any]:
     import numpy as np
 
-    from corsa.evaluation.uncertainty import Sums, difference, interval  # scipy: not where a run is only planned
+    from corsa.evaluation.uncertainty import Sums, difference, interval  # scipy: not needed to plan a run
 
     counted = Sums(right, np.ones_like(right))
     low, high, _ = interval(counted, share=True)

@@ -1,5 +1,5 @@
-"""Answering multiple-choice questions by the log-likelihood of the four letters; what the prompts of a subject have in
-common, its worked examples, is computed once.
+"""Answers multiple-choice questions by the log-likelihood of the four letters. The common part of a subject's prompts
+(its worked examples) is computed once.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ ANSWERS = pa.schema(
         ("subject", pa.string()),
         ("index", pa.int32()),
         ("answer", pa.int8()),  # 0 to 3
-        ("chosen", pa.int8()),  # the most likely letter; of equals the first
+        ("chosen", pa.int8()),  # the most likely letter; the first in a tie
         ("logp_A", pa.float64()),  # nats, of " A" after the prompt
         ("logp_B", pa.float64()),
         ("logp_C", pa.float64()),
@@ -32,10 +32,10 @@ ANSWERS = pa.schema(
         ("shots_dropped", pa.int8()),  # worked examples left out because the prompt was too long for the model
     ]
 )
-"""One row a question."""
+"""One row per question."""
 
 _CACHED = 1 << 15
-"""Positions in the cache of one batch, over all its rows: 1.5 GB for the embedded model (float32), 5 GB for 14B in
+"""Most cache positions of one batch, over all its rows: 1.5 GB for the embedded model (float32), 5 GB for 14B in
 bfloat16.
 """
 
@@ -45,9 +45,9 @@ class MultipleChoice:
     """Asks one model on one worker.
 
     Attributes:
-        batch: questions scored together, at most; fewer where their prompts are long (`_CACHED`).
-        share: compute what a subject's prompts have in common once. Without it the answers are the same, slower: to
-            measure what is saved.
+        batch: most questions per batch; fewer if their prompts are long (`_CACHED`).
+        share: compute the common part of a subject's prompts once. False gives the same answers more slowly, to measure
+            the saving.
     """
 
     model: Any
@@ -59,11 +59,11 @@ class MultipleChoice:
     def answers(self, questions: MmluQuestions) -> list[dict[str, Any]]:
         """The rows of `ANSWERS`, in the order of the questions.
 
-        A prompt with more tokens than the model has positions is asked with fewer worked examples, the first of them,
-        as a run with fewer shots would. (The harness cuts it on the left, through the middle of an example.)
+        If a prompt has more tokens than the model has positions, it keeps only the first worked examples, like a run
+        with fewer shots. (The harness cuts it on the left, in the middle of an example.)
 
         Raises:
-            CorsaError: a question is too long even by itself, or a letter is not one token.
+            CorsaError: a question is too long even without worked examples, or a letter is not one token.
         """
         letters = self._letter_tokens()
         return [row for subject in questions.subjects for row in self._answers(subject, letters)]
@@ -72,11 +72,11 @@ class MultipleChoice:
         prompts = self._prompts(subject)
         dropped = [len(subject.shots) - shots for shots, _ in prompts]
         logp = torch.empty(len(prompts), len(LETTERS))
-        for number in set(dropped):  # prompts with as many examples have the most in common
+        for number in set(dropped):  # prompts with equally many examples share the most tokens
             alike = [i for i, d in enumerate(dropped) if d == number]
             logp[alike] = self._scores([prompts[i][1] for i in alike], letters)
         for question, d, scores in zip(subject.questions, dropped, logp.tolist(), strict=True):
-            chosen = scores.index(max(scores))  # of equals the first, as the harness
+            chosen = scores.index(max(scores))  # the first in a tie, as in the harness
             yield {
                 "subject": subject.name,
                 "index": question.index,
@@ -88,7 +88,7 @@ class MultipleChoice:
             }
 
     def _prompts(self, subject: Subject) -> list[tuple[int, list[int]]]:
-        """For each question the number of worked examples that fit, and the token ids of the whole prompt."""
+        """For each question, the number of worked examples that fit, and the token ids of the whole prompt."""
         positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or float("inf")
         found: dict[int, tuple[int, list[int]]] = {}
         left = list(range(len(subject.questions)))
@@ -106,7 +106,7 @@ class MultipleChoice:
         return [found[i] for i in range(len(subject.questions))]
 
     def _tokens(self, texts: Sequence[str]) -> list[list[int]]:
-        """With a begin token where the tokenizer has one, never with an end token."""
+        """Token ids with a begin token if the tokenizer adds one, but never with an end token."""
         end = self.tokenizer.eos_token_id
         return [ids[:-1] if ids[-1] == end else ids for ids in self.tokenizer(list(texts))["input_ids"]]
 
@@ -123,7 +123,7 @@ class MultipleChoice:
     @torch.no_grad()
     def _scores(self, prompts: Sequence[list[int]], letters: Tensor) -> Tensor:
         """Log p of each letter after each prompt, in nats: (prompts, 4), float32."""
-        # Split between tokens of the whole prompts: examples and question tokenized apart may differ at the seam.
+        # Split the tokens of whole prompts: tokenizing examples and question separately may differ at the boundary.
         shared = common(prompts) if self.share else 0
         prefix = DynamicCache(config=self.model.config)
         if shared:
@@ -133,7 +133,7 @@ class MultipleChoice:
         for rows in self._batches([len(p) for p in prompts]):
             last = torch.tensor([[len(prompts[i]) - shared - 1] for i in rows], device=self.device)  # (R, 1)
             width = int(last.max()) + 1
-            # Padded on the right, where no earlier token sees it: neither a mask nor positions have to be given.
+            # Padded on the right, where no earlier token sees it, so no mask or positions are needed.
             ids = [prompts[i][shared:] + [0] * (width - len(prompts[i]) + shared) for i in rows]
             cache = copy.deepcopy(prefix)
             cache.batch_repeat_interleave(len(rows))
@@ -147,7 +147,7 @@ class MultipleChoice:
         return logp
 
     def _batches(self, lengths: Sequence[int]) -> Iterator[list[int]]:
-        """Prompts that are scored together: neighbours in length, so that little is padded."""
+        """Indices of the prompts of each batch. Prompts of similar length share a batch, so there is little padding."""
         rows: list[int] = []
         for i in sorted(range(len(lengths)), key=lengths.__getitem__):
             if rows and (len(rows) == self.batch or (len(rows) + 1) * lengths[i] > _CACHED):

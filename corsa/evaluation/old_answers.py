@@ -1,4 +1,4 @@
-"""The old answer of a fact whose file does not give it: what the model says before it is edited."""
+"""The old answer of a fact whose file does not give one: the model's answer before it is edited."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ _TRIES = 20
 def old_answers(
     model: Any, encoder: Encoder, drafts: Sequence[Draft], *, new_tokens: int, batch: int, device: torch.device
 ) -> tuple[dict[str, str], list[str]]:
-    """What the model answers, greedily, to each draft's prompt; where that is the new answer already, the best answer
-    that is not: greedily on from the most likely first token that leads to one.
+    """The model's greedy answer to each draft's prompt. If that is already the new answer, the best other answer:
+    greedy from the most likely first token that leads to one.
 
     Args:
-        model: causal language model, as it is before the update.
-        encoder: how it is asked.
+        model: causal language model before the update.
+        encoder: encodes its prompts.
         drafts: the facts.
-        new_tokens: bound on an answer's length, tokens; an end token stops earlier, and a newline where the new answer
-            has one line.
-        batch: prompts asked together.
-        device: where the model is.
+        new_tokens: most tokens of an answer. An end token stops earlier, and so does a newline if the new answer has
+            one line.
+        batch: prompts per batch.
+        device: device of the model.
 
     Returns:
-        {prompt: answer}, and the prompts to which the model gave the new answer.
+        {prompt: answer}, and the prompts that the model already answers with the new answer.
 
     Raises:
-        CorsaError: no other answer than the new one, or none at all, begins with one of the likeliest tokens.
+        CorsaError: the likeliest first tokens lead only to the new answer or to no answer.
     """
     ends = end_tokens(model, encoder.tokenizer)
     lines = newline_tokens(encoder.tokenizer) | ends
@@ -75,7 +75,7 @@ def old_answers(
 
 @torch.no_grad()
 def _first_tokens(model: Any, prompts: Sequence[list[int]], device: torch.device) -> Tensor:
-    """The likeliest first tokens of each answer: (prompts, tries)."""
+    """The most likely first tokens of each answer: (prompts, tries)."""
     rows = []
     for prompt in prompts:  # a user's file: prompts are few and short
         logits = model(input_ids=torch.tensor([prompt], device=device), logits_to_keep=1).logits[0, -1]

@@ -1,11 +1,11 @@
 """Pass rates of programs: UPass@k of CodeUpdateArena, SPass@k on HumanEval, from one table of verdicts.
 
-A sample of a problem about an update counts as right if it passes with the update installed and does not pass without
-it: a program that never uses the update would pass both. (A row without the update also stands for a mutant of it that
-gives wrong results, see `corsa.training.running_tests`.) Of n samples with c right ones, pass@k is estimated without
-bias by 1 - C(n - c, k) / C(n, k) (Chen et al. 2021); `single` is the share of right first samples. A problem with a
-sample whose sandbox broke, or whose tests nobody can run, is counted for no method: so methods stay paired, and none
-gains by what could not be judged.
+A sample of a problem about an update is right if it passes with the update installed and fails without it: a program
+that never uses the update would pass both. (A row without the update also covers a mutant of the update that gives
+wrong results, see `corsa.training.running_tests`.) With c right ones among n samples, the unbiased estimate of pass@k
+is 1 - C(n - c, k) / C(n, k) (Chen et al. 2021). `single` is the share of right first samples. If the sandbox broke on a
+sample, or the tests of a problem cannot run, the problem counts for no method. So methods stay paired, and none gains
+from programs that could not be judged.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from corsa.evaluation.verdicts import comparison
 
 
 def pass_at(n: int, c: int, k: int) -> float:
-    """The chance that one of k samples drawn from n, of which c are right, is right.
+    """The chance that at least one of k samples drawn from n is right, if c of the n are right.
 
     >>> pass_at(5, 1, 1), pass_at(5, 1, 5), pass_at(5, 0, 5)
     (0.2, 1.0, 0.0)
@@ -34,8 +34,8 @@ def pass_at(n: int, c: int, k: int) -> float:
 
 @dataclass(frozen=True)
 class Tried:
-    """One problem under one seed: which of its samples are right, in order. `group`: what an interval takes as drawn,
-    beside the seed.
+    """One problem under one seed: which of its samples are right, in order. `group`: the random unit of an interval,
+    besides the seed.
     """
 
     problem: str
@@ -45,16 +45,16 @@ class Tried:
 
 
 def unjudged(verdicts: Iterable[Mapping[str, Any]]) -> set[str]:
-    """The problems of a table of verdicts of which something could not be judged."""
+    """The problems in a table of verdicts with a sample that could not be judged."""
     return {row["problem"] for row in verdicts if row["outcome"] == "sandbox"}
 
 
 def tried(
     verdicts: Iterable[Mapping[str, Any]], groups: Mapping[str, str], *, updates: bool, seed: int = 0
 ) -> list[Tried]:
-    """The problems of a table of verdicts {problem, sample, updated, outcome}, in the order of `groups`, which gives
-    each problem its update (or itself). `updates`: right means with the update and not without. `seed`: of the edited
-    model and of the samples.
+    """The problems of a table of verdicts {problem, sample, updated, outcome}, in the order of `groups`, which maps
+    each problem to its update (or itself). `updates`: right means passing with the update and not without it. `seed`:
+    the seed of the edited model and of the samples.
     """
     known: dict[tuple[str, int], dict[bool, str]] = {}
     for row in verdicts:
@@ -68,11 +68,11 @@ def tried(
 
 
 def measure(name: str, found: Sequence[Tried], k: int | None) -> tuple[dict[str, Any], Sums]:
-    """A rate over problems with its 95 % interval over groups and seeds, and the sums that it is the ratio of, of shape
+    """A rate over problems with its 95 % interval over groups and seeds, and its sums (numerator, denominator), each
     (groups, seeds).
 
-    `k`: pass@k; None: the share of right first samples. Problems with fewer than k samples are left out. Of several
-    seeds it is the mean; `seeds` holds each seed's value and the spread.
+    `k`: pass@k; None: the share of right first samples. Problems with fewer than k samples are left out. The rate
+    covers all seeds; `seeds` holds each seed's value and the spread.
     """
     usable = [t for t in found if k is None or len(t.right) >= k]
     row = {group: i for i, group in enumerate(dict.fromkeys(t.group for t in found))}
@@ -96,7 +96,7 @@ def _rate(t: Tried, k: int | None) -> float:
 
 
 def _seeds(usable: Sequence[Tried], k: int | None) -> dict[str, Any] | None:
-    """The value of each seed and their standard deviation; None of one seed."""
+    """The value of each seed and their standard deviation; None for one seed."""
     rates: dict[int, list[float]] = {}
     for t in usable:
         rates.setdefault(t.seed, []).append(_rate(t, k))

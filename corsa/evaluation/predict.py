@@ -1,6 +1,4 @@
-"""Asking an edited model its probes: one row per wording and draw, in the predictions table all metrics are computed
-from.
-"""
+"""Asks an edited model its probes and makes the predictions table, one row per wording and draw. All metrics use it."""
 
 from __future__ import annotations
 
@@ -25,7 +23,7 @@ PREDICTIONS = pa.schema(
     [
         ("method", pa.string()),
         ("seed", pa.int32()),
-        ("trained", pa.int32()),  # the round after which it was asked; 0: the base model
+        ("trained", pa.int32()),  # the model was asked after this round; 0: the base model
         ("edit", pa.string()),
         ("chain", pa.string()),
         ("learnt", pa.int32()),  # the round in which the edit is taught
@@ -38,7 +36,7 @@ PREDICTIONS = pa.schema(
         ("answer", pa.string()),
         ("target_old", pa.string()),
         ("output", pa.string()),
-        # nats, sum over the answer's tokens; the edit wording and the first paraphrase only, in the first draw
+        # nats, summed over the answer's tokens; only for the edit wording and the first paraphrase, in the first draw
         ("logp_new", pa.float64()),
         ("logp_old", pa.float64()),
         ("words_new", pa.bool_()),  # rule `words`
@@ -56,7 +54,7 @@ TEMPERATURE, TOP_P = 0.7, 1.0
 
 
 class Mode(NamedTuple):
-    """How an answer is generated: at most `tokens` long; `lines`: it may have several, so a newline does not end it."""
+    """How to generate an answer. `tokens`: most tokens; `lines`: it may have several lines (newlines do not end it)."""
 
     tokens: int
     lines: bool
@@ -64,7 +62,7 @@ class Mode(NamedTuple):
 
 @dataclass(frozen=True)
 class Taught:
-    """An edit with its place in the scenario: the round that teaches it, and whether it is of the revised part."""
+    """An edit with its place in the scenario: the round that teaches it, and its part ("update" or "evaluation")."""
 
     edit: Edit
     learnt: int
@@ -73,8 +71,8 @@ class Taught:
 
 @dataclass
 class Predictor:
-    """Asks one model on one worker. `batch` bounds how many probes are generated (or scored) together; `seed` is that
-    of the draws where the protocol samples; `told` is called with how many prompts are answered, of how many.
+    """Asks one model on one worker. `batch`: most probes generated or scored together. `seed`: the seed of the draws if
+    the protocol samples. `told`: called with the number of answered prompts and their total.
     """
 
     model: Any
@@ -87,12 +85,12 @@ class Predictor:
     told: Callable[[int, int], None] = lambda answered, of: None
 
     def __post_init__(self) -> None:
-        self._stops: tuple[Tensor, Tensor] | None = None  # of an answer of one line, of one of several
+        self._stops: tuple[Tensor, Tensor] | None = None  # for answers of one line, and of several
 
     def ask(self, taught: Sequence[Taught], only: Container[str] | None = None) -> list[dict[str, Any]]:
         """The rows of the predictions table for these edits, without method, seed and round.
 
-        `only`: the prompts that are asked; all by default.
+        `only`: ask only these prompts; by default all.
         """
         wordings = [
             (t, p, w)
@@ -104,7 +102,7 @@ class Predictor:
         asked: dict[Mode, list[str]] = {}
         for mode in dict.fromkeys(modes):
             own = [t.edit.probes[p].prompts[w] for (t, p, w), m in zip(wordings, modes, strict=True) if m == mode]
-            asked[mode] = list(dict.fromkeys(own))  # a chain repeats its wordings
+            asked[mode] = list(dict.fromkeys(own))  # the edits of a chain have the same wordings
         outputs: dict[tuple[Mode, str, int], str] = {}
         total = self.config.draws * sum(map(len, asked.values()))
         for mode, prompts in asked.items():
@@ -136,7 +134,7 @@ class Predictor:
         ]
 
     def _mode(self, edit: Edit, probe: Probe) -> Mode:
-        """How a probe is answered: a newline ends answers that are expected to have one line."""
+        """How a probe is answered. A newline ends answers that should have one line."""
         if self.config.sampled:
             return Mode(self.config.answer_tokens, lines=True)
         if probe.kind == "multihop":
@@ -145,14 +143,14 @@ class Predictor:
         return Mode(self.config.answer_tokens, several_lines((probe.answer, *probe.aliases, *old)))
 
     def answers(self, prompts: Sequence[str]) -> list[str]:
-        """The model's greedy answers of one line."""
+        """The model's greedy one-line answers."""
         return self._generated(prompts, Mode(self.config.new_tokens, lines=False), draw=None)
 
     def _generated(
         self, questions: Sequence[str], mode: Mode, draw: int | None, told: Callable[[int], None] = lambda done: None
     ) -> list[str]:
-        """The answers to questions. `draw`: which of several drawn ones, None: the greedy ones. `told` is called with
-        how many are answered.
+        """The answers to questions. `draw`: number of the sampled answer; None: greedy answers. `told`: called with the
+        number of finished questions.
         """
         if not questions:
             return []
@@ -174,7 +172,7 @@ class Predictor:
         return texts if mode.lines else [first_line(text) for text in texts]
 
     def stops(self, lines: bool = False) -> Tensor:
-        """The tokens that end an answer: (V,) bool; `lines`: one that may have several."""
+        """The tokens that end an answer: (V,) bool. `lines`: the answer may have several lines."""
         if self._stops is None:
             ends = end_tokens(self.model, self.encoder.tokenizer)
             self._stops = (newline_tokens(self.encoder.tokenizer) | ends, ends)
@@ -182,7 +180,7 @@ class Predictor:
 
     @torch.no_grad()
     def _scores(self, wordings: Sequence[tuple[Taught, int, int]]) -> dict[tuple[str, int, int], tuple[float, float]]:
-        """Log p of both answers (nats), never after thoughts, for the edit wording and the first paraphrase."""
+        """Log p of both answers (nats), without thinking, for the edit wording and the first paraphrase."""
         scored = [(t, p, w) for t, p, w in wordings if w == 0 and t.edit.probes[p].kind in ("edit", "paraphrase")]
         triplets = [
             Triplet(

@@ -1,5 +1,5 @@
-"""Prompts that begin alike, such as the wordings of a subject after one head or the samples of one long prompt: what
-they have in common is computed once.
+"""Computes the common beginning of prompts once. Examples: wordings after the same few-shot head, or samples of one
+long prompt.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ from transformers import DynamicCache
 Tokens = Sequence[int]
 
 _SAVES = 0.8
-"""A batch is computed in two passes, beginnings and rests, where these hold at most this share of its tokens."""
+"""A batch runs in two passes, beginnings and rests, if these hold at most this share of its tokens."""
 
 
 def common(prompts: Sequence[Tokens]) -> int:
-    """Tokens at the beginning that all prompts have in common; each keeps at least one of its own."""
+    """Number of first tokens that all prompts share. Each prompt keeps at least one token of its own."""
     alike = takewhile(lambda tokens: len(set(tokens)) == 1, zip(*prompts, strict=False))
     return min(sum(1 for _ in alike), min(map(len, prompts)) - 1)
 
 
 def families(prompts: Sequence[Tokens]) -> list[list[int]]:
-    """Places of the prompts, those together that have half of their tokens or more in common, the shortest first."""
+    """Indices of the prompts, grouped if they share about half of their tokens or more; the shortest first."""
     found: list[list[int]] = []
-    longest = 0  # prompt of the family at hand
-    for i in sorted(range(len(prompts)), key=lambda i: list(prompts[i])):  # those that begin alike become neighbours
+    longest = 0  # length of the longest prompt in the current family
+    for i in sorted(range(len(prompts)), key=lambda i: list(prompts[i])):  # sorts equal beginnings together
         longest = max(longest, len(prompts[i]))
         if found and 2 * common([prompts[found[-1][0]], prompts[i]]) >= longest - 1:
             found[-1].append(i)
@@ -39,8 +39,8 @@ def families(prompts: Sequence[Tokens]) -> list[list[int]]:
 
 
 def batches(prompts: Sequence[Tokens], batch: int) -> Iterator[list[list[int]]]:
-    """The families, or parts of large ones, of at most `batch` prompts together; neighbours in length share a batch, so
-    that little is padded.
+    """Batches of families, or of parts of large families, with at most `batch` prompts. Prompts of similar length share
+    a batch, so there is little padding.
     """
     parts = [family[start : start + batch] for family in families(prompts) for start in range(0, len(family), batch)]
     filled: list[list[int]] = []
@@ -61,23 +61,23 @@ def begin(
     new_tokens: int,
     device: torch.device | str,
 ) -> tuple[Tensor, Tensor]:
-    """Compute the families' beginnings into `cache`, each once, where that saves a fifth of the tokens.
+    """Compute each family's beginning once into `cache`, if that saves a fifth of the tokens.
 
     Args:
         model: causal language model.
-        cache: empty; after it the rows' beginnings, one row a prompt, or empty as before.
-        together: the families, each its prompts.
-        new_tokens: bound on what will be generated after the prompts.
-        device: where the model is.
+        cache: empty. Afterwards it holds the beginnings, one row per prompt, or stays empty.
+        together: the prompts of each family.
+        new_tokens: most tokens generated after the prompts.
+        device: device of the model.
 
     Returns:
-        What is left to compute of each prompt, (R, W), padded on the left, and which of the cache's and its positions
-        hold tokens, (R, P + W).
+        The remaining tokens of each prompt, (R, W), padded on the left; and which positions, of the cache and then of
+        these, hold tokens, (R, P + W).
     """
     prompts = [prompt for family in together for prompt in family]
     widths = [max(map(len, family)) for family in together]
     rest = max(width - common(family) for family, width in zip(together, widths, strict=True))
-    begun = [max(0, width - rest) for width in widths]  # so much of each that no rest is wider than the widest
+    begun = [max(0, width - rest) for width in widths]  # tokens in the first pass: no rest exceeds `rest`
     passed = len(begun) * max(begun) + len(prompts) * rest  # positions computed in two passes
     fits = max(begun) + rest + new_tokens <= _window(model)
     if not fits or passed > _SAVES * len(prompts) * max(widths):
@@ -99,8 +99,8 @@ def begin(
 
 
 def _window(model: Any) -> float:
-    """Positions that every layer looks back on. The padding between a beginning and its rest counts there as tokens do,
-    so a layer that slides, or carries a state on, must not come to its end.
+    """Positions that every layer sees. Padding between a beginning and its rest counts like tokens. So a prompt must
+    fit into a sliding window, and layers that carry a state are not supported (0).
     """
     config = model.config.get_text_config()
     if {*(getattr(config, "layer_types", None) or ())} - {"full_attention", "sliding_attention"}:

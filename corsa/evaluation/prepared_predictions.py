@@ -1,6 +1,4 @@
-"""The predictions table as the metrics read it: what was right, what is standing, what was right when it was learnt,
-and where an old answer was displaced.
-"""
+"""The predictions table with the columns that the metrics read: right, standing, right when learnt, displaced."""
 
 from __future__ import annotations
 
@@ -15,7 +13,7 @@ from corsa.errors import CorsaError, unknown_name
 from corsa.evaluation.matching import normalise
 
 BASE = "base"
-"""The unedited model, as the column `method` names it."""
+"""The value of the column `method` for the unedited model."""
 
 RULES = {
     "words": ("words_new", "words_old"),
@@ -31,30 +29,30 @@ _OF_THE_FACT = ("edit", "paraphrase")
 
 
 def check_columns(known: Iterable[str], source: str, remedy: str = "ask the model again") -> None:
-    """Raises CorsaError if a predictions table lacks columns that are needed; `source` says which table it is."""
+    """Raises CorsaError if a predictions table lacks a needed column. `source` names the table in the message."""
     if missing := [column for column in _NEEDED if column not in {"method", *known}]:
         raise CorsaError(f"{source} lacks the columns {', '.join(missing)}: an earlier version wrote it; {remedy}")
 
 
 def prepared(predictions: pd.DataFrame, rule: str, protocol: str, *, taught_questions: bool = False) -> pd.DataFrame:
-    """The rows that count under a protocol, with columns the metrics read.
+    """The rows that count under a protocol, with the columns that the metrics read.
 
-    right, old (bool): the answer given, under the rule. item (int): which wording of which probe; the draws of a
-    wording share its item. case (text) and unit_code (int): what an interval takes as drawn, the optional column
-    `case`, or the chain where that is blank. wordings, standing, displaced (bool): see `corsa.evaluation.metrics`.
-    then (bool): right when it was learnt. once (bool): of a displaced answer, that it was given after its own round
-    (revised facts), or that the new one was (facts taught once). compared, agrees (bool): the base model was asked the
-    same and gave an answer, and this one is the same. any_right, leads (bool): some wording of the probe was answered
-    right, and this is its first row (where a probe counts once). scored (bool): has log-probabilities. The base model's
-    rows are repeated for every round, on exactly the facts the others are asked after it.
+    right, old (bool): the output gives the new or the old answer, under the rule. item (int): the wording of a probe;
+    the draws of a wording share its item. case (text) and unit_code (int): the random unit of an interval, which is the
+    optional column `case`, or the chain if that is blank. wordings, standing, displaced (bool): see
+    `corsa.evaluation.metrics`. then (bool): right when it was learnt. once (bool), for displaced answers: the model
+    gave the former answer after its own round (revised facts), or the new answer (facts taught once). compared (bool):
+    the base model answered the same question. agrees (bool): this answer is the same as the base model's. any_right
+    (bool): some wording of the probe was answered right. leads (bool): the first row of a probe (for metrics that count
+    a probe once). scored (bool): has log-probabilities. The rows of the base model are repeated for every round, for
+    exactly the facts that the other methods are asked after that round.
 
     Args:
-        predictions: the predictions table. A column `benchmark` says which facts belong together where some have no
-            paraphrases; without it the part of an edit's id before the first "/" does.
-        rule: of `RULES`.
-        protocol: "full", "paper" or "authors"; the latter two count the first paraphrase of an edit alone.
-        taught_questions: what stands or was displaced is looked for in the questions as taught too, not in other
-            wordings alone.
+        predictions: the predictions table. The column `benchmark` groups facts to decide whether they have paraphrases;
+            without it, the part of an edit's id before the first "/" is used.
+        rule: a key of `RULES`.
+        protocol: "full", "paper" or "authors"; the latter two count only the first paraphrase of an edit.
+        taught_questions: standing and displaced also cover the questions as taught, not only other wordings.
 
     Raises:
         CorsaError: no rows, missing columns, an unknown rule or protocol.
@@ -80,7 +78,7 @@ def prepared(predictions: pd.DataFrame, rule: str, protocol: str, *, taught_ques
         first = order.groupby([rows.edit, rows.kind]).transform("min")
         rows = rows[(rows.kind != "paraphrase") | (order == first)]
     new, old = RULES[rule]
-    rows["right"] = rows[new].eq(True).astype(bool)  # a null match (no such answer) is no match
+    rows["right"] = rows[new].eq(True).astype(bool)  # null (there is no such answer) counts as no match
     rows["old"] = rows[old].eq(True).astype(bool)
     rows["item"] = rows.groupby(["edit", "kind", "probe", "wording"], sort=True).ngroup()
     rows["unit_code"] = rows.groupby("case", sort=True).ngroup()
@@ -111,7 +109,7 @@ def prepared(predictions: pd.DataFrame, rule: str, protocol: str, *, taught_ques
     rows["standing"] = standing & (rows.method != BASE)
     rows["then"] = rows.then.eq(True).astype(bool)
     rows = _with_displaced(rows)
-    # In a fixed order, so that sums do not depend, to the last bit, on that of the table.
+    # A fixed order, so that sums are bit for bit independent of the order of the table.
     return _base_after_every_round(rows.sort_values(["seed", "item", "draw"], kind="stable"))
 
 
@@ -123,12 +121,12 @@ def _benchmark(predictions: pd.DataFrame) -> pd.Series:
 
 
 def _with_displaced(rows: pd.DataFrame) -> pd.DataFrame:
-    """With the columns displaced and once.
+    """Add the columns displaced and once.
 
-    An old answer is displaced where the model had it and an edit put another in its place. A revised fact counts from
-    the round that revises it, if its former answer took in its own round (some question was answered right). In a table
-    without revised facts, a fact counts after later rounds if its answer took and the old one went (some question gave
-    the new answer and not the old one).
+    An old answer is displaced if the model gave it and an edit replaced it. A revised fact counts from the round that
+    revises it, if its former answer was learnt in its own round (some question was answered right). In a table without
+    revised facts, a fact counts after later rounds if its answer replaced the old one (some question gave the new
+    answer and not the old one).
     """
     own = rows[(rows.method != BASE) & (rows.trained == rows.learnt) & rows.kind.isin(_OF_THE_FACT)]
     fact = ["method", "seed", "chain", "learnt"]
@@ -151,7 +149,7 @@ def _with_displaced(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def _base_after_every_round(rows: pd.DataFrame) -> pd.DataFrame:
-    """The base model never changes, so what it said once stands for every round."""
+    """Repeat the answers of the base model for every round: the base model never changes."""
     base, edited = rows[rows.method == BASE], rows[rows.method != BASE]
     if base.empty:
         return rows

@@ -1,4 +1,4 @@
-"""Programs that a model has written: the table they are kept in."""
+"""The table of programs that a model has written."""
 
 from __future__ import annotations
 
@@ -7,4 +7,4 @@ import pyarrow as pa
 PROGRAMS = pa.schema(
     [("problem", pa.string()), ("sample", pa.int32()), ("output", pa.string()), ("tokens", pa.int32())]
 )
-"""One row an answer; `tokens` without the end token: as many as were allowed means that it was cut off."""
+"""One row per answer. `tokens` excludes the end token; if it equals the limit, the answer was cut off."""

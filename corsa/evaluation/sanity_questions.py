@@ -1,4 +1,4 @@
-"""The small specificity check of an update: everyday questions, asked of the base model and of the edited one."""
+"""The small specificity check of an update: everyday questions to the base model and to the edited model."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ class Control(Frozen):
 
 @cache
 def controls() -> tuple[Control, ...]:
-    """The questions that ship with the project."""
+    """The questions that come with the project."""
     return tuple(Control.model_validate(entry) for entry in yaml.safe_load(_FILE.read_text(encoding="utf-8")))
 
 
 def digest() -> str:
-    """What the answers depend on, beside the model: the file's SHA-256."""
+    """The SHA-256 of the questions file: besides the model, the answers depend on it."""
     return hashlib.sha256(_FILE.read_bytes()).hexdigest()
 
 
 def judged(outputs: list[str]) -> list[dict[str, Any]]:
-    """One row {question, answer, output, right} for each question, from its output; right by the rule `words`."""
+    """One row {question, answer, output, right} per question. `right` uses the rule `words`."""
     return [
         {
             "question": control.question,
@@ -49,8 +49,8 @@ def judged(outputs: list[str]) -> list[dict[str, Any]]:
 
 
 def changes(base: list[dict[str, Any]], edited: list[dict[str, Any]]) -> dict[str, Any]:
-    """What an edit did to the questions: {questions, right_before, right_now, same, changed: rows that lost or gained
-    the right answer}. `same` counts answers that are the base model's (rule `exact`).
+    """How an edit changed the answers: {questions, right_before, right_now, same, changed: rows that lost or gained the
+    right answer}. `same` counts answers equal to the base model's (rule `exact`).
     """
     pairs = list(zip(base, edited, strict=True))
     return {
@@ -69,8 +69,8 @@ def changes(base: list[dict[str, Any]], edited: list[dict[str, Any]]) -> dict[st
 
 
 def told(found: dict[str, Any] | None) -> list[str]:
-    """The changes in a sentence, what to do where more than half is lost, and up to five questions that lost or gained
-    the right answer.
+    """The changes in a sentence, advice if more than half of the right answers are lost, and up to five questions that
+    lost or gained the right answer.
     """
     if found is None:
         return []
@@ -91,6 +91,6 @@ def told(found: dict[str, Any] | None) -> list[str]:
 
 
 def short(text: str, length: int = 40) -> str:
-    """One line of a text, cut at so many characters."""
+    """A text on one line, cut to `length` characters."""
     line = " ".join(text.split())
     return line if len(line) <= length else f"{line[: length - 1]}…"

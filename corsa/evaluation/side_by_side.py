@@ -1,4 +1,4 @@
-"""One question asked of a base model and of adapters on it, in this process: what `corsa ask` shows."""
+"""Asks a base model and adapters on it the same question, in this process. `corsa ask` shows the result."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from corsa.models.registry import hub_name
 
 @dataclass(frozen=True)
 class Answer:
-    """What one model says, and the probability of each candidate as its whole answer, end of text included."""
+    """The answer of one model, and the probability of each candidate as the whole answer, end of text included."""
 
     model: str
     output: str
@@ -31,10 +31,10 @@ class Answer:
 
 
 class SideBySide:
-    """A base model and adapters on it, loaded once. The adapters are tried on the model when they are read.
+    """A base model and adapters on it, loaded once. Each adapter is attached once at the start, as a test.
 
     Raises:
-        CorsaError: a model or adapter cannot be had, or an adapter is of another base model.
+        CorsaError: a model or adapter cannot be loaded, or an adapter belongs to another base model.
     """
 
     def __init__(
@@ -52,16 +52,16 @@ class SideBySide:
         self._model = load_model(model, self._device)
         self._encoder = Encoder(load_tokenizer(model), model.template)
         for change in self._changes.values():
-            with attached(self._model, change):  # an adapter of other layers is refused now
+            with attached(self._model, change):  # refuses an adapter for other layers now
                 pass
 
     def ask(self, question: str, candidates: Sequence[str] = (), new_tokens: int = 32) -> list[Answer]:
         """The greedy answer of the base model and of each adapter.
 
         Args:
-            question: without any template.
-            candidates: answers whose probabilities are given.
-            new_tokens: bound on an answer's length; a newline or the end token stops earlier.
+            question: the question without a template.
+            candidates: answers to compute the probabilities of.
+            new_tokens: most tokens of an answer. A newline or the end token stops earlier.
 
         Raises:
             CorsaError: the question or a candidate is blank.

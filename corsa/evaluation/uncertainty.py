@@ -1,21 +1,20 @@
-"""How sure a number is when both the facts and the training runs (seeds) are drawn by chance.
+"""The uncertainty of a number when both the facts and the training runs (seeds) are random.
 
 Every number here is a ratio of two sums over a table of facts x seeds. Its error comes from the influence of each cell
-on the ratio (linearisation: Cochran, Sampling Techniques, 1977, section 6.3), taken as crossed random effects:
+on the ratio (linearisation: Cochran, Sampling Techniques, 1977, section 6.3), with crossed random effects:
 
     cell = value + fact + seed + rest,    Var(value) = fact / F + seed / S + rest / (F S)
 
 The mean squares of the two-way table estimate this variance. As in studies of several readers and cases (Obuchowski and
-Rockette 1995; Hillis 2007), what facts add is not let below zero. Hillis's degrees of freedom are (S - 1) / w^2, where
-w is the share of the estimate that seeds bring. With three seeds that gives up to 7.8 % false positives at a level of
-5 % where facts and seeds matter alike; (S - 1) / w gives at most 5.8 %, and is used here.
+Rockette 1995; Hillis 2007), the contribution of facts is at least zero. Hillis's degrees of freedom are (S - 1) / w^2,
+where w is the share of seeds in the estimate. With three seeds they give up to 7.8 % false positives at a level of 5 %
+if facts and seeds contribute equally. (S - 1) / w gives at most 5.8 % and is used here.
 `tests/test_uncertainty.py` simulates error rates and coverage.
 
-With one seed the error is that of the facts alone: it says how sure the number of this adapter is, not that of the
-method.
+With one seed the error covers only the facts: it is the uncertainty of this adapter, not of the method.
 
-A comparison takes the difference of influences cell by cell. That is valid whether or not two runs with the same seed
-have anything in common.
+A comparison takes the difference of influences cell by cell. This is valid whether or not two runs with the same seed
+are correlated.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ from scipy.stats import binom, binomtest, chi2, nct
 LEVEL = 0.95
 POWER = 0.8
 _FLOOR = 0.02
-"""Least mean square of seeds, in units of the rest's. With few facts all seeds may agree by coincidence."""
+"""Minimum of the seeds' mean square, as a share of the rest's. With few facts, all seeds may agree by chance."""
 _STEPS = 240
 """Points of the integral over the variance between seeds."""
 
@@ -41,8 +40,8 @@ Array = NDArray[np.float64]
 
 
 class Sums(NamedTuple):
-    """Numerator and denominator of a ratio, summed within each cell; shape (..., facts, seeds) each, or (facts,) for
-    one seed.
+    """Numerator and denominator of a ratio, summed per cell. Each has shape (..., facts, seeds), or (facts,) for one
+    seed.
     """
 
     numerator: Array
@@ -50,7 +49,7 @@ class Sums(NamedTuple):
 
     @property
     def ratio(self) -> float:
-        """The ratio over the whole table; NaN where the denominator is 0."""
+        """The ratio over the whole table; NaN if the denominator is 0."""
         total = float(self.denominator.sum())
         return float(self.numerator.sum()) / total if total else float("nan")
 
@@ -64,7 +63,7 @@ class Sums(NamedTuple):
 
 
 class Spread(NamedTuple):
-    """Variances of a cell, of a number or of a difference: between facts, between seeds, and of the rest."""
+    """Variances of a cell, for a number or a difference: between facts, between seeds, and the rest."""
 
     fact: Any
     seed: Any
@@ -72,12 +71,12 @@ class Spread(NamedTuple):
 
 
 class Estimate(NamedTuple):
-    """A number with its standard error and the degrees of freedom of that; arrays of shape (...) for many tables."""
+    """A number with its standard error and the error's degrees of freedom; arrays of shape (...) for many tables."""
 
     value: Any
     error: Any
     df: Any
-    share: Any  # of the squared error, brought by seeds
+    share: Any  # of the squared error, from seeds
     seeds: int
     spread: Spread
 
@@ -87,8 +86,8 @@ class Estimate(NamedTuple):
         return self.value - half, self.value + half
 
     def share_limits(self) -> tuple[Any, Any]:
-        """The same for a share strictly between 0 and 1: Wilson's interval at the sample size that the error stands
-        for, value (1 - value) / error^2 (Korn and Graubard 1998), with Student's t for the normal quantile.
+        """The same for a share strictly between 0 and 1: Wilson's interval at the effective sample size
+        value (1 - value) / error^2 (Korn and Graubard 1998), with Student's t instead of the normal quantile.
         """
         effective = self.value * (1 - self.value) / self.error**2
         c = stdtrit(self.df, (1 + LEVEL) / 2) ** 2 / effective
@@ -97,20 +96,20 @@ class Estimate(NamedTuple):
         return middle - half, middle + half
 
     def p(self) -> Any:
-        """Two-sided p of "the true value is 0", by Student's t: the p that belongs to `limits`."""
+        """Two-sided p of "the true value is 0", by Student's t: the p that matches `limits`."""
         return 2 * stdtr(self.df, -np.abs(self.value / self.error))
 
     def cautious_p(self) -> Any:
-        """The same by the Behrens-Fisher solution (Fisher 1935): it averages over what the variance between seeds may
-        be. Student's t with few, estimated degrees of freedom is too bold far out, at the levels that a correction for
-        many tests asks for; this holds its level there.
+        """The same by the Behrens-Fisher solution (Fisher 1935), which averages over possible variances between seeds.
+        A correction for many tests needs very small p. There Student's t with few, estimated degrees of freedom gives
+        too many false positives; this solution keeps its level.
         """
         return _behrens_fisher(np.abs(self.value / self.error), self.share, self.seeds)
 
 
 class Interval(NamedTuple):
-    """A 95 % interval and what it takes as drawn by chance; `exact`: the binomial interval over facts. Both ends are
-    None where the facts cannot say.
+    """A 95 % interval and what it treats as random; `exact`: the binomial interval over facts. Both ends are None if
+    the facts give no interval.
     """
 
     low: float | None
@@ -119,7 +118,7 @@ class Interval(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """Value of a minus value of b on the same probes, its interval, and both p (None with one seed)."""
+    """The value of a minus that of b on the same probes, its interval, and both p (None with one seed)."""
 
     value: float
     low: float | None
@@ -130,13 +129,13 @@ class Difference(NamedTuple):
 
 
 def estimate(sums: Sums) -> Estimate:
-    """The ratio of each table, with its error; needs two facts or more."""
+    """The ratio of each table, with its error. Needs two or more facts."""
     return _estimate(_ratio(sums), _influence(sums))
 
 
 def contrast(a: Sums, b: Sums) -> Estimate:
-    """Ratio of a minus ratio of b, fact by fact and seed by seed. One of both may have a single seed: an unedited
-    model, which no seed changes.
+    """The ratio of a minus that of b, fact by fact and seed by seed. One of them may have a single seed: the unedited
+    model does not depend on the seed.
     """
     return _estimate(_ratio(a) - _ratio(b), _influence(a) - _influence(b))
 
@@ -144,8 +143,8 @@ def contrast(a: Sums, b: Sums) -> Estimate:
 def interval(sums: Sums, *, share: bool) -> Interval:
     """95 % interval of `sums.ratio`.
 
-    Where all facts agree there is no spread to go by: 8 of 8 right would give 1.0 to 1.0. There a `share` gets the
-    exact binomial (Clopper-Pearson) interval over facts instead, and any other value none.
+    If all facts agree, there is no spread: 8 of 8 right would give 1.0 to 1.0. Then a `share` of 0 or 1 gets the exact
+    binomial (Clopper-Pearson) interval over facts, and any other value gets none.
     """
     counted = sums.counted
     facts, seeds = counted.denominator.shape
@@ -165,12 +164,12 @@ def interval(sums: Sums, *, share: bool) -> Interval:
 
 
 def difference(a: Sums, b: Sums, *, share: bool = False) -> Difference:
-    """Paired comparison: `a` and `b` hold the same facts in the same order, and the same seeds (or one of both a single
-    one).
+    """Paired comparison: `a` and `b` hold the same facts in the same order, and the same seeds (or one has a single
+    seed).
 
-    With one seed on both sides two adapters are compared, not two methods, so there is no p. Where all facts differ
-    alike, two shares get the bounds that the exact binomial interval gives to the facts that differ otherwise, and the
-    p of a sign test over facts.
+    With one seed on both sides, two adapters are compared, not two methods, so there is no p. If all facts have the
+    same difference, p is that of a sign test over facts; two shares get bounds from the exact binomial interval for the
+    share of facts with another difference.
     """
     a, b = (Sums(*(part.reshape(len(part), -1) for part in sums)) for sums in (a, b))
     present = (a.denominator > 0).any(1) | (b.denominator > 0).any(1)
@@ -193,8 +192,8 @@ def difference(a: Sums, b: Sums, *, share: bool = False) -> Difference:
 
 
 def holm(ps: Sequence[float]) -> list[float]:
-    """P values corrected for their number: Holm's step-down method (1979), which keeps the chance of any false verdict
-    below the level whatever the dependence.
+    """P values corrected for multiple tests by Holm's step-down method (1979). It keeps the chance of any false verdict
+    below the level under any dependence.
 
     >>> holm([0.01, 0.04, 0.03])
     [0.03, 0.06, 0.06]
@@ -207,8 +206,8 @@ def holm(ps: Sequence[float]) -> list[float]:
 
 
 def detectable(found: Estimate, tests: int = 1) -> float:
-    """The smallest true difference that a run with this error shows with a power of 80 %, as one of `tests` verdicts at
-    a level of 5 % in all, in the unit of the error. `found` has two seeds or more.
+    """The smallest true difference that a run with this error detects with a power of 80 %, as one of `tests` verdicts
+    at a total level of 5 %, in the unit of the error. `found` has two or more seeds.
     """
     level = (1 - LEVEL) / tests
     share, seeds, df = float(found.share), found.seeds, float(found.df)
@@ -220,8 +219,8 @@ def detectable(found: Estimate, tests: int = 1) -> float:
 
 
 def detectable_where_alike(facts: int, tests: int = 1) -> float | None:
-    """The same for shares where all facts are alike, so that there is no error to go by: the share of facts that has to
-    differ, all in one direction, for a sign test to show it. None where there are too few facts to show anything.
+    """The same for shares if all facts agree, so that there is no error: the share of facts that must differ, all in
+    one direction, for a sign test to detect it. None if there are too few facts.
     """
     needed = int(np.ceil(np.log2(2 * tests / (1 - LEVEL))))  # facts with 2 * 0.5^needed below the level
     if needed > facts:
@@ -230,7 +229,7 @@ def detectable_where_alike(facts: int, tests: int = 1) -> float | None:
 
 
 def designed(spread: Spread, facts: int, seeds: int) -> Estimate:
-    """The error that a run of this size is expected to have, around a difference of 0; `seeds` of 2 or more."""
+    """The expected error of a run of this size, around a difference of 0. `seeds` is 2 or more."""
     by_seed = spread.seed / seeds + spread.rest / (facts * seeds)
     variance = by_seed + spread.fact / facts
     share = by_seed / variance
@@ -246,13 +245,13 @@ def _behrens_fisher(t: Any, share: Any, seeds: int) -> Any:
 
 @lru_cache(maxsize=32)
 def _between_seeds(seeds: int) -> tuple[Array, Array]:
-    """(S - 1) / chi2 at points that are densest where it is largest, and their weights."""
+    """(S - 1) / chi2 at points that are densest where the ratio is largest, and their weights."""
     steps = (np.arange(_STEPS) + 0.5) / _STEPS
     return (seeds - 1) / chi2.ppf(steps**3, seeds - 1), 3 * steps**2
 
 
 def _root(rising: Callable[[float], float]) -> float:
-    """Where a rising function of a number above 0 is 0."""
+    """The zero, above 0, of an increasing function."""
     top = 4.0
     while rising(top) < 0:
         top *= 2
@@ -264,7 +263,7 @@ def _ratio(sums: Sums) -> Any:
 
 
 def _influence(sums: Sums) -> Array:
-    """How far each cell moves the ratio, in units in which the mean over cells is the ratio's own error."""
+    """How far each cell moves the ratio, scaled so that the mean over cells is the error of the ratio."""
     ratio = np.asarray(_ratio(sums))[..., None, None]
     size = sums.denominator.mean((-1, -2), keepdims=True)
     return (sums.numerator - ratio * sums.denominator) / size
@@ -293,7 +292,7 @@ def _estimate(value: Any, influence: Array) -> Estimate:
 
 
 def _df(share: Any, facts: int, seeds: int) -> Any:
-    """Degrees of freedom of a variance of which this share comes from seeds, and the other from facts."""
+    """Degrees of freedom of a variance with this share from seeds and the rest from facts."""
     return 1 / (share / (seeds - 1) + (1 - share) / (facts - 1))
 
 

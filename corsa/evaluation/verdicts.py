@@ -1,9 +1,8 @@
 """Which comparisons of a report get a verdict.
 
-A scenario names its few primary metrics before it is run. Verdicts are given on them alone, between the pairs of
-methods that the scenario is about, and corrected over both (Holm), so that a report on methods that are alike says
-otherwise in at most 5 % of runs. Every other comparison is exploratory: its difference and interval are shown, and
-nothing is concluded from them.
+A scenario names its few primary metrics before it runs. Only these get verdicts, for the planned pairs of methods, and
+Holm's correction covers all metrics and pairs. So if the methods do not differ, at most 5 % of reports claim a
+difference. Every other comparison is exploratory: the report shows its difference and interval, and concludes nothing.
 """
 
 from __future__ import annotations
@@ -19,8 +18,8 @@ FOCUS = "corsa"
 
 
 def planned_pairs(methods: Sequence[str], compare_with: str | None = None) -> list[tuple[str, str]]:
-    """The pairs a report is about, in the order of the methods: each method with `compare_with`; without one, CoRSA
-    with every other method at the same setting (what follows a method's name); where there is no CoRSA, all.
+    """The planned pairs of a report, in the order of the methods: each method with `compare_with`. Without it, CoRSA
+    with every other method at the same setting (the text after the method's name). Without such pairs, all pairs.
     """
 
     def about(pair: tuple[str, str]) -> bool:
@@ -35,7 +34,7 @@ def planned_pairs(methods: Sequence[str], compare_with: str | None = None) -> li
 def comparison(
     metric: str, round_: int, a: str, b: str, found: Difference, *, seeds: int, edits: int, probes: int
 ) -> dict[str, Any]:
-    """A comparison as a report stores it, without a verdict; `edits`: how many units the interval resamples."""
+    """A comparison as a report stores it, without a verdict. `edits`: number of units the interval resamples."""
     spread = found.estimate.spread
     return {
         "metric": metric,
@@ -65,19 +64,19 @@ def judged(
     pairs: Sequence[tuple[str, str]],
     better: Mapping[str, str],
 ) -> list[dict[str, Any]]:
-    """The comparisons, with verdicts on the primary ones: `corrected` is Holm's p over all of them, `better` the method
-    that is ahead where that is below 5 %, and `detectable` the smallest difference that the run could have shown.
+    """The comparisons, with verdicts on the primary ones. `corrected` is Holm's p over all primary ones. `better` is
+    the better method if that p is below 5 %. `detectable` is the smallest difference that the run could have shown.
 
-    With one seed nothing is said of methods, so there is no verdict.
+    With one seed nothing can be said about methods, so there is no verdict.
 
     Args:
-        comparisons: entries of `comparison` with what they were made from.
+        comparisons: entries of `comparison`, each with its `Difference`.
         primary: names of the primary metrics.
-        pairs: those that verdicts are given on.
+        pairs: the pairs of methods that get verdicts.
         better: metric -> "high" or "low".
 
     Raises:
-        CorsaError: a primary metric that is not one.
+        CorsaError: an unknown primary metric.
     """
     for name in primary:
         if name not in better:
@@ -90,7 +89,7 @@ def judged(
     for entry, _ in chosen:
         entry["primary"] = True
     tested = [(entry, found) for entry, found in chosen if found.p is not None]
-    one = len(tested) == 1  # then the p that belongs to the interval needs no correction
+    one = len(tested) == 1  # one test needs no correction: use the p that matches the interval
     ps = [float(found.p if one else found.cautious_p) for _, found in tested]  # type: ignore[arg-type]
     for (entry, found), corrected in zip(tested, holm(ps), strict=True):
         entry["corrected"] = corrected

@@ -1,4 +1,4 @@
-"""The Ray cluster: finding or starting it, and knowing beforehand what it can hold."""
+"""Connects to a Ray cluster or starts one, and checks in advance what fits on it."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ def connect(console: Console) -> None:
     """
     address = os.environ.get("RAY_ADDRESS")
     if not address:
-        # Ray's own word for "no machine but this one", on any system: it then listens on 127.0.0.1 alone, not on all of
-        # this machine's addresses. Read when ray is imported.
+        # This limits Ray to this machine, on any system: Ray then listens on 127.0.0.1 only, not on all addresses of
+        # the machine. Ray reads it at import.
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
-    # Seconds that a node may take to register: Ray's own ten are too few on a busy machine. Read when it is imported.
+    # Seconds a node may take to register. Ray's default of ten is too short on a busy machine. Ray reads it at import.
     os.environ.setdefault("RAY_raylet_start_wait_time_s", "60")
     import ray
 
@@ -40,13 +40,13 @@ def connect(console: Console) -> None:
     verbose = bool(os.environ.get("CORSA_VERBOSE"))
     if not verbose:
         os.environ.setdefault("RAY_DATA_LOG_LEVEL", "ERROR")
-    # A thread that waits for the others of its process spins for milliseconds by default: where cores are shared, as
-    # they are with Ray's own processes, it takes them from those it waits for. A tenth of that costs nothing alone.
+    # By default a waiting OpenMP thread spins for milliseconds. Ray's processes share the cores, so spinning takes CPU
+    # time from the threads it waits for. A tenth of that spin count costs nothing when the cores are not shared.
     by_the_job = submitted() and "GOMP_SPINCOUNT" in os.environ  # from its runtime environment: Ray refuses it twice
     waiting = {"GOMP_SPINCOUNT": os.environ.setdefault("GOMP_SPINCOUNT", "30000")}
-    # What goes wrong at the start is said in one line, not by Ray's pages of its logs.
+    # A failed start is reported in one line, without Ray's long logs.
     shown = {"log_to_driver": verbose, "logging_level": logging.INFO if verbose else logging.CRITICAL}
-    # It would make of SIGTERM an exit without a word.
+    # Ray's handler would turn SIGTERM into a silent exit.
     with patch("ray._private.utils.set_sigterm_handler", lambda handler: None):
         if not address:  # what is started here inherits this process's environment
             how = {"address": "local", "include_dashboard": True, "dashboard_host": "127.0.0.1"}
@@ -64,7 +64,7 @@ def connect(console: Console) -> None:
                     "start a cluster here"
                 ) from error
     if threading.current_thread() is threading.main_thread():
-        # Ray's C++ side has put a handler of its own before this process's, which aborts it after three seconds.
+        # Ray's C++ code has replaced this process's handler with one that aborts the process after three seconds.
         signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM) or signal.SIG_DFL)
     if not verbose:
         logging.getLogger("ray").setLevel(logging.ERROR)
@@ -73,7 +73,7 @@ def connect(console: Console) -> None:
 
 
 def disconnect() -> None:
-    """Leave the cluster, if this process has joined one; one that was started here ends."""
+    """Leave the cluster if this process has joined one. A cluster that was started here ends."""
     if _connected():
         sys.modules["ray"].shutdown()
 
@@ -107,7 +107,7 @@ def cluster_resources() -> dict[str, float]:
 def check_fits(
     workers: int, cpus_per_worker: float, gpus_per_worker: float = 0.0, on: Sequence[Resources] | None = None
 ) -> None:
-    """Refuse a group of workers that the cluster can never hold (a worker runs on one node), before it hangs.
+    """Refuse a group of workers that the cluster can never hold, before it hangs. A worker runs on one node.
 
     `on` defaults to `nodes()`. Raises `CorsaError` with the arithmetic.
     """

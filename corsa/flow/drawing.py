@@ -14,7 +14,7 @@ from corsa.flow.store import Store
 def draw(steps: Sequence[Step], store: Store) -> Tree:
     """The steps and everything they depend on as a tree. Each step shows its state: done, with its duration, or to do.
 
-    A step is drawn below the input with the longest chain of its own. Its other inputs are named beside it.
+    A step is drawn below the input with the longest chain of its own. Its other inputs are named on its line.
     """
     order = topological(steps)
     depth: dict[str, int] = {}

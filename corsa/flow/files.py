@@ -1,5 +1,5 @@
-"""Files below one root, local or on an object store, with the three things a store of results rests on: creating a file
-exclusively and with its whole content, patience with a storage that fails for a while, and errors that say what to do.
+"""Files below one root, local or on an object store. Creates a file exclusively and with its whole content, retries
+while the storage fails temporarily, and raises errors that say what to do.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from corsa.errors import CorsaError
 from corsa.terminal import visible
 
 PATIENCE = 120.0
-"""Seconds for which a storage that fails is asked again."""
+"""Seconds during which operations on a failing storage are retried."""
 
 _log = logging.getLogger(__name__)
 P = ParamSpec("P")
@@ -33,8 +33,8 @@ R = TypeVar("R")
 class Files:
     """The files below a local path, an `s3://`, `gs://` or `file://` URL, or a path on `filesystem`. Picklable.
 
-    What fails in a way that passes (a connection, a server or a network share that is gone) is tried again, at growing
-    intervals and with a warning, for `patience` seconds; then it is a `CorsaError`. So is a root that is none of these.
+    A temporary failure (a lost connection, server or network share) is retried for `patience` seconds, at growing
+    intervals and with a warning. After that it raises `CorsaError`, as does a root of any other form.
     """
 
     def __init__(self, root: str | Path, filesystem: fs.FileSystem | None = None, patience: float = PATIENCE) -> None:
@@ -56,7 +56,7 @@ class Files:
             self.url = self.root
 
     def hasty(self) -> Files:
-        """The same files without patience, for what is done again soon anyway."""
+        """The same files without retries, for operations that are repeated soon anyway."""
         other = copy(self)
         other.patience = 0.0
         return other
@@ -66,7 +66,7 @@ class Files:
         return f"{self.root}/{path}"
 
     def read(self, path: str) -> bytes | None:
-        """The content of a file, None if there is none."""
+        """The content of a file, None if it does not exist."""
         try:
             return self._patiently(self._read, path)
         except (FileNotFoundError, NotADirectoryError):
@@ -88,18 +88,18 @@ class Files:
             return digest.hexdigest()
 
     def info(self, paths: Sequence[str]) -> list[fs.FileInfo]:
-        """Kind, size and age of each of the paths, whether there is something or not."""
+        """Type, size and modification time of each path; missing paths are included."""
         return self._patiently(self.system.get_file_info, [self.inside(path) for path in paths])
 
     def names(self, folder: str) -> list[str]:
-        """What lies directly in a folder; nothing if it does not exist."""
+        """Names directly in a folder; empty if it does not exist."""
         selector = fs.FileSelector(self.inside(folder), allow_not_found=True)
         return [entry.base_name for entry in self._patiently(self.system.get_file_info, selector)]
 
     def publish(self, path: str, content: bytes) -> bool:
-        """Create a file with its whole content; False if there is one. Atomic on POSIX, check-then-put elsewhere.
+        """Create a file with its whole content; False if it exists. Atomic on POSIX, check-then-put elsewhere.
 
-        False may also mean that it was created, by an attempt whose answer was lost.
+        False may also mean that an earlier attempt created it and its answer was lost.
         """
         with self.writing():
             return self._patiently(self._publish, path, content)
@@ -125,7 +125,7 @@ class Files:
             return True
 
     def replace(self, path: str, content: bytes) -> None:
-        """Write a file, in one atomic change, over what is there."""
+        """Write a file atomically, replacing an existing one."""
         with self.writing():
             self._patiently(self._replace, path, content)
 
@@ -162,7 +162,7 @@ class Files:
         fs.copy_files(str(source), self.inside(folder), fs.LocalFileSystem(), self.system)
 
     def remove(self, path: str) -> None:
-        """Delete a file or a folder, if it is there."""
+        """Delete a file or a folder if it exists."""
         with self.writing():
             self._patiently(self._remove, path)
 
@@ -174,7 +174,7 @@ class Files:
             self.system.delete_file(self.inside(path))
 
     def _patiently(self, deed: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-        """The deed, again and again while what it runs into may pass."""
+        """Call `deed`, and retry it while its failure may be temporary."""
         attempts = Retrying(
             retry=retry_if_exception(self._may_pass),
             stop=stop_after_delay(self.patience),
@@ -193,7 +193,7 @@ class Files:
             ) from error
 
     def _may_pass(self, error: BaseException) -> bool:
-        """Whether it is about the way to the storage, or its state at the moment, and not about what was asked."""
+        """Whether the error may be temporary: caused by the connection or the storage, not by the request."""
         if not isinstance(error, OSError):
             return False
         return error.errno in _PASSING or any(word in str(error) for word in _PASSING_WORDS)
@@ -205,13 +205,13 @@ class Files:
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Turns what can go wrong with the storage itself into a `CorsaError` that says what to do."""
+        """Turns errors of the storage itself into a `CorsaError` that says what to do."""
         try:
             yield
         except OSError as error:
             if refusal := self.refusal(error):
                 raise refusal from error
-            if isinstance(error, FileNotFoundError):  # what is written makes its own folders, where it may
+            if isinstance(error, FileNotFoundError):  # writing creates missing folders where permitted
                 raise CorsaError(f"cannot write to {self.url}: {error.strerror}. {_CLOSED}") from error
             if self.local:
                 raise
@@ -219,7 +219,7 @@ class Files:
             raise CorsaError(f"cannot write to {self.url}: {reason}. Check the address and the credentials") from error
 
     def refusal(self, error: OSError) -> CorsaError | None:
-        """The error to show if this one says that the store is full or closed, None if it is about something else."""
+        """The error to show if the store is full or not writable, None for any other error."""
         where = error.filename or self.url
         if error.errno and error.errno in _REMEDY and str(where).startswith(self.url):
             reason = os.strerror(error.errno)
@@ -228,11 +228,11 @@ class Files:
 
 
 _USER = re.compile(r"(?P<scheme>[\w+.-]+://)(?:[^/?@]*@|[^?@]*:[^?@]*@|[^/?@]*:(?!\d*(?:[/?]|$)))")
-"""The beginning of an address up to its user information; a secret of AWS may have slashes."""
+"""The beginning of an address, including its user information. An AWS secret may contain slashes."""
 
 
 def _refuse_credentials(url: str) -> None:
-    """Raises `CorsaError`, which shows no part of them, for an address that holds credentials."""
+    """Raises `CorsaError` for an address that holds credentials. The error shows no part of them."""
     if (found := _USER.match(url)) and not url.startswith("gs://anonymous@"):
         raise CorsaError(
             f"storage {found['scheme']}...: credentials do not belong in an address, which logs and reports show. Set "
@@ -249,12 +249,12 @@ _PASSING = {
     *(errno.ECONNREFUSED, errno.ECONNRESET, errno.ECONNABORTED, errno.EHOSTDOWN, errno.EHOSTUNREACH),
     *(errno.ENETDOWN, errno.ENETUNREACH, errno.ENETRESET),
 }
-"""What a network share or a mounted bucket answers while its server is gone."""
+"""Errors of a network share or a mounted bucket whose server is unavailable."""
 _PASSING_WORDS = (
     *("NETWORK_CONNECTION", "SLOW_DOWN", "INTERNAL_FAILURE", "SERVICE_UNAVAILABLE", "THROTTLING", "REQUEST_TIMEOUT"),
     *("HTTP status 429", "HTTP status 5", "kUnavailable", "kDeadlineExceeded", "Retry policy exhausted", "timed out"),
 )
-"""The same in Arrow's words, which are all that it says of an answer from S3 or GCS."""
+"""The same in Arrow's error texts: Arrow reports nothing else about a response from S3 or GCS."""
 _NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS)  # as mounted buckets and some network shares answer
 _FULL = "Free some space there or choose another --storage"
 _CLOSED = "Choose a --storage that can be written to"

@@ -1,4 +1,4 @@
-"""What a store holds that nothing needs any more, and taking it away."""
+"""Finds and removes what a store holds and nothing needs any more."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Waste(NamedTuple):
 
 
 class _Run(Frozen):
-    """What a driver writes of its run while it lasts (`corsa.flow.lease`)."""
+    """What a driver records about its run while it lasts (`corsa.flow.lease`)."""
 
     name: str
     steps: tuple[Annotated[str, Field(pattern="^[0-9a-f]{16}$")], ...]  # folders of all steps that it needs
@@ -42,14 +42,14 @@ class _Unfinished(NamedTuple):
 
 
 def waste(store: Store, roots: Iterable[str], keep_days: float) -> tuple[list[Waste], list[Waste]]:
-    """What no step of `roots` (fingerprints) rests on: finished steps, attempts without a record, checkpoints of steps
-    that are finished or were given up, and what Ray Train wrote.
+    """What no step of `roots` (fingerprints) depends on: finished steps, attempts without a record, checkpoints of
+    finished or abandoned steps, and files of Ray Train.
 
-    Left alone is what a run in progress needs, with everything that it has finished, and steps that somebody is
-    running. What an interrupted run has finished, and its checkpoints, are kept for `keep_days` after its end.
+    Everything that a run in progress needs or has finished is left alone, and so are steps that are being run. The
+    finished steps and checkpoints of an interrupted run are kept for `keep_days` after its end.
 
     Returns:
-        What can go, and what is kept of interrupted runs and would go otherwise.
+        What can be removed, and what is kept only because of interrupted runs.
     """
     records = {record.fingerprint[:16]: record for record in store.records()}
     needed = {fingerprint[:16] for fingerprint in _needed(records, roots)}
@@ -85,9 +85,9 @@ def waste(store: Store, roots: Iterable[str], keep_days: float) -> tuple[list[Wa
 
 
 def remove(store: Store, found: Sequence[Waste]) -> None:
-    """Take it away; a step's record goes first, so that nothing half gone is taken for a result.
+    """Remove what was found. A step's record goes first, so that a partly removed step is never taken for a result.
 
-    What a run has begun to need since it was found stays.
+    What a run has begun to need in the meantime stays.
     """
     busy = _busy(store, _unfinished(store))
     for one in found:
@@ -115,13 +115,13 @@ def _busy(store: Store, runs: Sequence[_Unfinished]) -> set[str]:
 
 
 def _unfinished(store: Store) -> list[_Unfinished]:
-    """The runs that have not come to their result, in progress or interrupted."""
+    """The runs without a result, in progress or interrupted."""
     found = []
     for info in _listed(store, "unfinished"):
         path = f"unfinished/{info.base_name}"
         try:
             run = _Run.model_validate_json(store.files.read(path) or b"")
-        except ValidationError:  # not written by a driver, or half gone
+        except ValidationError:  # not written by a driver, or partly removed
             continue
         found.append(_Unfinished(path, run, _age(info)))
     return found

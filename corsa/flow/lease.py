@@ -4,8 +4,9 @@ A lease is a small file that names its holder and whose age is the holder's last
 On a store without exclusive creation (S3, GCS) it is advisory: two drivers that start in the same moment may both run
 the step, which wastes time but harms nothing, as the first record wins.
 
-Beside its leases a driver keeps one file of all that its run needs, `unfinished/<targets>.json`: cleaning leaves that
-alone (`corsa.flow.garbage_collection`). The file goes when the run has its result; of an interrupted run it stays.
+Besides its leases a driver keeps one file, `unfinished/<targets>.json`, that lists all steps its run needs. Garbage
+collection keeps those (`corsa.flow.garbage_collection`). The file is removed when the run has its result; after an
+interrupted run it stays.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ class Holder:
     host: str
     machine: str  # boot and process namespace: where `pid` means something
     pid: Annotated[int, Field(strict=True, ge=0)]
-    started: str  # start time of the process in clock ticks; a pid alone may have been given away again
+    started: str  # start time of the process in clock ticks; a pid alone may have been reused
     token: str  # one for each lease taken
 
     @staticmethod
@@ -85,7 +86,7 @@ def _started(pid: int) -> str:
 
 
 class Leases:
-    """The leases of this driver on one store, kept fresh by a thread until they are given back or the process ends."""
+    """The leases of this driver on one store, renewed by a thread until they are released or the process ends."""
 
     def __init__(self, store: Store) -> None:
         self._store, self._files = store, store.files
@@ -97,7 +98,7 @@ class Leases:
         threading.Thread(target=self._beat, name="leases", daemon=True).start()
 
     def protect(self, targets: Sequence[Step], needed: Sequence[Step]) -> None:
-        """Keep what is needed for the targets from being cleaned away, until `finished` is said or for a time after."""
+        """Protect what the targets need from garbage collection until `finished`, or for a time after the end."""
         fingerprints = sorted(step.fingerprint for step in targets)
         name = hashlib.sha256("".join(fingerprints).encode()).hexdigest()[:16]
         text = json.dumps({"name": targets[-1].name, "steps": [step.fingerprint[:16] for step in needed]})
@@ -107,7 +108,7 @@ class Leases:
             self._run = run
 
     def finished(self) -> None:
-        """The run has its result: what it needs is protected by that from now on."""
+        """Remove the protection: the run has its result, which protects what it needs from now on."""
         with self._lock:
             run, self._run = self._run, None
         if run:
@@ -116,7 +117,7 @@ class Leases:
 
     @contextmanager
     def unfinished(self, steps: Sequence[Step], say: Callable[[str], object]) -> Iterator[list[Step]]:
-        """Those of the steps that have no result, leased; waits, and says so, while somebody else runs one of them."""
+        """Leases the steps without a result and yields them. Waits, and reports it, while another driver runs one."""
         said = None
         try:
             missing = self._pending(steps)
@@ -137,7 +138,7 @@ class Leases:
     def _take_all(self, steps: Sequence[Step]) -> str | None:
         """Lease all of the steps or none, so that drivers with overlapping lists cannot block each other.
 
-        Returns what stands in the way. Every driver begins with the same step, so that one of them gets all.
+        Returns what prevents it, or None. Every driver begins with the same step, so that one of them gets all.
         """
         for step in sorted(steps, key=lambda step: step.fingerprint):
             if holder := self._take(step):
@@ -146,7 +147,7 @@ class Leases:
         return None
 
     def close(self) -> None:
-        """Give everything back and take nothing more."""
+        """Release all leases and take no more."""
         self._closed.set()
         with self._lock:
             paths = list(self._held)
@@ -188,7 +189,7 @@ class Leases:
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        """One process at a time, as far as the file system has locks: what follows is a look and then a deed."""
+        """Lets one process in at a time, if the file system has locks: the body reads first and then writes."""
         if not self._files.local:
             yield
             return

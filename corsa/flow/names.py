@@ -1,4 +1,4 @@
-"""Names that come from a record, a file or an option, before anything is read or written under them."""
+"""Checks names from a record, a file or an option before anything is read or written under them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _PART = re.compile(r"(?!\.{1,2}$)[^/\\:\x00-\x1f\x7f]{1,255}")
 
 
 def part(name: str) -> str:
-    """The name, which is one part of a path. Raises `ValueError` if it is none, or could mean another place.
+    """The name, if it is one part of a path. Raises `ValueError` if it is not, or could lead elsewhere.
 
     >>> part("3f2a9c")
     '3f2a9c'
@@ -22,7 +22,7 @@ def part(name: str) -> str:
 
 
 def relative(name: str) -> str:
-    """The name, which is a path below some folder. Raises `ValueError` if it is absolute, has `..` or is no path.
+    """The name, if it is a path below a folder. Raises `ValueError` if it is absolute, has `..` or is no path.
 
     >>> relative("adapter/adapter_config.json")
     'adapter/adapter_config.json'
@@ -34,7 +34,7 @@ def relative(name: str) -> str:
 
 
 def below(root: Path, name: str) -> Path:
-    """The path `name` below `root`, as it is without links. Raises `CorsaError` if it leads elsewhere."""
+    """The path `name` below `root`, with links resolved. Raises `CorsaError` if it leads elsewhere."""
     try:
         found = (root / relative(name)).resolve()
     except (ValueError, OSError, RuntimeError) as error:

@@ -1,4 +1,4 @@
-"""How far a run is: a live line per chain on a terminal, plain lines elsewhere, fed by workers on the whole cluster."""
+"""Progress of a run: a live line per chain on a terminal, plain lines elsewhere. Workers of the cluster report it."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from corsa.flow.waiting import waited_for
 
 _LOOK = 0.5  # seconds between looks at the board
 _PERIOD = 60.0  # seconds between two plain lines of a chain that stays in one phase
-_PATIENCE = 45.0  # seconds without any progress after which the cluster is asked what is waited for
-_KEPT = 1000  # changes of phase that nobody has looked at
+_PATIENCE = 45.0  # seconds without any progress before the cluster is asked what is waited for
+_KEPT = 1000  # changes of phase that are kept until the next look
 
 
 class ProgressBoard:
@@ -32,7 +32,7 @@ class ProgressBoard:
         self._board = ray.remote(num_cpus=0)(Board).remote()
 
     def post(self, line: Mapping[str, Any]) -> None:
-        """Does not wait, and does not fail when the board is gone: progress is never worth a run."""
+        """Does not wait, and does not fail when the board is gone: a progress report must never end a run."""
         with suppress(Exception):
             self._board.post.remote(dict(line))
 
@@ -67,13 +67,13 @@ class Board:
 
 @contextmanager
 def watch(console: Console, running: Callable[[], Sequence[str]], quiet: bool = False) -> Iterator[Progress]:
-    """A `Progress` that the console shows: on a terminal a live line a chain, elsewhere a plain line at each phase and
-    every minute. Where nothing moves, a line says what is waited for.
+    """A `Progress` that the console shows: on a terminal one live line per chain, elsewhere a plain line at each phase
+    and every minute. If nothing changes, a line says what is waited for.
 
     Args:
         console: where it is shown.
         running: names the steps that are running.
-        quiet: show nothing; so without a cluster.
+        quiet: show nothing. Without a cluster nothing is shown either.
     """
     if quiet or "ray" not in sys.modules or not sys.modules["ray"].is_initialized():
         yield Silent()
@@ -102,7 +102,7 @@ def watch(console: Console, running: Callable[[], Sequence[str]], quiet: bool = 
 
 
 class Report:
-    """Decides what is said in plain lines, and when. `waited_for` asks the cluster what is waited for."""
+    """Decides which plain lines are printed, and when. `waited_for` asks the cluster what is waited for."""
 
     def __init__(self, waited_for: Callable[[], str | None]) -> None:
         self._waited_for = waited_for
@@ -113,7 +113,7 @@ class Report:
     def at(
         self, now: float, lines: Sequence[dict[str, Any]], begun: Sequence[dict[str, Any]], running: Sequence[str]
     ) -> list[str]:
-        """What is to be said at the moment `now` (seconds of a monotonic clock)."""
+        """The lines to print at time `now` (seconds of a monotonic clock)."""
         if (seen := (list(lines), list(running))) != self._seen:
             self._seen, self._moved, self._asked = seen, now, now
         said = [self._say(now, line["chain"], cells(line)[1:]) for line in begun]
@@ -135,7 +135,7 @@ class Report:
 
 
 def cells(line: Mapping[str, Any]) -> list[str]:
-    """A line in parts: chain, phase, and how far it is.
+    """The parts of a line: chain, phase and progress.
 
     >>> cells({"chain": "corsa/seed0", "phase": "training", "epoch": 2, "epochs": 9, "loss": 0.5, "eta_s": 61})
     ['corsa/seed0', 'training', 'epoch 2/9', 'loss 0.500', '0:01:01 left']

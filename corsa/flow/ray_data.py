@@ -21,11 +21,11 @@ T = TypeVar("T")
 def as_dataset(table: pa.Table, rows: int) -> ray.data.Dataset:
     """The table as a dataset in blocks of `rows` rows, which this process puts into the object store.
 
-    Ray Data's own readers, and `from_arrow`, start tasks of a whole CPU each. Where workers hold a part of every CPU
-    such a task waits for ever; the tables of edits are small enough to do without.
+    Ray Data's own readers, and `from_arrow`, start tasks of a whole CPU each. If workers hold a part of every CPU,
+    such a task waits forever. The tables of edits are small enough to do without these readers.
     """
     ray.data.DataContext.get_current().enable_progress_bars = False
-    starts = range(0, max(len(table), 1), rows)  # of an empty table one empty block
+    starts = range(0, max(len(table), 1), rows)  # one empty block for an empty table
     return ray.data.from_blocks([table.slice(start, rows) for start in starts])
 
 
@@ -39,7 +39,7 @@ def map_with_model(
         return data.map_batches(
             actor,
             fn_constructor_args=arguments,
-            num_cpus=min(1.0, cluster_resources()["CPU"] / 4),  # leaves room for what else runs on a small cluster
+            num_cpus=min(1.0, cluster_resources()["CPU"] / 4),  # leaves room for other work on a small cluster
             num_gpus=1 if placement.gpu else 0,
             compute=ray.data.ActorPoolStrategy(size=placement.workers),
             # A restarted actor needs its arguments again, and Ray may have dropped them (ray #53727): `retried` runs

@@ -1,4 +1,4 @@
-"""Runs what is not done yet: independent steps side by side, a failure without harm to the others."""
+"""Runs the steps that are not done yet: independent steps in parallel, and a failure does not affect the others."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _POLL = 1.0  # seconds between looks for what a list of steps has committed
 
 @dataclass
 class Outcome:
-    """What has become of the steps."""
+    """The results of the steps."""
 
     artifacts: dict[str, Artifact] = field(default_factory=dict)  # fingerprint -> result
     failed: dict[str, str] = field(default_factory=dict)  # name -> cause
@@ -43,15 +43,15 @@ def run(
     progress: Progress | None = None,
     quiet: bool = False,
 ) -> Outcome:
-    """Bring the steps, and all that they need, to their results.
+    """Run the steps and all that they need until each has a result.
 
     `connect` is called once, and only if a step that needs the cluster has to be run. `lanes` says how many lists of
-    steps, of the kind it is given, the cluster can run side by side. A step that fails is in the outcome, not raised.
+    the given steps the cluster can run in parallel. A step that fails is in the outcome, not raised.
 
     `progress` is told how far the steps are; by default the console shows it, unless `quiet`.
 
     Raises `CorsaError` if the store cannot be written to or `connect` refuses, and `KeyboardInterrupt` after Ctrl-C;
-    what is finished then stays, and what is not can be run again at once.
+    finished steps then stay, and unfinished ones can be run again at once.
     """
     this = _Run(topological(steps), store, connect, lanes, console)
     this.progress, this.quiet = progress, quiet
@@ -85,7 +85,7 @@ class _Run:
         self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def plan(self, targets: set[str]) -> None:
-        """Decide what is to be run. Results that this run will use are checked to the last byte."""
+        """Decide what to run. The content of results that this run uses is checked."""
         done = self.outcome.artifacts
         used = set(targets)
         for step in reversed(self.order):
@@ -111,12 +111,12 @@ class _Run:
                 if all(step.fingerprint in self.outcome.artifacts for step in targets):
                     self.leases.finished()
             except KeyboardInterrupt:
-                self.interrupted = True  # what the threads now run into is no news
+                self.interrupted = True  # errors of the threads are not reported from now on
                 self.say("interrupted: finished steps are kept, and the same command goes on from here")
                 raise
 
     def ready(self) -> list[list[Step]]:
-        """Lists of steps whose inputs are there and for which there is room now."""
+        """Lists of steps whose inputs exist and for which there is room now."""
         done = self.outcome.artifacts
         by_kind: dict[tuple[Kind, Frozen | None], dict[str, Step]] = {}  # one list is run in one way
         for fingerprint, step in self.waiting.items():
@@ -125,14 +125,14 @@ class _Run:
             if all(needed.fingerprint in done or needed.fingerprint in within for needed in step.inputs.values()):
                 found[fingerprint] = step
         lists = []
-        # What lists of steps rest on goes first: one long list then starts once, instead of several short ones.
+        # Inputs of lists of steps go first: then one long list starts once, instead of several short ones.
         for (kind, _), found in sorted(by_kind.items(), key=lambda item: item[0][0].together):
             if found and (room := self.room(kind, list(found.values()), lists)) > 0:
                 lists += divide(list(found.values()), room) if kind.together else [[s] for s in found.values()][:room]
         return lists
 
     def room(self, kind: Kind, steps: list[Step], starting: list[list[Step]]) -> int:
-        """How many more lists can run side by side: on the cluster what `lanes` says, in this process one a core."""
+        """How many more lists can run in parallel: `lanes` of them on the cluster, one per core in this process."""
         outside = kind.on_cluster or kind.together
         if kind.on_cluster and self.progress is None:
             self.connect()
@@ -142,7 +142,7 @@ class _Run:
         return limit - sum((other.on_cluster or other.together) == outside for other in busy)
 
     def at_work(self) -> list[str]:
-        """The names of the steps that run on the cluster, those that are finished left out."""
+        """The names of the unfinished steps that run on the cluster."""
         lists = [steps for steps in list(self.running) if steps[0].kind.on_cluster]
         return [s.name for steps in lists for s in steps if s.fingerprint not in self.outcome.artifacts]
 
@@ -179,10 +179,10 @@ class _Run:
                 tasks[0].commit(metrics, time.monotonic() - began)
                 return {}
             finally:
-                self.store.sweep(unfinished)  # a failed step must not be what keeps the disk full
+                self.store.sweep(unfinished)  # a failed step must not keep the disk full
 
     def cause(self, error: BaseException) -> str:
-        """What a person needs to read. Only what nobody foresaw is shown with its traceback."""
+        """The cause to show to the user. Only an unexpected error is shown with its traceback."""
         root, link = error, error
         while link is not None:
             wrapped = getattr(link, "cause", None)  # Ray's wrapper of what a worker raised
@@ -197,7 +197,7 @@ class _Run:
         return f"{type(root).__name__}: {root}"
 
     def settle(self) -> None:
-        """Wait a moment for a list to end; account for what was committed, failed or became impossible."""
+        """Wait briefly for a list to end; record which steps were committed, failed or became impossible."""
         for step in (step for steps in self.running if len(steps) > 1 for step in steps):
             self.note(step)
         try:
@@ -216,7 +216,7 @@ class _Run:
                 del self.waiting[fingerprint]
 
     def note(self, step: Step) -> bool:
-        """Whether the step has its result by now; the first time, this is said."""
+        """Whether the step has its result by now; reported the first time."""
         if step.fingerprint in self.outcome.artifacts:
             return True
         if found := self.store.find(step, checksums=True):
@@ -227,7 +227,7 @@ class _Run:
         return found is not None
 
     def drop(self, step: Step) -> bool:
-        """Whether the step cannot be run, since something that it needs has failed."""
+        """Whether the step cannot be run because something that it needs has failed."""
         if missing := [needed.name for needed in step.inputs.values() if needed.fingerprint in self.dead]:
             self.outcome.not_run.append(step.name)
             self.dead.add(step.fingerprint)
@@ -236,7 +236,7 @@ class _Run:
 
 
 def divide(steps: Sequence[Step], lists: int) -> list[list[Step]]:
-    """The steps in at most so many lists of about equal length; what depends on each other stays together, in order."""
+    """The steps in at most `lists` lists of similar length; dependent steps stay together, in order."""
     parts: list[list[Step]] = [[] for _ in range(lists)]
     for component in sorted(components(steps), key=len, reverse=True):
         min(parts, key=len).extend(component)

@@ -1,4 +1,4 @@
-"""Starting Ray on this machine, busy as it may be, and asking whether anything answers at a cluster's address.
+"""Starts Ray on this machine, even a busy one, and checks whether a cluster answers at an address.
 
 Imports ray only to start it.
 """
@@ -18,12 +18,12 @@ from unittest.mock import patch
 from corsa.errors import CorsaError
 
 ANSWER = 10.0
-"""Seconds in which whatever listens at a cluster's address must answer."""
+"""Seconds within which a server at a cluster's address must answer."""
 
 LONGER = 300
-"""Seconds that the second attempt allows each part of Ray to start in; Ray's own limits lie between 15 and 60."""
+"""Seconds that the second attempt gives each part of Ray to start. Ray's own limits are between 15 and 60."""
 
-_PORTS = range(20000, 32000)  # below those that the system deals out, above those of Ray's workers
+_PORTS = range(20000, 32000)  # below the system's ephemeral ports, above those of Ray's workers
 _PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])  # with an empty SETTINGS frame
 _SETTINGS = 4  # type of the frame that every HTTP/2 server, as each of Ray's is, sends first
 
@@ -31,7 +31,7 @@ _SETTINGS = 4  # type of the frame that every HTTP/2 server, as each of Ray's is
 def refuse_what_does_not_answer(address: str, seconds: float = ANSWER) -> None:
     """Raises `CorsaError` if no Ray cluster answers at `HOST:PORT` or `ray://HOST:PORT`.
 
-    Ray itself would go on trying for many minutes.
+    Ray itself would retry for many minutes.
     """
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not host or not port.isdecimal():  # "auto" and the like
@@ -56,11 +56,11 @@ def _unreachable(address: str, why: str) -> str:
 
 
 def start(init: Callable[[], Any], say: Callable[[str], object]) -> Any:
-    """What `init` returns, which starts Ray on this machine. Where that fails it is tried once more, with longer limits
+    """Start Ray on this machine with `init` and return its result. A failed start is repeated once, with longer limits
     and ports that were just found free.
 
     Raises:
-        CorsaError: it failed both times; what Ray said last is in its text.
+        CorsaError: both attempts failed; the text has Ray's last error.
     """
     began = time.monotonic()
     try:
@@ -83,8 +83,8 @@ def start(init: Callable[[], Any], say: Callable[[str], object]) -> Any:
 
 @contextmanager
 def fixed_ports() -> Iterator[None]:
-    """Inside, Ray starts with a free port for every part whose port it would not look for itself, or would have to wait
-    for until the part has told it: on a busy machine it gives up on that after 15 s.
+    """Inside, Ray starts with given free ports, for every part whose port it would not choose itself or would wait for
+    the part to report. On a busy machine Ray gives up that wait after 15 s.
     """
     from ray._private import parameter
 
@@ -117,7 +117,7 @@ def _free_ports(count: int) -> list[int]:
 
 @contextmanager
 def _patience(seconds: int) -> Iterator[None]:
-    """Inside, Ray waits so long for each of its parts."""
+    """Inside, Ray waits `seconds` for each of its parts."""
     from ray._private import ray_constants
 
     limits = {"RAY_agent_register_timeout_ms": str(1000 * seconds)}
@@ -148,6 +148,6 @@ def _clear_away(error: BaseException) -> None:
 
 
 def _said(error: BaseException) -> str:
-    """The first line of what an error says: Ray appends whole logs."""
+    """The first line of an error's text: Ray appends whole logs."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return (lines[0] if lines else type(error).__name__).rstrip(".")[:300]

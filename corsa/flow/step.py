@@ -1,4 +1,4 @@
-"""A step and its identity: a fingerprint of all that changes the result, and of nothing else."""
+"""A step and its identity: a fingerprint of everything that changes the result, and nothing else."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from corsa.config import Frozen
 from corsa.errors import CorsaError
 
 _IMPORTING = threading.Lock()
-"""Steps start in threads, and transformers fills itself in lazily: it does not bear to be imported by two at once."""
+"""Steps start in threads. transformers loads its modules lazily and does not support concurrent imports."""
 
 
 @dataclass(frozen=True)
 class Kind:
-    """What a sort of step does. Raise `version` when the function's results change: its old results are then not used.
+    """A kind of step. Raise `version` when the function's results change: old results are then not used.
 
     An ordinary function is `f(task) -> metrics`. With `together`, it is `f(tasks, progress) -> {fingerprint: cause}`:
-    it gets a topologically ordered list of steps (an input may be an earlier one of the list), commits each by itself
-    with `task.commit` and names the causes of those that failed. The metric `notes`, a list of texts, is said when the
-    step is done.
+    it gets a topologically ordered list of steps (an input may be an earlier one of the list), commits each separately
+    with `task.commit` and returns the causes of those that failed. The metric `notes`, a list of texts, is printed when
+    the step is done.
     """
 
     name: str

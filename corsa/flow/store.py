@@ -1,4 +1,4 @@
-"""Where results live: one directory or bucket, written aside and made visible by one record, written last.
+"""Where results live: one directory or bucket. Files are written first; a record, written last, makes them visible.
 
     steps/<fingerprint>/<attempt>/...      files of an attempt; nothing until a record names it
     steps/<fingerprint>/record.json        what was run, with what, and the size and SHA-256 of every file
@@ -40,7 +40,7 @@ class MissingError(CorsaError):
 
 
 class DamagedError(CorsaError):
-    """A committed result whose record or files are not what was written."""
+    """The record or files of a committed result differ from what was written."""
 
 
 Fingerprint = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
@@ -50,7 +50,7 @@ Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 class Record(Frozen):
     """What `record.json` holds. Fields that a later version adds are ignored.
 
-    A record may come from anybody who can write to the store: what names a file or a folder in it is checked here.
+    Anybody who can write to the store can write a record: its names of files and folders are checked here.
     """
 
     model_config = ConfigDict(extra="ignore")
@@ -71,7 +71,7 @@ class Record(Frozen):
 
 @dataclass(frozen=True)
 class Artifact:
-    """The result of a step, finished or not yet: until it is, all but `fingerprint` raises `MissingError`."""
+    """The result of a step, finished or not. Until it is finished, all but `fingerprint` raises `MissingError`."""
 
     store: Store
     fingerprint: str
@@ -107,7 +107,7 @@ class Artifact:
         return f"steps/{self.fingerprint[:16]}/{self.record.attempt}"
 
     def path(self, name: str) -> str:
-        """Path or URL of one file, or of a folder, of the artifact. Raises `CorsaError` if it has none of that name."""
+        """Path or URL of a file or folder of the artifact. Raises `CorsaError` if there is none of that name."""
         self._files(name)
         if self.store.files.local:
             below(Path(self.store.files.inside("steps")), f"{self._directory.removeprefix('steps/')}/{name}")
@@ -167,13 +167,13 @@ class Store:
     # What is there
 
     def artifact(self, fingerprint: str) -> Artifact:
-        """The result with this fingerprint; whether it is there shows when it is read."""
+        """The result with this fingerprint. Reading it shows whether it exists."""
         return Artifact(self, fingerprint)
 
     def find(
         self, step: Step, checksums: bool = False, say: Callable[[str], object] = lambda damage: None
     ) -> Artifact | None:
-        """The result of a step; None if there is none or it is damaged (see `Artifact.check`), which `say` is told."""
+        """The result of a step; None if it is missing or damaged (`Artifact.check`). `say` gets the damage."""
         artifact = self.artifact(step.fingerprint)
         try:
             artifact.check(checksums)
@@ -225,7 +225,7 @@ class Store:
             return path
 
     def commit(self, step: Step, output: Path, metrics: Mapping[str, Any], seconds: float) -> Artifact:
-        """Make the files in `output` the result of a step. If a sound one is there already, that is returned instead.
+        """Make the files in `output` the result of a step. An intact existing result is returned instead.
 
         Raises `CorsaError` if the store cannot be written to or a metric is not JSON. NaN and infinity become null.
         """
@@ -267,7 +267,7 @@ class Store:
     def sweep(self, steps: Iterable[Step]) -> None:
         """Remove what failed or killed attempts at steps left behind. The caller holds their leases.
 
-        Does nothing on a store that is not local, where a lease keeps nobody from writing.
+        Does nothing on a store that is not local, where a lease prevents nobody from writing.
         """
         for step in steps if self.files.local else ():
             try:
@@ -288,7 +288,7 @@ def _json(value: Any, where: str) -> Any:
         return [_json(item, where) for item in value]
     if value is None or isinstance(value, str | int | float):
         return value
-    if hasattr(value, "item"):  # a number of numpy's or torch's
+    if hasattr(value, "item"):  # a number of numpy or torch
         return _json(value.item(), where)
     raise CorsaError(f"{where}: a {type(value).__name__} is not JSON")
 

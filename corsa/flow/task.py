@@ -1,4 +1,4 @@
-"""What a step's function is given: its configuration, its finished inputs, and a place to write to."""
+"""What a step's function gets: its configuration, its finished inputs, and a place to write to."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from corsa.flow.store import Artifact, Store
 
 
 class Progress(Protocol):
-    """Where running steps say how far they are."""
+    """Where running steps report their progress."""
 
     def post(self, line: Mapping[str, Any]) -> None:
         """Show the line `{chain, phase, round, rounds, epoch, epochs, step, steps, edit, edits, loss, eta_s, answered,
         probes}`; never blocks.
 
-        Every key but `chain` may be absent. A line replaces the last one of its chain; phase "done" takes it away.
+        Every key but `chain` may be absent. A line replaces the last one of its chain; phase "done" removes it.
         """
         ...
 
@@ -67,7 +67,7 @@ class Task:
 
     @property
     def finished(self) -> Artifact | None:
-        """The result, if the step has been committed (by whomever)."""
+        """The result, if the step has been committed by any driver."""
         return self.store.find(self.step, checksums=True)
 
     @cached_property
@@ -80,5 +80,5 @@ class Task:
         return known  # without `output`: another process starts with an empty one
 
     def commit(self, metrics: Mapping[str, Any], seconds: float) -> Artifact:
-        """Make what was written visible as the step's result. If somebody was faster, theirs is returned."""
+        """Make what was written visible as the step's result. If another driver was faster, its result is returned."""
         return self.store.commit(self.step, self.output, metrics, seconds)

@@ -13,7 +13,7 @@ _SECONDS = 10  # for an answer of the cluster
 
 
 def waited_for() -> str | None:
-    """What the tasks, actors and placement groups of the cluster wait for, in one sentence; None if for nothing.
+    """What the tasks, actors and placement groups of the cluster wait for, in one sentence, or None.
 
     Raises:
         Exception: the cluster does not answer.
@@ -40,8 +40,8 @@ def standstill(
     """The sentence.
 
     Args:
-        wanted: what is waited for, and how often.
-        nodes: of each node what is (free, there) by resource.
+        wanted: requested resources, and how many such requests.
+        nodes: for each node, (free, total) by resource.
         holders: who holds something -> how many of them.
 
     >>> standstill([({"CPU": 1.0}, 2)], [{"CPU": (0.5, 1.0)}], {"RayTrainWorker of this run with 0.5 CPU": 1})

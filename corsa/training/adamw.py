@@ -19,7 +19,7 @@ class Moments(Protocol):
         ...
 
     def restore(self, moments: Mapping[str, Tensor]) -> None:
-        """Go on from these moments, and from phi as it stands."""
+        """Continue from these moments and the current phi."""
         ...
 
 

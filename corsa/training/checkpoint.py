@@ -85,17 +85,17 @@ class WithLook:
         self._optimizer, self._look = optimizer, look
 
     def moments(self) -> dict[str, Tensor]:
-        """The optimizer's, and what is used again of the last perturbed step."""
+        """The optimizer's moments, and LookSAM's part of the last perturbed step."""
         return self._optimizer.moments() | {"look": self._look.part}
 
     def restore(self, moments: Mapping[str, Tensor]) -> None:
-        """Go on from there."""
+        """Continue from these moments."""
         self._look.part = moments["look"]
         self._optimizer.restore({name: moment for name, moment in moments.items() if name != "look"})
 
 
 def _like(name: str, phi: Tensor) -> Tensor:
-    """All but AdamW's step count is in phi's shape."""
+    """An empty tensor for a moment. All have phi's shape, except AdamW's step count."""
     return torch.zeros((), dtype=torch.float32, device=phi.device) if name == "step" else torch.zeros_like(phi)
 
 
@@ -112,6 +112,6 @@ def read_checkpoint(store: Store, path: str) -> tuple[dict[str, Tensor], Positio
 
 
 def _frame(text: str) -> bytes:
-    """The text and its length, to be found from the end of the file."""
+    """The text followed by its length, so that a reader finds it from the end of the file."""
     raw = text.encode()
     return raw + len(raw).to_bytes(8, "big")

@@ -31,7 +31,7 @@ from corsa.training.worker_group import WorkerGroup
 
 CURVES = pa.schema(
     [
-        ("method", pa.string()),  # null until a report names it
+        ("method", pa.string()),  # null until a report sets it
         ("seed", pa.int32()),
         ("round", pa.int32()),
         ("step", pa.int32()),
@@ -40,12 +40,12 @@ CURVES = pa.schema(
         ("loss_dpo", pa.float64()),
         ("logp_new", pa.float64()),  # nats, mean over the batch's edits, before the update
         ("logp_old", pa.float64()),
-        # Of g_SFT and g_DPO at phi; null without DPO. Scope microbatch: mean over the micro-batches, by their edits.
+        # Of g_SFT and g_DPO at phi; null without DPO. Scope microbatch: mean over micro-batches, weighted by edits.
         ("cosine", pa.float64()),
-        # The cosine is below 0; null without DPO. Scope microbatch: it is in at least one micro-batch.
+        # Whether the cosine is below 0; null without DPO. Scope microbatch: below 0 in at least one micro-batch.
         ("conflict", pa.bool_()),
-        # L_Update(phi + e) - L_Update(phi); null where the step was not perturbed. Scope microbatch: each micro-batch
-        # at its own e, mean over them by their edits.
+        # L_Update(phi + e) - L_Update(phi); null if the step was not perturbed. Scope microbatch: each micro-batch has
+        # its own e; mean weighted by edits.
         ("sharpness", pa.float64()),
         ("grad_norm", pa.float64()),
         ("learning_rate", pa.float64()),
@@ -57,19 +57,19 @@ CURVES = pa.schema(
 
 
 class RoundFailedError(CorsaError):
-    """A round that would fail again if it were tried again; every worker finds so, at the same step."""
+    """A round failed and would fail again on a retry. Every worker raises it at the same step."""
 
 
 @dataclass(frozen=True)
 class RoundRun:
-    """A round to be trained, and where in the store its checkpoint is kept."""
+    """A round to train, and where the store keeps its checkpoint."""
 
     config: RoundConfig
     checkpoint: tuple[Store, str]
 
 
 AtEpoch = Callable[[int], None]
-"""Is told how many epochs are done, on every worker."""
+"""Called on every worker with the number of finished epochs."""
 
 
 def train(
@@ -80,7 +80,7 @@ def train(
     checkpoint: tuple[Store, str],
     post: Callable[[dict[str, Any]], None],
 ) -> list[dict[str, Any]]:
-    """Train one round, as `train_together`. Returns its curves, or raises what stopped it."""
+    """Train one round, as `train_together`. Returns its curves, or raises the error that stopped it."""
     (found,) = train_together([RoundRun(config, checkpoint)], triplets, loaded, context, post)
     if isinstance(found, RoundFailedError):
         raise found
@@ -95,23 +95,23 @@ def train_together(
     post: Callable[[dict[str, Any]], None],
     at_epoch: AtEpoch = lambda epochs: None,
 ) -> list[list[dict[str, Any]] | RoundFailedError]:
-    """Take phi from where it stands (or each row from its round's last checkpoint) through all epochs.
+    """Train phi through all epochs, from its current values or each row from its round's last checkpoint.
 
     Args:
-        round_runs: a round for each row of phi; they may differ in seed, lambda, beta, rho and learning rate alone.
-        triplets: the edits that the rounds teach, with their reference.
+        round_runs: one round per row of phi. They may differ only in seed, lambda, beta, rho and learning rate.
+        triplets: the edits to teach, with their reference.
         loaded: the model; its `lora.phi` is trained in place.
-        context: this worker's tools.
-        post: takes a line for the progress display.
-        at_epoch: called at the end of every epoch that is trained here.
+        context: this worker's context.
+        post: called with a line for the progress display.
+        at_epoch: called at the end of every epoch trained here.
 
     Returns:
-        Of each round the rows of the curves table without the method's name, those before an interruption included;
-        or why it stopped: too many steps had a gradient that was not finite. The others go on without it.
+        For each round, its rows of the curves table without the method's name, rows before an interruption included;
+        or the error that stopped it: too many steps had a non-finite gradient. The other rounds continue.
 
     Raises:
         RoundFailedError: the rounds have no edits.
-        CorsaError: the rounds differ in what rounds trained together must share.
+        CorsaError: the rounds differ in a setting that rounds trained together must share.
     """
     group, phi = context.group, loaded.lora.phi
     if not triplets:
@@ -124,7 +124,7 @@ def train_together(
     look, step = None, round_runs[0].config.step
     if step.sam and step.perturb_every > 1:
         look = LookSam(phi, step.perturb_every, step.reuse)
-        kept = [WithLook(state, look) for state in kept]  # of one round: such are not trained together
+        kept = [WithLook(state, look) for state in kept]  # one round only: rounds with LookSAM are not trained together
     with closing(optimizer):
         row_states = [
             _RowState(round_run, row, state, load_checkpoint(*round_run.checkpoint, row, state, group))
@@ -136,7 +136,7 @@ def train_together(
 
 
 def _refuse_mixed(configs: Sequence[RoundConfig]) -> None:
-    """Raise `CorsaError` where one pack cannot train these rounds; `Together.of` compares their steps."""
+    """Raise `CorsaError` if these rounds cannot be trained together. `Together.of` compares their steps."""
     for name in RoundConfig.model_fields:
         values = [getattr(config.shared, name) for config in configs]
         if name != "step" and any(value != values[0] for value in values):
@@ -144,7 +144,7 @@ def _refuse_mixed(configs: Sequence[RoundConfig]) -> None:
 
 
 def _optimizer(phi: nn.Parameter, group: WorkerGroup, rows: int) -> tuple[Stepping, list[Tensor], list[Moments]]:
-    """A fresh optimizer over phi, its rows, and what a checkpoint keeps of each."""
+    """A new optimizer over phi, its rows, and the state of each row for checkpoints."""
     if rows == 1:
         whole = group.optimizer(phi)
         return whole, [phi], [whole]
@@ -162,7 +162,7 @@ def _learn(
     post: Callable[[dict[str, Any]], None],
     at_epoch: AtEpoch,
 ) -> None:
-    """All steps that are left to take."""
+    """Run all remaining steps."""
     group, phi, configs = (
         context.group,
         loaded.lora.phi,
@@ -231,7 +231,7 @@ def _learn(
 
 @dataclass
 class _RowState:
-    """One row of phi on its way through its round."""
+    """One row of phi, and the progress of its round."""
 
     round_run: RoundRun
     row: Tensor
@@ -248,11 +248,11 @@ class _RowState:
         return self.failed or self.position.curves
 
     def waits(self, number: int) -> bool:
-        """Whether step `number` is not for this row: it has failed, or its checkpoint is ahead of the others'."""
+        """Whether this row skips step `number`: its round failed, or its checkpoint already includes the step."""
         return self.failed is not None or number <= self.position.step
 
     def learnt(self, log: dict[str, Any]) -> None:
-        """One more step is done."""
+        """Record one finished step."""
         self.position.add({"seed": self.config.seed, "round": self.config.round} | log)
         skipped = sum(c["skipped"] for c in self.position.curves)
         if skipped > self.config.training.max_skipped:
@@ -272,8 +272,8 @@ def _mean_loss(configs: Sequence[RoundConfig], logs: Sequence[dict[str, Any]]) -
 
 
 def _own_parts(chosen: np.ndarray, step: StepConfig, group: WorkerGroup) -> list[np.ndarray]:
-    """This worker's positions of a global batch, as the parts that perturbations are made from."""
-    if step.scope == "microbatch":  # parts go to workers whole, so the result does not depend on how many there are
+    """This worker's positions of a global batch, as the parts that perturbations are computed from."""
+    if step.scope == "microbatch":  # workers get whole parts, so the result does not depend on their number
         parts = [chosen[i : i + step.microbatch] for i in range(0, len(chosen), step.microbatch)]
         return parts[group.rank :: group.size]
     own = chosen[group.rank :: group.size]

@@ -1,4 +1,4 @@
-"""What the base model writes before any update, y_old of the code domain: greedy generation on Ray Data."""
+"""The base model's programs before any update (y_old of the code domain): greedy generation on Ray Data."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from corsa.models.encoding import Encoder
 from corsa.models.loading import load_model, load_tokenizer
 
 PROMPTS_PER_BATCH = 8
-"""Prompts answered together; fixed, so that an answer does not depend on how many actors share the work."""
+"""Prompts per batch. Fixed, so that answers do not depend on the number of actors."""
 
 
 class Answer:
@@ -52,7 +52,7 @@ class Answer:
 
 
 def compute(task: Task) -> dict[str, Any]:
-    """Step function: the problems that are taught -> answers.parquet (`PROGRAMS`), in their order."""
+    """Step function: the taught problems -> answers.parquet (`PROGRAMS`), in the order of the problems."""
     config: OldAnswersConfig = task.config
     placement: Placement = task.placement
     context = ray.data.DataContext.get_current()

@@ -20,7 +20,7 @@ class PreemptionWatch:
         self._seen: Any = None
 
     def new_warning(self) -> str | None:
-        """A sentence on a notice that came since the last call, the same on all workers; None if there is none.
+        """A sentence about a notice since the last call, the same on all workers; None if there is none.
 
         This is a barrier: every worker calls it after the same step.
         """

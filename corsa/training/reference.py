@@ -1,7 +1,7 @@
-"""The reference column: log p of both answers under the base model, computed once per (model, template, end of an
-answer, edits) on Ray Data.
+"""The reference column: log p of both answers under the base model. Ray Data computes it once per (model, template, end
+of an answer, edits).
 
-No training step ever runs a reference forward: every method, trial and round reads this column.
+No training step runs the reference model: every method, trial and round reads this column.
 """
 
 from __future__ import annotations
@@ -32,23 +32,23 @@ from corsa.training.tokens import REFERENCE, token_rows, without_tokens
 from corsa.training.worker_group import WorkerGroup
 
 EDITS_PER_BATCH = 32
-"""Edits of one forward pass; fixed, so that a value does not depend on how many actors share the work."""
+"""Edits per forward pass. Fixed, so that values do not depend on the number of actors."""
 
 
 COLUMNS = ["id", "prompt", "target_new", "target_old"]
-"""What is read of the edits."""
+"""The columns of the edits that are read."""
 
 MARKED = REFERENCE.append(pa.field("bad", pa.string())).append(pa.field("reason", pa.string()))
-"""The reference table with the name of the field that makes a row useless, where one does, and why."""
+"""The reference table with two more columns for unusable rows: the bad field and the reason."""
 
 
 class Score:
-    """Turns edit rows into token ids with the reference column. Rows whose answer has no tokens, or that do not fit
-    into the model's context, are marked, not dropped.
+    """Turns edit rows into token ids with the reference column. Marks, but does not drop, rows whose answer has no
+    tokens or that do not fit into the model's context.
     """
 
     context: int | None = None
-    """Positions that the model has; None where its architecture sets no bound."""
+    """Positions of the model; None if its architecture sets no limit."""
 
     def __init__(
         self, model: ModelConfig, placement: Placement, answer_end: AnswerEnd, group: WorkerGroup | None = None
@@ -81,7 +81,7 @@ class Score:
         """(2, E): log p of the new and of the old answers."""
         dtype = self.model.dtype
         longest = max(triplets, key=len)
-        if self.packed and len(longest) > self.longest:  # a sliding window shows in rows longer than it alone
+        if self.packed and len(longest) > self.longest:  # a sliding window affects only longer rows
             self.longest = len(longest)
             self.packed = packing_is_exact(self.model, [longest, *triplets[:4]], dtype, self.device)
         rows = [r.to(self.device) for r in pack(triplets, dtype=dtype, packed=self.packed)]
@@ -92,11 +92,11 @@ def compute(task: Task) -> dict[str, Any]:
     """Step function: edits.parquet -> reference.parquet (`REFERENCE`), in the order of the edits.
 
     Raises:
-        CorsaError: an answer has no tokens or is beyond the context (unless such records are skipped), or none is left.
+        CorsaError: an answer has no tokens or exceeds the context (unless skipped), or no edit is left.
     """
     config: ReferenceConfig = task.config
     placement: Placement = task.placement
-    if placement.sharding.zero_stage == 3:  # no actor by itself could hold the base
+    if placement.sharding.zero_stage == 3:  # the base may not fit into one actor
         tables = in_group(score_in_step, {"task": task}, placement, task.store.url, {})
         kept, bad = _write(task, tables)
     else:
@@ -133,7 +133,7 @@ def _edits(task: Task) -> pa.Table:
 
 
 def score_in_step(config: dict[str, Any]) -> list[pa.Table]:
-    """What each worker of a group runs that shards the base: its share of the batches. The leader returns all."""
+    """Score this worker's share of the batches, in a group that shards the base. The leader returns all tables."""
     task: Task = config["task"]
     group = WorkerGroup.join(task.placement)
     edits = _edits(task)
@@ -145,7 +145,7 @@ def score_in_step(config: dict[str, Any]) -> list[pa.Table]:
 
 
 def _write(task: Task, scored: Iterable[pa.Table]) -> tuple[int, list[dict[str, str]]]:
-    """Write reference.parquet; returns how many edits it holds, and those that were left out."""
+    """Write reference.parquet. Returns the number of edits in it, and the edits left out."""
     bad: list[dict[str, str]] = []
     kept = done = 0
     edits = len(_edits(task))

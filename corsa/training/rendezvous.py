@@ -12,8 +12,8 @@ from ray.train.torch.config import _TorchBackend
 
 
 class Rendezvous(TorchConfig):
-    """Ray Train's TorchConfig, except that torch's store does not listen on every address of its node: anyone who
-    reaches the store can write to it. On a single machine that Ray knows as 127.0.0.1, nothing listens elsewhere.
+    """Ray Train's TorchConfig, but torch's store does not listen on every address of its node: anyone who reaches the
+    store can write to it. On a single machine that Ray knows as 127.0.0.1, everything listens only there.
     """
 
     @property

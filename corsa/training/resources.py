@@ -12,7 +12,7 @@ def threads_per_worker(placement: Placement, cpus: float) -> int:
 
 
 def cpus_per_worker(placement: Placement, on: list[Resources] | None = None) -> float:
-    """CPUs reserved for one worker: a little less than its threads, so that one task finds room beside the workers."""
+    """CPUs reserved for one worker: a little less than its threads, which leaves room for one more task."""
     if placement.cpus is not None:
         return placement.cpus
     cores = _smallest_node(on)
@@ -23,7 +23,7 @@ def cpus_per_worker(placement: Placement, on: list[Resources] | None = None) -> 
 
 def refuse_what_cannot_fit(placement: Placement, on: list[Resources] | None = None) -> None:
     """Raises `CorsaError`, with the arithmetic, if the cluster can never hold the group: a worker needs a core (or a
-    GPU). One that grows on demand may yet: there it is `placement.start_timeout` that ends the wait.
+    GPU). An autoscaling cluster is not checked: it may grow, and `placement.start_timeout` ends the wait.
     """
     if placement.autoscale:
         return
@@ -31,8 +31,8 @@ def refuse_what_cannot_fit(placement: Placement, on: list[Resources] | None = No
 
 
 def groups_side_by_side(placement: Placement, on: list[Resources] | None = None) -> int:
-    """How many worker groups the cluster runs at once: every worker has the CPUs and the GPU that it reserves on one
-    node, and CPU workers do not share the cores that they compute on.
+    """How many worker groups the cluster runs at once. The CPUs and the GPU of a worker are on one node. CPU workers do
+    not share cores.
     """
     found = nodes() if on is None else on
     reserved = {"CPU": cpus_per_worker(placement, found), "GPU": 1.0 if placement.gpu else 0.0}
@@ -44,7 +44,7 @@ def groups_side_by_side(placement: Placement, on: list[Resources] | None = None)
 
 
 def trials_at_once(placement: Placement, on: list[Resources] | None = None) -> tuple[int, str]:
-    """How many trials run side by side, and the arithmetic in words. Beside its workers a trial needs no CPU."""
+    """How many trials run at once, and the arithmetic in words. A trial needs no CPU besides its workers."""
     found = nodes() if on is None else on
     count = groups_side_by_side(placement, found)
     if placement.gpu:

@@ -1,8 +1,8 @@
-"""Rounds of editing on Ray Train: each is trained, asked its probes, and committed as a result of its own.
+"""Rounds of editing on Ray Train. Each round is trained, asked its probes, and committed as its own result.
 
-`run` is the step function. It gets any list of pending rounds, of one chain or of several, and takes them through one
-group of workers: a start and a model are paid once for all. Whatever interrupts it, committed rounds are done, and the
-one in progress goes on from its last checkpoint.
+`run` is the step function. It takes any list of pending rounds, of one or several chains, through one worker group, so
+the group starts once and rounds share a loaded model. After an interruption, committed rounds stay done, and the
+current round continues from its last checkpoint.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from corsa.training.worker_tasks import pack_key, take
 
 
 def run(tasks: list[Task], progress: Progress) -> dict[str, str]:
-    """Step function (together): `tasks` through one Ray Train worker group. Returns {fingerprint: cause} of failures.
+    """Step function (together): run `tasks` on one Ray Train worker group. Returns {fingerprint: cause} of failures.
 
     Raises:
-        CorsaError: the group failed more often than `placement.max_failures`, with the worker's own error, or the
-            cluster had no room for it for `placement.start_timeout`.
+        CorsaError: the group failed more often than `placement.max_failures` (with the worker's own error), or the
+            cluster had no room for it within `placement.start_timeout`.
     """
     inputs = [t.inputs["reference"] for t in tasks if "reference" in t.step.inputs]
     tables = {artifact.fingerprint: str(artifact.local("reference.parquet")) for artifact in inputs}
@@ -35,7 +35,7 @@ def run(tasks: list[Task], progress: Progress) -> dict[str, str]:
 
 
 def work(config: dict[str, Any]) -> dict[str, str]:
-    """What each Ray Train worker runs: the stream into token tables, then the rounds."""
+    """Runs on each Ray Train worker: streams the token tables, then takes the rounds."""
     tasks: list[Task] = config["tasks"]
     placement: Placement = tasks[0].placement
     group = WorkerGroup.join(placement)
@@ -46,7 +46,7 @@ def work(config: dict[str, Any]) -> dict[str, str]:
 
 
 def streamed_table(name: str) -> TokenTable:
-    """The reference table that the group streams under this name, on one of its workers."""
+    """The reference table that the group streams under this name, read on this worker."""
     from ray.train import get_dataset_shard
 
     shard: Any = get_dataset_shard(name)
@@ -54,12 +54,12 @@ def streamed_table(name: str) -> TokenTable:
 
 
 def take_rounds(tasks: Sequence[Task], context: WorkerContext, progress: Progress) -> dict[str, str]:
-    """Train, ask and commit each round in turn, or as many together as `placement.pack` allows and can be; a round that
-    fails takes with it only the later ones of its chain.
+    """Train, ask and commit each round in turn, or up to `placement.pack` compatible rounds together. If a round fails,
+    only the later rounds of its chain are not run.
     """
     group = context.group
     done = group.share([group.leads and task.finished is not None for task in tasks])
-    # Sharded, phi's optimizer and the passes of its workers are one adapter's.
+    # With sharding, the optimizer and the passes of the workers support one adapter only.
     most = context.placement.pack if context.placement.sharding.zero_stage == 0 else 1
     waiting = [task for task, finished in zip(tasks, done, strict=True) if not finished]
     failed: dict[str, str] = {}
@@ -76,14 +76,14 @@ def take_rounds(tasks: Sequence[Task], context: WorkerContext, progress: Progres
             failed |= take(pack, context, line.post)
         except CorsaError as e:
             if group.size > 1 and not isinstance(e, RoundFailedError):
-                raise  # known to this worker alone: the others must not wait for it
+                raise  # only this worker knows of it: raise, so that the others do not wait
             failed |= dict.fromkeys((task.fingerprint for task in pack), str(e))
         line.post({"phase": "done"})
     return failed
 
 
 def _together(waiting: Sequence[Task], failed: Mapping[str, str], most: int) -> list[Task]:
-    """The first of the waiting rounds, with others of the same pack key: nothing they need is still missing."""
+    """The first waiting round, and others with the same pack key whose inputs are all available."""
     first, missing = waiting[0], {task.fingerprint for task in waiting} | failed.keys()
     key = pack_key(first) if most > 1 else None
     free = [
@@ -95,7 +95,7 @@ def _together(waiting: Sequence[Task], failed: Mapping[str, str], most: int) -> 
 
 
 class _Line:
-    """The progress line of a step's chain, one of `tasks`; what is posted is added to what is shown."""
+    """The progress line of the chain of `task`, one of `tasks`. Posted values are added to the shown ones."""
 
     def __init__(self, task: Task, tasks: Sequence[Task], group: WorkerGroup, progress: Progress) -> None:
         self._progress = progress if group.leads else None

@@ -1,4 +1,4 @@
-"""Answers of a model that sends each query to one of several adapters (paper, Table 8). The base is loaded once."""
+"""Answers of a model that routes each query to one of several adapters (paper, Table 8). The base is loaded once."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ def route(
     changes: Sequence[Change],
     taught: Sequence[Taught],
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Route every prompt, then ask each adapter what was sent to it.
+    """Route every prompt, then ask each adapter its prompts.
 
     Args:
         router: "prompt", "embedding" or "oracle".
         loaded: the base model, LoRA off.
-        predictor: asks it.
-        parts: the edits that each adapter was taught.
+        predictor: asks the model.
+        parts: the edits taught to each adapter.
         changes: the adapters, in the order of the parts.
-        taught: what is asked.
+        taught: the edits to ask about.
 
     Returns:
         The rows of the predictions table, and one row per prompt: {prompt, part, chosen} (parts from 0).

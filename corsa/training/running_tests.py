@@ -1,4 +1,4 @@
-"""Judging the programs in a model's answers, as Ray tasks: each with a sandbox on its node, for a share of them."""
+"""Judges the programs in a model's answers. Each Ray task runs a share of the programs in a sandbox on its node."""
 
 from __future__ import annotations
 
@@ -27,27 +27,27 @@ VERDICTS = pa.schema(
         ("updated", pa.bool_()),
         ("outcome", pa.string()),
         ("detail", pa.string()),
-        ("loaded", pa.bool_()),  # it ran as far as its tests
+        ("loaded", pa.bool_()),  # the program got as far as its tests
         ("seconds", pa.float64()),
     ]
 )
-"""One row a program and way of running it: with the update installed, and of updates also without it (`updated` false).
+"""One row per run of a program: with the update installed and, for updates, also without it (`updated` false).
 
-A program that passes with the update and not without it may only have looked whether the update is there. So it is run
-once more with a mutant of the update, under which the reference solution fails. If it passes, its row without the
-update says `passed`: it does not need what the update returns.
+A program that passes only with the update may just check whether the update is there. So it runs once more with a
+mutant of the update, under which the reference solution fails. If it passes, its row without the update says `passed`:
+it does not need the results of the update.
 """
 UNUSED = "passes as well where the update gives wrong results"
 
 PER_TASK = 32
-"""Programs of one Ray task at most: a sandbox loads the packages once for all of them."""
+"""Most programs per Ray task. A sandbox loads the packages once for all of them."""
 
 
 def compute(task: Task) -> dict[str, Any]:
     """Step function: problems.parquet and answers.parquet -> verdicts.parquet (`VERDICTS`).
 
     Raises:
-        CorsaError: no program may be run, or nothing here can isolate one.
+        CorsaError: running programs is not allowed, or no sandbox is available here.
     """
     config: JudgingConfig = task.config
     if not task.placement.allow_code_execution:
@@ -72,7 +72,7 @@ def compute(task: Task) -> dict[str, Any]:
 def judged(
     answers: Sequence[tuple[Problem, int, str]], run: Callable[[list[Program]], list[Verdict]]
 ) -> list[dict[str, Any]]:
-    """The rows of `VERDICTS` for answers (problem, number of the sample, program). `run` runs programs."""
+    """The rows of `VERDICTS` for answers (problem, sample number, program). `run` runs programs."""
     ways = [(p, n, text, way) for p, n, text in answers for way in ((True, False) if p.update else (True,))]
     verdicts = run([problem.program(text, updated=updated) for problem, _, text, updated in ways])
     rows = [
@@ -87,7 +87,7 @@ def judged(
         }
         for (problem, number, _, updated), verdict in zip(ways, verdicts, strict=True)
     ]
-    # With the update and without it stand next to each other.
+    # The rows with and without the update are adjacent.
     pairs = [(w, without) for w, with_, without in zip(ways, rows, rows[1:], strict=False) if _needs(with_, without)]
     unused = _pass_with_a_mutant([(problem, text) for (problem, _, text, _), _ in pairs], run)
     for (_, row), passes in zip(pairs, unused, strict=True):
@@ -97,22 +97,22 @@ def judged(
 
 
 def _needs(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether two rows say that a program passes with the update and not without it."""
+    """Whether these two rows show that a program passes only with the update."""
     return one["updated"] and not other["updated"] and one["outcome"] == "passed" != other["outcome"]
 
 
 def _pass_with_a_mutant(
     programs: Sequence[tuple[Problem, str]], run: Callable[[list[Program]], list[Verdict]]
 ) -> list[bool]:
-    """Whether programs pass with a mutant of their update, one under which the reference solution fails a test.
+    """Whether each program passes with a mutant of its update under which the reference solution fails a test.
 
-    Where there is none, nothing can be said, and they do not.
+    False if there is no such mutant: then nothing can be concluded.
     """
     problems = {problem.id: problem for problem, _ in programs}
     tried = [(problem, mutant) for problem in problems.values() for mutant in mutants(problem.before)]
     verdicts = run([problem.program(problem.solution, updated=True, before=mutant) for problem, mutant in tried])
     chosen: dict[str, str] = {}
-    # A wrong result rather than an exception, which a program could take for a sign.
+    # Prefer a wrong result: a program could detect an exception.
     for outcomes in (("failed",), ("error", "timeout", "cpu", "memory")):
         for (problem, mutant), verdict in zip(tried, verdicts, strict=True):
             if verdict.tests and verdict.outcome in outcomes:
@@ -138,7 +138,7 @@ def _on_cluster(
     unique = list(dict.fromkeys(programs))
     cpus = cluster_resources()["CPU"]
     size = max(1, min(PER_TASK, -(-len(unique) // max(1, int(cpus)))))
-    # A task that is lost with its node is run again elsewhere; a whole CPU each, so that time limits mean something.
+    # A task lost with its node runs again elsewhere. Each has a whole CPU, so that time limits are meaningful.
     remote = ray.remote(num_cpus=min(1.0, cpus), max_retries=3)(_judge)
     shares = [unique[i : i + size] for i in range(0, len(unique), size)]
     waiting = [remote.remote(share, config.limits, modules, sandbox) for share in shares]
@@ -159,6 +159,6 @@ def _judge(programs: list[Program], limits: Limits, modules: tuple[str, ...], sa
     from corsa.sandbox.worker import engine
 
     chosen = engine(sandbox)
-    # What an unprotected program did may have been to the verdicts themselves.
+    # An unprotected program may have changed the stored verdicts, so they are not used.
     cache = None if chosen == "none" else Path(cache_directory()) / "verdicts"
     return judge(programs, engine=chosen, limits=limits, modules=modules, cache=cache)

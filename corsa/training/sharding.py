@@ -1,7 +1,7 @@
 """DeepSpeed ZeRO. No other module uses DeepSpeed (docs/sharding.md).
 
-The base is frozen and phi is outside it, so there are two engines that share no tensors: one without an optimizer that
-holds the base in shards (stage 3), and one around phi alone that shards AdamW's state.
+The base is frozen and phi is not part of it, so two engines share no tensors. One has no optimizer and holds the base
+in shards (stage 3). The other holds only phi and shards AdamW's state.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def _deepspeed(device: torch.device) -> Any:
     """Import DeepSpeed (it takes seconds, so only when needed) and set it up for this worker's device."""
     os.environ.setdefault("DS_ACCELERATOR", device.type)
     os.environ["LOCAL_RANK"] = str(device.index or 0)  # DeepSpeed reads the device number from it
-    if not dist.is_initialized():  # one worker alone: nothing to shard, but its base may be offloaded to CPU memory
+    if not dist.is_initialized():  # a single worker shards nothing, but may offload its base to CPU memory
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=HashStore(), rank=0, world_size=1)
     import deepspeed
 
@@ -42,7 +42,7 @@ def _deepspeed(device: torch.device) -> Any:
 
 
 def load_sharded(config: ModelConfig, sharding: ShardingConfig, device: torch.device) -> PreTrainedModel:
-    """Load the frozen base in shards: each worker holds a part of every matrix, and one layer at a time is gathered.
+    """Load the frozen base in shards: each worker holds a part of every matrix. Layers are gathered one at a time.
 
     Each parameter is sharded when it is created and filled from the leader's file, so no worker ever holds the whole
     base. Vectors (norms, biases) stay whole on every worker: they are too small to be worth gathering.
@@ -100,7 +100,7 @@ def _sharded_as_made(settings: dict[str, Any]) -> Iterator[None]:
 
 
 class ShardedAdamW:
-    """`PlainAdamW` with its state sharded: each worker updates its part of phi, and then all workers get all of phi.
+    """`PlainAdamW` with a sharded state: each worker updates its part of phi, then all workers receive all of phi.
 
     Every worker steps with the same merged gradient g at phi + e. DeepSpeed takes gradients only from a backward pass,
     so it gets the backward pass of sum(phi * g), whose gradient is g.
@@ -142,7 +142,7 @@ class ShardedAdamW:
         return {name: self._whole(part) if part.dim() else part for name, part in self._state.items()}
 
     def restore(self, moments: Mapping[str, Tensor]) -> None:
-        """Go on from whole moments, and from phi as it stands."""
+        """Continue from whole moments and the current phi."""
         self._engine.optimizer.refresh_fp32_params()
         self._state.clear()
         self._state.update(
@@ -150,12 +150,12 @@ class ShardedAdamW:
         )
 
     def close(self) -> None:
-        """Leave phi to another optimizer."""
+        """Release phi for another optimizer."""
         self._engine.destroy()
 
     @property
     def _part(self) -> Tensor:
-        """This worker's part of phi, padded so that all parts have one size."""
+        """This worker's part of phi, padded so that all parts have the same size."""
         return self._engine.optimizer.single_partition_of_fp32_groups[0]
 
     @property

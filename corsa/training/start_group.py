@@ -1,4 +1,4 @@
-"""A group of Ray Train workers: started, brought to its end, its failure told in a worker's own words."""
+"""Starts a group of Ray Train workers, waits for its end, and reports a failure with the worker's own error."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from corsa.flow.cluster import cluster_resources, nodes
 from corsa.training.resources import cpus_per_worker
 
 STREAMED = 4096
-"""Rows of a block that workers stream."""
+"""Rows per block of a streamed table."""
 
 
 def in_group(
@@ -27,18 +27,18 @@ def in_group(
     storage: str,
     tables: Mapping[str, str],
 ) -> Any:
-    """What `work(config)` returns on the first worker; it runs on all of them.
+    """Run `work(config)` on all workers of a group. Returns the result of the first worker.
 
     Args:
-        work: runs on every worker of one group.
-        config: its argument, the same on all.
-        placement: how many workers, on what, and how often they may fail.
+        work: the function that every worker runs.
+        config: its argument, the same on all workers.
+        placement: how many workers, on which devices, and how often they may fail.
         storage: where Ray Train keeps its own state.
-        tables: local Parquet files that every worker streams whole, by the name of their shard.
+        tables: {shard name: local Parquet file}. Every worker streams every whole file.
 
     Raises:
-        CorsaError: the group failed more often than `placement.max_failures`, with the worker's own error, or the
-            cluster had no room for it for `placement.start_timeout`, or was lost.
+        CorsaError: the group failed more often than `placement.max_failures` (with the worker's own error), the cluster
+            had no room for it within `placement.start_timeout`, or the cluster was lost.
     """
     from ray.exceptions import RayActorError
     from ray.train import DataConfig, FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
@@ -49,11 +49,11 @@ def in_group(
     from corsa.flow.ray_data import as_dataset
     from corsa.training.rendezvous import Rendezvous
 
-    watched = isinstance(placement, TrialPlace)  # by Ray Tune
+    watched = isinstance(placement, TrialPlace)  # Ray Tune watches it
     os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(placement.heartbeat_timeout)
-    patience = min(60.0, placement.start_timeout)  # of one attempt to get room for the workers
+    patience = min(60.0, placement.start_timeout)  # seconds per attempt to reserve the workers
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(patience)
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # a group's end is noticed this much later
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # the delay until the end of a group is noticed
     trainer = TorchTrainer(
         work,
         train_loop_config=dict(config),
@@ -81,7 +81,7 @@ def in_group(
         if isinstance(getattr(e, "controller_failure", None), WorkerGroupStartupTimeoutError):
             raise CorsaError(_no_room(placement)) from e
         raise CorsaError(f"the training workers failed: {_root_cause(e)}") from e
-    except RayActorError as e:  # of the controller, which Ray Train keeps on the driver's node
+    except RayActorError as e:  # the controller died; Ray Train runs it on the driver's node
         raise CorsaError(
             f"the head of the cluster, or the node of this driver, is gone ({type(e).__name__}). Finished rounds are "
             "kept: on a cluster that is whole the same command goes on from the last checkpoint"

@@ -42,7 +42,7 @@ class TokenTable:
 
     @property
     def bytes(self) -> int:
-        """What it holds in memory: token ids, offsets, reference, and the index of ids."""
+        """Memory in bytes: token ids, offsets, reference, and the index of ids."""
         arrays = [self._reference, *(array for pair in self._tokens.values() for array in pair)]
         index = sys.getsizeof(self._at) + sum(sys.getsizeof(id_) + sys.getsizeof(i) for id_, i in self._at.items())
         return sum(array.nbytes for array in arrays) + index
@@ -58,9 +58,10 @@ class TokenTable:
 
 
 def batch_order(edits: int, batch: int, *, seed: int, round_: int, epoch: int) -> list[np.ndarray]:
-    """Positions of the edits in each global batch of an epoch; the last may be smaller: every edit is seen once.
+    """Positions of the edits in each global batch of an epoch. Every edit occurs once, so the last batch may be
+    smaller.
 
-    The permutation follows from (seed, round, epoch) alone, so batches do not depend on the number of workers and
+    The permutation depends only on (seed, round, epoch). So batches do not depend on the number of workers, and
     resuming is index arithmetic.
     """
     order = np.random.default_rng([seed, round_, epoch]).permutation(edits)
@@ -78,7 +79,7 @@ def token_rows(encoder: Encoder, edits: Sequence[Mapping[str, Any]]) -> list[dic
 
 
 def without_tokens(row: Mapping[str, Sequence[int]], end: int = 1) -> str | None:
-    """The name of the answer that consists of its end alone (`end` tokens), if one does: it teaches nothing."""
+    """The field of an answer that has only its end (`end` tokens) and so teaches nothing; None if there is none."""
     if len(row["new"]) <= end:
         return "target_new"
-    return "target_old" if 0 < len(row["old"]) <= end else None  # none at all: the edit has no old answer
+    return "target_old" if 0 < len(row["old"]) <= end else None  # 0 tokens: the edit has no old answer

@@ -1,6 +1,4 @@
-"""What a group of workers keeps from round to round: the model that is loaded, with LoRA attached, and the token
-tables.
-"""
+"""What a worker group keeps between rounds: the loaded model with LoRA attached, and the token tables."""
 
 from __future__ import annotations
 
@@ -27,7 +25,7 @@ from corsa.training.worker_group import WorkerGroup
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model with LoRA attached, and how it is asked. `packed`: its packed rows give the same log-probabilities."""
+    """A model with LoRA attached, and its encoder. `packed`: its packed rows give the same log-probabilities."""
 
     model: PreTrainedModel
     lora: Lora
@@ -37,33 +35,33 @@ class Loaded:
 
 @dataclass(frozen=True)
 class Share:
-    """What one adapter learns from in a step: the whole global batch, and this worker's parts of it."""
+    """The edits one adapter learns from in a step: the whole global batch, and this worker's parts of it."""
 
     whole: Sequence[Triplet]
     parts: Sequence[Sequence[Triplet]]
 
 
 class WorkerContext:
-    """One worker's tools. The model changes only where the next step needs another one."""
+    """The state of one worker. It reloads the model only when the next step needs another one."""
 
     def __init__(self, group: WorkerGroup, placement: Placement, tables: dict[str, TokenTable]) -> None:
         self.group, self.placement, self.tables = group, placement, tables
-        self.notes: list[str] = []  # what befell the step in progress, for its record
-        self.spent: dict[str, float] = {}  # seconds of the step in progress that are neither training nor asking
+        self.notes: list[str] = []  # what happened in the current step, for its record
+        self.spent: dict[str, float] = {}  # seconds of the current step outside training and asking
         self._key: tuple[ModelConfig, LoraConfig] | None = None
         self._loaded: Loaded | None = None
         self._checked = False  # whether packed rows have been compared with plain ones
 
     @property
     def parameters(self) -> int | None:
-        """How many the base model that is loaded has, whole, also where it lies in shards."""
+        """Total parameters of the loaded base model, sharded ones included; None if none is loaded."""
         if self._loaded is None:
             return None
         return sum(getattr(p, "ds_numel", p.numel()) for p in self._loaded.model.parameters())
 
     @contextmanager
     def timed(self, what: str) -> Iterator[None]:
-        """What happens inside is counted as `what` of the step in progress: stream, loading, data or checkpoints."""
+        """Adds the time of the block to `what` of the current step: stream, loading, data or checkpoints."""
         began = time.monotonic()
         try:
             yield
@@ -76,7 +74,7 @@ class WorkerContext:
         sample: Sequence[Triplet],
         adapters: int = 1,
     ) -> Loaded:
-        """The model of a step with so many adapters of its shape; `sample` shows whether its rows can be packed."""
+        """The model of a step, with `adapters` adapters of its shape. `sample` tests whether its rows can be packed."""
         with self.timed("loading"):
             return self._open(config, sample, adapters)
 
@@ -86,9 +84,9 @@ class WorkerContext:
         sample: Sequence[Triplet],
         adapters: int,
     ) -> Loaded:
-        shape = config.lora if isinstance(config, RoundConfig) else None  # None: asked with LoRA off, any shape will do
+        shape = config.lora if isinstance(config, RoundConfig) else None  # None: LoRA is off, so any shape works
         if not (self._loaded and self._key and self._key[0] == config.model and shape in (None, self._key[1])):
-            if self._loaded:  # the old one goes before the new one comes
+            if self._loaded:  # free the old model before loading the new one
                 old, self._loaded = self._loaded.model, None
                 self.group.let_go(old)
                 del old
@@ -115,16 +113,16 @@ class WorkerContext:
         return packed
 
     def batch(self, loaded: Loaded, shares: Sequence[Share], unit: int) -> Batch:
-        """This worker's part of a global batch, cut to micro-batches with neighbours in length together.
+        """This worker's part of a global batch, sorted by length and cut into micro-batches.
 
         Args:
             loaded: the model.
-            shares: of one adapter, or of each of several that are trained together.
-            unit: no part of so many edits or less is cut: a perturbation is made from it.
+            shares: one per adapter; several if adapters are trained together.
+            unit: parts of at most this many edits are not cut: a perturbation is computed from a whole part.
         """
         size = max(self.placement.micro_batch, unit)
         micro = []
-        for parts in zip(*(share.parts for share in shares), strict=True):  # of every adapter the same number of edits
+        for parts in zip(*(share.parts for share in shares), strict=True):  # the same number of edits for every adapter
             ordered = [sorted(part, key=len) for part in parts]
             cuts = range(0, len(ordered[0]), size)
             micro += [self._micro_batch(loaded, [part[i : i + size] for part in ordered]) for i in cuts]
@@ -141,6 +139,6 @@ class WorkerContext:
         )
 
     def _tokens(self, adapters: Sequence[Sequence[Triplet]]) -> Tensor:
-        """Tokens of each adapter's new answers: (K, 1)."""
+        """Tokens in the new answers of each adapter: (K, 1)."""
         counts = [[float(sum(len(t.new) for t in own))] for own in adapters]
         return torch.tensor(counts, device=self.group.device)

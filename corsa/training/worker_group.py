@@ -1,6 +1,6 @@
-"""The workers of one group: who am I, how are tensors summed and shared, and where do parameters live.
+"""The workers of one group: ranks, sums and broadcasts of tensors, and the placement of parameters.
 
-What is sharded among the workers, and how, is known here alone and in what this calls; the step does not know it.
+Only this module and those it calls know how parameters are sharded. The step does not.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from corsa.training.zero3_lockstep import in_lockstep, pad_passes
 
 @dataclass(frozen=True)
 class WorkerGroup:
-    """This worker among `size` of them."""
+    """This worker, one of `size` in its group."""
 
     rank: int
     size: int
@@ -35,7 +35,7 @@ class WorkerGroup:
 
     @classmethod
     def join(cls, placement: Placement) -> WorkerGroup:
-        """The process group that Ray Train has set up, or one process alone."""
+        """Join the process group that Ray Train has set up; without one, a group of this process alone."""
         grouped = dist.is_available() and dist.is_initialized()
         rank, size = (dist.get_rank(), dist.get_world_size()) if grouped else (0, 1)
         if placement.gpu:
@@ -65,14 +65,14 @@ class WorkerGroup:
         return placed
 
     def let_go(self, model: PreTrainedModel) -> None:
-        """Give a placed model's memory back."""
+        """Free the memory of a placed model."""
         if self.sharding.zero_stage == 3:
             from corsa.training.sharding import discard
 
             discard(model)
 
     def optimizer(self, phi: nn.Parameter) -> AdamW:
-        """A fresh AdamW over phi, its state whole on this worker or sharded among all (stages 1 to 3)."""
+        """A new AdamW over phi. Its state is whole on this worker, or sharded among all (stages 1 to 3)."""
         if self.sharding.zero_stage == 0:
             return PlainAdamW(phi)
         from corsa.training.sharding import ShardedAdamW
@@ -80,14 +80,14 @@ class WorkerGroup:
         return ShardedAdamW(phi, self.sharding, self.device)
 
     def in_step(self, model: PreTrainedModel) -> AbstractContextManager[None]:
-        """A block in which each worker runs forward passes without gradients, as many as its share of the work takes.
+        """A block in which each worker runs any number of forward passes without gradients.
 
-        Where the base is sharded, one that is through keeps pace with the others until all are.
+        With a sharded base, a worker that has finished runs empty passes until all workers have finished.
         """
         return in_lockstep(model, self.device) if self._gathers else nullcontext()
 
     def pad_passes(self, parts: Sequence[MicroBatch]) -> Sequence[MicroBatch]:
-        """A worker's micro-batches of a step, filled up with empty ones to the number that all workers must run."""
+        """A worker's micro-batches of a step. If the base is sharded, empty ones fill them up to the same number."""
         return pad_passes(parts, self.device) if self._gathers else parts
 
     @property

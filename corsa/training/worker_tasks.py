@@ -1,4 +1,4 @@
-"""What a group of workers does for one step: teach a round by its method, or ask a model edited by another step."""
+"""The work of a worker group for one step: teach a round by its method, or ask a model edited by another step."""
 
 from __future__ import annotations
 
@@ -51,12 +51,12 @@ from corsa.training.worker_context import Loaded, WorkerContext
 from corsa.training.worker_group import WorkerGroup
 
 Post = Callable[[dict[str, Any]], None]
-"""Takes a line for the progress display."""
+"""Called with a line for the progress display."""
 
 
 def take(tasks: Sequence[Task], context: WorkerContext, post: Post) -> dict[str, str]:
     """Do one step, or several that are trained together, and commit their results. Every worker of the group calls
-    this; the leader reads and writes. Returns {fingerprint: cause} of those that failed.
+    this; only the leader reads and writes. Returns {fingerprint: cause} of failed steps.
     """
     started = time.monotonic()
     post({"phase": "loading"})
@@ -74,8 +74,8 @@ def take(tasks: Sequence[Task], context: WorkerContext, post: Post) -> dict[str,
 
 
 def _notes(context: WorkerContext, together: int = 1) -> dict[str, Any]:
-    """What a step's record says of how it was run; the peak is the leading worker's, bytes. `together`: with how many
-    steps it shared the time.
+    """How a step was run, for its record. The peak memory is that of the leader, in bytes. `together`: the number of
+    steps that shared the time.
     """
     group = context.group
     how = {
@@ -88,9 +88,9 @@ def _notes(context: WorkerContext, together: int = 1) -> dict[str, Any]:
 
 
 def pack_key(task: Task) -> tuple[RoundConfig, tuple[tuple[str, str | None], ...]] | None:
-    """Rounds with equal keys can be trained together: they differ in lambda, beta, rho, learning rate and seed alone.
+    """Rounds with equal keys can be trained together: they differ only in lambda, beta, rho, learning rate and seed.
 
-    None: the step is done by itself.
+    None: the step runs alone.
     """
     if type(task.config) is not RoundConfig or task.config.step.effective().perturb_every > 1:
         return None
@@ -102,7 +102,7 @@ def pack_key(task: Task) -> tuple[RoundConfig, tuple[tuple[str, str | None], ...
 
 
 def _teach_lora(tasks: Sequence[Task], context: WorkerContext, post: Post) -> dict[str, str]:
-    """CoRSA, LoRA and the ablations: one adapter, trained on through the rounds; or several of them together."""
+    """CoRSA, LoRA and the ablations: train one adapter further in each round, or several adapters together."""
     group, started = context.group, time.monotonic()
     facts, loaded = _open(tasks[0], context, adapters=len(tasks))
     lora = loaded.lora
@@ -133,7 +133,7 @@ def _teach_lora(tasks: Sequence[Task], context: WorkerContext, post: Post) -> di
 
 
 def _scores(tasks: Sequence[Task], facts: _StepFacts, loaded: Loaded, context: WorkerContext) -> AtEpoch:
-    """Asks the rounds of trials at the end of every so many epochs and tells Ray Tune, which may stop them there."""
+    """Asks trials their probes every `rung` epochs and reports the metric to Ray Tune, which may stop them there."""
     place = tasks[0].placement
     if not isinstance(place, TrialPlace) or place.metric is None:
         return lambda epochs: None
@@ -144,7 +144,7 @@ def _scores(tasks: Sequence[Task], facts: _StepFacts, loaded: Loaded, context: W
     def at_epoch(epochs: int) -> None:
         from ray import train
 
-        if epochs % place.rung or epochs == first.training.epochs:  # at the end all is asked anyway
+        if epochs % place.rung or epochs == first.training.epochs:  # after the last epoch all probes are asked anyway
             return
         scores: dict[str, list[float]] = {}
         for row, task in enumerate(tasks):
@@ -164,7 +164,7 @@ def _scores(tasks: Sequence[Task], facts: _StepFacts, loaded: Loaded, context: W
 
 
 def _teach_method(task: Task, context: WorkerContext, post: Post) -> dict[str, Any]:
-    """A round of a method with a function of its own: F-Learning, MEMIT."""
+    """A round of a method that has its own teach function: F-Learning, MEMIT."""
     config, group = task.config, context.group
     method = method_of(config)
     assert method is not None
@@ -198,7 +198,7 @@ def _teach_method(task: Task, context: WorkerContext, post: Post) -> dict[str, A
 
 
 def _write_change(change: Change, task: Task) -> None:
-    """A low-rank change as a PEFT adapter, a dense one as a delta."""
+    """Write a low-rank change as a PEFT adapter, a dense change as a delta."""
     factors = {name: part for name, part in change.items() if isinstance(part, Factors)}
     dense = {name: part for name, part in change.items() if not isinstance(part, Factors)}
     base = task.config.model.name
@@ -212,14 +212,14 @@ def _write_change(change: Change, task: Task) -> None:
 
 
 def _ask_only(task: Task, context: WorkerContext, post: Post) -> dict[str, Any]:
-    """The answers of the unedited model, or of one that another step has edited."""
+    """The answers of the unedited model, or of a model edited by another step."""
     facts, loaded = _open(task, context)
     with _edited(task, loaded, context.group):
         return _ask(task, facts, loaded, context, post)
 
 
 def _answer_questions(task: Task, context: WorkerContext, post: Post) -> dict[str, Any]:
-    """The answers to MMLU, the subjects divided over the workers."""
+    """The answers to MMLU. The workers share the subjects."""
     group = context.group
     questions = from_questions_table(_shared_table(task, "questions", group))
     loaded = context.open(task.config, ())
@@ -237,7 +237,7 @@ def _answer_questions(task: Task, context: WorkerContext, post: Post) -> dict[st
 
 
 def _ask_controls(task: Task, context: WorkerContext, post: Post) -> dict[str, Any]:
-    """The answers to the everyday questions; they are few, so every worker answers them all."""
+    """The answers to the everyday questions. There are few, so every worker answers all of them."""
     config: ControlsConfig = task.config
     loaded = context.open(config, ())
     post({"phase": "evaluating"})
@@ -259,7 +259,7 @@ def _ask_controls(task: Task, context: WorkerContext, post: Post) -> dict[str, A
 
 
 def _route(task: Task, context: WorkerContext, post: Post) -> dict[str, Any]:
-    """The answers of a model that sends each query to one of several adapters."""
+    """The answers of a model that routes each query to one of several adapters."""
     group, parts = (
         context.group,
         [name.removeprefix("adapter") for name in task.step.inputs if "adapter" in name],
@@ -280,7 +280,7 @@ def _route(task: Task, context: WorkerContext, post: Post) -> dict[str, Any]:
 
 
 def _write_programs(task: Task, context: WorkerContext, post: Post) -> dict[str, Any]:
-    """Programs drawn for the problems that are asked, divided over the workers."""
+    """Sample programs for the asked problems. The workers share the samples."""
     config: SamplesConfig = task.config
     group, how = context.group, config.sampling
     table = _shared_table(task, "problems", group)
@@ -288,7 +288,7 @@ def _write_programs(task: Task, context: WorkerContext, post: Post) -> dict[str,
     loaded = context.open(config, ())
     post({"phase": "evaluating"})
     every = [(i, n) for i in range(len(problems)) for n in range(how.samples)]
-    share = -(-len(every) // group.size)  # in a row: the samples of one problem have their prompt in common
+    share = -(-len(every) // group.size)  # contiguous: samples of one problem share their prompt
     own = every[group.rank * share :][:share]
     told = {"described": config.described, "implementation": config.implementation}
     prompts = [asked(problem, **told) for problem in problems]
@@ -340,14 +340,14 @@ class _StepFacts:
 
 
 def _open(task: Task, context: WorkerContext, adapters: int = 1) -> tuple[_StepFacts, Loaded]:
-    """The step's edits, and the model that it is done with."""
+    """The edits and the model of the step."""
     config: AskingConfig = task.config
     with context.timed("data"):
         table = context.tables[task.step.inputs["reference"].fingerprint]
         edits = {e.id: e for e in from_table(_shared_table(task, "edits", context.group)) if e.id in table}
-        sample = sorted(map(table.triplet, edits), key=len)[-4:]  # windows show in long rows
+        sample = sorted(map(table.triplet, edits), key=len)[-4:]  # sliding windows have an effect in long rows
     loaded = context.open(config, sample, adapters)
-    if "schedule" not in task.step.inputs:  # which round teaches an edit is then the scenario's affair
+    if "schedule" not in task.step.inputs:  # then the scenario decides which round teaches an edit
         return _StepFacts([], [], [Taught(edit, edit.round, "") for edit in edits.values()]), loaded
     schedule = _shared_table(task, "schedule", context.group)
     now = [id_ for id_ in taught_in(schedule, config.round) if id_ in edits]
@@ -363,7 +363,7 @@ def _predictor(config: AskingConfig, loaded: Loaded, context: WorkerContext) -> 
 
 
 def _ask(task: Task, facts: _StepFacts, loaded: Loaded, context: WorkerContext, post: Post) -> dict[str, Any]:
-    """Ask the model as it stands, and write the answers."""
+    """Ask the model in its current state, and write the answers."""
     group = context.group
     post({"phase": "evaluating", "eta_s": None})
     began = time.monotonic()
@@ -399,14 +399,14 @@ def _write_curves(task: Task, curves: list[dict[str, Any]]) -> dict[str, Any]:
 
 @contextmanager
 def _edited(task: Task, loaded: Loaded, group: WorkerGroup) -> Iterator[None]:
-    """The base model with what the step's input `adapter` adds to it, if it has one."""
+    """The base model, with the change of the step's input `adapter` if there is one."""
     changes = [_change(task, "adapter", group)] if "adapter" in task.step.inputs else []
     with loaded.lora.off(), attached(loaded.model, *changes):
         yield
 
 
 def _change(task: Task, name: str, group: WorkerGroup) -> Change:
-    """What the round of the input `name` adds to the base model, on every worker."""
+    """The change to the base model by the round of the input `name`, on every worker."""
     change: Change | None = None
     if group.leads:
         artifact = task.inputs[name]
@@ -416,7 +416,7 @@ def _change(task: Task, name: str, group: WorkerGroup) -> Change:
 
 
 def _own_chains(taught: Sequence[Taught], group: WorkerGroup) -> list[Taught]:
-    """What this worker asks about: its share of the chains, whole."""
+    """This worker's share of the chains. A chain is not split."""
     chains = {c: i for i, c in enumerate(dict.fromkeys(t.edit.chain for t in taught))}
     return [t for t in taught if chains[t.edit.chain] % group.size == group.rank]
 
