@@ -24,7 +24,7 @@ SCENARIOS = {
     "ablation": [],
     "routing": ["--parts", "2", "--methods", "corsa"],
     "merging": ["--other", "world_facts", "--methods", "lora"],
-    "sensitivity": [],
+    "sensitivity": ["--development", "4"],
 }
 
 
