@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fact_files import case, fact, wordings, written
 from test_mquake import case as mquake_case
 from test_mquake import rewrite
 from test_mquake import written as cases_file
-from test_reading import case, fact, wordings, written
 
 from corsa.data.benchmarks import read
 from corsa.data.benchmarks.cases import asked_once

@@ -5,7 +5,6 @@ The files are invented. Those of ../shared/cases are read if they are available.
 
 from __future__ import annotations
 
-import csv
 import gzip
 import io
 import json
@@ -16,45 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fact_files import fact, wordings, written
 
 from corsa.api import load_edits
 from corsa.data.benchmarks import read
 from corsa.data.benchmarks.file import drafts_of
-from corsa.data.edit import Edit
 from corsa.errors import CorsaError
-
-CASES = Path(__file__).parents[2] / "shared" / "cases"
-
-
-def case(name: str) -> str:
-    """Path of a shared case, or skip."""
-    if not (CASES / name).is_file():
-        pytest.skip(f"{CASES / name} is not here")
-    return str(CASES / name)
-
-
-def fact(**values: Any) -> dict[str, Any]:
-    return {"prompt": "Who leads Acme?", "target_new": "Bo Lind", "target_old": "Cy Moss", **values}
-
-
-def written(path: Path, *rows: Any) -> str:
-    """The rows as JSON lines, or as one list."""
-    text = json.dumps(list(rows)) if path.suffix == ".json" else "".join(json.dumps(row) + "\n" for row in rows)
-    path.write_text(text, encoding="utf-8")
-    return str(path)
-
-
-def table(path: Path, *rows: dict[str, str], separator: str = ",") -> str:
-    with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, rows[0].keys(), delimiter=separator)
-        writer.writeheader()
-        writer.writerows(rows)
-    return str(path)
-
-
-def wordings(edit: Edit, kind: str = "paraphrase") -> list[str]:
-    return [wording for probe in edit.probes if probe.kind == kind for wording in probe.prompts]
-
 
 # -- JSON, bytes and pipes ------------------------------------------------------------------------------------------
 

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import ctypes
-import os
 import shutil
 import socket
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import hostile_escapes as escapes
 import hostile_programs as hostile
 import pytest
+from sandbox_processes import below
 
 from corsa.config.sandbox import Limits
 from corsa.sandbox.texts import clean
@@ -40,22 +39,6 @@ def sandbox(request: pytest.FixtureRequest) -> Iterator[Sandbox]:
 def _host_key() -> None:
     """Puts a key into this process's session keyring, which a sandbox must not inherit."""
     ctypes.CDLL(None).syscall(248, b"user", b"corsa-test", b"secret", 6, -3)
-
-
-def below(sandbox: Sandbox) -> set[int]:
-    """All processes of the sandbox."""
-    assert sandbox._process is not None
-    parents = {}
-    for entry in os.listdir("/proc"):
-        if entry.isdigit():
-            try:
-                parents[int(entry)] = int(Path(f"/proc/{entry}/stat").read_text().rpartition(")")[2].split()[1])
-            except OSError:
-                continue
-    found = {sandbox._process.pid}
-    while more := {p for p, parent in parents.items() if parent in found} - found:
-        found |= more
-    return found
 
 
 def judged(sandbox: Sandbox, text: str, tests: str = hostile.TESTS, known_good: str = hostile.KNOWN_GOOD) -> Verdict:

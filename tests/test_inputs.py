@@ -11,9 +11,9 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
+from fact_files import case, fact, written
 from rich.console import Console
 from test_files import EASYEDIT
-from test_reading import case, fact, written
 
 from corsa.cli.main import main
 from corsa.config import EvaluationConfig, ModelConfig

@@ -14,6 +14,7 @@ import hostile_programs as hostile
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from sandbox_processes import below
 
 from corsa.config.sandbox import Limits
 from corsa.evaluation.pass_at_k import unjudged
@@ -33,22 +34,6 @@ isolated = pytest.mark.skipif(available()[0] is None, reason=f"programs cannot b
 def sandbox() -> Iterator[Sandbox]:
     with Sandbox(engine(), limits=LIMITS) as started:
         yield started
-
-
-def below(sandbox: Sandbox) -> set[int]:
-    """All processes of the sandbox."""
-    assert sandbox._process is not None
-    parents = {}
-    for entry in os.listdir("/proc"):
-        if entry.isdigit():
-            try:
-                parents[int(entry)] = int(Path(f"/proc/{entry}/stat").read_text().rpartition(")")[2].split()[1])
-            except OSError:
-                continue
-    found = {sandbox._process.pid}
-    while more := {p for p, parent in parents.items() if parent in found} - found:
-        found |= more
-    return found
 
 
 @isolated

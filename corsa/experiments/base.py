@@ -221,7 +221,8 @@ def _on_bad_record(experiment: Experiment) -> Literal["skip", "stop"]:
     return experiment.on_bad_record or (known.on_bad_record if known else "stop")
 
 
-def _absolute(path: str | None) -> str | None:
+def absolute(path: str | None) -> str | None:
+    """The absolute path: workers run in directories of their own."""
     return str(Path(path).expanduser().absolute()) if path else None
 
 
@@ -314,7 +315,7 @@ def specificity(experiment: Experiment, edited: Mapping[tuple[str, int], Step]) 
     """
     if experiment.mmlu is None:
         return []
-    data = None if experiment.mmlu == "hub" else _absolute(experiment.mmlu)
+    data = None if experiment.mmlu == "hub" else absolute(experiment.mmlu)
     read = QuestionsConfig(digest=mmlu.digest(data), limit=experiment.mmlu_limit)
     questions = Step("mmlu", QUESTIONS, read, placement=QuestionsPlace(data=data))
     config = SpecificityConfig(model=pin(experiment.model))

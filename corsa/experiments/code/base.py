@@ -30,7 +30,7 @@ from corsa.data.benchmarks.code_prompt import digest_of, read_template
 from corsa.data.benchmarks.files import regular
 from corsa.data.benchmarks.programs import digest, kind_of
 from corsa.errors import CorsaError, unknown_name
-from corsa.experiments.base import ROUND, Experiment, Facts, Methods, chain, dealt, identity, with_reference
+from corsa.experiments.base import ROUND, Experiment, Facts, Methods, absolute, chain, dealt, identity, with_reference
 from corsa.flow import Kind, Step
 from corsa.methods import METHODS
 from corsa.models.registry import pin
@@ -168,12 +168,8 @@ def _problems(
         raise CorsaError(f"{path} holds {options[kind]}, and stands where {options[name]} belongs")
     wording = digest_of(read_template(template)) if taught else None
     config = ProblemsConfig(digest=digest(path), limit=limit, offset=offset, taught=taught, template=wording)
-    place = ProblemsPlace(data=str(regular(path).absolute()), template=_absolute(template) if template else None)
+    place = ProblemsPlace(data=str(regular(path).absolute()), template=absolute(template))
     return Step(f"problems/{name}", PROBLEMS, config, placement=place)
-
-
-def _absolute(path: str) -> str:
-    return str(Path(path).expanduser().absolute())
 
 
 def code_report(
