@@ -45,7 +45,16 @@ def test_a_cell_is_a_list(tmp_path: Path, cell: str, items: list[str]) -> None:
 
 @pytest.mark.parametrize(
     "cell",
-    ["['A is led by', 'Who heads A?']", "('A is led by', 'x')", "{'A'}", "['A' 'B']", "[\"it's\", 'b']", "['a', None]"],
+    [
+        "['A is led by', 'Who heads A?']",
+        "('A is led by', 'x')",
+        "{'A'}",
+        "['A' 'B']",
+        "[\"it's\", 'b']",
+        "['a', None]",
+        "array(['A is led by', 'Who heads A?'], dtype=object)",
+        "frozenset({'A', 'B'})",
+    ],
 )
 @pytest.mark.parametrize("column", ["paraphrases", "aliases_new", "aliases_old"])
 def test_a_python_list_is_refused_by_name(tmp_path: Path, cell: str, column: str) -> None:
@@ -55,6 +64,12 @@ def test_a_python_list_is_refused_by_name(tmp_path: Path, cell: str, column: str
     ):
         with pytest.raises(CorsaError, match=rf"{column}: is a Python list.*json\.dumps.*a \| b"):
             read("file", path)
+
+
+def test_a_list_in_brackets_that_is_no_json_is_refused(tmp_path: Path) -> None:
+    for cell in ("[A is led by, Who heads A?]", "[A is led by | Who heads A?]", '["A is led by", ]'):
+        with pytest.raises(CorsaError, match=r"paraphrases: .*no JSON.*json\.dumps"):
+            read("file", table(tmp_path / "f.csv", fact(paraphrases=cell)))
 
 
 def test_neighbors_as_python_writes_them_are_refused_by_name(tmp_path: Path) -> None:

@@ -218,6 +218,8 @@ def _texts(row: Row, column: str) -> list[str]:
     value = row.get(column)
     if isinstance(value, str):
         items = _json_list(value, column)
+        if items is None and value.strip()[:1] == "[" and value.strip()[-1:] == "]":
+            raise FieldError(column, f"stands in brackets, but is no JSON list: {shown(value)}", _PYTHON.format(column))
         cells = [text for item in value.split("|") if (text := item.strip())] if items is None else items
         row = Row({column: cells}, row.index, row.where)
     return row.texts(column)
@@ -232,7 +234,7 @@ def _json_list(cell: str, column: str) -> list[Any] | None:
             return value
     except (ValueError, RecursionError):
         pass
-    if (cell[:1], cell[-1:]) in (("[", "]"), ("(", ")"), ("{", "}")) and _is_python(cell):
+    if _is_python(cell):
         raise FieldError(column, f"is a Python list, no JSON: {shown(cell)}", _PYTHON.format(column))
     return None
 
@@ -241,7 +243,9 @@ _PYTHON = "write JSON (pandas: df[{0!r}] = df[{0!r}].map(json.dumps) before to_c
 
 
 def _is_python(cell: str) -> bool:
-    """Whether a cell is the printed form of a list, tuple or set of strings in Python or NumPy."""
+    """Whether a cell is the printed form of a list, tuple or set of strings in Python, NumPy or pandas."""
+    if (cell[:1], cell[-1:]) not in (("[", "]"), ("(", ")"), ("{", "}")):
+        return re.match(r"\w+\([\[({].*\)$", cell, re.DOTALL) is not None  # array([...]), deque([...])
     try:
         value = ast.literal_eval(cell)
     except (ValueError, SyntaxError, MemoryError, RecursionError, TypeError):
