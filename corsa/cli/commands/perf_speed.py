@@ -1,4 +1,4 @@
-"""`corsa perf step`, `evaluate`, `mmlu`, `data` and `overhead`: what the parts of a run cost."""
+"""`corsa perf step`, `evaluate`, `mmlu`, `data` and `overhead`: the time and memory of the parts of a run."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
     from corsa.data.edit import Edit
 
 Model = Annotated[str, arg(help="alias, hub id, directory, or random:<architecture>")]
-Benchmark = Annotated[str, arg(help="where the edits are from")]
+Benchmark = Annotated[str, arg(help="benchmark that the edits are taken from")]
 Data = Annotated[str | None, arg(metavar="FILE", help="the benchmark's file; world_facts ships with the project")]
 Dtype = Literal["float32", "bfloat16"]
 Repeats = Annotated[int, arg(help="how often both ways are measured, in turn")]
 Gpu = Annotated[bool, arg(help="run on the GPU")]
-Threads = Annotated[int | None, arg(help="CPU threads; default: the cores")]
-CpuTime = Annotated[bool, arg(help="count this process's CPU time: for a machine shared with other work")]
+Threads = Annotated[int | None, arg(help="CPU threads; default: all cores")]
+CpuTime = Annotated[bool, arg(help="measure CPU time instead of wall time, for a machine shared with other work")]
 AsJson = Annotated[bool, arg(name="json", help="print one JSON object, for a program to read")]
 
 
@@ -38,7 +38,7 @@ def step(
     dtype: Dtype = "float32",
     batch: Annotated[int, arg(help="edits of a step")] = 16,
     micro_batch: Annotated[int, arg(help="edits of a forward pass")] = 16,
-    steps: Annotated[int, arg(help="measured steps of each kind, after one to warm up")] = 7,
+    steps: Annotated[int, arg(help="measured steps of each kind, after one warm-up step")] = 7,
     threads: Threads = None,
     cpu_time: CpuTime = False,
     gpu: Gpu = False,
@@ -176,10 +176,10 @@ def mmlu(
 def data_stream(
     data: Annotated[str, arg(metavar="FILE", help="a counterfact.json, whose records are repeated with new ids")],
     model: Model = "smollm2-135m",
-    edits: Annotated[int, arg(help="records of the file that is made")] = 21919,
+    edits: Annotated[int, arg(help="records of the generated file")] = 21919,
     batch: Annotated[int, arg(help="edits of a batch")] = 16,
     cluster: Annotated[
-        bool, arg(help="also take the first batch in a worker, on RAY_ADDRESS or a local cluster")
+        bool, arg(help="also time the first batch in a worker, on RAY_ADDRESS or a local cluster")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
