@@ -57,7 +57,8 @@ def show_plan(
     detect: Annotated[
         float | None,
         arg(
-            metavar="POINTS", help="print how many facts and seeds detect a difference of N points between two methods"
+            metavar="POINTS",
+            help="print how many facts and seeds detect a difference of this many points between two methods",
         ),
     ] = None,
     tests: Annotated[

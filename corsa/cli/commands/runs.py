@@ -54,7 +54,8 @@ def runs(
     names: Annotated[
         Positional[tuple[str, ...]],
         arg(
-            metavar="[RUN ...]", help="names of runs or starts of ids: one to show, two to compare, any number to clean"
+            metavar="[RUN ...]",
+            help="names of runs or starts of ids: one for show, two for compare; for clean, the runs to remove",
         ),
     ] = (),
     storage: Storage = "runs",
