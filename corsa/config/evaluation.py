@@ -69,7 +69,7 @@ class EvaluationConfig(Frozen):
         default=32,
         ge=1,
         description="tokens generated per probe; a newline or an end token stops earlier (protocol authors: 128, end "
-        "tokens alone)",
+        "tokens only)",
     )
     reasoning_tokens: int = Field(
         default=200,
