@@ -46,7 +46,7 @@ def read_expression(text: str) -> Any:
         CannotCrossError: the text has another form, or SymPy is not loaded.
     """
     if len(text) > _TEXT or "sympy" not in sys.modules:
-        raise CannotCrossError(f"an expression of more than {_TEXT} characters, or where no tests load SymPy")
+        raise CannotCrossError(f"an expression of more than {_TEXT} characters, or SymPy is not loaded by the tests")
     return _made(ast.parse(text, mode="eval").body)
 
 
@@ -83,7 +83,7 @@ def _made(node: ast.expr) -> Any:
 
 def _named(node: Any, form: str) -> str:
     if not re.fullmatch(form, node.value, re.IGNORECASE):
-        raise CannotCrossError("a name or a number in an expression that is none")
+        raise CannotCrossError("an invalid name or number in an expression")
     return node.value
 
 

@@ -94,7 +94,7 @@ def _read_array(reader: Reader, tree: Any) -> Any:
 
 def _read_number(reader: Reader, tree: Any) -> Any:
     if tree[1] != []:
-        raise CannotCrossError("a number that is none")
+        raise CannotCrossError("not a number")
     return _read_array(reader, tree)[()]
 
 
@@ -102,7 +102,7 @@ def _read_texts(reader: Reader, tree: Any) -> Any:
     np, (shape, kind, values) = _loaded("numpy"), tree
     items = reader.items(values)
     if kind not in ("U", "S") or any(type(item) is not (str if kind == "U" else bytes) for item in items):
-        raise CannotCrossError("an array of texts that is none")
+        raise CannotCrossError("not an array of texts")
     return np.array(items, dtype=kind).reshape(_shape(reader, shape, 1, len(items)))
 
 
@@ -210,7 +210,7 @@ def _read_series(reader: Reader, tree: Any) -> Any:
 def _as_index(reader: Reader, tree: Any) -> Any:
     found = reader.read(tree)
     if not isinstance(found, _loaded("pandas").Index):
-        raise CannotCrossError("an index that is none")
+        raise CannotCrossError("not an index")
     return found
 
 
@@ -218,7 +218,7 @@ def _read_frame(reader: Reader, tree: Any) -> Any:
     pd, (columns, names, index) = _loaded("pandas"), tree
     names, index = _as_index(reader, names), _as_index(reader, index)
     if len(names) != len(columns):
-        raise CannotCrossError("a frame with a name for no column")
+        raise CannotCrossError("a frame whose names do not match its columns")
     series = {i: _read_column(reader, column, pd.Series, index=index) for i, column in enumerate(columns)}
     found = pd.DataFrame(series, index=index)
     found.columns = names

@@ -113,7 +113,7 @@ class Peer:
         raw = bytes(self._exactly(sizes[0]))
         message = decoded(raw, memoryview(self._exactly(sizes[1])), self._read)
         if type(message) is not tuple or not message or type(message[0]) is not str:
-            raise CannotCrossError("a message that is none")
+            raise CannotCrossError("not a message")
         return list(message)
 
     def call(self, target: Any, /, *args: Any, kind: str = "call", **kwargs: Any) -> Any:
@@ -136,7 +136,7 @@ class Peer:
                     raise RuntimeError(f"the function raised StopIteration: {error}")
                 raise error
             if answer not in ("call", "next") or len(rest) != 3:
-                self.spoilt = CannotCrossError("an answer that is none")
+                self.spoilt = CannotCrossError("not an answer")
                 raise self.spoilt
             self.answer(answer, *rest)
 
@@ -175,7 +175,7 @@ class Peer:
 
     def _number(self, tree: Any) -> int:
         if type(tree) is not int or tree < 0:
-            raise CannotCrossError("a stand-in that is none")
+            raise CannotCrossError("not the number of a stand-in")
         return tree
 
     def _exactly(self, size: int) -> bytearray:

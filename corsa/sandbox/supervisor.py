@@ -261,8 +261,8 @@ def _judged(watch: _Watch, how: bytes, limits: Mapping[str, Any]) -> dict[str, A
 _STOPPED = {
     "output": "printed more than {output} bytes",
     "timeout": "ran longer than {wall_s} s",
-    "memory": "its processes held more than {memory} bytes in all",
-    "verdict": "the process of the tests wrote too long a verdict",
+    "memory": "its processes used more than {memory} bytes together",
+    "verdict": "the verdict of the tests' process is too long",
 }
 
 
@@ -273,10 +273,10 @@ def _ended(how: bytes, *, in_time: bool) -> dict[str, str]:
     """
     code = int(how) if how.lstrip(b"-").isdigit() else 0
     if code in (-signal.SIGXCPU, -signal.SIGKILL) and not in_time:
-        return {"outcome": "cpu", "detail": "used more CPU time than it may"}
+        return {"outcome": "cpu", "detail": "used more CPU time than allowed"}
     if code < 0:
         return {"outcome": "crashed", "detail": f"killed by signal {-code}{_signal_name(-code)}"}
-    return {"outcome": "exited", "detail": f"exited with status {code} before its tests were done"}
+    return {"outcome": "exited", "detail": f"exited with status {code} before its tests finished"}
 
 
 def _signal_name(number: int) -> str:

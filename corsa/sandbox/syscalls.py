@@ -164,7 +164,7 @@ def restrict() -> None:
         OSError: the kernel does not support filters, or the numbers of this machine are not known.
     """
     if not supported():
-        raise OSError(errno.ENOSYS, f"no filter of system calls is known for {platform.machine()}")
+        raise OSError(errno.ENOSYS, f"there is no system call filter for {platform.machine()}")
     program = _Program(len(_packed()) // 8, _packed())
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(_SET_SECCOMP, _MODE_FILTER, ctypes.byref(program), 0, 0) != 0:

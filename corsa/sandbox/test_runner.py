@@ -110,12 +110,12 @@ def _greeting(message: list[Any]) -> tuple[list[str], dict[str, Any]]:
             return functions, values
         case ["failed", str() as kind, str() as text]:
             raise CannotCrossError(f"{kind}: {text}")
-    raise CannotCrossError("a program that does not say what it defines")
+    raise CannotCrossError("the program does not report what it defines")
 
 
 def _each(tests: Mapping[str, types.FunctionType]) -> dict[str, Any]:
     if not tests:
-        return _unasked("faulty", "there is no function test_* among the tests")
+        return _unasked("faulty", "the tests define no function test_*")
     found: dict[str, str] = {}
     outcome = "passed"
     for name, test in tests.items():

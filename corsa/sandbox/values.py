@@ -69,7 +69,7 @@ class Writer:
         if kind is int:
             return value if -_WIDEST < value < _WIDEST else {"int": hex(value)}
         if self._depth > DEPTH:
-            raise CannotCrossError(f"a value more than {DEPTH} containers deep")
+            raise CannotCrossError(f"a value nested more than {DEPTH} containers deep")
         self._depth += 1
         try:
             if kind is list:
@@ -108,32 +108,32 @@ class Reader:
         """The bytes at [offset, length]. Raises CannotCrossError if they are outside the block."""
         offset, length = self.integers(place, 2)
         if offset < 0 or length < 0 or offset + length > len(self.area):
-            raise CannotCrossError("bytes that were not sent")
+            raise CannotCrossError("bytes outside the message")
         return self.area[offset : offset + length]
 
     def integers(self, tree: Any, count: int | None = None) -> list[int]:
         """A list of small integers. Raises CannotCrossError for anything else."""
         if type(tree) is not list or any(type(item) is not int for item in tree) or count not in (None, len(tree)):
-            raise CannotCrossError("a list of integers that is none")
+            raise CannotCrossError("not a list of integers")
         return tree
 
     def text(self, tree: Any) -> str:
         """A text. Raises CannotCrossError for anything else."""
         if type(tree) is not str:
-            raise CannotCrossError("a text that is none")
+            raise CannotCrossError("not a text")
         return tree
 
     def items(self, tree: Any) -> list[Any]:
         """The values of a list. Raises CannotCrossError for anything else."""
         if type(tree) is not list:
-            raise CannotCrossError("a list that is none")
+            raise CannotCrossError("not a list")
         return [item if type(item) in _PLAIN else self.read(item) for item in tree]
 
     def pairs(self, tree: Any) -> list[tuple[Any, Any]]:
         """The pairs in a list of two-element lists. Raises CannotCrossError for anything else."""
         found = [self.items(pair) for pair in tree] if type(tree) is list else [[]]
         if any(len(pair) != 2 for pair in found):
-            raise CannotCrossError("pairs that are none")
+            raise CannotCrossError("not pairs")
         return [(key, value) for key, value in found]
 
     def read(self, tree: Any) -> Any:
@@ -145,13 +145,13 @@ class Reader:
         if type(tree) in _PLAIN or type(tree) is int:
             return tree
         if self._depth > DEPTH:
-            raise CannotCrossError(f"a value more than {DEPTH} containers deep")
+            raise CannotCrossError(f"a value nested more than {DEPTH} containers deep")
         self._depth += 1
         try:
             if type(tree) is list:
                 return self.items(tree)
             if type(tree) is not dict or len(tree) != 1:
-                raise CannotCrossError("a value of no kind")
+                raise CannotCrossError("a value without a kind")
             ((kind, parts),) = tree.items()
             make = self.stand_ins.get(kind)
             if make:
@@ -187,14 +187,14 @@ def decoded(raw: bytes, area: memoryview, stand_ins: dict[str, Callable[[Any], A
     try:
         tree = json.loads(raw)
     except (ValueError, RecursionError, MemoryError) as error:
-        raise CannotCrossError(f"a message that is no JSON: {type(error).__name__}") from error
+        raise CannotCrossError(f"a message that is not JSON: {type(error).__name__}") from error
     return Reader(area, stand_ins).read(tree)
 
 
 def _number(reader: Reader, tree: Any) -> int:
     text = reader.text(tree)
     if len(text) > _DIGITS or not re.fullmatch("-?0x[0-9a-f]+", text):
-        raise CannotCrossError("an integer that is none")
+        raise CannotCrossError("not an integer")
     return int(text, 16)
 
 
@@ -211,7 +211,7 @@ def _timezone(reader: Reader, tree: Any) -> timezone | None:
 
 def _write_timezone(zone: Any) -> list[int] | None:
     if zone is not None and type(zone) is not timezone:
-        raise CannotCrossError("a time zone that is no fixed offset")
+        raise CannotCrossError("a time zone that is not a fixed offset")
     return None if zone is None else _days(zone.utcoffset(None))
 
 
@@ -238,7 +238,7 @@ def _read_time(reader: Reader, tree: Any) -> time:
 def _read_pattern(reader: Reader, tree: Any) -> re.Pattern[Any]:
     text, flags = reader.items(tree)
     if type(text) not in (str, bytes) or type(flags) is not int:
-        raise CannotCrossError("a regular expression that is none")
+        raise CannotCrossError("not a regular expression")
     return re.compile(text, flags & ~re.DEBUG)
 
 
@@ -252,7 +252,7 @@ def _read_match(reader: Reader, tree: Any) -> re.Match[Any]:
     for found in (pattern.match(text, start), pattern.fullmatch(text, start, end)):
         if found and found.span() == (start, end):
             return found
-    raise CannotCrossError("a match that the reader does not find")
+    raise CannotCrossError("a match that does not occur in its text")
 
 
 def _read_defaultdict(reader: Reader, tree: Any) -> defaultdict[Any, Any]:

@@ -124,7 +124,7 @@ class Sandbox:
             raise SandboxError(f"the sandbox gave no verdict: {found.get('detail')}")
         except (SandboxError, OSError, ValueError, AttributeError) as error:
             self.close()
-            return None, clean(f"the sandbox broke down: {error}", 1000)
+            return None, clean(f"the sandbox failed: {error}", 1000)
 
     def start(self) -> None:
         """Start the supervisor unless it runs. Raises SandboxError with its last message if it cannot start."""
@@ -205,7 +205,7 @@ class Sandbox:
             if not part:
                 self._said.seek(0)
                 said = self._said.read().decode(errors="replace").strip().splitlines()
-                raise SandboxError(f"the sandbox ended: {clean(said[-1], 300) if said else 'without a word'}")
+                raise SandboxError(f"the sandbox ended: {clean(said[-1], 300) if said else 'without a message'}")
             parts += part
         return parts
 
