@@ -67,8 +67,8 @@ def scenarios() -> Iterator[tuple[str, Step | Branches]]:
     search = tune.Sweep(**COMMON, confirm=1, development=3, rounds=2, objectives=("generality", "forgetting"))
     yield "sweep", planned(tune.sweep, search)
     yield "confirmation", planned(tune.confirmation, search, {"rho": 0.1})
-    edit = {"edits": "facts.jsonl", "model": MODEL.name}
-    yield "edit", plan_edit(EditOptions(**edit, out="new")).report
+    edit = {"edits": "facts.jsonl", "model": MODEL.name, "out": "new"}
+    yield "edit", plan_edit(EditOptions.model_validate(edit)).report
     more = {"edits": "more.jsonl", "adapter": "line", "method": "f-learning", "out": "new"}
     yield "edit of a line", plan_edit(EditOptions.model_validate(more)).report
     yield "undo", plan_undo(UndoOptions(adapter="line", edit=("facts/0",), out="new")).report
