@@ -31,7 +31,7 @@ test-process: $(VENV)/.test   ## with servers, drivers, browsers and sandboxes, 
 test-ray: $(VENV)/.test    ## on a local Ray cluster, with real processes
 	$(BIN)/python -m pytest -m ray
 
-test-long: $(VENV)/.test   ## experiments, faults, ZeRO stages on tiny models, MMLU beside its harness: not in `test`
+test-long: $(VENV)/.test   ## experiments, faults, ZeRO stages on tiny models, MMLU against its harness: not in `test`
 	$(INSTALL) base dev harness
 	$(BIN)/python -m pytest -m long
 

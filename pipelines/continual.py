@@ -6,10 +6,10 @@
     ray job submit --working-dir . -- python pipelines/continual.py
 
 The temporal scenario of the paper (Section 4.3, Tables 3 and 5): chains of successive updates are split into an update
-set and an evaluation set. Round 1 teaches both; later rounds revise the update set only. What the evaluation set loses
-is forgetting. With fractions, later rounds revise these shares of the update set (Fig. 3). The facts of a benchmark
-without chains are divided among the rounds, so each round teaches new facts. Injection (Table 2): an adapter trained
-on one benchmark then learns another.
+set and an evaluation set. Round 1 teaches both; later rounds revise only the update set, so losses in the evaluation
+set are forgetting. With fractions, later rounds revise these shares of the update set (Fig. 3). The facts of a
+benchmark without chains are divided among the rounds, so each round teaches new facts. Injection (Table 2): an adapter
+trained on one benchmark then learns another.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Continual(Experiment):
     """Rounds of revision."""
 
     scenario: Literal["temporal", "injection"] = Field(
-        default="temporal", description="temporal: revise chains; injection: teach another benchmark afterwards"
+        default="temporal", description="temporal: revise chains; injection: teach a second benchmark afterwards"
     )
     rounds: int = Field(default=3, ge=1, description="rounds of updates; a chain is cut to this many updates")
     update_share: Annotated[float, plain()] = Field(

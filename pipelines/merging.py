@@ -36,7 +36,7 @@ class Merging(Experiment):
     merges: Annotated[tuple[str, ...], listed(str, "M,M")] = Field(
         default=("linear", "sum", "average", "svd", "ties", "dare_linear"), description=f"some of {', '.join(MERGES)}"
     )
-    rank: int = Field(default=32, ge=1, description="rank that svd cuts the sum to")
+    rank: int = Field(default=32, ge=1, description="rank of the merged adapter, for svd")
     density: float = Field(default=0.5, gt=0, le=1, description="share of the values that ties and dare keep")
 
 

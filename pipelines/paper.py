@@ -42,7 +42,9 @@ class Paper(Experiment):
     fractions: Annotated[tuple[float, ...], listed(float, "F,F")] = (0.2, 0.4, 0.6, 0.8, 1.0)
     rounds: int = Field(default=3, ge=2, description="temporal: rounds of updates")
     development: int = Field(
-        default=64, ge=1, description="sensitivity: facts that values are compared on; the other scenarios skip them"
+        default=64,
+        ge=1,
+        description="sensitivity: number of facts on which values are compared; the other scenarios skip them",
     )
     parts: int = Field(default=4, ge=2, le=26, description="routing: parts of the data, one adapter each")
     scenarios: Annotated[tuple[str, ...], listed(str, "S,S")] = Field(

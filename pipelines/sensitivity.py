@@ -33,7 +33,7 @@ class Sensitivity(Experiment):
     """One round of CoRSA for every value of its settings, and one of F-Learning for every alpha."""
 
     development: int = Field(
-        default=64, ge=1, description="number of facts that values are compared on; never reported"
+        default=64, ge=1, description="number of facts on which values are compared; they are never reported"
     )
 
     lambdas: Values = Field(default=(0.2, 0.5, 1.0, 2.0, 5.0), description="values of lambda")

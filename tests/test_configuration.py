@@ -42,7 +42,7 @@ def yaml(tmp_path: Path) -> Any:
     return write
 
 
-def refusal(*arguments: str) -> str:
+def error_of(*arguments: str) -> str:
     with pytest.raises(CorsaError) as caught:
         given(*arguments).checked()
     return str(caught.value)
@@ -123,13 +123,13 @@ def test_a_configuration_cannot_be_changed() -> None:
 
 
 def test_names_that_are_not_known_are_refused_with_the_nearest() -> None:
-    assert refusal("--methods", "crosa") == (
+    assert error_of("--methods", "crosa") == (
         "unknown method 'crosa': did you mean 'corsa'? Known: lora, corsa, corsa-no-sam, corsa-no-dpo, "
         "corsa-no-pcgrad, corsa-published, f-learning, memit"
     )
-    assert "unknown benchmark 'conterfact': did you mean 'counterfact'?" in refusal("--benchmark", "conterfact")
+    assert "unknown benchmark 'conterfact': did you mean 'counterfact'?" in error_of("--benchmark", "conterfact")
     for nothing in ("--methods", "--seeds"):
-        assert "nothing would be trained" in refusal(nothing, ",")
+        assert "nothing would be trained" in error_of(nothing, ",")
 
 
 @pytest.mark.parametrize(
@@ -153,14 +153,14 @@ def test_names_that_are_not_known_are_refused_with_the_nearest() -> None:
 )
 def test_what_is_wrong_in_a_file_is_named(yaml: Any, text: str, said: str) -> None:
     path = yaml(text)
-    found = refusal("--config", path)
+    found = error_of("--config", path)
     assert path in found
     assert said in found
 
 
 def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
-    assert "cannot be read: No such file or directory" in refusal("--config", str(tmp_path / "absent.yaml"))
-    assert "cannot be read: Is a directory" in refusal("--config", str(tmp_path))
+    assert "cannot be read: No such file or directory" in error_of("--config", str(tmp_path / "absent.yaml"))
+    assert "cannot be read: Is a directory" in error_of("--config", str(tmp_path))
 
 
 @pytest.mark.parametrize(

@@ -43,7 +43,7 @@ class Sweep(Experiment):
         default=32, ge=1, description="total number of trials, including those of an earlier run of the study"
     )
     development: int = Field(
-        default=64, ge=1, description="number of facts that trials are taught and asked; never reported"
+        default=64, ge=1, description="number of facts that trials learn and are asked; they are never reported"
     )
     objectives: Annotated[tuple[str, ...], listed(str, "M,M")] = Field(
         default=("generality",), description="metrics to optimize; two or more give a Pareto front"
@@ -57,7 +57,7 @@ class Sweep(Experiment):
     sampler: Literal["tpe", "random", "grid"] = "tpe"
     sampler_seed: int = Field(default=0, ge=0, description="seed of the suggested trials")
     stop: Literal["no", "asha", "median"] = Field(
-        default="no", description="rule that stops a poor trial at the end of an epoch"
+        default="no", description="rule that stops a poor trial early, at the end of an epoch"
     )
     rung: int | None = Field(
         default=None,

@@ -1,4 +1,4 @@
-"""How an edited model is asked, and by which rule its answers are judged."""
+"""How an edited model is asked, and which rule judges its answers."""
 
 from __future__ import annotations
 
@@ -80,12 +80,10 @@ class EvaluationConfig(Frozen):
     )
     thinking: bool = Field(
         default=False,
-        description="let a reasoning model think before it answers, where its chat template knows that; what it "
+        description="let a reasoning model think before it answers, if its chat template supports that; its "
         "thinks is never taken for the answer",
     )
-    thinking_tokens: int = Field(
-        default=2048, ge=1, description="tokens added to each answer's bound where thinking is on"
-    )
+    thinking_tokens: int = Field(default=2048, ge=1, description="additional tokens of each answer if thinking is on")
 
     @model_validator(mode="after")
     def _meant(self) -> EvaluationConfig:
@@ -157,5 +155,10 @@ class SamplingConfig(Frozen):
 
     samples: int = Field(default=5, ge=1, description="programs drawn for each problem")
     temperature: float = Field(default=0.8, gt=0, description="the logits are divided by it")
-    top_p: float = Field(default=0.7, gt=0, le=1, description="tokens kept: the likeliest that hold this share")
-    new_tokens: int = Field(default=512, ge=1, description="tokens of a program at most")
+    top_p: float = Field(
+        default=0.7,
+        gt=0,
+        le=1,
+        description="nucleus sampling: the smallest set of tokens with this total probability is kept",
+    )
+    new_tokens: int = Field(default=512, ge=1, description="maximum tokens of a program")

@@ -67,7 +67,7 @@ class Edit(Frozen):
     relation: str = ""
     target_new: Text
     target_old: Annotated[str, StringConstraints(strip_whitespace=True)] = Field(
-        description="blank: there is no old answer, and L_DPO leaves the edit out (`build` refuses that)"
+        description="blank: no old answer, L_DPO leaves the edit out (`build` refuses that)"
     )
     aliases_new: tuple[Text, ...] = ()
     aliases_old: tuple[Text, ...] = ()

@@ -189,7 +189,7 @@ class _Run:
             if isinstance(wrapped, BaseException):
                 root = link = wrapped
                 continue
-            known = self.store.files.refusal(link) if isinstance(link, OSError) else link
+            known = self.store.files.explained(link) if isinstance(link, OSError) else link
             if isinstance(known, CorsaError):
                 return str(known)
             link = link.__cause__

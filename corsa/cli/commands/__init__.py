@@ -1,4 +1,4 @@
-"""The subcommands of `corsa`, a module each; `corsa.cli.main` joins them.
+"""The subcommands of `corsa`, one module each. `corsa.cli.main` imports them.
 
 Heavy packages are imported inside the commands that need them, so that `corsa --help` answers at once.
 """

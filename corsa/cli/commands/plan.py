@@ -1,5 +1,5 @@
-"""`corsa plan`: whether a model fits before anything is started, with which sharding, how long it will take, and how
-many facts and seeds a comparison needs.
+"""`corsa plan`: whether a model fits and with which sharding, how long a run takes, and how many facts and seeds a
+comparison needs.
 """
 
 from __future__ import annotations
@@ -28,50 +28,54 @@ def show_plan(
     model: Annotated[
         str | None, arg(help="as in the pipelines: alias, hub id, directory or random:<architecture>")
     ] = None,
-    gpus: Annotated[int, arg(help="GPUs, a worker each; 0: workers on the CPU")] = 1,
-    gpu_memory: Annotated[str | None, arg(metavar="48GiB", help="of each GPU; default: this machine's, if any")] = None,
-    ram: Annotated[
-        str | None, arg(metavar="256GiB", help="CPU memory of a node, for what is offloaded; default: not checked")
+    gpus: Annotated[int, arg(help="GPUs, one worker each; 0: workers on the CPU")] = 1,
+    gpu_memory: Annotated[
+        str | None, arg(metavar="48GiB", help="memory of each GPU; default: that of this machine's GPUs")
     ] = None,
-    gpus_per_node: Annotated[int, arg(help="GPUs that share the memory of a node")] = 8,
-    workers: Annotated[int, arg(help="workers on the CPU, with --gpus 0")] = 1,
+    ram: Annotated[
+        str | None, arg(metavar="256GiB", help="CPU memory of a node, for offloading; default: not checked")
+    ] = None,
+    gpus_per_node: Annotated[int, arg(help="GPUs on a node, which share its CPU memory")] = 8,
+    workers: Annotated[int, arg(help="number of workers on the CPU, with --gpus 0")] = 1,
     method: Annotated[str, arg(help=f"one of {', '.join(STEPS)}")] = "corsa",
     edits: Annotated[int | None, arg(help="edits of a round; default: the benchmark's, else 1000")] = None,
-    epochs: Annotated[int, arg(help="passes over them")] = 10,
+    epochs: Annotated[int, arg(help="passes over the edits")] = 10,
     batch: Annotated[int, arg(help="edits per optimizer step, over all workers")] = 16,
     micro_batch: Annotated[int, arg(help="edits per forward pass on one worker")] = 16,
-    rank: Annotated[int, arg(help="of LoRA")] = 32,
+    rank: Annotated[int, arg(help="rank of LoRA")] = 32,
     dtype: Annotated[
-        Literal["float32", "bfloat16"] | None, arg(help="of the base; default: bfloat16 on GPUs, else float32")
+        Literal["float32", "bfloat16"] | None,
+        arg(help="data type of the base; default: bfloat16 on GPUs, else float32"),
     ] = None,
-    benchmark: Annotated[str | None, arg(help="count the tokens of its edits; default: about 20 an edit")] = None,
+    benchmark: Annotated[
+        str | None, arg(help="benchmark whose edit lengths are counted; default: about 20 tokens an edit")
+    ] = None,
     data: Annotated[str | None, arg(metavar="FILE", help="the benchmark's file")] = None,
-    tflops: Annotated[
-        float | None, arg(help="what a worker computes, TFLOP/s sustained; default: measured, or 100")
-    ] = None,
-    measured: Annotated[
-        Path | None, arg(metavar="FILE", help="take the rate from a result of `corsa perf gpu`")
-    ] = None,
-    link: Annotated[float | None, arg(help="GB/s at which a worker gathers shards of the base; default 25")] = None,
+    tflops: Annotated[float | None, arg(help="sustained TFLOP/s of a worker; default: measured, or 100")] = None,
+    measured: Annotated[Path | None, arg(metavar="FILE", help="use the rate in a result of `corsa perf gpu`")] = None,
+    link: Annotated[float | None, arg(help="GB/s at which a worker gathers shards of the base; default: 25")] = None,
     detect: Annotated[
-        float | None, arg(metavar="POINTS", help="how many facts and seeds show so large a difference of two methods")
+        float | None,
+        arg(
+            metavar="POINTS", help="print how many facts and seeds detect a difference of N points between two methods"
+        ),
     ] = None,
     tests: Annotated[
-        int, arg(help="with --detect: verdicts that are corrected together (primary metrics times pairs of methods)")
+        int, arg(help="with --detect: number of verdicts corrected together (primary metrics times pairs of methods)")
     ] = 1,
     run_sd: Annotated[
-        float, arg(metavar="POINTS", help="with --detect: how far a method's value varies from run to run (SD)")
+        float, arg(metavar="POINTS", help="with --detect: how much a method's value varies between runs (SD)")
     ] = 2.0,
     like: Annotated[
-        Path | None, arg(metavar="FILE", help="with --detect: take the variances from a report's metrics.json instead")
+        Path | None, arg(metavar="FILE", help="with --detect: use the variances in a report's metrics.json instead")
     ] = None,
     metric: Annotated[
-        str | None, arg(help="with --like: of this metric; default: the primary one that varies most")
+        str | None, arg(help="with --like: metric to use; default: the primary metric that varies most")
     ] = None,
     as_json: Annotated[bool, arg(name="json", help="print JSON for a program to read")] = False,
 ) -> None:
-    """What a run holds on each GPU under every sharding, which settings fit, and how long it takes; or, with --detect,
-    how many facts and seeds it takes to show a difference.
+    """Show the memory of a run on each GPU for every sharding, the settings that fit, and the time; or, with --detect,
+    how many facts and seeds detect a difference.
 
     Examples:
     corsa plan --model qwen3-14b --gpus 4 --gpu-memory 48GiB --edits 3000 --epochs 10
@@ -139,7 +143,7 @@ def show_plan(
 
 
 def _show_power(points: float, tests: int, run_sd: float, like: Path | None, metric: str | None, as_json: bool) -> None:
-    """Print how many facts and seeds show a difference."""
+    """Print how many facts and seeds detect a difference."""
     from corsa.planning.power import assumed, measured, needs, power_table
 
     if run_sd < 0:

@@ -30,7 +30,7 @@ STATISTICS = Kind("statistics", _load_statistics, version=2, on_cluster=True)
 class MemitRoundConfig(AskingConfig):
     """A round of MEMIT."""
 
-    seed: int = Field(ge=0, description="of the random prefixes")
+    seed: int = Field(ge=0, description="seed of the random prefixes")
     round: int = Field(ge=1)
     memit: MemitConfig
 
@@ -84,18 +84,20 @@ def _load_teach() -> Teach:
     return teach
 
 
-METHOD = Method(
-    "memit",
-    "MEMIT",
-    _round_config,
-    MemitRoundConfig,
-    _load_teach,
-    _inputs,
-    notes=_report_notes,
-    refuses={
-        "adapter": "MEMIT leaves a dense change of the weights, no adapter",
-        "programs": "it changes what is said of a subject to one short object, and an update of an API has neither",
-    },
-    colour="#2a9470",
-    symbol="diamond",
+METHODS = (
+    Method(
+        "memit",
+        "MEMIT",
+        _round_config,
+        MemitRoundConfig,
+        _load_teach,
+        _inputs,
+        notes=_report_notes,
+        refuses={
+            "adapter": "MEMIT leaves a dense change of the weights, no adapter",
+            "programs": "it changes what is said of a subject to one short object, and an update of an API has neither",
+        },
+        colour="#2a9470",
+        symbol="diamond",
+    ),
 )
