@@ -1,4 +1,4 @@
-"""The identities of the steps of every scenario, against `identities.json`: a store that people have stays valid.
+"""The identities of the steps of every scenario, against `identities.json`; and the model that they depend on.
 
 A change that gives an existing configuration another identity makes every store forget its results. If results really
 change, raise the `version` of the `Kind`, and write the file again: `python tests/test_identities.py`.
@@ -17,6 +17,7 @@ from typing import Any
 from unittest.mock import patch
 
 import pyarrow.parquet as pq
+import pytest
 from code_files import task, update, write_lines
 
 from corsa.config import EvaluationConfig, LoraConfig, ModelConfig, StepConfig, TrainingConfig
@@ -28,7 +29,10 @@ from corsa.editing.plan import plan_edit, plan_evaluation, plan_undo
 from corsa.experiments.code.base import CodeExperiment
 from corsa.experiments.planner import Planner
 from corsa.experiments.runner import Branches
-from corsa.flow.step import Step, topological
+from corsa.flow import Step, Store, Task
+from corsa.flow.step import topological
+from corsa.models import registry
+from corsa.tuning.sweep import planner_of
 
 ROOT = Path(__file__).parents[1]
 KNOWN = Path(__file__).with_name("identities.json")
@@ -111,13 +115,76 @@ def identities() -> dict[str, dict[str, str]]:
     ):
         files()
         for name, made in scenarios():
-            report = made.join(made.reports, {}) if isinstance(made, Branches) else made
-            found[name] = {step.name: step.fingerprint[:16] for step in topological([report])}
+            found[name] = {step.name: step.fingerprint[:16] for step in steps_of(made)}
     return found
 
 
 def test_no_step_has_another_identity_than_before() -> None:
     assert identities() == json.loads(KNOWN.read_text())
+
+
+@pytest.fixture
+def hashed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The directories that are hashed as models, in a current directory with the scenarios' files and one model."""
+    monkeypatch.chdir(tmp_path)
+    for folder in ("pipelines", "tune"):
+        monkeypatch.syspath_prepend(ROOT / folder)
+    files()
+    Path("model").mkdir()
+    Path("model", "config.json").write_text("{}")
+    found: list[Path] = []
+    digest = registry._digest
+
+    def counted(directory: Path) -> str:
+        found.append(directory)
+        return digest(directory)
+
+    monkeypatch.setattr(registry, "_digest", counted)
+    return found
+
+
+def steps_of(made: Step | Branches) -> list[Step]:
+    return topological([made.join(made.reports, {}) if isinstance(made, Branches) else made])
+
+
+@pytest.mark.parametrize("name", ["paper", "single_update", "code_update", "scaling", "sweep"])
+def test_planning_a_scenario_hashes_its_model_once(hashed: list[Path], name: str) -> None:
+    module = import_module(name)
+    kinds = {"paper": "Paper", "single_update": "SingleUpdate", "scaling": "Scaling", "sweep": "Sweep"}
+    settings: dict[str, Any] = {"model": ModelConfig(name="model")}
+    if name == "paper":
+        settings |= {"then": "world_facts"}
+    if name == "scaling":
+        settings = {"models": ("model",), "benchmarks": ("file", "atoke"), "files": ("facts.jsonl",) * 2}
+    if name == "code_update":
+        experiment: Any = CodeExperiment(**settings, data="arena.jsonl", allow_code_execution=True)
+    else:
+        experiment = getattr(module, kinds[name]).model_validate(settings)
+    found = steps_of(planned(getattr(module, name), experiment))
+    assert hashed == [Path("model").absolute()]
+    models = {step.config.model for step in found if hasattr(step.config, "model")}
+    assert len(models) == 1, "every step depends on the same model"
+    assert models.pop().revision == registry.pin(ModelConfig(name="model")).revision
+
+
+def test_planning_an_update_hashes_its_model_once(hashed: list[Path]) -> None:
+    plan_edit(EditOptions(edits="more.jsonl", model="model", out="new"))
+    assert hashed == [Path("model").absolute()]
+    plan_evaluation(EvaluateOptions(edits="facts.jsonl", model="model"))
+    assert hashed == [Path("model").absolute()] * 2
+
+
+def test_trials_of_a_sweep_have_the_model_of_its_reference_column(hashed: list[Path]) -> None:
+    """A sweep that runs later does not hash the model again: its trials use the weights that it was planned with."""
+    tune = import_module("sweep")
+    sweep = planned(tune.sweep, tune.Sweep(model=ModelConfig(name="model"), limit=4))
+    assert isinstance(sweep, Step)
+    hashed.clear()
+    planner = planner_of(Task(sweep, Store("runs")))
+    reference = sweep.inputs["reference"].config
+    assert planner.model == reference.model  # type: ignore[attr-defined]
+    assert planner.experiment.model == ModelConfig(name="model")
+    assert hashed == []
 
 
 if __name__ == "__main__":

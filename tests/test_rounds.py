@@ -80,7 +80,7 @@ def test_a_fraction_of_the_update_set_is_revised() -> None:
     assert not [row for row in rows(chains(20), fraction=0.0) if row["learnt"] > 1]
 
 
-def test_facts_without_chains_are_dealt_out() -> None:
+def test_facts_without_chains_are_divided_over_the_rounds() -> None:
     found = rows(facts(10), rounds=3)
     assert [row["edit"] for row in found] == [f"f{i}" for i in range(10)]
     assert [row["learnt"] for row in found] == [1] * 4 + [2] * 3 + [3] * 3
