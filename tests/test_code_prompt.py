@@ -8,7 +8,7 @@ import pytest
 from code_files import update, write_lines
 
 from corsa.config.steps import SamplesConfig
-from corsa.data.benchmarks.code_prompt import TEMPLATE, asked, read_template
+from corsa.data.benchmarks.code_prompt import TEMPLATE, prompt_of, read_template
 from corsa.data.benchmarks.programs import read_problems
 from corsa.errors import CorsaError
 from corsa.experiments.code.base import CodeExperiment, code_report
@@ -97,7 +97,7 @@ def test_the_template_enters_the_identity_of_what_is_asked_by_its_text(arena: st
 def test_prepend_shows_the_description_and_the_code_only_if_it_is_asked_for(arena: str) -> None:
     problem, record = read_problems(arena)[0].model_dump(), update("sin")["update"]
     plain, told, all_ = (
-        asked(problem, described=described, implementation=implementation)
+        prompt_of(problem, described=described, implementation=implementation)
         for described, implementation in ((False, False), (True, False), (True, True))
     )
     assert plain == problem["prompt"]

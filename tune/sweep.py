@@ -24,7 +24,7 @@ from corsa.errors import CorsaError, unknown_name
 from corsa.experiments.base import Experiment
 from corsa.experiments.planner import Planner
 from corsa.experiments.report_spec import Page
-from corsa.experiments.runner import announce, bring_about, lasting, launch, repeat_command, show_plan
+from corsa.experiments.runner import announce, lasting, launch, produce, repeat_command, show_plan
 from corsa.flow import Artifact, Step, Store
 from corsa.flow.step import topological
 from corsa.planning.inputs import check_files
@@ -204,7 +204,7 @@ def main() -> int:
         show_plan([step], store, console)
         return 0
     announce(experiment, store, console)
-    found = bring_about(step, store, console, experiment.quiet)
+    found = produce(step, store, console, experiment.quiet)
     if found is None:
         return 1
     show(found, console)

@@ -6,9 +6,9 @@ from corsa.flow import Kind, StepFunction
 
 
 def _import_line() -> StepFunction:
-    from corsa.editing.steps import bring_in
+    from corsa.editing.steps import import_line
 
-    return bring_in
+    return import_line
 
 
 def _read_facts() -> StepFunction:

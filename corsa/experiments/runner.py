@@ -146,7 +146,7 @@ def _changed(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str
     return found
 
 
-def bring_about(report: Step, store: Store, console: Console, quiet: bool = False) -> Artifact | None:
+def produce(report: Step, store: Store, console: Console, quiet: bool = False) -> Artifact | None:
     """Run a step and its dependencies, except those already done. None if a step failed: the failure and its cause are
     printed.
 
