@@ -59,10 +59,16 @@ lock: $(VENV)/.demo        ## renews requirements/*.txt, after a change to pypro
 	$(BIN)/pip install --quiet --disable-pip-version-check uv==0.13.9
 	UV=$(BIN)/uv PYTHON=$(BIN)/python requirements/renew.sh
 
+# Without --strict, packages of which no advisories can be read would pass.
 audit: $(VENV)/.demo       ## checks the locked packages for known vulnerabilities; needs the network
+	@$(PYTHON) -c '$(READ_ADVISORIES)' 2>/dev/null \
+		|| { echo "audit: advisories cannot be read from pypi.org here; run it where they can"; exit 1; }
 	$(PYTHON) -m venv $(VENV)/audit
 	$(VENV)/audit/bin/pip install --quiet --disable-pip-version-check pip-audit==2.10.1
-	$(VENV)/audit/bin/pip-audit --disable-pip --require-hashes $(LOCKS:%=--requirement requirements/%.txt)
+	$(VENV)/audit/bin/pip-audit --strict --disable-pip --require-hashes $(LOCKS:%=--requirement requirements/%.txt)
+
+READ_ADVISORIES = import json; from urllib.request import urlopen; \
+	json.load(urlopen("https://pypi.org/pypi/pip/25.0/json", timeout=30))["vulnerabilities"]
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info
