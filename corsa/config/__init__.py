@@ -8,7 +8,6 @@ from corsa.config.base import Frozen as Frozen
 from corsa.config.base import plain as plain
 from corsa.config.evaluation import EvaluationConfig as EvaluationConfig
 from corsa.config.evaluation import SamplingConfig as SamplingConfig
-from corsa.config.method import PER_ROW as PER_ROW
 from corsa.config.method import SEEDS as SEEDS
 from corsa.config.method import STEPS as STEPS
 from corsa.config.method import TRAININGS as TRAININGS

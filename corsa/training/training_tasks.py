@@ -21,7 +21,7 @@ from corsa.lora.peft_format import load_adapter, save_adapter, write_factors
 from corsa.lora.weight_deltas import save_delta
 from corsa.methods import method_of
 from corsa.methods.base import Round
-from corsa.training.loop import CURVES, AtEpoch, RoundRun, train, train_together
+from corsa.training.loop import AtEpoch, RoundRun, curves_table, train, train_together
 from corsa.training.prediction_tasks import ask, own_chains, predictor_of
 from corsa.training.task_inputs import StepFacts, change_of, open_step
 from corsa.training.worker_context import Loaded, Post, WorkerContext
@@ -134,7 +134,7 @@ def _write_change(change: Change, task: Task) -> None:
 
 
 def _write_curves(task: Task, curves: list[dict[str, Any]]) -> dict[str, Any]:
-    pq.write_table(pa.Table.from_pylist(curves, schema=CURVES), task.output / "curves.parquet")
+    pq.write_table(curves_table(curves), task.output / "curves.parquet")
     return {
         "steps": len(curves),
         "skipped": sum(c["skipped"] for c in curves),
