@@ -46,7 +46,7 @@ DENYING = {
     "    os.write(kept[-1][1], bytes(1 << 20))\n",
     "output": "while True:\n    print('x' * 1000)\n",
     "output of one line": "import os\nwhile True:\n    os.write(2, b'x' * 65536)\n",
-    "a full wire": "import os\nwhile True:\n    os.write(3, b'\\0\\0\\0\\0\\0\\0\\0\\0')\n",
+    "a full connection": "import os\nwhile True:\n    os.write(3, b'\\0\\0\\0\\0\\0\\0\\0\\0')\n",
     "calls without end": says(
         READY, then='while True:\n    os.write(3, b\'\\0\\0\\0\\x20\\0\\0\\0\\0{"tuple": ["next", 0, [], null]}\')\n'
     ),

@@ -291,7 +291,7 @@ REFUSING = {
     "    except OSError:\n        pass\nos._exit(3)\n",
     "exits at import": "import os\nos._exit(9)\n",
     "stops itself": "import os, signal\nos.kill(os.getpid(), signal.SIGSTOP)\n",
-    "closes the wire": "import os\nos.close(3)\ndef secret(x):\n    return 0\n",
+    "closes the connection": "import os\nos.close(3)\ndef secret(x):\n    return 0\n",
     "closes all": "import os\nos.closerange(0, 1024)\ndef secret(x):\n    return 0\n",
     "a greeting that is short": says(["ready"]),
     "a greeting of nothing": says([]),

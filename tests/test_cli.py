@@ -15,8 +15,12 @@ from corsa.cli.main import main
 from corsa.config import Frozen
 from corsa.evaluation.metrics import compute
 from corsa.flow.lease import Leases
-from corsa.flow.step import Kind, Step
+from corsa.flow.step import Kind, Step, StepFunction
 from corsa.flow.store import Store
+
+
+def never_run() -> StepFunction:
+    raise AssertionError("these steps are only read")
 
 
 class Config(Frozen):
@@ -29,13 +33,11 @@ class Config(Frozen):
 def storage(tmp_path: Path) -> Path:
     root = tmp_path / "runs"
     store = Store(root)
-    edits = Step("edits", Kind("edits", "nowhere:nothing", 1), Config(seed=0))
+    edits = Step("edits", Kind("edits", never_run, 1), Config(seed=0))
     store.commit(edits, store.workspace(edits), {"edits": 6}, 0.5)
     table = predictions(chains=6)
     for seed, name in enumerate(("first", "second")):
-        report = Step(
-            f"report/{name}", Kind("report", "nowhere:nothing", 1), Config(seed=seed), inputs={"edits": edits}
-        )
+        report = Step(f"report/{name}", Kind("report", never_run, 1), Config(seed=seed), inputs={"edits": edits})
         output = store.workspace(report)
         table.to_parquet(output / "predictions.parquet")
         curves().to_parquet(output / "curves.parquet")
@@ -139,9 +141,9 @@ def test_one_run_is_shown_and_two_are_compared(storage: Path, capsys: pytest.Cap
 
 def test_cleaning_shows_what_would_go_and_removes_only_that(storage: Path, capsys: pytest.CaptureFixture[str]) -> None:
     store = Store(storage)
-    orphan = Step("orphan", Kind("edits", "nowhere:nothing", 1), Config(seed=9))
+    orphan = Step("orphan", Kind("edits", never_run, 1), Config(seed=9))
     store.commit(orphan, store.workspace(orphan), {}, 0.5)
-    held = Step("held", Kind("edits", "nowhere:nothing", 1), Config(seed=10))
+    held = Step("held", Kind("edits", never_run, 1), Config(seed=10))
     (store.workspace(held) / "half").write_text("written")
     leases = Leases(store)
     with leases.unfinished([held], print):

@@ -16,6 +16,7 @@ from corsa.config import STEPS, StepConfig
 from corsa.config.command_line import answered, configure, exit_with
 from corsa.errors import CorsaError
 from corsa.experiments.code.base import CodeExperiment
+from corsa.experiments.planner import Planner
 from corsa.experiments.runner import repeat_command
 from corsa.flow.step import Step, topological
 from corsa.flow.store import Store
@@ -333,8 +334,7 @@ def test_groups_run_side_by_side_as_far_as_there_is_room() -> None:
 def steps(*arguments: str) -> dict[str, Step]:
     """The steps of the scenario by name."""
     experiment = given("--model", "random:tiny-llama", *arguments).checked()
-    assert isinstance(experiment, Continual)
-    report = continual(experiment, repeat_command("continual.py", experiment, Continual()))
+    report = continual(Planner.of(experiment, repeat_command("continual.py", experiment, Continual())))
     return {step.name: step for step in topological([report])}
 
 

@@ -36,7 +36,8 @@ from corsa.config import RunSettings, StepConfig
 from corsa.evaluation import metric_definitions
 from corsa.evaluation.metrics import compute
 from corsa.experiments import trackers
-from corsa.experiments.base import Experiment, facts
+from corsa.experiments.base import Experiment
+from corsa.experiments.planner import Planner
 from corsa.flow import Store
 from corsa.methods import METHODS
 from corsa.models import registry
@@ -345,7 +346,7 @@ def test_the_example_of_a_stage_runs(tmp_path: Path, installed: Callable[[str], 
         for i in range(3)
     ]
     file.write_text("\n".join(map(json.dumps, rows)))
-    step = module.relations(facts(Experiment(benchmark="file", data=str(file)), 1), least=2)
+    step = module.relations(Planner.of(Experiment(benchmark="file", data=str(file)), "").facts(), least=2)
     outcome, _, connections = execute(Store(tmp_path / "store"), step)
     assert not outcome.failed
     assert json.loads(outcome.artifacts[step.fingerprint].read("relations.json")) == {"leader": 2}

@@ -11,6 +11,7 @@ from tiny import EDITS, Bench, round_config, triplets
 
 from corsa.config import STEPS, FLearningConfig, StepConfig
 from corsa.config.steps import ReportConfig
+from corsa.experiments.planner import Planner
 from corsa.flow.step import topological
 from corsa.lora.attached import attached
 from corsa.lora.factors import Adapter
@@ -88,13 +89,14 @@ def test_an_interrupted_round_does_not_train_again_what_is_done(bench: Bench, tm
 
 
 def test_the_sensitivity_scenario_sweeps_alpha() -> None:
-    found = topological([sensitivity(Sensitivity(seeds=(0, 1), alphas=(0.05, 0.1, 1.0)), "")])
-    swept = {
+    experiment = Sensitivity(seeds=(0, 1), alphas=(0.05, 0.1, 1.0))
+    found = topological([sensitivity(Planner.of(experiment, ""))])
+    trained = {
         (step.config.f_learning.alpha, step.config.seed)
         for step in found
         if isinstance(step.config, FLearningRoundConfig)
     }
-    assert swept == {(alpha, seed) for alpha in (0.05, 0.1, 1.0) for seed in (0, 1)}
+    assert trained == {(alpha, seed) for alpha in (0.05, 0.1, 1.0) for seed in (0, 1)}
     report = found[-1].config
     assert isinstance(report, ReportConfig)
     (axis,) = [axis for axis in report.axes if axis.name == "alpha"]

@@ -22,7 +22,8 @@ from corsa.config.steps import RoundsConfig
 from corsa.data.benchmarks import read
 from corsa.data.edit import Edit
 from corsa.errors import CorsaError
-from corsa.experiments.base import Experiment, chain, dealt, facts
+from corsa.experiments.base import Experiment
+from corsa.experiments.planner import Planner
 from corsa.experiments.steps import _notes
 from corsa.flow.step import topological
 from corsa.lora.attached import attached
@@ -297,10 +298,10 @@ def test_an_edit_that_holds_already_is_no_change_to_be_reached(encoder: Encoder)
 
 def notes(reached: float | None) -> list[str]:
     """The report text on two rounds of MEMIT and their statistics."""
-    experiment = Experiment(methods=("memit",))
-    rounds = chain(
-        experiment, "memit", 0, taught := facts(experiment, 2), dealt(taught, RoundsConfig(rounds=2)), rounds=(1, 2)
-    )
+    planner = Planner.of(Experiment(methods=("memit",)), "")
+    taught = planner.facts(2)
+    schedule = planner.schedule(taught, RoundsConfig(rounds=2))
+    rounds = planner.chain("memit", 0, taught, schedule, rounds=(1, 2))
     used = {"weight": 15000.0, "clamp_norm_factor": 4.0, "weight_decay": 1e-3, "layers": [4, 5], "source": "a file"}
     of_kind = {"round": {**used, "reached": reached}, "statistics": {"tokens": 103631, "corpus": NEUTRAL_NAME}}
     kinds = {step.fingerprint: step.kind.name for step in topological(rounds)}

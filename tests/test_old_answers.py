@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_line import drafts
+from test_update_plan import drafts
 
 from corsa.config import ModelConfig
 from corsa.errors import CorsaError

@@ -21,6 +21,7 @@ from corsa.config.steps import EditsConfig, RoundConfig, RoundsConfig
 from corsa.data.edit import Edit, Probe, to_table
 from corsa.errors import CorsaError
 from corsa.experiments.base import Experiment
+from corsa.experiments.planner import Planner
 from corsa.flow import Store
 from corsa.flow.step import topological
 from corsa.tuning.space import Domain, Space, applied, default_setting, grid, label, with_default
@@ -194,7 +195,7 @@ def test_a_rung_is_as_long_as_a_start_is_worth() -> None:
 
 def test_a_confirmation_asks_other_facts_of_both_settings() -> None:
     asked = Sweep.model_validate({"development": 6, "offset": 2, "confirm": 2})
-    steps = list(topological([confirmation(asked, {"rho": 0.0}, "again")]))
+    steps = list(topological([confirmation(Planner.of(asked, "again"), {"rho": 0.0})]))
     rounds = [step.config for step in steps if isinstance(step.config, RoundConfig)]
     assert sorted((r.seed, r.step.rho) for r in rounds) == [(0, 0.0), (0, 0.05), (1, 0.0), (1, 0.05)]
     (edits,) = (step.config for step in steps if isinstance(step.config, EditsConfig))

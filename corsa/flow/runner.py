@@ -169,7 +169,7 @@ class _Run:
             if not unfinished:
                 return {}
             tasks = [Task(step, self.store, self.progress or Silent()) for step in unfinished]
-            function = steps[0].kind.load()
+            function = steps[0].kind.function
             self.store.sweep(unfinished)
             try:
                 if steps[0].kind.together:

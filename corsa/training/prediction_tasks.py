@@ -19,7 +19,7 @@ from corsa.config.steps import (
     SamplesConfig,
     SpecificityConfig,
 )
-from corsa.data.benchmarks.code_prompt import asked
+from corsa.data.benchmarks.code_prompt import prompt_of
 from corsa.data.edit import from_table
 from corsa.evaluation.generation import end_tokens, sample
 from corsa.evaluation.mmlu import from_questions_table
@@ -114,7 +114,7 @@ def _write_programs(task: Task, context: WorkerContext, post: Post) -> dict[str,
     share = -(-len(every) // group.size)  # contiguous: samples of one problem share their prompt
     own = every[group.rank * share :][:share]
     told = {"described": config.described, "implementation": config.implementation}
-    prompts = [asked(problem, **told) for problem in problems]
+    prompts = [prompt_of(problem, **told) for problem in problems]
     with edited(task, loaded, group), group.in_step(loaded.model):
         outputs = sample(
             loaded.model,

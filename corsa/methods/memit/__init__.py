@@ -12,12 +12,19 @@ from pydantic import Field
 from corsa.config import MemitConfig, RunSettings
 from corsa.config.steps import AskingConfig, StatisticsConfig, StatisticsPlace
 from corsa.errors import CorsaError
-from corsa.flow.step import Kind, Step
+from corsa.flow.step import Kind, Step, StepFunction
 from corsa.methods.base import Method, Teach
 from corsa.methods.memit.corpora import NEUTRAL
 from corsa.methods.memit.settings import REACHED
 
-STATISTICS = Kind("statistics", "corsa.methods.memit.statistics_stage:compute", version=2, on_cluster=True)
+
+def _load_statistics() -> StepFunction:
+    from corsa.methods.memit.statistics_stage import compute
+
+    return compute
+
+
+STATISTICS = Kind("statistics", _load_statistics, version=2, on_cluster=True)
 
 
 class MemitRoundConfig(AskingConfig):
