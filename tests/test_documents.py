@@ -15,7 +15,7 @@ from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import pandas as pd
 import pytest
@@ -39,6 +39,7 @@ from corsa.experiments import trackers
 from corsa.experiments.base import Experiment
 from corsa.experiments.planner import Planner
 from corsa.flow import Store
+from corsa.lora.factors import Adapter
 from corsa.methods import METHODS
 from corsa.models import registry
 
@@ -78,7 +79,7 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Calla
         return importlib.import_module(name)
 
     yield install
-    for name in set(sys.modules) - known:
+    for name in sorted(set(sys.modules) - known, reverse=True):  # the modules of a package before the package
         if (file := getattr(sys.modules[name], "__file__", None)) and file.startswith(str(tmp_path)):
             package, _, last = name.rpartition(".")
             vars(sys.modules[package]).pop(last, None)
@@ -302,7 +303,7 @@ def test_the_example_of_a_method_with_two_phases_is_found_and_trains(
     assert first.curves is not None
     assert first.curves[-1]["logp_new"] > first.curves[0]["logp_new"]
     second = bench.teach(method.load_teach(), config, tmp_path / "second", before=first.change)
-    ranks = [{factors.rank for factors in taught.change.values()} for taught in (first, second)]
+    ranks = [{factors.rank for factors in cast(Adapter, taught.change).values()} for taught in (first, second)]
     assert ranks == [{LORA.rank}, {2 * LORA.rank}]
     assert second.curves is not None
     assert second.curves[0]["logp_new"] > first.curves[0]["logp_new"]

@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from corsa.algorithm.logprobs import answer_logprobs
 from corsa.algorithm.packing import Triplet, pack
 from corsa.config import EvaluationConfig, LoraConfig, ModelConfig, Placement, StepConfig, TrainingConfig
-from corsa.config.steps import RoundConfig
+from corsa.config.steps import AskingConfig, RoundConfig
 from corsa.flow import Store
 from corsa.lora.attached import Change
 from corsa.lora.flat import Lora
@@ -152,11 +152,12 @@ class Bench:
         curves = train(config, edits, self.loaded, context, (Store(folder), "partial/x"), post)
         return Trained(self.loaded.lora.phi.detach().clone(), curves, context.notes)
 
-    def teach(self, teach: Teach, config: RoundConfig, folder: Path, before: Change | None = None) -> Taught:
+    def teach(self, teach: Teach, config: AskingConfig, folder: Path, before: Change | None = None) -> Taught:
         """A round of a method with its own teach function. Its checkpoints are in `folder`."""
         context, store = self.context(), Store(folder)
 
         def learn(examples: Sequence[Triplet], name: str) -> list[dict[str, Any]]:
+            assert isinstance(config, RoundConfig)
             return train(config, examples, self.loaded, context, (store, f"partial/x/{name}"), lambda line: None)
 
         return teach(
