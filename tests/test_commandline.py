@@ -244,7 +244,7 @@ def test_a_signal_ends_a_run_and_says_what_is_kept(
         out, err = process.communicate(timeout=30)
     assert time.monotonic() - began < 10
     assert process.returncode == status, err
-    assert out == "interrupted: finished steps are kept, and the same command goes on from here\n"
+    assert out == "interrupted: finished steps are kept, and the same command continues from here\n"
     assert err == ""
 
 

@@ -211,6 +211,8 @@ def script(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=60)
 
 
+@pytest.mark.process
+@pytest.mark.process
 def test_help_is_quick_and_imports_nothing_heavy(tmp_path: Path) -> None:
     began = time.monotonic()
     done = script(tmp_path, "--help")
@@ -270,6 +272,8 @@ def test_a_mistake_is_one_line_and_status_2(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.process
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [(["--methods", "crosa"], "error: unknown method 'crosa'"), (["--worker", "2"], "Unrecognized options")],
@@ -430,6 +434,7 @@ def test_data_are_known_by_their_bytes(tmp_path: Path) -> None:
     assert edits(places[0]) != edits(places[1])
 
 
+@pytest.mark.process
 def test_fingerprints_are_the_same_in_another_process(tmp_path: Path) -> None:
     code = (
         "import sys; sys.path[:0] = sys.argv[1:3]\n"

@@ -219,6 +219,7 @@ def test_commands_within_lines_are_accepted(files: Path, monkeypatch: pytest.Mon
         tried(words, monkeypatch, files / "runs")
 
 
+@pytest.mark.process
 def test_the_dry_run_of_the_demo_draws_its_steps(files: Path) -> None:
     command = [sys.executable, ROOT / "pipelines" / "continual.py", "--dry-run", "--storage", files]
     drawn = subprocess.run(command, capture_output=True, text=True, check=True).stdout
@@ -272,6 +273,7 @@ def test_the_example_of_a_setting_of_the_step_trains(tmp_path: Path) -> None:
     assert trained.curves[-1]["logp_new"] > trained.curves[0]["logp_new"]
 
 
+@pytest.mark.process
 def test_the_example_of_a_scenario_draws_its_steps(tmp_path: Path) -> None:
     script = tmp_path / "ranks.py"
     script.write_text(example("pipelines/ranks.py"))

@@ -57,6 +57,7 @@ def test_a_fingerprint_depends_on_what_changes_the_result_and_on_nothing_else(lo
     assert len({this.fingerprint, *(other.fingerprint for other in others)}) == 7
 
 
+@pytest.mark.process
 def test_a_fingerprint_is_the_same_in_another_process() -> None:
     code = (
         "from corsa.config import StepConfig; from corsa.flow import Kind, Step;"
@@ -83,6 +84,7 @@ def test_two_different_steps_of_one_name_are_refused(log: Path) -> None:
         topological([step("same", ADD, log, value=1), step("same", ADD, log, value=2)])
 
 
+@pytest.mark.process
 def test_planning_imports_neither_torch_nor_ray() -> None:
     code = "import sys, corsa.flow.cluster; assert not {'torch', 'ray', 'pandas', 'transformers'} & {*sys.modules}"
     subprocess.run([sys.executable, "-c", code], check=True)

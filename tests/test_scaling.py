@@ -172,6 +172,7 @@ def test_a_small_model_that_learns_long_programs_is_planned(tmp_path: Path) -> N
     assert "2 updates, counted with the tokenizer of smollm2-135m" in " ".join(console.export_text().split())
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("placement", [{"gpu_memory": "80GB"}, {"gpu_memory": "24GB", "force": True}, {}])
 def test_what_fits_or_is_forced_or_unknown_is_not(rehearsed: Footprint, placement: dict[str, Any]) -> None:
     asked = experiment(gpu=True, **placement)

@@ -202,6 +202,7 @@ def test_a_confirmation_asks_other_facts_of_both_settings() -> None:
     assert (edits.offset, edits.limit) == (8, 6)
 
 
+@pytest.mark.process
 def test_a_sweep_that_cannot_be_confirmed_or_held_is_refused_before_it_starts(tmp_path: Path) -> None:
     facts = [{"prompt": f"Who leads {n}?", "target_new": "Ada", "target_old": "Grace"} for n in range(4)]
     (tmp_path / "facts.jsonl").write_text("\n".join(map(json.dumps, facts)))

@@ -189,7 +189,7 @@ class Files:
                 raise
             raise CorsaError(
                 f"storage {self.url} does not answer, for {self.patience:g} s now: {_first_line(error)}. Once it does, "
-                "the same command goes on from here; finished steps are intact"
+                "the same command continues from here; finished steps are intact"
             ) from error
 
     def _may_pass(self, error: BaseException) -> bool:

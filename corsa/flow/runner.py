@@ -112,7 +112,7 @@ class _Run:
                     self.leases.finished()
             except KeyboardInterrupt:
                 self.interrupted = True  # errors of the threads are not reported from now on
-                self.say("interrupted: finished steps are kept, and the same command goes on from here")
+                self.say("interrupted: finished steps are kept, and the same command continues from here")
                 raise
 
     def ready(self) -> list[list[Step]]:

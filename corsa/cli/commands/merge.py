@@ -18,7 +18,9 @@ from corsa.terminal import visible
 def merge(
     adapters: Annotated[Positional[tuple[str, ...]], arg(metavar="DIR DIR", help="PEFT directories of one base model")],
     out: Annotated[Path, arg(metavar="DIR", help="directory of the merged adapter; must be new")],
-    method: Annotated[MergeMethod, arg(help="sum: exact; svd: the sum cut to --rank; others: as in PEFT")] = "sum",
+    method: Annotated[
+        MergeMethod, arg(help="sum, average: exact; svd: the sum cut to --rank; linear, ties, dare: as in PEFT")
+    ] = "sum",
     weights: Annotated[
         tuple[float, ...], listed(float, "W,W"), arg(help="weights of the adapters; default: 1 for each")
     ] = (),

@@ -100,7 +100,7 @@ class Difference(Frozen):
 
     detect: Annotated[float | None, arg(metavar="POINTS")] = Field(
         default=None,
-        description="print how many facts and seeds detect a difference of N points between two methods",
+        description="print how many facts and seeds detect a difference of this many points between two methods",
     )
     tests: int = Field(
         default=1,

@@ -37,7 +37,7 @@ def _say_what_no_gate_measures(options: Teaching, plan: Plan, console: Console) 
         _say(
             console,
             "note: --max-forgetting has nothing to measure in a first update, which has no earlier facts to forget: it "
-            "will pass. Give --adapter to go on from an earlier update",
+            "will pass. Give --adapter to continue an earlier update",
         )
 
 

@@ -54,7 +54,8 @@ def runs(
     names: Annotated[
         Positional[tuple[str, ...]],
         arg(
-            metavar="[RUN ...]", help="names of runs or starts of ids: one to show, two to compare, any number to clean"
+            metavar="[RUN ...]",
+            help="names of runs or starts of ids: one for show, two for compare; for clean, the runs to remove",
         ),
     ] = (),
     storage: Storage = "runs",
@@ -170,7 +171,7 @@ def _clean(store: Store, doomed: list[Run], yes: bool, keep_days: float, as_json
     done = "removed" if yes else "would be removed; --yes removes them"
     console.print(f"{len(found)} folders, {total / 2**20:.1f} MiB in all, {done}" if found else "nothing to clean up")
     if spared:
-        console.print("kept, since the same command would go on from it (--keep-days 0 lets it go too):")
+        console.print("kept, because the same command would continue from it (--keep-days 0 removes it too):")
         listed(spared)
     return 0
 
