@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import pandas as pd
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from corsa.config.steps import TrialPlace
