@@ -15,6 +15,7 @@ from corsa.cli.commands import data as data
 from corsa.cli.commands import doctor as doctor
 from corsa.cli.commands import edit as edit
 from corsa.cli.commands import evaluate as evaluate
+from corsa.cli.commands import export as export
 from corsa.cli.commands import merge as merge
 from corsa.cli.commands import perf_gpu as perf_gpu
 from corsa.cli.commands import perf_sandbox as perf_sandbox
