@@ -109,6 +109,12 @@ def plan_evaluation(options: EvaluateOptions) -> tuple[Experiment, Step]:
     Raises:
         CorsaError: a file or a name is wrong, or no facts are given.
     """
+    if options.endpoint:
+        from corsa.editing.served import plan_served  # which takes the other steps from here
+
+        return plan_served(options)
+    if options.baseline:
+        raise CorsaError("--baseline is a name on a server: give --endpoint with it")
     line = open_line(options.adapter) if options.adapter else None
     experiment = Experiment(
         model=base_model(options, line),
@@ -124,41 +130,49 @@ def plan_evaluation(options: EvaluateOptions) -> tuple[Experiment, Step]:
     pin(experiment.model)
     experiment.evaluation.checked(experiment.model)
     check_trackers(options.track)
+    taught, rounds, adapter = asked_facts(experiment, options, line)
+    schedule = dealt(taught, RoundsConfig(rounds=rounds, update_share=1.0))
+    answers: list[Step] = []
+    if line and adapter:
+        # Asked as a round after all updates, so that answers that were right and are now wrong count as forgetting.
+        own = taught.name == "taught" and line.answered
+        step = asked(experiment, "edited", taught, schedule, adapter, round_=rounds + own)
+        answers = [*([adapter] if own else []), step]
+    shown = [Shown(answers=step.name, method="edited") for step in answers]
+    title = f"{taught.name} asked of {experiment.model.name}" + (
+        f" with {Path(options.adapter or '').name}" if adapter else ""
+    )
+    command = shlex.join(["corsa", "evaluate", *differences(options)])
+    return experiment, reported(experiment, taught, schedule, title, shown, answers, adapter, command)
+
+
+def asked_facts(experiment: Experiment, options: EvaluateOptions, line: Line | None) -> tuple[Facts, int, Step | None]:
+    """The facts that an evaluation asks, the number of their rounds, and the step that brings in the adapter.
+
+    Raises:
+        CorsaError: a file or a name is wrong, or no facts are given.
+    """
     rounds = 1
     if options.edits and options.benchmark:
         raise CorsaError("give --edits or --benchmark, not both")
     if options.edits:
         path = regular(options.edits).absolute()
-        name, edits = stem(path), facts_step(experiment, path, drafts_of(path), None, options)
-        taught = with_reference(experiment, name, edits)
+        edits = facts_step(experiment, path, drafts_of(path), None, options)
+        taught = with_reference(experiment, stem(path), edits)
     elif options.benchmark:
         if options.benchmark not in BENCHMARKS:
             raise unknown_name("benchmark", options.benchmark, BENCHMARKS)
         taught = facts(experiment, 1)
-        name = taught.name
     elif line and line.edits:
-        name, rounds = "taught", len(line.updates)
+        rounds = len(line.updates)
         config = FactsConfig(benchmark="facts taught", digest="", update=rounds)
         edits = Step("edits/taught", STANDING, config, {"line": _line_step(line, options)})
-        taught = with_reference(experiment, name, edits)
+        taught = with_reference(experiment, "taught", edits)
     else:
         raise CorsaError(
             "nothing would be asked: give --edits FILE, --benchmark NAME, or an --adapter with its history"
         )
-    schedule = dealt(taught, RoundsConfig(rounds=rounds, update_share=1.0))
-    adapter = _line_step(line, options) if line else None
-    answers: list[Step] = []
-    if line and adapter:
-        # Asked as a round after all updates, so that answers that were right and are now wrong count as forgetting.
-        own = name == "taught" and line.answered
-        step = asked(experiment, "edited", taught, schedule, adapter, round_=rounds + own)
-        answers = [*([adapter] if own else []), step]
-    shown = [Shown(answers=step.name, method="edited") for step in answers]
-    title = f"{name} asked of {experiment.model.name}" + (
-        f" with {Path(options.adapter or '').name}" if adapter else ""
-    )
-    command = shlex.join(["corsa", "evaluate", *differences(options)])
-    return experiment, reported(experiment, taught, schedule, title, shown, answers, adapter, command)
+    return taught, rounds, _line_step(line, options) if line else None
 
 
 def facts_step(
@@ -240,11 +254,15 @@ def reported(
     answers: Sequence[Step],
     adapter: Step | None,
     command: str,
+    before: Step | None = None,
 ) -> Step:
-    """The step that reports answers next to the base model's, and the adapter's side effects."""
-    before = base(experiment, taught)
+    """The step that reports answers next to the base model's (`before`, if they come from elsewhere), and the adapter's
+    side effects.
+    """
+    tables = [taught.edits] if before else list(taught.tables.values())
+    before = before or base(experiment, taught)
     checked = [_controls(experiment, None)] + ([_controls(experiment, adapter)] if adapter else [])
-    inputs = [before, *answers, *taught.tables.values(), schedule, *(checked if adapter else [])]
+    inputs = [before, *answers, *tables, schedule, *(checked if adapter else [])]
     config = ReportConfig(
         title=title,
         scenario="update",
