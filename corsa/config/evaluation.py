@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 from tyro.constructors import PrimitiveConstructorSpec
 
 from corsa.config.base import Frozen
+from corsa.config.model import ModelConfig
 from corsa.errors import CorsaError
-
-if TYPE_CHECKING:
-    from corsa.config import ModelConfig
 
 ProbeKind = Literal["edit", "paraphrase", "neighbor", "multihop", "history"]
 """What a probe asks about: the fact in its own words or in others, a neighboring fact, a conclusion, the old value."""
@@ -152,3 +150,12 @@ class EvaluationConfig(Frozen):
                 "chat (a model is taught and asked in the same one), or choose another protocol"
             )
         return self
+
+
+class SamplingConfig(Frozen):
+    """How programs are drawn from a model: as CodeUpdateArena's published code does."""
+
+    samples: int = Field(default=5, ge=1, description="programs drawn for each problem")
+    temperature: float = Field(default=0.8, gt=0, description="the logits are divided by it")
+    top_p: float = Field(default=0.7, gt=0, le=1, description="tokens kept: the likeliest that hold this share")
+    new_tokens: int = Field(default=512, ge=1, description="tokens of a program at most")

@@ -1,4 +1,4 @@
-"""Symbolic expressions of SymPy as text, and made from it again without evaluating any."""
+"""SymPy expressions as text, and back without evaluating text."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ _NAMES = """
     floor ceiling Min Max factorial binomial gamma erf re im arg conjugate Heaviside DiracDelta
     FiniteSet Interval Union Intersection Matrix ImmutableMatrix MutableDenseMatrix ImmutableDenseMatrix"""
 _EXPRESSIONS = frozenset(_NAMES.split())
-"""The constructors of expressions."""
+"""Allowed constructors of expressions."""
 _CONSTANTS = "pi E I oo zoo nan Integers Reals Naturals Complexes EmptySet true false"
 _NAME, _NUMBER = r"[^()\[\]{}.,:;=\\'\"`\s]+", r"-?[0-9.]+(e[+-]?[0-9]+)?"
 _TAKE_TEXT = {"Symbol": _NAME, "Dummy": _NAME, "Function": _NAME, "Float": _NUMBER, "Integer": _NUMBER}
-"""Constructors that take text, and which: other text could be evaluated, now or when the expression is compiled."""
+"""Constructors that take text, with its allowed form. Other text could be evaluated, now or when it is compiled."""
 _TEXT = 1 << 16
 
 
 def write_expression(writer: Writer, value: Any) -> dict[str, Any] | None:
-    """The tree of an expression or a matrix; None of anything else."""
+    """The tree of an expression or a matrix; None for anything else."""
     sympy: Any = sys.modules["sympy"]
     if isinstance(value, type):
         return {"sympy class": value.__name__} if value in (sympy.Symbol, sympy.Function) else None
@@ -40,13 +40,13 @@ def write_expression(writer: Writer, value: Any) -> dict[str, Any] | None:
 
 
 def read_expression(text: str) -> Any:
-    """The expression of what `sympy.srepr` writes: nothing is called but the constructors above.
+    """The expression in a text of `sympy.srepr`. Only the constructors above are called.
 
     Raises:
-        CannotCrossError: the text is anything else, or SymPy is not loaded.
+        CannotCrossError: the text has another form, or SymPy is not loaded.
     """
     if len(text) > _TEXT or "sympy" not in sys.modules:
-        raise CannotCrossError(f"an expression of more than {_TEXT} characters, or where no tests load SymPy")
+        raise CannotCrossError(f"an expression of more than {_TEXT} characters, or SymPy is not loaded by the tests")
     return _made(ast.parse(text, mode="eval").body)
 
 
@@ -83,7 +83,7 @@ def _made(node: ast.expr) -> Any:
 
 def _named(node: Any, form: str) -> str:
     if not re.fullmatch(form, node.value, re.IGNORECASE):
-        raise CannotCrossError("a name or a number in an expression that is none")
+        raise CannotCrossError("an invalid name or number in an expression")
     return node.value
 
 
@@ -92,14 +92,14 @@ def _is_text(node: ast.expr) -> bool:
 
 
 def read_no_expressions_of_others(tests: str) -> None:
-    """Let SymPy evaluate only text that stands in the tests: it reads text, such as a program's answer, with `eval`."""
+    """Let SymPy evaluate only text that is part of the tests. It reads text with `eval`, also a program's result."""
     parser = sys.modules.get("sympy.parsing.sympy_parser")
     if parser is None:
         return
     own: Any = parser.parse_expr
 
     def parse_expr(text: str, *args: Any, **kwargs: Any) -> Any:
-        if str(text) not in tests and not re.fullmatch(r"\w+", str(text)):  # a word calls nothing
+        if str(text) not in tests and not re.fullmatch(r"\w+", str(text)):  # a single word calls nothing
             raise CannotCrossError(f"text that would be evaluated: {str(text)[:80]!r}")
         return own(text, *args, **kwargs)
 

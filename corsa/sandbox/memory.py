@@ -1,4 +1,4 @@
-"""How much memory processes hold together, each page counted once."""
+"""Memory used by several processes together, each page counted once."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ _EXACT = ("Pss_Anon:", "SwapPss:")
 
 
 def processes(without: Collection[int]) -> list[int]:
-    """The processes of this process namespace, but some."""
+    """The processes of this process namespace, except those in `without`."""
     return [int(entry) for entry in os.listdir("/proc") if entry.isdigit() and int(entry) not in without]
 
 
 def held(who: Collection[int], most: int) -> int:
-    """Bytes of memory without a file that some processes hold in all; exact where it may be above `most`.
+    """Bytes of anonymous memory of some processes together. Exact if it may exceed `most`, else an upper bound.
 
-    Pages that a fork shares with what it was forked from count once, divided among those that map them. Memory that
-    belongs to no process is not counted here: the filter of system calls leaves none to be had.
+    Pages shared after a fork count once, divided among the processes that map them. Memory that belongs to no process
+    is not counted. The system call filter prevents it.
     """
     quick = sum(_sum(f"/proc/{process}/status", _QUICK) for process in who)
     if quick <= most:
@@ -29,7 +29,7 @@ def held(who: Collection[int], most: int) -> int:
 
 
 def _sum(place: str, fields: tuple[str, ...]) -> int:
-    with suppress(OSError):  # it has ended
+    with suppress(OSError):  # the process has ended
         lines = Path(place).read_text().splitlines()
         return sum(int(line.split()[1]) << 10 for line in lines if line.startswith(fields))
     return 0
