@@ -29,6 +29,12 @@ from corsa.config.command_line import answered
 from corsa.config.complaints import options_explained
 from corsa.errors import unknown_name
 
+_FIRST = ("data", "edit", "ask", "evaluate", "undo", "export", "push", "merge", "report", "runs")
+"""The subcommands in the order of use; the rest follow."""
+
+for _name in [*_FIRST, *(name for name in list(app._subcommands) if name not in _FIRST)]:
+    app._subcommands[_name] = app._subcommands.pop(_name)
+
 
 def main(args: Sequence[str] | None = None) -> int:
     """Entry point. Returns the exit status (`corsa.cli.commands.STATUSES`). Prints an error as one line on stderr."""
