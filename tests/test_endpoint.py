@@ -13,6 +13,7 @@ from fact_files import fact, written
 from openai_server import answering, server
 
 from corsa.cli.main import main
+from corsa.editing.served import compared
 from corsa.errors import CorsaError
 from corsa.evaluation.endpoint import Endpoint
 
@@ -56,9 +57,9 @@ def test_what_is_served_is_measured_next_to_the_base_model(
     found = json.JSONDecoder().raw_decode(out)[0]
     assert found["metrics"]["edit_success"] == 1.0
     assert [row["says"] for row in found["facts"]] == ["Bo Lind", "Lisbon."]
-    same, of = found["as_base"]["same"], found["as_base"]["of"]
-    assert of - same == 2, "both answer 'no idea' to all other wordings"
-    assert f"{same} of {of} served answers are the base model's" in out
+    same, of = found["served"]["same"], found["served"]["of"]
+    assert of - same == found["served"]["gained"] == 2, "both answer 'no idea' to all other wordings"
+    assert f"{same} of {of} served answers are the base model's, word for word; 2 have a new answer" in out
     page = Path(found["report"]).read_text()
     assert "january" in page
     assert TOKEN not in out + err + page
@@ -75,9 +76,24 @@ def test_an_adapter_that_is_not_applied_is_named(
     with server(answering(lambda model, prompt: answers("plain", prompt))) as asked:
         assert evaluated(tmp_path, facts, asked.address, "--model", "january", "--baseline", "plain") == 3
     out = capsys.readouterr().out
-    assert "THE ADAPTER IS NOT APPLIED: all" in out
+    assert "THE ADAPTER IS NOT APPLIED: " in out
     report = Path(out.split("report ")[1].strip().splitlines()[0])
     assert "THE ADAPTER IS NOT APPLIED" in report.read_text()
+
+
+def test_an_adapter_is_not_applied_although_a_servers_arithmetic_differs() -> None:
+    def rows(*outputs: str, new: int = -1) -> list[dict[str, Any]]:
+        return [
+            {"prompt": f"q{i}", "kind": "edit", "output": text, "words_new": i == new} for i, text in enumerate(outputs)
+        ]
+
+    base = rows("a", "b", "c", "d")
+    found = compared(rows("a", "b", "c", "other"), base)
+    assert (found.same, found.of, found.gained, found.applied) == (3, 4, 0, False)
+    assert "3 of 4 served answers are the base model's, word for word, and none has a new answer" in str(found)
+    assert compared(rows("a", "b", "c", "new", new=3), base).applied
+    assert compared(rows("a", "x", "y", "z"), base).applied, "an adapter that taught badly is applied all the same"
+    assert not compared(rows("a", "b", "c", "d", new=1), rows("a", "b", "c", "d", new=1)).applied
 
 
 @pytest.mark.parametrize(

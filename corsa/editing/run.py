@@ -13,7 +13,7 @@ from rich.console import Console
 from corsa.editing.export import headline, write
 from corsa.editing.options import EvaluateOptions, Teaching
 from corsa.editing.plan import Plan, plan_evaluation
-from corsa.editing.served import last_compared
+from corsa.editing.served import Comparison, last_compared
 from corsa.editing.thresholds import Verdict, judged
 from corsa.errors import StepsFailedError
 from corsa.experiments.runner import bring_about, lasting
@@ -32,7 +32,7 @@ class Result:
         report: path of the HTML report.
         verdicts: result of each gate that was set.
         out: the directory of the new adapter; None for an evaluation.
-        as_base: of a server's answers, how many are the base model's word for word, and of how many; else None.
+        as_base: a server's answers compared with the base model's; else None.
     """
 
     metrics: dict[str, Any]
@@ -40,13 +40,12 @@ class Result:
     report: Path
     verdicts: list[Verdict] = field(default_factory=list)
     out: Path | None = None
-    as_base: tuple[int, int] | None = None
+    as_base: Comparison | None = None
 
     @property
     def passed(self) -> bool:
-        """Whether every gate was passed, and a server's answers are not all the base model's."""
-        applied = self.as_base is None or self.as_base[0] < self.as_base[1]
-        return applied and all(verdict.passed for verdict in self.verdicts)
+        """Whether every gate was passed, and a server has its adapter applied."""
+        return (self.as_base is None or self.as_base.applied) and all(verdict.passed for verdict in self.verdicts)
 
     @property
     def values(self) -> dict[str, float | None]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -126,29 +126,54 @@ def answer(task: Task) -> dict[str, Any]:
     metrics: dict[str, Any] = {"probes": len(rows)}
     if "base" in task.step.inputs:
         before = pq.read_table(task.inputs["base"].local("predictions.parquet")).to_pylist()
-        same, of = compared(rows, before)
-        metrics["notes"] = [told_compared(same, of)]
+        metrics["notes"] = [str(compared(rows, before))]
     return metrics
 
 
-def compared(served: Sequence[dict[str, Any]], base: Sequence[dict[str, Any]]) -> tuple[int, int]:
-    """How many questions the server answers in the base model's words, and how many both were asked."""
-    before = {row["prompt"]: row["output"] for row in base}
-    pairs = {row["prompt"]: row["output"] for row in served if row["prompt"] in before}
-    return sum(output == before[prompt] for prompt, output in pairs.items()), len(pairs)
+class Comparison(NamedTuple):
+    """How a server's answers compare with the base model's.
 
+    Attributes:
+        same: answers in the base model's words.
+        of: questions that both were asked.
+        gained: questions about the facts that the server answers with the new answer (rule `words`) and the base model
+            does not.
+    """
 
-def told_compared(same: int, of: int) -> str:
-    """The comparison in a sentence without its full stop."""
-    if of and same == of:
+    same: int
+    of: int
+    gained: int
+
+    @property
+    def applied(self) -> bool:
+        """False if nothing of the facts shows, and at least half of the answers are the base model's. A server's
+        arithmetic is not this machine's, so a few answers of the base model itself may differ.
+        """
+        return not self.of or bool(self.gained) or 2 * self.same < self.of
+
+    def __str__(self) -> str:
+        same = f"{self.same} of {self.of} served answers are the base model's, word for word"
+        if self.applied:
+            return f"{same}; {self.gained} have a new answer that the base model's lack"
         return (
-            f"THE ADAPTER IS NOT APPLIED: all {of} served answers are the base model's, word for word. Check the "
+            f"THE ADAPTER IS NOT APPLIED: {same}, and none has a new answer that the base model's lack. Check the "
             "server's options (vLLM: --enable-lora --lora-modules NAME=DIR) and that --model names the adapter"
         )
-    return f"{same} of {of} served answers are the base model's, word for word"
 
 
-def last_compared(predictions: pd.DataFrame) -> tuple[int, int]:
+def compared(served: Sequence[dict[str, Any]], base: Sequence[dict[str, Any]]) -> Comparison:
+    """Compares rows of the predictions table, question by question."""
+    before = {row["prompt"]: row for row in base}
+    pairs = [(row, before[row["prompt"]]) for row in served if row["prompt"] in before]
+    taught = [(now, was) for now, was in pairs if now["kind"] in ("edit", "paraphrase")]
+    return Comparison(
+        same=sum(now["output"] == was["output"] for now, was in pairs),
+        of=len(pairs),
+        gained=sum(now["words_new"] and not was["words_new"] for now, was in taught),
+    )
+
+
+def last_compared(predictions: pd.DataFrame) -> Comparison:
     """`compared`, from the predictions table of a report."""
     last = predictions[(predictions.method != "base") & (predictions.trained == predictions.trained.max())]
     first = predictions[predictions.method == "base"]

@@ -10,7 +10,6 @@ from corsa.cli.commands import GATE_NOT_PASSED
 from corsa.editing.options import EvaluateOptions, Teaching
 from corsa.editing.plan import Plan, plan_evaluation
 from corsa.editing.run import Result
-from corsa.editing.served import told_compared
 from corsa.experiments.runner import lasting, show_plan
 from corsa.flow import Store
 from corsa.report.facts import facts, summary, table
@@ -76,7 +75,7 @@ def _show(result: Result, as_json: bool, console: Console) -> int:
         for one in summary_tables(result.metrics):
             console.print(one)
     if result.as_base:
-        _say(console, told_compared(*result.as_base))
+        _say(console, str(result.as_base))
     for verdict in result.verdicts:
         _say(console, f"gate {verdict}")
     _say(console, f"report   {result.report}")
@@ -92,7 +91,7 @@ def _plain(result: Result, found: list[dict[str, Any]]) -> dict[str, Any]:
         "report": str(result.report),
         "passed": result.passed,
         "gates": gates,
-        **({"as_base": dict(zip(("same", "of"), result.as_base, strict=True))} if result.as_base else {}),
+        **({"served": {**result.as_base._asdict(), "applied": result.as_base.applied}} if result.as_base else {}),
         "metrics": result.values,
         "facts": found,
         "controls": result.metrics.get("controls"),
