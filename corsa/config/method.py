@@ -52,7 +52,7 @@ class StepConfig(Frozen):
     )
     beta: float = Field(default=0.1, gt=0, description="inverse temperature of L_DPO")
     rho: float = Field(
-        default=0.05, ge=0, description="radius of the SAM perturbation, norm over all of phi; 0 runs one phase"
+        default=0.05, ge=0, description="radius of the SAM perturbation, as a norm over all of phi; 0: no perturbation"
     )
     pcgrad: PCGrad = Field(
         default="symmetric",
@@ -61,28 +61,28 @@ class StepConfig(Frozen):
     )
     scope: Literal["step", "microbatch"] = Field(
         default="step",
-        description="what one perturbation is made from: the whole effective batch, or each `microbatch` edits of it",
+        description="one perturbation for the whole effective batch, or one for every `microbatch` edits of it",
     )
     microbatch: int = Field(
-        default=4, ge=1, description="edits per perturbation where scope is microbatch (no effect otherwise)"
+        default=4, ge=1, description="edits per perturbation if scope is microbatch (no effect otherwise)"
     )
     reduction: Literal["token", "sequence"] = Field(
         default="token",
         description="L_SFT as a mean over answer tokens (authors' trainer), or over answers of the sum (paper)",
     )
-    eps: float = Field(default=1e-12, gt=0, description="guard of the two divisions by a norm")
+    eps: float = Field(default=1e-12, gt=0, description="added to the denominator in both divisions by a norm")
     perturb_every: int = Field(
         default=1,
         ge=1,
         exclude_if=lambda every: every == 1,  # these two fields do not change the identity of an exact step
-        description="1: exact. More is LookSAM (Liu et al. 2022), an approximation: the gradient is taken at phi + e "
-        "in the first of so many steps, and what that changed is used again in the others",
+        description="1: exact. N above 1: LookSAM (Liu et al. 2022), an approximation: every N-th step takes the "
+        "gradient at phi + e, and the steps between use its change of direction again",
     )
     reuse: float = Field(
         default=0.7,
         ge=0,
         exclude_if=lambda alpha: alpha == 0.7,
-        description="LookSAM's alpha: length of what is used again, in norms of the gradient (exact steps: no effect)",
+        description="LookSAM's alpha: length of the reused change, in norms of the gradient (exact steps: no effect)",
     )
 
     @field_validator("pcgrad", mode="before")
@@ -154,8 +154,8 @@ class TrainingConfig(Frozen):
     )
     answer_end: AnswerEnd = Field(
         default="end_token",
-        description="what follows a taught answer: the end token; or, in the chat template, what closes the turn there "
-        "and then the end token (the authors' trainer; no effect in the template qa)",
+        description="end of a taught answer: the end token; or, in the chat template, the text that closes a turn and "
+        "then the end token (the authors' trainer; no effect in the template qa)",
     )
     clip: float = Field(default=1.0, gt=0, description="the merged gradient is clipped to this norm")
     max_skipped: int = Field(
@@ -173,14 +173,14 @@ class FLearningConfig(Frozen):
     alpha: float = Field(
         default=0.1,
         ge=0,
-        description="how much of what training on the old answers added is subtracted; 0.1 is this project's choice "
-        "and no default of its authors (pipelines/sensitivity.py sweeps it)",
+        description="factor of the subtracted change (that of training on the old answers); 0.1 is this project's "
+        "choice and not a default of the authors (pipelines/sensitivity.py sweeps it)",
     )
     rank: int | None = Field(
         default=None,
         ge=1,
         description="rank that the adapter is cut to after each round (SVD; its error is reported); "
-        "by default it keeps all and grows by two LoRA ranks a round",
+        "default: not cut, the rank grows by two LoRA ranks a round",
     )
 
 
@@ -192,34 +192,40 @@ class MemitConfig(Frozen):
     """
 
     layers: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(
-        default=None, min_length=1, description="edited layers, from 0; by default those published for the architecture"
+        default=None, min_length=1, description="edited layers, from 0; default: those published for the architecture"
     )
     weight: float | None = Field(
         default=None,
         gt=0,
-        description="lambda, the weight of the key statistics C in the solve; by default the published one, scaled to "
+        description="lambda, the weight of the key statistics C in the solve; default: the published one, scaled to "
         "the inputs of the model's down projections",
     )
     learning_rate: float | None = Field(
-        default=None, gt=0, description="of Adam on the change of the residual; by default as published"
+        default=None, gt=0, description="learning rate of Adam on the change of the residual; default: as published"
     )
     gradient_steps: int | None = Field(
-        default=None, ge=1, description="steps of Adam at most, for every edit; by default as published"
+        default=None, ge=1, description="maximum steps of Adam for each edit; default: as published"
     )
     weight_decay: float | None = Field(
-        default=None, ge=0, description="of the norm of the change over that of h squared; by default as published"
+        default=None,
+        ge=0,
+        description="weight of the norm of the change over the squared norm of h; default: as published",
     )
     clamp_norm_factor: float | None = Field(
-        default=None, gt=0, description="bound on the norm of the change, in norms of h; by default as published"
+        default=None, gt=0, description="bound on the norm of the change, in norms of h; default: as published"
     )
     kl_factor: float | None = Field(
-        default=None, ge=0, description="weight of the KL term on what is said of the subject; by default as published"
+        default=None,
+        ge=0,
+        description="weight of the KL term, which preserves what is said about the subject; default: as published",
     )
-    prefixes: int = Field(default=5, ge=0, description="texts sampled from the model and set before a question")
-    prefix_tokens: int = Field(default=10, ge=1, description="length of such a text, tokens")
+    prefixes: int = Field(
+        default=5, ge=0, description="number of texts sampled from the model and put before a question"
+    )
+    prefix_tokens: int = Field(default=10, ge=1, description="tokens of such a text")
     corpus: str | None = Field(
         default=None,
-        description="file for the key statistics, a text a line; by default a neutral corpus that is shipped",
+        description="file for the key statistics, one text a line; default: the neutral corpus of this project",
     )
 
 

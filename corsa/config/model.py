@@ -1,4 +1,4 @@
-"""The base model."""
+"""The settings of the base model."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ class ModelConfig(Frozen):
         description="alias, Hugging Face id, local directory, or random:<architecture or directory>",
     )
     revision: Annotated[str | None, plain()] = Field(
-        default=None, description="hub revision; for a local directory, filled with a digest of its files"
+        default=None, description="hub revision; for a local directory, set to a digest of its files"
     )
     dtype: Annotated[Literal["float32", "bfloat16"], plain()] = Field(
-        default="float32", description="of the frozen base; LoRA is float32 always"
+        default="float32", description="data type of the frozen base; LoRA is always float32"
     )
     template: Annotated[Literal["qa", "chat"], plain()] = Field(
         default="qa", description="qa: 'Q: ...' and 'A:' (paper, Fig. 7); chat: the tokenizer's chat template"

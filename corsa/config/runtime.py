@@ -26,7 +26,10 @@ class ShardingConfig(Frozen):
     """
 
     zero_stage: int = Field(
-        default=0, ge=0, le=3, description="0: nothing; 1: AdamW's state of phi; 2: and its gradient; 3: and the base"
+        default=0,
+        ge=0,
+        le=3,
+        description="what is sharded; 0: nothing; 1: AdamW's state of phi; 2: also its gradient; 3: also the base",
     )
     offload_parameters: bool = Field(
         default=False, description="keep a worker's shard of the base in CPU memory (stage 3 only)"
@@ -35,7 +38,8 @@ class ShardingConfig(Frozen):
         default=False, description="keep a worker's shard of AdamW's state in CPU memory, and update there (stages 1-3)"
     )
     activation_checkpointing: bool = Field(
-        default=False, description="keep each layer's inputs alone, and compute the rest again going back (any stage)"
+        default=False,
+        description="keep only the inputs of each layer, and compute the rest again in the backward pass (any stage)",
     )
 
     @model_validator(mode="after")
@@ -58,20 +62,20 @@ class Placement(Frozen):
 
     workers: Annotated[int, plain()] = Field(default=1, ge=1, description="training workers of one group")
     threads: int | None = Field(
-        default=None, ge=1, description="CPU threads per worker; default: the node's cores shared out"
+        default=None, ge=1, description="CPU threads per worker; default: the node's cores divided by its workers"
     )
     gpu: bool = Field(default=False, description="one GPU per worker")
     cpus: float | None = Field(
-        default=None, gt=0, description="CPUs reserved per worker; default: what leaves room for the data stream"
+        default=None, gt=0, description="CPUs reserved per worker; default: all but what the data stream needs"
     )
     micro_batch: int = Field(
         default=16, ge=1, description="edits per forward pass on one worker, of each adapter trained together"
     )
     gpu_memory: str | None = Field(
-        default=None, description="of each GPU, such as 48GiB: a run that it cannot hold is refused; default: as found"
+        default=None, description="memory of each GPU, such as 48GiB; a larger run is refused; default: detected"
     )
 
-    force: bool = Field(default=False, description="start also what the plan says cannot fit in memory")
+    force: bool = Field(default=False, description="start a run even if the plan says that it does not fit into memory")
     branch: Annotated[str, Suppress] = Field(
         default="",
         description="steps of different branches share no worker group: a failure in one does not affect the others",
@@ -81,17 +85,15 @@ class Placement(Frozen):
         default=1,
         ge=1,
         description="rounds that differ only in lambda, beta, rho, learning rate and seed trained together by one "
-        "worker group, this many at once (one at a time where the base or AdamW is sharded)",
+        "worker group, this many at once (one at a time if the base or AdamW is sharded)",
     )
     checkpoint_every: int = Field(default=20, ge=1, description="steps between checkpoints inside a round")
     max_failures: int = Field(default=3, ge=0, description="worker-group restarts before a run gives up")
-    autoscale: bool = Field(
-        default=False, description="the cluster starts nodes on demand: wait for what it cannot hold yet"
-    )
+    autoscale: bool = Field(default=False, description="the cluster starts nodes on demand: wait for them")
     start_timeout: float = Field(
         default=1800.0,
         gt=0,
-        description="seconds in all to wait for room for the workers, at the start and after losses",
+        description="total seconds to wait for resources for the workers, at the start and after losses",
     )
     heartbeat_timeout: float = Field(default=30.0, gt=0, description="seconds after which a silent worker is replaced")
     sharding: Annotated[ShardingConfig, plain("sharding")] = ShardingConfig()

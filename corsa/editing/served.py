@@ -15,17 +15,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from corsa.config.steps import RoundsConfig, ServedConfig, ServedPlace, Shown
+from corsa.editing.kinds import SERVED
 from corsa.editing.options import EvaluateOptions, differences
 from corsa.errors import CorsaError
-from corsa.flow import Kind, Step
+from corsa.flow import Step
 from corsa.flow.task import Task
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from corsa.experiments.base import Experiment
-
-SERVED = Kind("served", "corsa.editing.served:answer", version=1)
 
 
 def plan_served(options: EvaluateOptions) -> tuple[Experiment, Step]:
@@ -39,7 +38,8 @@ def plan_served(options: EvaluateOptions) -> tuple[Experiment, Step]:
     from corsa.editing.history import open_line
     from corsa.editing.plan import asked_facts, base_model, reported
     from corsa.evaluation.endpoint import checked_address
-    from corsa.experiments.base import Experiment, base, check_trackers, dealt
+    from corsa.experiments.base import Experiment, check_trackers
+    from corsa.experiments.planner import Planner
 
     if options.model is None:
         raise CorsaError("--endpoint needs --model NAME: the model's name on the server")
@@ -65,14 +65,15 @@ def plan_served(options: EvaluateOptions) -> tuple[Experiment, Step]:
         evaluation=options.evaluation,
         placement=options.placement,
     )
+    planner = Planner.of(experiment, shlex.join(["corsa", "evaluate", *differences(options)]))
     check_trackers(options.track)
-    taught, rounds, adapter = asked_facts(experiment, options, line)
+    taught, rounds, adapter = asked_facts(planner, options, line)
     if taught.edits.kind.on_cluster and not options.adapter:
         raise CorsaError(
             f"{options.edits} has facts without target_old, which the base model would be asked for here: add it, or "
             "give --adapter DIR"
         )
-    schedule = dealt(taught, RoundsConfig(rounds=rounds, update_share=1.0))
+    schedule = planner.schedule(taught, RoundsConfig(rounds=rounds, update_share=1.0))
     own = bool(line and line.answered and not options.edits and not options.benchmark)
     known = {
         "address": checked_address(options.endpoint or ""),
@@ -89,13 +90,12 @@ def plan_served(options: EvaluateOptions) -> tuple[Experiment, Step]:
 
     if options.baseline == options.model:
         raise CorsaError(f"--baseline {options.baseline} is the --model itself: name the base model on the server")
-    before = served(options.baseline, 0) if options.baseline else base(experiment, taught)
+    before = served(options.baseline, 0) if options.baseline else planner.base(taught)
     step = served(options.model, rounds + own, base=before)
     answers = [*([adapter] if own and adapter else []), step]
     title = f"{taught.name} asked of {options.model} at {known['address']}"
     shown = [Shown(answers=one.name, method="edited") for one in answers]
-    command = shlex.join(["corsa", "evaluate", *differences(options)])
-    return experiment, reported(experiment, taught, schedule, title, shown, answers, None, command, before)
+    return experiment, reported(planner, taught, schedule, title, shown, answers, None, before)
 
 
 def answer(task: Task) -> dict[str, Any]:

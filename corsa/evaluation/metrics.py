@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 
 from corsa.config.evaluation import ProbeKind
-from corsa.evaluation.metric_definitions import METRICS, Metric
+from corsa.evaluation.metric_definitions import METRICS, Columns, Metric
 from corsa.evaluation.prepared_predictions import BASE, prepared
 from corsa.evaluation.uncertainty import LEVEL, Difference, Sums, difference, interval
 from corsa.evaluation.verdicts import comparison, judged, planned_pairs
@@ -69,11 +69,12 @@ def compute(
     methods = [BASE] * bool((rows.method == BASE).any()) + taught
     rounds = sorted(int(number) for number in rows.trained.unique())
     cells = dict(iter(rows.groupby(["method", "trained"], sort=False)))
+    columns = {key: Columns(cell) for key, cell in cells.items()}
     empty = rows.iloc[:0]
     last = rounds[-1]
 
     def row(method: str, number: int) -> dict[str, Any]:
-        cell = cells.get((method, number), empty)
+        cell = columns.get((method, number), Columns(empty))
         return {
             "method": method,
             "round": number,
@@ -87,7 +88,7 @@ def compute(
         for a, b in combinations(taught, 2)
         if (a, last) in cells and (b, last) in cells and compare_with in (None, a, b)
     ]
-    compared = [_comparison(name, last, a, b, cells) for a, b in pairs for name in METRICS]
+    compared = [_comparison(name, last, a, b, columns) for a, b in pairs for name in METRICS]
     comparisons = judged(
         [found for found in compared if found],
         primary=primary,
@@ -158,7 +159,7 @@ def _say_what_was_not_asked(series: list[dict[str, Any]], kinds: Sequence[str] |
 
 def _by_round_asked(cell: pd.DataFrame, rounds: list[int]) -> list[dict[str, Any] | None]:
     """One row of a matrix: for the facts of each round, the share of wordings answered right."""
-    asked = cell[cell.wordings]
+    asked = cell.loc[cell.wordings, ["learnt", "right", "edit", "item"]]
     entries = []
     for number in rounds:
         found = asked[asked.learnt == number]
@@ -174,7 +175,7 @@ def measure(name: str, predictions: pd.DataFrame, *, rule: str, protocol: str) -
     """
     rows = prepared(predictions, rule, protocol)
     rows = rows[(rows.method != BASE) & (rows.trained == rows.trained.max())]
-    value = _Counted.of(METRICS[name], rows).sums().ratio
+    value = _Counted.of(METRICS[name], Columns(rows)).sums().ratio
     return None if math.isnan(value) else value
 
 
@@ -188,11 +189,10 @@ class _Counted(NamedTuple):
     denominator: np.ndarray
 
     @classmethod
-    def of(cls, metric: Metric, cell: pd.DataFrame) -> _Counted:
-        which, numerator, denominator = metric.count(cell)
+    def of(cls, metric: Metric, cell: Columns) -> _Counted:
+        chosen, numerator, denominator = metric.count(cell)
         parts = (cell.unit_code, cell.seed, cell.item, numerator, denominator)
-        chosen = which.to_numpy(bool)
-        unit, seed, item, above, below = (np.broadcast_to(np.asarray(part), chosen.shape)[chosen] for part in parts)
+        unit, seed, item, above, below = (np.broadcast_to(part, chosen.shape)[chosen] for part in parts)
         return cls(unit, seed, item, above.astype(float), below.astype(float))
 
     def only(self, chosen: np.ndarray) -> _Counted:
@@ -208,7 +208,7 @@ class _Counted(NamedTuple):
         return Sums(*(part.astype(float).reshape(len(units), len(seeds)) for part in parts))
 
 
-def _value(name: str, cell: pd.DataFrame, method: str, number: int, rule: str) -> dict[str, Any]:
+def _value(name: str, cell: Columns, method: str, number: int, rule: str) -> dict[str, Any]:
     """One metric of one method after one round, over all its seeds."""
     metric = METRICS[name]
     counted = _Counted.of(metric, cell)
@@ -242,7 +242,7 @@ def _value(name: str, cell: pd.DataFrame, method: str, number: int, rule: str) -
 
 
 def _comparison(
-    name: str, number: int, a: str, b: str, cells: Mapping[Any, pd.DataFrame]
+    name: str, number: int, a: str, b: str, cells: Mapping[Any, Columns]
 ) -> tuple[dict[str, Any], Difference] | None:
     """The metric of `a` minus that of `b`, on the probes and seeds common to both, after the same round. None if either
     has no value.
@@ -262,14 +262,14 @@ def _comparison(
     return comparison(name, number, a, b, found, seeds=len(seeds), edits=edits, probes=len(items)), found
 
 
-def _reason(name: str, cell: pd.DataFrame, counted: int, method: str, number: int) -> str:
+def _reason(name: str, cell: Columns, counted: int, method: str, number: int) -> str:
     """Why there is nothing to count."""
     metric = METRICS[name]
     if method == BASE and metric.of in ("standing", "displaced"):
         return "the base model is taught nothing"
     if method == BASE and name == "agreement":
         return "this is the base model"
-    if cell.empty:
+    if not len(cell.seed):
         return f"not asked after round {number}"
     if metric.of == "standing":
         if counted:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import ast
 import re
 import sys
+import unicodedata
+from contextlib import suppress
 from functools import lru_cache
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from corsa.sandbox.values import CannotCrossError
@@ -24,7 +27,7 @@ _EXPRESSIONS = frozenset(_NAMES.split())
 """Allowed constructors of expressions."""
 _CONSTANTS = "pi E I oo zoo nan Integers Reals Naturals Complexes EmptySet true false"
 _NAME, _NUMBER = r"[^()\[\]{}.,:;=\\'\"`\s]+", r"-?[0-9.]+(e[+-]?[0-9]+)?"
-_TAKE_TEXT = {"Symbol": _NAME, "Dummy": _NAME, "Function": _NAME, "Float": _NUMBER, "Integer": _NUMBER}
+_TAKE_TEXT = {"Symbol": _NAME, "Dummy": _NAME, "Function": r"\w+", "Float": _NUMBER, "Integer": _NUMBER}
 """Constructors that take text, with its allowed form. Other text could be evaluated, now or when it is compiled."""
 _TEXT = 1 << 16
 
@@ -73,18 +76,32 @@ def _made(node: ast.expr) -> Any:
         case ast.Name(id=name) if name in _constructors():
             return _constructors()[name]
         case ast.Call(func=ast.Name(id=name), args=args, keywords=keywords) if name in _EXPRESSIONS:
-            given = [_named(a, _TAKE_TEXT[name]) if name in _TAKE_TEXT and _is_text(a) else _made(a) for a in args]
+            given = [_named(a, name) if name in _TAKE_TEXT and _is_text(a) else _made(a) for a in args]
             named = {str(k.arg): _made(k.value) for k in keywords}
             return _constructors()[name](*given, **named)
         case ast.Call(func=ast.Call(func=ast.Name(id="Function"), args=[name]), args=args) if _is_text(name):
-            return sympy.Function(_named(name, _NAME))(*[_made(a) for a in args])
+            return sympy.Function(_named(name, "Function"))(*[_made(a) for a in args])
     raise CannotCrossError(f"{ast.unparse(node)[:80]} in an expression")
 
 
-def _named(node: Any, form: str) -> str:
-    if not re.fullmatch(form, node.value, re.IGNORECASE):
+def _named(node: Any, constructor: str) -> str:
+    text = node.value
+    if not re.fullmatch(_TAKE_TEXT[constructor], text, re.IGNORECASE):
         raise CannotCrossError("an invalid name or number in an expression")
-    return node.value
+    if constructor == "Function" and _is_callable(text):
+        raise CannotCrossError(f"the function {text}, which a compiled expression would call")
+    return text
+
+
+_COMPILED = ("builtins", "numpy", "sympy", "torch", "tensorflow", "jax", "cupy")
+"""Modules whose functions `sympy.lambdify` calls by name, such as `eval` and `bytes`."""
+
+
+def _is_callable(name: str) -> bool:
+    with suppress(ImportError):
+        import_module("numpy")  # lambdify loads it
+    name = unicodedata.normalize("NFKC", name)  # as Python reads names
+    return not name.isidentifier() or any(hasattr(sys.modules.get(module), name) for module in _COMPILED)
 
 
 def _is_text(node: ast.expr) -> bool:

@@ -15,7 +15,7 @@ from corsa.sandbox.confinement import bound, empty_environment
 from corsa.sandbox.protocol import Peer, ProgramGone
 from corsa.sandbox.values import CannotCrossError
 
-WIRE = 3
+CONNECTION = 3
 """File descriptor of the socket to the tests. Only the three standard ones are open besides it."""
 
 
@@ -30,7 +30,7 @@ def run_program(files: list[int], limits: Mapping[str, Any], held: int) -> None:
         limits: of the program and all processes that it starts.
         held: bytes of address space that the interpreter already uses.
     """
-    request, wire, output, ends = files
+    request, connection, output, ends = files
     kernel.undumpable()
     child = os.fork()
     if child == 0:
@@ -38,15 +38,15 @@ def run_program(files: list[int], limits: Mapping[str, Any], held: int) -> None:
             asked = json.load(file)
         os.dup2(output, 1)
         os.dup2(output, 2)
-        os.dup2(wire, 1023)
-        os.dup2(1023, WIRE)
-        os.closerange(WIRE + 1, 4096)
+        os.dup2(connection, 1023)
+        os.dup2(1023, CONNECTION)
+        os.closerange(CONNECTION + 1, 4096)
         sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
         kernel.die_with_parent()
         bound(limits, held)
-        serve(socket.socket(fileno=WIRE), asked)
+        serve(socket.socket(fileno=CONNECTION), asked)
         os._exit(0)
-    for file in (request, wire, output):
+    for file in (request, connection, output):
         os.close(file)
     while True:
         process, status = os.wait()

@@ -39,7 +39,7 @@ def main() -> NoReturn:
     The optional last argument is a file descriptor for joining a cgroup.
     """
     engine, owner, modules, root = sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4]
-    wire = os.dup(1)  # what a module prints while it loads must not get between the frames
+    frames = os.dup(1)  # what a module prints while it loads must not get between the frames
     os.dup2(2, 1)
     for procs in sys.argv[5:]:
         cgroup.join(int(procs))
@@ -48,9 +48,9 @@ def main() -> NoReturn:
     if isolated:
         kernel.keep_privileges()
     supervisor = _Supervisor(modules, CODE if isolated else root, isolated=isolated)
-    _frame(wire, {"ready": True})
+    _frame(frames, {"ready": True})
     while (request := _request()) is not None:
-        _frame(wire, supervisor.run(request))
+        _frame(frames, supervisor.run(request))
     os._exit(0)
 
 
@@ -168,20 +168,20 @@ class _Supervisor:
     def run(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """Run one program and its tests, until all their processes have ended."""
         limits = request["limits"]
-        wires = socket.socketpair()
+        connections = socket.socketpair()
         verdict, output, ends = os.pipe(), os.pipe(), os.pipe()
         asked = _held({"before": request["before"], "text": request["text"]})
         examined = _held({"tests": request["tests"], "entry": request["entry"]})
         watch = _Watch(time.monotonic(), open={verdict[0], output[0]})
         started: list[_Child] = []
         try:
-            self.program.ask(limits, [asked, wires[1].fileno(), output[1], ends[1]])
-            self.tests.ask(limits, [examined, wires[0].fileno(), verdict[1]])
+            self.program.ask(limits, [asked, connections[1].fileno(), output[1], ends[1]])
+            self.tests.ask(limits, [examined, connections[0].fileno(), verdict[1]])
             started += [tests := self.tests.forked(), self.program.forked()]
             for end in (asked, examined, verdict[1], output[1], ends[1]):
                 os.close(end)
-            for wire in wires:
-                wire.close()
+            for connection in connections:
+                connection.close()
             self._watch(watch, tests, verdict[0], output[0], limits)
             # If the program has ended, its exit status arrives now or soon.
             soon = 1.0 if b'"gone"' in watch.verdict else 0.0

@@ -41,6 +41,9 @@ _DENIED = {
     "msgrcv": (70, 188),
     "msgctl": (71, 187),
     "mq_open": (240, 180),
+    "io_setup": (206, 0),
+    "inotify_init": (253, None),
+    "inotify_init1": (294, 26),
     # namespaces and mounts
     "unshare": (272, 97),
     "setns": (308, 268),
@@ -77,9 +80,12 @@ _DENIED = {
     "ioperm": (173, None),
     "uselib": (134, None),
     # the machine
+    "sync": (162, 81),
+    "syncfs": (306, 267),
     "syslog": (103, 116),
     "acct": (163, 89),
     "quotactl": (179, 60),
+    "quotactl_fd": (443, 443),
     "swapon": (167, 224),
     "swapoff": (168, 225),
     "reboot": (169, 142),
@@ -94,7 +100,11 @@ _DENIED = {
     "clock_adjtime": (305, 266),
 }
 """Calls that fail with EPERM, with their numbers on x86_64 and aarch64."""
-_CLONE, _CLONE3, _SOCKET, _MMAP = (56, 220), (435, 435), (41, 198), (9, 222)
+_NEWEST = 449
+"""The last call considered here (futex_waitv, Linux 5.16). Later ones fail with ENOSYS, as on an older kernel."""
+_CLONE, _CLONE3, _SOCKET, _MMAP, _FCNTL, _FLOCK = (56, 220), (435, 435), (41, 198), (9, 222), (72, 25), (73, 32)
+_LOCKS = {"F_SETLK": 6, "F_SETLKW": 7, "F_OFD_SETLK": 37, "F_OFD_SETLKW": 38, "F_SETLEASE": 1024, "F_NOTIFY": 1026}
+"""Commands of fcntl that take memory which no limit counts, and affect files that other processes use."""
 _NAMESPACES = 0x7E020000
 _AF_UNIX = 1
 _MAP_SHARED, _MAP_ANONYMOUS, _MAP_HUGETLB = 0x01, 0x20, 0x40000
@@ -123,8 +133,7 @@ def _instructions(machine: str) -> list[tuple[int, int, int, int]]:
 
     found = [(_LOAD, 0, 0, _MACHINE), (_EQUAL, 1, 0, _MACHINES[machine]), (_RETURN, 0, 0, _KILL)]
     found += [(_LOAD, 0, 0, _NUMBER)]
-    if machine == "x86_64":  # the x32 interface has its own numbers
-        found += denied((_AT_LEAST, 0x40000000), errno.ENOSYS)
+    found += denied((_AT_LEAST, _NEWEST + 1), errno.ENOSYS)  # also x32, whose numbers begin at 0x40000000
     for numbers in _DENIED.values():
         if numbers[column] is not None:
             found += denied((_EQUAL, int(numbers[column] or 0)), errno.EPERM)
@@ -133,6 +142,11 @@ def _instructions(machine: str) -> list[tuple[int, int, int, int]]:
     found += of_call(_CLONE[column], [(_LOAD, 0, 0, _ARGUMENTS), *denied((_ANY_BIT, _NAMESPACES), errno.EPERM)])
     is_unix = [(_LOAD, 0, 0, _ARGUMENTS), (_EQUAL, 1, 0, _AF_UNIX), (_RETURN, 0, 0, _ERROR | errno.EAFNOSUPPORT)]
     found += of_call(_SOCKET[column], is_unix)
+    found += denied((_EQUAL, _FLOCK[column]), errno.ENOLCK)
+    locks = [(_LOAD, 0, 0, _ARGUMENTS + 8)]
+    for command in _LOCKS.values():
+        locks += denied((_EQUAL, command), errno.ENOLCK)
+    found += of_call(_FCNTL[column], locks)
     flags = (_LOAD, 0, 0, _ARGUMENTS + 8 * 3)
     # Shared anonymous pages can stay when no process maps them.
     shared = [(_AND, 0, 0, _MAP_SHARED | _MAP_ANONYMOUS), *denied((_EQUAL, 0x21), errno.EPERM)]

@@ -41,14 +41,14 @@ def free_names(tests: str) -> list[str]:
 
 def examine(files: list[int]) -> None:
     """Run tests against a program. files: the request {tests, entry}, the socket, the pipe for the verdict (JSON)."""
-    request, wire, verdict = files
+    request, connection, verdict = files
     with os.fdopen(request, "rb") as file:
         asked = json.load(file)
     null = os.open("/dev/null", os.O_RDWR)
     for standard in (0, 1, 2):
         os.dup2(null, standard)
     empty_environment()
-    raw = json.dumps(examined(socket.socket(fileno=wire), asked)).encode()
+    raw = json.dumps(examined(socket.socket(fileno=connection), asked)).encode()
     while raw:
         raw = raw[os.write(verdict, raw) :]
 

@@ -19,14 +19,14 @@ from corsa.config.steps import (
     SamplesConfig,
     SpecificityConfig,
 )
-from corsa.data.benchmarks.code_prompt import asked
+from corsa.data.benchmarks.code_prompt import prompt_of
 from corsa.data.edit import from_table
 from corsa.evaluation.generation import end_tokens, sample
 from corsa.evaluation.mmlu import from_questions_table
 from corsa.evaluation.multiple_choice import ANSWERS, MultipleChoice
 from corsa.evaluation.predict import PREDICTIONS, Predictor, Taught
 from corsa.evaluation.programs import PROGRAMS
-from corsa.evaluation.sanity_questions import controls, judged
+from corsa.evaluation.sanity_questions import judged, sanity_questions
 from corsa.flow.task import Task
 from corsa.training.routing import route
 from corsa.training.task_inputs import StepFacts, change_of, edited, open_step, shared_table
@@ -59,7 +59,7 @@ def _answer_questions(task: Task, context: WorkerContext, post: Post) -> dict[st
     return {"questions": len(rows), "accuracy": sum(row["correct"] for row in rows) / len(rows)}
 
 
-def _ask_controls(task: Task, context: WorkerContext, post: Post) -> dict[str, Any]:
+def _ask_sanity_questions(task: Task, context: WorkerContext, post: Post) -> dict[str, Any]:
     """The answers to the everyday questions. There are few, so every worker answers all of them."""
     config: ControlsConfig = task.config
     loaded = context.open(config, ())
@@ -74,7 +74,7 @@ def _ask_controls(task: Task, context: WorkerContext, post: Post) -> dict[str, A
         loaded.packed,
     )
     with edited(task, loaded, context.group), context.group.in_step(loaded.model):
-        rows = judged(predictor.answers([control.question for control in controls()]))
+        rows = judged(predictor.answers([entry.question for entry in sanity_questions()]))
     if not context.group.leads:
         return {}
     pq.write_table(pa.Table.from_pylist(rows), task.output / "answers.parquet")
@@ -114,7 +114,7 @@ def _write_programs(task: Task, context: WorkerContext, post: Post) -> dict[str,
     share = -(-len(every) // group.size)  # contiguous: samples of one problem share their prompt
     own = every[group.rank * share :][:share]
     told = {"described": config.described, "implementation": config.implementation}
-    prompts = [asked(problem, **told) for problem in problems]
+    prompts = [prompt_of(problem, **told) for problem in problems]
     with edited(task, loaded, group), group.in_step(loaded.model):
         outputs = sample(
             loaded.model,
@@ -144,7 +144,7 @@ def _write_programs(task: Task, context: WorkerContext, post: Post) -> dict[str,
 PREDICTIONS_OF: dict[type, Callable[[Task, WorkerContext, Post], dict[str, Any]]] = {
     AskingConfig: _ask_only,
     SpecificityConfig: _answer_questions,
-    ControlsConfig: _ask_controls,
+    ControlsConfig: _ask_sanity_questions,
     RoutingConfig: _route,
     SamplesConfig: _write_programs,
 }
