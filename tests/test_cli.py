@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -111,20 +111,33 @@ def test_mistakes_are_explained(storage: Path, tmp_path: Path, capsys: pytest.Ca
 
 @pytest.mark.process
 def test_help_is_quick_and_loads_nothing_heavy() -> None:
+    """Each command's, in seconds of the processor: other work may be running."""
     code = (
-        "import sys, corsa.cli.main\n"
-        "try: corsa.cli.main.main(['--help'])\n"
-        "except SystemExit: pass\n"
+        "import sys, time, corsa.cli.main as cli\n"
+        "print('imported', time.process_time())\n"
+        "for words in [[], *([name] for name in cli.app._subcommands)]:\n"
+        "    began = time.process_time()\n"
+        "    try: cli.main([*words, '--help'])\n"
+        "    except SystemExit: pass\n"
+        "    print('helped', *words, time.process_time() - began)\n"
         "print([m for m in ('torch', 'ray', 'pandas', 'plotly', 'scipy', 'pyarrow') if m in sys.modules])"
     )
-    started = time.perf_counter()
     shown = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).parents[1]
-    ).stdout
-    assert time.perf_counter() - started < 1.5
-    assert shown.splitlines()[-1] == "[]"
-    assert "runs" in shown
-    assert "report" in shown
+    ).stdout.splitlines()
+    (imported,) = [float(line.split()[1]) for line in shown if line.startswith("imported")]
+    helped = {tuple(line.split()[1:-1]): float(line.split()[-1]) for line in shown if line.startswith("helped")}
+    assert len(helped) > 12
+    assert {words: seconds for words, seconds in helped.items() if imported + seconds > 1.5} == {}
+    assert shown[-1] == "[]"
+
+
+def test_help_lists_the_commands_in_the_order_of_use(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    listed = re.findall(r"• (\w+) ", capsys.readouterr().out)
+    assert listed[:7] == ["data", "edit", "ask", "evaluate", "undo", "export", "push"]
+    assert {"doctor", "merge", "perf", "plan", "report", "runs"} <= set(listed[7:])
 
 
 def test_one_run_is_shown_and_two_are_compared(storage: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -175,7 +188,7 @@ def test_every_command_shows_an_example(capsys: pytest.CaptureFixture[str]) -> N
         main(["--help"])
     overview = capsys.readouterr().out
     assert "exit status:" in overview
-    for name in ("ask", "data", "doctor", "edit", "evaluate", "merge", "push", "report", "runs", "undo"):
+    for name in ("ask", "data", "doctor", "edit", "evaluate", "export", "merge", "push", "report", "runs", "undo"):
         with pytest.raises(SystemExit) as left:
             main([name, "--help"])
         assert left.value.code == 0

@@ -225,6 +225,27 @@ class FactsPlace(Placement):
     data: str
 
 
+class ServedConfig(Frozen):
+    """What the answers of a server depend on. `asked` makes each evaluation a step of its own."""
+
+    address: str
+    model: str
+    template: Literal["qa", "chat"]
+    evaluation: EvaluationConfig
+    round: int = Field(ge=0, description="the answers are those after this round; 0: the base model's")
+    asked: str = Field(description="time, UTC")
+
+
+class ServedPlace(Frozen):
+    """How a server is asked."""
+
+    concurrency: int = 8
+    rate: float | None = None
+    retries: int = 5
+    token_variable: str = "OPENAI_API_KEY"
+    timeout: float = 120.0
+
+
 class TakenBackConfig(Frozen):
     """The edits whose old answers are taught again."""
 

@@ -35,8 +35,15 @@ def _take_back() -> StepFunction:
     return take_back
 
 
+def _ask_server() -> StepFunction:
+    from corsa.editing.served import answer
+
+    return answer
+
+
 LINE = Kind("line", _import_line, version=1)
 FACTS = Kind("edits", _read_facts, version=3)
 ASKED_FACTS = Kind("edits", _ask_old_answers, version=3, on_cluster=True)
 STANDING = Kind("edits", _take_standing, version=1)
 TAKEN_BACK = Kind("edits", _take_back, version=1)
+SERVED = Kind("served", _ask_server, version=1)

@@ -93,6 +93,12 @@ def plan_evaluation(options: EvaluateOptions) -> tuple[Experiment, Step]:
     Raises:
         CorsaError: a file or a name is wrong, or no facts are given.
     """
+    if options.endpoint:
+        from corsa.editing.served import plan_served  # which takes the other steps from here
+
+        return plan_served(options)
+    if options.baseline:
+        raise CorsaError("--baseline is a name on a server: give --endpoint with it")
     line = open_line(options.adapter) if options.adapter else None
     experiment = Experiment(
         model=base_model(options, line),
@@ -108,40 +114,47 @@ def plan_evaluation(options: EvaluateOptions) -> tuple[Experiment, Step]:
     planner = Planner.of(experiment, shlex.join(["corsa", "evaluate", *differences(options)]))
     experiment.evaluation.checked(experiment.model)
     check_trackers(options.track)
+    taught, rounds, adapter = asked_facts(planner, options, line)
+    schedule = planner.schedule(taught, RoundsConfig(rounds=rounds, update_share=1.0))
+    answers: list[Step] = []
+    if line and adapter:
+        # Asked as a round after all updates, so that answers that were right and are now wrong count as forgetting.
+        own = taught.name == "taught" and line.answered
+        step = planner.answers("edited", taught, schedule, adapter, round_=rounds + own)
+        answers = [*([adapter] if own else []), step]
+    shown = [Shown(answers=step.name, method="edited") for step in answers]
+    title = f"{taught.name} asked of {experiment.model.name}" + (
+        f" with {Path(options.adapter or '').name}" if adapter else ""
+    )
+    return experiment, reported(planner, taught, schedule, title, shown, answers, adapter)
+
+
+def asked_facts(planner: Planner, options: EvaluateOptions, line: Line | None) -> tuple[Facts, int, Step | None]:
+    """The facts that an evaluation asks, the number of their rounds, and the step that brings in the adapter.
+
+    Raises:
+        CorsaError: a file or a name is wrong, or no facts are given.
+    """
     rounds = 1
     if options.edits and options.benchmark:
         raise CorsaError("give --edits or --benchmark, not both")
     if options.edits:
         path = regular(options.edits).absolute()
-        name, edits = stem(path), facts_step(planner, path, drafts_of(path), None, options)
-        taught = planner.with_reference(name, edits)
+        taught = planner.with_reference(stem(path), facts_step(planner, path, drafts_of(path), None, options))
     elif options.benchmark:
         if options.benchmark not in BENCHMARKS:
             raise unknown_name("benchmark", options.benchmark, BENCHMARKS)
         taught = planner.facts()
-        name = taught.name
     elif line and line.edits:
-        name, rounds = "taught", len(line.updates)
+        rounds = len(line.updates)
         config = FactsConfig(benchmark="facts taught", digest="", update=rounds)
         edits = Step("edits/taught", STANDING, config, {"line": _line_step(line, options)})
-        taught = planner.with_reference(name, edits)
+        taught = planner.with_reference("taught", edits)
     else:
         raise CorsaError(
             "nothing would be asked: give --edits FILE, --benchmark NAME, or an --adapter with its history"
         )
-    schedule = planner.schedule(taught, RoundsConfig(rounds=rounds, update_share=1.0))
-    adapter = _line_step(line, options) if line else None
-    answers: list[Step] = []
-    if line and adapter:
-        # Asked as a round after all updates, so that answers that were right and are now wrong count as forgetting.
-        own = name == "taught" and line.answered
-        step = planner.answers("edited", taught, schedule, adapter, round_=rounds + own)
-        answers = [*([adapter] if own else []), step]
-    shown = [Shown(answers=step.name, method="edited") for step in answers]
-    title = f"{name} asked of {experiment.model.name}" + (
-        f" with {Path(options.adapter or '').name}" if adapter else ""
-    )
-    return experiment, reported(planner, taught, schedule, title, shown, answers, adapter)
+    return taught, rounds, _line_step(line, options) if line else None
 
 
 def facts_step(
@@ -225,11 +238,15 @@ def reported(
     shown: Sequence[Shown],
     answers: Sequence[Step],
     adapter: Step | None,
+    before: Step | None = None,
 ) -> Step:
-    """The step that reports answers next to the base model's, and the adapter's side effects."""
-    experiment, before = planner.experiment, planner.base(taught)
+    """The step that reports answers next to the base model's (`before`, if they come from elsewhere), and the adapter's
+    side effects.
+    """
+    experiment, tables = planner.experiment, [taught.edits] if before else list(taught.tables.values())
+    before = before or planner.base(taught)
     checked = [_sanity_answers(planner, None)] + ([_sanity_answers(planner, adapter)] if adapter else [])
-    inputs = [before, *answers, *taught.tables.values(), schedule, *(checked if adapter else [])]
+    inputs = [before, *answers, *tables, schedule, *(checked if adapter else [])]
     config = ReportConfig(
         title=title,
         scenario="update",

@@ -20,7 +20,8 @@ STATUSES = """exit status:
   0  done
   1  a step failed; finished ones are kept, and the same command continues from there
   2  something to mend, said on stderr: an option, a file, a name
-  3  a gate was not passed (--min-success, --min-generality, --max-forgetting); the adapter is written all the same
+  3  a gate was not passed (--min-success, --min-generality, --max-forgetting), an export does not answer as its
+     adapter, or a server answers as its base model; what was written is kept
   130  interrupted by Ctrl-C; finished steps are kept, and the same command continues from there
   143  terminated by SIGTERM, as the same"""
 GATE_NOT_PASSED = 3

@@ -17,6 +17,8 @@ def evaluate(options: Annotated[EvaluateOptions, arg(name="")], as_json: AsJson 
     Example: corsa evaluate --adapter adapters/february --max-forgetting 0.1
 
     Example: corsa evaluate --model qwen3-4b --adapter DIR --benchmark counterfact --data counterfact.json --limit 100
+
+    What a server answers: corsa evaluate --endpoint http://localhost:8000/v1 --model january --adapter adapters/january
     """
     from corsa.cli.commands.results import ask
 

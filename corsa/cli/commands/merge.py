@@ -42,5 +42,7 @@ def merge(
         print(json.dumps(found))
     else:
         print(f"rank {found['rank']:d}, relative error {found['error']:.2g} against the adapters' weighted sum")
+        for remark in found["remarks"]:
+            print(visible(f"note: {remark}"))
         print(visible(found["out"]))
     return 0

@@ -19,6 +19,7 @@ def push(
     facts: Annotated[bool, arg(help="also send the facts, all answers and the history")] = False,
     revision: Annotated[str | None, arg(help="branch; default: main")] = None,
     message: Annotated[str, arg(help="message of the commit")] = "",
+    dry_run: Annotated[bool, arg(help="show the files that would be sent, send nothing")] = False,
     as_json: AsJson = False,
 ) -> int:
     """Send an adapter, its model card and its report to the Hugging Face hub.
@@ -29,7 +30,17 @@ def push(
     Example: corsa push adapters/january acme/facts-january
     """
     from corsa.editing.push import push as pushed
+    from corsa.editing.push import to_send
 
+    if dry_run:
+        files = {file.name: file.stat().st_size for file in to_send(adapter, facts=facts)}
+        if as_json:
+            print(json.dumps({"repository": repository, "public": public, "files": files}))
+            return 0
+        print(visible(f"would send to {repository} ({'public' if public else 'private'} if it is new):"))
+        for name, size in files.items():
+            print(visible(f"  {name}  {size:,} bytes"))
+        return 0
     how = {"private": not public, "facts": facts, "revision": revision, "message": message}
     address = pushed(adapter, repository, **how)  # type: ignore[arg-type]
     print(json.dumps({"commit": address}) if as_json else visible(address))

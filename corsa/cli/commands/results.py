@@ -74,6 +74,8 @@ def _show(result: Result, as_json: bool, console: Console) -> int:
     else:
         for one in summary_tables(result.metrics):
             console.print(one)
+    if result.as_base:
+        _say(console, str(result.as_base))
     for verdict in result.verdicts:
         _say(console, f"gate {verdict}")
     _say(console, f"report   {result.report}")
@@ -89,6 +91,7 @@ def _plain(result: Result, found: list[dict[str, Any]]) -> dict[str, Any]:
         "report": str(result.report),
         "passed": result.passed,
         "gates": gates,
+        **({"served": {**result.as_base._asdict(), "applied": result.as_base.applied}} if result.as_base else {}),
         "metrics": result.values,
         "facts": found,
         "controls": result.metrics.get("controls"),
