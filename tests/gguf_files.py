@@ -220,7 +220,7 @@ def _qwen() -> tuple[Any, dict[str, Any]]:
         vocabulary[token] = len(vocabulary)
     tokenizer = Qwen2Tokenizer(
         vocab=vocabulary,
-        merges=[tuple(merge) for merge in merges],
+        merges=merges,
         unk_token=None,
         eos_token="<|im_end|>",
         bos_token="<|endoftext|>",
@@ -243,7 +243,7 @@ def _gemma() -> tuple[Any, dict[str, Any]]:
     return tokenizer, {"model": "llama", "pre": "default", "space": False}
 
 
-def _sentencepiece(special: list[str], prefix: bool) -> tuple[dict[str, int], list[tuple[str, str]]]:
+def _sentencepiece(special: list[str], prefix: bool) -> tuple[dict[str, int], list[Any]]:
     """A vocabulary with a token for each byte, in the order in which it was merged."""
     backend = Tokenizer(models.BPE())
     scheme = "always" if prefix else "never"

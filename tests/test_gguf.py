@@ -133,7 +133,7 @@ def test_llama_3_s_positions_are_found_again_from_their_factors(tmp_path: Path) 
     scaling = {"factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
     whole = {"rope_type": "llama3", **scaling, "original_max_position_embeddings": 8192}
     made = original("llama", rope_theta=500000.0, rope_scaling=whole)
-    factors = llama3_factors(500000.0, 16, *scaling.values(), 8192)
+    factors = llama3_factors(500000.0, 16, factor=32.0, low=1.0, high=4.0, original=8192)
     assert {1.0, 32.0} < set(factors.tolist())
     same_logits(made, write(tmp_path / "a.gguf", made, more={"rope_freqs.weight": factors}))
     other = write(tmp_path / "b.gguf", made, more={"rope_freqs.weight": np.linspace(1, 9, 8, dtype=np.float32)})
@@ -186,7 +186,7 @@ def test_a_file_is_known_by_its_digest(
     copy = tmp_path / "copy.gguf"
     copy.write_bytes(path.read_bytes())
     assert pin(ModelConfig(name=str(copy))).revision == pinned.revision
-    made.model.get_input_embeddings().weight.data[5] = 0.0
+    made.model.get_parameter("model.embed_tokens.weight").data[5] = 0.0
     write(path, made)
     assert pin(ModelConfig(name=str(path))).revision != pinned.revision
     with pytest.raises(CorsaError, match="is another one than asked for"):
