@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from corsa.errors import CorsaError
-from corsa.models.gguf_file import cached, write_model, write_tokenizer
+from corsa.models.gguf_file import cached, read_config, write_model, write_tokenizer
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -26,7 +26,7 @@ def embedded_tokenizer() -> Path:
 
 def _convert(file: Path, target: Path) -> None:
     write_tokenizer(file, target)
-    write_model(file, target)
+    write_model(file, read_config(file), target)
 
 
 def _wheel() -> Path:

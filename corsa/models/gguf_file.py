@@ -118,8 +118,10 @@ def converted(file: Path) -> Path:
     """
 
     def make(target: Path) -> None:
-        write_tokenizer(file, target)
-        write_model(file, target)
+        from transformers import AutoConfig
+
+        shutil.copytree(described(file), target, ignore=shutil.ignore_patterns("complete"))
+        write_model(file, AutoConfig.from_pretrained(target), target)
 
     return cached(f"gguf/{digest(file)}", make)
 
@@ -144,13 +146,13 @@ def write_tokenizer(file: Path, target: Path) -> None:
     tokenizer.save_pretrained(target)
 
 
-def write_model(file: Path, target: Path) -> None:
-    """Writes the weights of a GGUF file, dequantised to float32, and their configuration.
+def write_model(file: Path, config: PreTrainedConfig, target: Path) -> None:
+    """Writes the weights of a GGUF file, dequantised to float32, and their configuration (`read_config`).
 
     Raises:
         CorsaError: the file is damaged, its model is not read (whole) by transformers, or the disk is full.
     """
-    header, config = _header(file), read_config(file)
+    header = _header(file)
     _refuse_full_disk(header, target)
     import torch
     from transformers import AutoModelForCausalLM, GgufConfig
