@@ -218,10 +218,11 @@ def _qwen() -> tuple[Any, dict[str, Any]]:
     vocabulary, merges = _trained(backend, pre_tokenizers.ByteLevel.alphabet(), [])
     for token in ("<|endoftext|>", "<|im_start|>", "<|im_end|>"):
         vocabulary[token] = len(vocabulary)
+    none: Any = None  # as the published tokenizers have it
     tokenizer = Qwen2Tokenizer(
         vocab=vocabulary,
         merges=merges,
-        unk_token=None,
+        unk_token=none,
         eos_token="<|im_end|>",
         bos_token="<|endoftext|>",
         extra_special_tokens=["<|im_start|>"],

@@ -162,7 +162,7 @@ def write_model(file: Path, config: PreTrainedConfig, target: Path) -> None:
     before = logging.get_verbosity()
     logging.set_verbosity_error()  # what transformers would only warn of is refused below
     try:
-        read, found = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             file.parent,
             gguf_file=file.name,
             config=config,
@@ -170,6 +170,7 @@ def write_model(file: Path, config: PreTrainedConfig, target: Path) -> None:
             quantization_config=GgufConfig(dequantize=True),
             output_loading_info=True,
         )
+        read, found = loaded
     except Exception as error:  # of shapes, types, architectures that are no language models, and more
         raise CorsaError(f"the weights of model file {file} cannot be read: {error}") from error
     finally:
@@ -190,7 +191,7 @@ def read_config(file: Path) -> PreTrainedConfig:
     """
     header = _header(file)
     from transformers import AutoConfig, PreTrainedConfig
-    from transformers.integrations.gguf import GGUF_CONFIG_ARCHS
+    from transformers.integrations.gguf.gguf_config_mapping import GGUF_CONFIG_ARCHS
     from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
 
     from corsa.models.shapes import first_line, impossible
