@@ -118,10 +118,9 @@ def _cell(entry: dict[str, Any], unit: str) -> str:
 
 def _measured(record: Mapping[str, Any], metrics: dict[str, Any]) -> str:
     hardware, seeds = record.get("hardware") or {}, len(metrics["seeds"])
-    machine = [str(hardware[name]) for name in ("processor",) if name in hardware]
-    machine += [f"{hardware['cores']} cores"] * ("cores" in hardware)
-    machine += [f"{hardware['memory_gib']:.0f} GiB"] * ("memory_gib" in hardware)
-    made = [f"commit {', '.join(record['commits'])}"] * bool(record.get("commits"))
+    units = {"processor": "{}", "cores": "{} cores", "memory_gib": "{:.0f} GiB"}
+    machine = [text.format(hardware[name]) for name, text in units.items() if name in hardware]
+    commits = ", ".join(record.get("commits") or ())
     model = ((record.get("config") or {}).get("model") or {}).get("name")
     parts = [
         *([f"`{model}`"] if model else []),
@@ -133,6 +132,6 @@ def _measured(record: Mapping[str, Any], metrics: dict[str, Any]) -> str:
         *machine,
         f"{timedelta(seconds=round(record['seconds']))} of computation",
         record["created"][:10],
-        *made,
+        *([f"commit {commits}"] if commits else []),
     ]
     return f"{', '.join(parts)}:\n\n```\n{record['command']}\n```"
