@@ -8,7 +8,7 @@ BIN = $(VENV)/bin
 INSTALL = requirements/install.sh $(BIN)/python
 LOCKS = torch cuda base dev harness model
 
-.PHONY: demo test check test-fast test-process test-ray test-long links lock audit clean
+.PHONY: demo test check test-fast test-process test-ray test-long links results lock audit clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python pipelines/continual.py
@@ -54,6 +54,9 @@ BROWSER = command -v chromedriver >/dev/null || { [ "$$(id -u)" = 0 ] && command
 
 links: $(VENV)/.test       ## corrects the line numbers in the documents
 	$(BIN)/python tests/documents.py
+
+results: $(VENV)/.demo     ## the tables of docs/results.md, from the records in docs/results/
+	$(BIN)/corsa report --tables docs/results.md
 
 lock: $(VENV)/.demo        ## renews requirements/*.txt, after a change to pyproject.toml or constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check uv==0.13.9

@@ -1,14 +1,18 @@
 """Runs the paper's experiments on facts as one DAG on the cluster. Shared steps run once; there is one report.
 
     python pipelines/paper.py --benchmark counterfact --data A --then zsre --then-data B
+    python pipelines/paper.py --models smollm2-135m,models/gemma.gguf --seeds 0,1,2 --protocols full,paper
 
 Scenarios: a single update; its ablation; sensitivity; its adapter trained on a second benchmark (injection), and merged
 with an adapter of that benchmark; temporal revision; its fractions; routing. `--scenarios` selects some of them.
+`--models` and `--protocols` run all of it for each model and protocol, one after the other, with a report for each.
+The same command goes on after an interruption, and with `--so-far` it reports what is done, also while it runs.
 Sensitivity compares values on the first `--development` facts of the benchmark; the other scenarios use later facts.
 """
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Annotated
 
 from ablation import Ablation, ablation
@@ -35,6 +39,14 @@ class Paper(Experiment):
     """All scenarios with the same model, methods and training."""
 
     methods: Methods = ("lora", "memit", "f-learning", "corsa")
+    models: Annotated[tuple[str, ...], listed(str, "M,M")] = Field(
+        default=(), exclude_if=lambda names: not names, description="names of the models; default: --model alone"
+    )
+    protocols: Annotated[tuple[str, ...], listed(str, "P,P")] = Field(
+        default=(),
+        exclude_if=lambda names: not names,
+        description="protocols of evaluation; default: --evaluation.protocol alone",
+    )
     then: str = Field(default="zsre", description="injection and merging: the other benchmark")
     then_data: str | None = Field(default=None, description="its file")
     temporal: str = Field(default="world_facts", description="temporal and fractions: a benchmark of chains")
@@ -80,9 +92,23 @@ def paper(planner: Planner[Paper]) -> Step:
     return joined(planner, [plans[name]() for name in experiment.scenarios])
 
 
+def each(experiment: Paper) -> list[Paper]:
+    """The experiment with each model under each protocol."""
+    models = experiment.models or (experiment.model.name,)
+    found = []
+    for name, protocol in product(models, experiment.protocols or (experiment.evaluation.protocol,)):
+        model = experiment.model if not experiment.models else {**experiment.model.canonical(), "name": name}
+        evaluation = {**experiment.evaluation.canonical(), "protocol": protocol}
+        own = {"model": model, "evaluation": evaluation, "models": (), "protocols": ()}
+        one = Paper.model_validate({**{field: getattr(experiment, field) for field in Paper.model_fields}, **own})
+        one.checked()
+        found.append(one)
+    return found
+
+
 def main() -> int:
     """Run all scenarios from the command line."""
-    return start(paper, Paper(), program="pipelines/paper.py", description=__doc__ or "")
+    return start(paper, Paper(), program="pipelines/paper.py", description=__doc__ or "", each=each)
 
 
 if __name__ == "__main__":

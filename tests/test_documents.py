@@ -122,6 +122,10 @@ def laid_out(words: list[str]) -> None:
             problems = {"--humaneval": task(0), "--data": update("sin")}
             text = json.dumps(problems.get(option, {})).encode()
             Path(value).write_bytes(gzip.compress(text) if value.endswith(".gz") else text)
+        for model in value.split(",") if option in ("--model", "--models") else []:
+            if model.endswith(".gguf"):
+                Path(model).parent.mkdir(parents=True, exist_ok=True)
+                Path(model).touch()
         if option == "--config":
             Path(value).write_text("limit: 3\n")
         if option == "--mmlu" and value != "hub":

@@ -14,10 +14,10 @@ class ModelConfig(Frozen):
 
     name: Annotated[str, plain("model")] = Field(
         default="smollm2-135m",
-        description="alias, Hugging Face id, local directory, or random:<architecture or directory>",
+        description="alias, Hugging Face id, directory, GGUF file, or random:<architecture or directory>",
     )
     revision: Annotated[str | None, plain()] = Field(
-        default=None, description="hub revision; for a local directory, set to a digest of its files"
+        default=None, description="hub revision; for a directory or file, set to its digest"
     )
     dtype: Annotated[Literal["float32", "bfloat16"], plain()] = Field(
         default="float32", description="data type of the frozen base; LoRA is always float32"

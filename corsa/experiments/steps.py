@@ -140,6 +140,7 @@ def described_run(task: Task, title: str, command: str, experiment: dict[str, An
         "config": experiment,
         "steps": steps,
         "skipped": skipped(task.inputs.values()),
+        "commits": _commits(task),
         "versions": first.record.versions,
         "hardware": _hardware(),
     }
@@ -186,6 +187,7 @@ def about(task: Task, config: JoinedConfig) -> dict[str, Any]:
         "command": config.command,
         "config": config.experiment,
         "steps": steps,
+        "commits": _commits(task),
         "versions": next(iter(task.inputs.values())).record.versions,
         "hardware": _hardware(),
     }
@@ -304,6 +306,13 @@ def _steps(task: Task) -> list[dict[str, Any]]:
             needs = [needed.name for needed in step.inputs.values()]
             rows.append({"name": step.name, "seconds": record.seconds, "state": "done", "inputs": needs})
     return rows
+
+
+def _commits(task: Task) -> list[str]:
+    """The commits that the steps were computed at, in order of time."""
+    records = [task.store.artifact(step.fingerprint).record for step in topological([task.step])[:-1]]
+    records.sort(key=lambda record: record.created)
+    return list(dict.fromkeys(r.versions["commit"] for r in records if "commit" in r.versions))
 
 
 def _hardware() -> dict[str, Any]:

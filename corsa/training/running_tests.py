@@ -154,7 +154,7 @@ def _on_cluster(
 
 
 def _judge(programs: list[Program], limits: Limits, modules: tuple[str, ...], sandbox: Any) -> list[Verdict]:
-    from corsa.models.embedded import cache_directory
+    from corsa.models.gguf_file import cache_directory
     from corsa.sandbox.batch import judge
     from corsa.sandbox.worker import engine
 

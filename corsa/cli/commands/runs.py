@@ -183,16 +183,32 @@ def show_report(
     ] = "",
     storage: Storage = "runs",
     output: Annotated[Path | None, arg(metavar="DIR", help="write the page again into this directory")] = None,
+    publish: Annotated[
+        Path | None, arg(metavar="FILE", help="write the run's metrics and how it was made, without answers")
+    ] = None,
+    tables: Annotated[
+        Path | None, arg(metavar="FILE.md", help="rewrite a document's tables from the records in its directory")
+    ] = None,
     as_json: Annotated[bool, arg(name="json", help="print the metrics as JSON instead of the table")] = False,
 ) -> None:
     """Show the result of a run again: its table, and the path of its page.
 
     Example: corsa report 3f2a9c --output /tmp/page
+
+    Example: corsa report 3f2a9c --publish docs/results/single.json
+
+    Example: corsa report --tables docs/results.md
     """
+    from corsa.report import publishing
     from corsa.report.tables import summary_tables
 
+    if tables is not None:
+        publishing.fill(tables)
+        return
     found = chosen_run(open_store(storage), run)
     metrics = json.loads(found.artifact.read("metrics.json"))
+    if publish is not None:
+        publishing.publish(found.about, metrics, publish)
     page = found.artifact.local("report.html") if output is None else _rewritten(found, metrics, output)
     if as_json:
         print(json.dumps(metrics, indent=1))
