@@ -211,8 +211,7 @@ class Config(Frozen):
     pass
 
 def main():
-    step = Step("slow", Kind("slow", "time:sleep", 1), Config())
-    step.kind.__class__.load = lambda kind: lambda task: (print("begun", flush=True), time.sleep(60))
+    step = Step("slow", Kind("slow", lambda: lambda task: (print("begun", flush=True), time.sleep(60)), 1), Config())
     run([step], Store(sys.argv[1]), lambda: None, lambda steps: 1, Console())
 
 exit_with(main)
@@ -245,7 +244,7 @@ def test_a_signal_ends_a_run_and_says_what_is_kept(
         out, err = process.communicate(timeout=30)
     assert time.monotonic() - began < 10
     assert process.returncode == status, err
-    assert out == "interrupted: finished steps are kept, and the same command goes on from here\n"
+    assert out == "interrupted: finished steps are kept, and the same command continues from here\n"
     assert err == ""
 
 

@@ -18,9 +18,10 @@ from torch import Tensor
 from corsa.algorithm.learning_rate import learning_rate
 from corsa.algorithm.packing import Triplet
 from corsa.config import ModelConfig, Placement, StepConfig, TrainingConfig
-from corsa.config.steps import ReferenceConfig, RoundConfig, RoundsConfig
+from corsa.config.steps import ReferenceConfig, RoundConfig
 from corsa.errors import CorsaError
-from corsa.experiments.base import Experiment, chain, dealt, facts
+from corsa.experiments.base import Experiment
+from corsa.experiments.planner import Planner
 from corsa.experiments.steps import skipped
 from corsa.flow import Step, Store
 from corsa.lora.flat import Lora
@@ -122,9 +123,10 @@ def planned(template: str, *methods: str, **training: Any) -> dict[str, Step]:
     """Every step of one round of the methods, by name."""
     model = ModelConfig.model_validate({"name": "random:tiny-llama", "template": template})
     experiment = Experiment(model=model, limit=4, methods=methods, training=TrainingConfig(**training))
-    taught = facts(experiment, 1)
-    schedule = dealt(taught, RoundsConfig(rounds=1))
-    last = [step for method in methods for step in chain(experiment, method, 0, taught, schedule)]
+    planner = Planner.of(experiment, "")
+    taught = planner.facts()
+    schedule = planner.schedule(taught)
+    last = [planner.round(method, 0, taught, schedule) for method in methods]
     return {step.name: step for round_ in last for step in (round_, *round_.inputs.values())}
 
 

@@ -21,6 +21,7 @@ from corsa.config.steps import EditsConfig, RoundConfig, RoundsConfig
 from corsa.data.edit import Edit, Probe, to_table
 from corsa.errors import CorsaError
 from corsa.experiments.base import Experiment
+from corsa.experiments.planner import Planner
 from corsa.flow import Store
 from corsa.flow.step import topological
 from corsa.tuning.space import Domain, Space, applied, default_setting, grid, label, with_default
@@ -194,13 +195,14 @@ def test_a_rung_is_as_long_as_a_start_is_worth() -> None:
 
 def test_a_confirmation_asks_other_facts_of_both_settings() -> None:
     asked = Sweep.model_validate({"development": 6, "offset": 2, "confirm": 2})
-    steps = list(topological([confirmation(asked, {"rho": 0.0}, "again")]))
+    steps = list(topological([confirmation(Planner.of(asked, "again"), {"rho": 0.0})]))
     rounds = [step.config for step in steps if isinstance(step.config, RoundConfig)]
     assert sorted((r.seed, r.step.rho) for r in rounds) == [(0, 0.0), (0, 0.05), (1, 0.0), (1, 0.05)]
     (edits,) = (step.config for step in steps if isinstance(step.config, EditsConfig))
     assert (edits.offset, edits.limit) == (8, 6)
 
 
+@pytest.mark.process
 def test_a_sweep_that_cannot_be_confirmed_or_held_is_refused_before_it_starts(tmp_path: Path) -> None:
     facts = [{"prompt": f"Who leads {n}?", "target_new": "Ada", "target_old": "Grace"} for n in range(4)]
     (tmp_path / "facts.jsonl").write_text("\n".join(map(json.dumps, facts)))

@@ -15,7 +15,7 @@ from corsa.editing.options import EvaluateOptions, Teaching
 from corsa.editing.plan import Plan, plan_evaluation
 from corsa.editing.thresholds import Verdict, judged
 from corsa.errors import StepsFailedError
-from corsa.experiments.runner import bring_about, lasting
+from corsa.experiments.runner import lasting, produce
 from corsa.experiments.trackers import track_run
 from corsa.flow import Store
 from corsa.flow.store import Artifact
@@ -58,7 +58,7 @@ def teach(options: Teaching, plan: Plan, console: Console) -> Result:
         CorsaError: the store or the directory cannot be written, or no cluster is available.
     """
     store = Store(lasting(options.storage))
-    page = _finished(bring_about(plan.report, store, console, options.quiet))
+    page = _finished(produce(plan.report, store, console, options.quiet))
     out = write(options, plan, page, store)
     return _result(page, options, out, console)
 
@@ -69,7 +69,7 @@ def evaluate(options: EvaluateOptions, console: Console) -> Result:
     Raises: as `teach`, and CorsaError if an option is wrong.
     """
     _, report = plan_evaluation(options)
-    page = bring_about(report, Store(lasting(options.storage)), console, options.quiet)
+    page = produce(report, Store(lasting(options.storage)), console, options.quiet)
     return _result(_finished(page), options, None, console)
 
 

@@ -22,6 +22,7 @@ from corsa.config import Frozen, ModelConfig, Placement
 from corsa.config.command_line import configure
 from corsa.config.steps import EditsConfig
 from corsa.experiments.base import NOT_OF_THE_RESULT, Experiment
+from corsa.experiments.planner import Planner
 from corsa.flow import Outcome, Step, Store, draw, run
 from corsa.flow.cluster import connect, disconnect, submitted
 from corsa.flow.step import topological
@@ -45,19 +46,24 @@ class Branches:
 
 
 def start(
-    plan: Callable[[E, str], Step | Branches], default: E, *, program: str, description: str, demo: E | None = None
+    scenario: Callable[[Planner[E]], Step | Branches],
+    default: E,
+    *,
+    program: str,
+    description: str,
+    demo: E | None = None,
 ) -> int:
-    """Run a scenario from the command line. `plan` makes its report step (or several to join) from a configuration
-    and the command that repeats the run. `demo` is the default if no model, benchmark or configuration file is named.
+    """Run a scenario from the command line: check its experiment, resolve the model, make its report step (or several
+    to join) and run it. `demo` is the default if no model, benchmark or configuration file is named.
     """
     arguments = sys.argv[1:]
     named = {a.split("=")[0] for a in arguments} & {"--model", "--benchmark", "--config"}
     chosen = default if named or demo is None else demo
-    experiment = configure(chosen, arguments, program=program, description=description)
-    experiment.checked()
+    experiment = configure(chosen, arguments, program=program, description=description).checked()
     # Naming the benchmark keeps the demo's sizes out of the command that repeats the run.
     known = default.model_copy(update={"benchmark": ""}) if named and demo is not None else chosen
-    return launch(experiment, plan(experiment, repeat_command(program, experiment, known)), terminal.Console())
+    planner = Planner.of(experiment, repeat_command(program, experiment, known))
+    return launch(experiment, scenario(planner), terminal.Console())
 
 
 def launch(experiment: Experiment, planned: Step | Branches, console: Console) -> int:
@@ -140,7 +146,7 @@ def _changed(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str
     return found
 
 
-def bring_about(report: Step, store: Store, console: Console, quiet: bool = False) -> Artifact | None:
+def produce(report: Step, store: Store, console: Console, quiet: bool = False) -> Artifact | None:
     """Run a step and its dependencies, except those already done. None if a step failed: the failure and its cause are
     printed.
 

@@ -112,7 +112,7 @@ class _Run:
                     self.leases.finished()
             except KeyboardInterrupt:
                 self.interrupted = True  # errors of the threads are not reported from now on
-                self.say("interrupted: finished steps are kept, and the same command goes on from here")
+                self.say("interrupted: finished steps are kept, and the same command continues from here")
                 raise
 
     def ready(self) -> list[list[Step]]:
@@ -169,7 +169,7 @@ class _Run:
             if not unfinished:
                 return {}
             tasks = [Task(step, self.store, self.progress or Silent()) for step in unfinished]
-            function = steps[0].kind.load()
+            function = steps[0].kind.function
             self.store.sweep(unfinished)
             try:
                 if steps[0].kind.together:
@@ -189,7 +189,7 @@ class _Run:
             if isinstance(wrapped, BaseException):
                 root = link = wrapped
                 continue
-            known = self.store.files.refusal(link) if isinstance(link, OSError) else link
+            known = self.store.files.explained(link) if isinstance(link, OSError) else link
             if isinstance(known, CorsaError):
                 return str(known)
             link = link.__cause__

@@ -124,7 +124,7 @@ class Artifact:
         self.path(name)
         content = self.store.files.read(f"{self._directory}/{name}")
         if content is None or hashlib.sha256(content).hexdigest() != self.record.files[name][1]:
-            raise DamagedError(f"{self.url}/{name} is damaged. Run the same command again: it is made anew")
+            raise DamagedError(f"{self.url}/{name} is damaged. Run the same command again: it is made again")
         return content
 
     def local(self, name: str) -> Path:

@@ -1,4 +1,4 @@
-"""`corsa data`: which benchmarks there are, whether a file is sound, and its first edits as a model will see them."""
+"""`corsa data`: lists the benchmarks, checks a file, and shows its first edits as a model will see them."""
 
 from __future__ import annotations
 
@@ -32,7 +32,9 @@ def data(
         ),
     ] = None,
     benchmark: Annotated[str, arg(help="what the file is; file: facts of your own")] = "file",
-    model: Annotated[str, arg(help="whose tokenizer is shown, and whose context must hold a fact")] = "smollm2-135m",
+    model: Annotated[
+        str, arg(help="model whose tokenizer and context length are used for the checks")
+    ] = "smollm2-135m",
     template: Annotated[Literal["qa", "chat"], arg(help="qa: 'Q: ...' and 'A:'; chat: the tokenizer's")] = "qa",
     new_tokens: Annotated[
         int, arg(help="tokens generated per probe (--evaluation.new-tokens): longer answers are named")
@@ -125,7 +127,7 @@ def _checked(file: str | None, benchmark: str, limit: int | None) -> Found:
 
 
 def _own(file: str | None, limit: int | None) -> Found:
-    """A user's file: refused where `corsa edit` refuses it, and what a pipeline makes of it is said."""
+    """A user's file: refused if `corsa edit` refuses it. Also prints what a pipeline would do with it."""
     from corsa.data.benchmarks import read
     from corsa.data.benchmarks.cases import asked_once
     from corsa.data.benchmarks.file import drafts, source_of
@@ -227,7 +229,7 @@ def _refuse_what_no_context_holds(found: Found, encoder: Encoder, model: ModelCo
 
 
 def _as_tokens(records: Sequence[dict[str, Any]], encoder: Encoder) -> list[dict[str, Any]]:
-    """Each record with the tokens of its prompt and of its answers; the answers are what the losses are taken over."""
+    """Each record with the tokens of its prompt and of its answers. The losses cover the answers only."""
     shown = []
     for record in records:
         row: dict[str, Any] = {"id": record["id"]}

@@ -13,18 +13,18 @@ from corsa.terminal import visible
 
 @app.command(name="push")
 def push(
-    adapter: Annotated[Positional[str], arg(metavar="DIR", help="the adapter, as corsa edit left it")],
-    repository: Annotated[Positional[str], arg(metavar="OWNER/NAME", help="made if it is not there")],
+    adapter: Annotated[Positional[str], arg(metavar="DIR", help="directory of the adapter, as corsa edit writes it")],
+    repository: Annotated[Positional[str], arg(metavar="OWNER/NAME", help="repository; created if it does not exist")],
     public: Annotated[bool, arg(help="make a new repository public; it is private by default")] = False,
-    facts: Annotated[bool, arg(help="send the facts, all answers and the history as well")] = False,
+    facts: Annotated[bool, arg(help="also send the facts, all answers and the history")] = False,
     revision: Annotated[str | None, arg(help="branch; default: main")] = None,
-    message: Annotated[str, arg(help="of the commit")] = "",
+    message: Annotated[str, arg(help="message of the commit")] = "",
     as_json: AsJson = False,
 ) -> int:
     """Send an adapter, its model card and its report to the Hugging Face hub.
 
-    The card and the report quote facts: look at README.md first. The token is HF_TOKEN, or that of hf auth
-    login; another hub than huggingface.co is named by HF_ENDPOINT.
+    The card and the report quote facts: read README.md first. The token is HF_TOKEN, or that of `hf auth
+    login`. HF_ENDPOINT names a hub other than huggingface.co.
 
     Example: corsa push adapters/january acme/facts-january
     """
