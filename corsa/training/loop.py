@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from corsa.algorithm.learning_rate import learning_rate
-from corsa.algorithm.objectives import OBJECTIVES, update_loss
+from corsa.algorithm.objectives import update_loss
 from corsa.algorithm.packing import Triplet
 from corsa.algorithm.row_settings import RowSettings
 from corsa.algorithm.sam import LookSam
@@ -60,8 +60,8 @@ CURVES = pa.schema(
 
 def curves_table(curves: Sequence[dict[str, Any]]) -> pa.Table:
     """The table of these rows: `CURVES`, and a column `loss_NAME` of each further objective that was run."""
-    known = {name for row in curves for name in row} - {*CURVES.names}
-    further = [(o.column, pa.float64()) for o in OBJECTIVES if o.column in known]
+    found = {name: None for row in curves for name in row if name.startswith("loss_") and name not in CURVES.names}
+    further = [(name, pa.float64()) for name in found]
     return pa.Table.from_pylist(list(curves), schema=pa.schema([*CURVES, *further]))
 
 
