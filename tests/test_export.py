@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerFast as Fast
 from corsa.cli.main import main
 from corsa.editing.other_formats import Wanted, export
 from corsa.errors import CorsaError
-from corsa.evaluation.sanity_questions import controls
+from corsa.evaluation.sanity_questions import sanity_questions
 from corsa.lora.attached import attached
 from corsa.lora.factors import Adapter
 from corsa.lora.flat import linear_layers
@@ -31,7 +31,7 @@ pytestmark = [
 ]
 
 VOCABULARY = 300
-QUESTIONS = [control.question for control in controls()][:3]
+QUESTIONS = [entry.question for entry in sanity_questions()][:3]
 
 
 @pytest.fixture(scope="module")

@@ -28,7 +28,7 @@ from corsa.editing import reloading
 from corsa.editing.history import open_line
 from corsa.errors import CorsaError
 from corsa.evaluation.predict import Predictor
-from corsa.evaluation.sanity_questions import controls
+from corsa.evaluation.sanity_questions import sanity_questions
 from corsa.lora.arithmetic import compress
 from corsa.lora.attached import Change, attached
 from corsa.lora.factors import Adapter, Factors
@@ -198,7 +198,7 @@ def _open(source: str | Path, edits: str | None, model: str | None) -> _Source:
         taught = [edit.prompt for edit in line.standing]
     if edits:
         taught = [draft.fields["prompt"] for draft in drafts_of(edits)]
-    return _Source(change, base, taught or [control.question for control in controls()])
+    return _Source(change, base, taught or [entry.question for entry in sanity_questions()])
 
 
 def _factors(change: Change, rank: int | None) -> tuple[Adapter, float]:
