@@ -25,7 +25,7 @@ SPREAD = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 test-fast: $(VENV)/.test   ## in one process each, without Ray: about a minute on 2 cores
 	$(SPREAD) -m "not process and not ray and not long"
 
-test-process: $(VENV)/.test   ## with servers, drivers, browsers and sandboxes, without Ray: about a minute
+test-process: $(VENV)/.test   ## with servers, drivers, browsers, sandboxes and commands, without Ray: about a minute
 	$(SPREAD) -m "process and not ray and not long"
 
 test-ray: $(VENV)/.test    ## on a local Ray cluster, with real processes

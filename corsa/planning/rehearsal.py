@@ -74,7 +74,8 @@ def rehearse(
     """
     shape = _Shape(architecture.to_json_string(), architecture)
     edits = tuple((tuple(t.prompt), tuple(t.new), tuple(t.old)) for t in triplets)
-    return _rehearsed(shape, dtype, lora, step, edits, checkpointing)
+    # pyright does not know that frozen configurations have a hash
+    return _rehearsed(shape, dtype, lora, step, edits, checkpointing)  # pyright: ignore[reportArgumentType]
 
 
 @dataclass(frozen=True)
@@ -85,13 +86,16 @@ class _Shape:
     architecture: PreTrainedConfig = field(compare=False)
 
 
+_Tokens = tuple[int, ...]
+
+
 @lru_cache(maxsize=64)
 def _rehearsed(
     shape: _Shape,
     dtype: torch.dtype,
     lora: LoraConfig,
     step: StepConfig,
-    edits: tuple[tuple[tuple[int, ...], ...], ...],
+    edits: tuple[tuple[_Tokens, _Tokens, _Tokens], ...],
     checkpointing: bool,
 ) -> Footprint:
     """Groups of several sizes, and the rounds of a run, often ask for the same step."""
