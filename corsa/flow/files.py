@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from copy import copy
 from pathlib import Path
 from typing import ParamSpec, TypeVar
+from urllib.parse import unquote
 from uuid import uuid4
 
 from pyarrow import fs
@@ -233,7 +234,7 @@ _USER = re.compile(r"(?P<scheme>[\w+.-]+://)(?:[^/?@]*@|[^?@]*:[^?@]*@|[^/?@]*:(
 
 def _refuse_credentials(url: str) -> None:
     """Raises `CorsaError` for an address that holds credentials. The error shows no part of them."""
-    if (found := _USER.match(url)) and not url.startswith("gs://anonymous@"):
+    if (found := _USER.match(unquote(url))) and not url.startswith("gs://anonymous@"):
         raise CorsaError(
             f"storage {found['scheme']}...: credentials do not belong in an address, which logs and reports show. Set "
             "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or GOOGLE_APPLICATION_CREDENTIALS) in the environment"
