@@ -22,6 +22,7 @@ from corsa.config import ModelConfig
 from corsa.errors import CorsaError
 from corsa.experiments import runner
 from corsa.experiments.base import Experiment
+from corsa.experiments.planner import Planner
 from corsa.experiments.remaining import expected, left
 from corsa.experiments.runner import launch
 from corsa.experiments.so_far import so_far
@@ -47,7 +48,7 @@ def planned(store: Store, limit: int = 6, **more: object) -> tuple[Experiment, d
         storage=store.url,
         **more,  # type: ignore[arg-type]
     )
-    steps = topological([single_update(experiment, "the command")])
+    steps = topological([single_update(Planner.of(experiment, "the command"))])
     return experiment, {step.name.removeprefix("world_facts/"): step for step in steps}
 
 
@@ -164,15 +165,19 @@ def test_each_model_is_run_under_each_protocol() -> None:
         paper_file.each(paper_file.Paper(protocols=("full", "authors")))
 
 
+def paper_of(experiment: paper_file.Paper) -> Step:
+    return paper_file.paper(Planner.of(experiment, "c"))
+
+
 def test_a_run_of_one_model_is_what_it_was() -> None:
     """Its identity has no new fields, and `--models` gives each model the same run as `--model`."""
     plain = paper_file.Paper(scenarios=("single",))
     assert not {"models", "protocols"} & plain.canonical().keys()
     (one,) = paper_file.each(plain)
-    assert paper_file.paper(one, "c").fingerprint == paper_file.paper(plain, "c").fingerprint
+    assert paper_of(one).fingerprint == paper_of(plain).fingerprint
     named = paper_file.Paper(models=("random:tiny-llama",), scenarios=("single",))
     alone = paper_file.Paper(model=ModelConfig(name="random:tiny-llama"), scenarios=("single",))
-    assert paper_file.paper(paper_file.each(named)[0], "c").fingerprint == paper_file.paper(alone, "c").fingerprint
+    assert paper_of(paper_file.each(named)[0]).fingerprint == paper_of(alone).fingerprint
 
 
 def test_a_model_that_fails_stops_no_other(

@@ -97,7 +97,7 @@ def test_merge_writes_a_peft_directory(adapter: str, tmp_path: Path, capsys: pyt
     other = write_adapter(tmp_path / "other", seed=1)
     out = tmp_path / "both"
     assert main(["merge", adapter, other, "--out", str(out), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == {"out": str(out), "rank": 4, "error": 0.0}
+    assert json.loads(capsys.readouterr().out) == {"out": str(out), "rank": 4, "error": 0.0, "remarks": []}
     assert json.loads((out / "adapter_config.json").read_text())["base_model_name_or_path"] == TINY.name
     assert main(["merge", adapter, other, "--out", str(out)]) == 2
     assert "is not empty: name a new directory" in capsys.readouterr().err

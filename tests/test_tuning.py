@@ -219,7 +219,7 @@ def test_a_sweep_writes_its_best_setting_and_measures_a_start_first(
     tiny = {"model": "random:tiny-llama", "trials": 3, "development": 6, "stop": "asha", "training": {"epochs": 4}}
     step = sweep(Planner.of(Sweep.model_validate(tiny), "python tune/sweep.py"))
     store, edits = Store(tmp_path / "runs"), step.inputs["edits"]
-    probe = Probe(kind="paraphrase", prompts=("Its head?",), answer="Bo")
+    probe = Probe(kind="paraphrase", prompts=("Its head?",), answer="Bo", aliases=())
     edit = Edit.build(id="a", prompt="Who leads A?", target_new="Bo", target_old="Al")
     table = to_table([edit.model_copy(update={"probes": (*edit.probes, probe)})])
     folder = store.workspace(edits)

@@ -140,14 +140,15 @@ def losses(model: Model, part: MicroBatch, batch: Batch, settings: RowSettings) 
     edits that the round teaches (2, K, 1).
     """
     objectives, shape = running(settings), (2, len(settings.rows), part.edits)
-    readers = [objective for objective in objectives if objective.per_token]
-    sums = answer_sums(model, part.rows, shape[1] * shape[2], [log_p, *(reader.per_token for reader in readers)])
+    readers = {objective: objective.per_token for objective in objectives if objective.per_token}
+    sums = answer_sums(model, part.rows, shape[1] * shape[2], [log_p, *readers.values()])
     logp, *own = (total.view(shape) for total in sums)
     read = dict(zip(readers, own, strict=True))
     found = []
     for objective in objectives:
         mask, counts = objective.mask(part, settings), batch.counts.get(objective.role, Counts())
-        answers = Answers(_cut(logp, mask), _cut(read.get(objective), mask), part, counts, mask)
+        values = _cut(read[objective], mask) if objective in read else None
+        answers = Answers(_cut(logp, mask), values, part, counts, mask)
         found.append(objective.loss(answers, settings))
     taught = part.of_role(TAUGHT)
     logp = logp if taught is None else torch.where(taught, logp, 0.0)
@@ -160,8 +161,8 @@ def update_loss(config: StepConfig, log: Mapping[str, Any]) -> float:
     return sum(weight * log[column] for column, weight in weights.items() if log.get(column) is not None)
 
 
-def _cut(values: Tensor | None, mask: Tensor | None) -> Tensor | None:
+def _cut(values: Tensor, mask: Tensor | None) -> Tensor:
     """The values, without gradient where the mask is False: a non-finite gradient there, times 0, would spoil those of
     the other objectives too.
     """
-    return values if values is None or mask is None else torch.where(mask, values, values.detach())
+    return values if mask is None else torch.where(mask, values, values.detach())

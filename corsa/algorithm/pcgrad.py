@@ -32,11 +32,14 @@ def norm(g: Tensor) -> Tensor:
     return dot(g, g).sqrt()
 
 
+Gradients = Tensor | Sequence[Tensor]
+"""The gradients of n objectives: (n, K, P), or n of (K, P)."""
+
 Products = dict[tuple[int, int], Tensor]
 """The inner products g_i . g_j of all gradients, (K, 1) each."""
 
 
-def products(g: Sequence[Tensor]) -> Products:
+def products(g: Gradients) -> Products:
     """The inner products of gradients (n, K, P)."""
     found: Products = {}
     for i, j in combinations_with_replacement(range(len(g)), 2):
@@ -58,7 +61,7 @@ def project(g: Tensor, other: Tensor, inner: Tensor, square: Tensor, eps: float)
     return torch.addcmul(g, share, other)
 
 
-def merge(g: Sequence[Tensor], inner: Products, weights: Sequence[float | Tensor], how: PCGrad, eps: float) -> Tensor:
+def merge(g: Gradients, inner: Products, weights: Sequence[float | Tensor], how: PCGrad, eps: float) -> Tensor:
     """g_PC, one gradient from those of n objectives (n, K, P): (K, P).
 
     symmetric (the paper's Section 3; Yu et al., Algorithm 1, in the order of the list): each gradient is projected in
@@ -93,7 +96,7 @@ def merge(g: Sequence[Tensor], inner: Products, weights: Sequence[float | Tensor
     return _sum([changed, project(second, changed, inner[0, 1], dot(changed, changed), eps)], weights)
 
 
-def _projected(g: Sequence[Tensor], i: int, inner: Products, eps: float) -> Tensor:
+def _projected(g: Gradients, i: int, inner: Products, eps: float) -> Tensor:
     """g_i after its projections against the originals of the others, in the order of the list."""
     changed = g[i]
     for j in range(len(g)):

@@ -177,4 +177,4 @@ def last_compared(predictions: pd.DataFrame) -> Comparison:
     """`compared`, from the predictions table of a report."""
     last = predictions[(predictions.method != "base") & (predictions.trained == predictions.trained.max())]
     first = predictions[predictions.method == "base"]
-    return compared(last.to_dict("records"), first.to_dict("records"))
+    return compared(*(table.to_dict("records") for table in (last, first)))  # type: ignore[arg-type]

@@ -82,7 +82,7 @@ def export(
                     visible(f"  {d.question}: {d.exported!r} here, {d.ours!r} of the adapter, {d.base!r} of the base")
                 )
             if len(one.differences) > _SHOWN:
-                print(f"  and {len(one.differences) - _SHOWN} more: all of them with --json")
+                print(visible(f"  and {len(one.differences) - _SHOWN} more: all of them with --json"))
     return GATE_NOT_PASSED if any(one.differences for one in found) else 0
 
 
