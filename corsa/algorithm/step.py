@@ -7,6 +7,7 @@ column (K, 1).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -40,12 +41,13 @@ class MicroBatch:
     """Edits of one forward pass: their rows, reference log-probabilities in nats, and number of new tokens.
 
     For one adapter `reference` is (2, E) and `tokens` a number. For K adapters with E edits each, they are (2, K, E)
-    and (K, 1).
+    and (K, 1). `bound`: log p in nats that a new answer must exceed to count as learnt; it has no effect on the update.
     """
 
     rows: Sequence[Rows]
     reference: Tensor
     tokens: int | Tensor
+    bound: float = -math.inf
 
     @property
     def edits(self) -> int:
@@ -77,7 +79,8 @@ class Batch:
 class Gradients:
     """Gradients g (1 or 2, K, P) of L_SFT and, where lambda > 0, of L_DPO, with sums over the batch for the log.
 
-    `sums` (4, K, 1) holds L_SFT, L_DPO, sum of logp_new, sum of logp_old (nats).
+    `sums` (5, K, 1) holds L_SFT, L_DPO, sum of logp_new, sum of logp_old (nats), and the number of edits whose new
+    answer is not above the bound.
     """
 
     g: Tensor
@@ -179,7 +182,7 @@ def gradients(model: Model, phi: Tensor, batch: Batch, config: Setting, reduce: 
     """g_SFT and g_DPO of the global batch at the current phi, both from one forward pass of each micro-batch."""
     objectives, adapters = 2 if config.dpo else 1, len(phi)
     g: Tensor | None = None
-    sums = phi.new_zeros(4, adapters, 1)
+    sums = phi.new_zeros(5, adapters, 1)
     # Row k of phi affects only the losses of adapter k, so the gradient of the sum holds each adapter's gradient.
     directions = torch.eye(objectives, device=phi.device)[:, :, None, None].expand(-1, -1, adapters, 1)
     per_token = batch.tokens if config.reduction == "token" else batch.edits
@@ -195,7 +198,8 @@ def gradients(model: Model, phi: Tensor, batch: Batch, config: Setting, reduce: 
         (found,) = torch.autograd.grad([chosen], [phi], grad_outputs=[directions], is_grads_batched=True)
         g = found.contiguous() if g is None else g.add_(found)
         del found  # otherwise it stays in memory during the next forward pass
-        sums += torch.cat([losses, logp.sum(-1, keepdim=True)]).detach()
+        below = (logp[:1] <= part.bound).sum(-1, keepdim=True)
+        sums += torch.cat([losses, logp.sum(-1, keepdim=True), below]).detach()
     if g is None:  # a worker without edits in this batch
         g = phi.new_zeros(objectives, *phi.shape)
     reduce(g)
@@ -210,7 +214,7 @@ def _microbatch_sharp_gradient(
 
     The cosine is the mean over micro-batches with these weights. There is a conflict if any micro-batch has one.
     """
-    g, sums, angles = torch.zeros_like(phi), phi.new_zeros(2, 4, len(phi), 1), phi.new_zeros(2, len(phi), 1)
+    g, sums, angles = torch.zeros_like(phi), phi.new_zeros(2, 5, len(phi), 1), phi.new_zeros(2, len(phi), 1)
     for part in batch.parts:
         tokens = torch.as_tensor(part.tokens).clamp(min=1)  # it may be empty
         alone = Batch([part], max(1, part.edits), tokens, part.unpaired)
@@ -231,8 +235,9 @@ def _microbatch_sharp_gradient(
 
 def _log(measured: Measured, norm: Tensor, finite: list[bool], batch: Batch, config: Setting) -> list[dict[str, Any]]:
     """One row of the curves table per adapter. Here the step waits for the device."""
-    sft, dpo, new, old = measured.at_phi.double()
+    sft, dpo, new, old, below = measured.at_phi.double()
     columns = {"loss_sft": sft, "loss_dpo": dpo, "logp_new": new / batch.edits, "logp_old": old / batch.pairs}
+    columns |= {"below": below}
     columns |= {"cosine": measured.cosine, "conflict": measured.conflict}
     columns |= {"sharpness": measured.sharpness(config.lambda_), "grad_norm": norm}
     shown = {name: column for name, column in columns.items() if column is not None}
@@ -240,6 +245,7 @@ def _log(measured: Measured, norm: Tensor, finite: list[bool], batch: Batch, con
     logs = []
     for own, good, values in zip(config.each(len(norm)), finite, table, strict=True):
         log: dict[str, Any] = dict.fromkeys(columns) | dict(zip(shown, values, strict=True)) | {"skipped": not good}
+        log["below"] = int(log["below"])
         if not own.dpo:
             log |= dict.fromkeys(("loss_dpo", "cosine", "conflict"))
         elif log["conflict"] is not None:

@@ -184,6 +184,15 @@ class TrainingConfig(Frozen):
     max_skipped: int = Field(
         default=5, ge=0, description="steps with a non-finite gradient that are skipped before the round stops"
     )
+    stop_above: float | None = Field(
+        default=None,
+        ge=0.5,
+        lt=1,
+        exclude_if=lambda bound: bound is None,
+        description="end the round after the first epoch in which every new answer it taught had a probability above "
+        "this; from 0.5 on, each of its tokens is then the most probable one. epochs is the upper limit. Default: all "
+        "epochs",
+    )
 
     def effective(self, template: Literal["qa", "chat"]) -> TrainingConfig:
         """The same training, with fields that have no effect in this template set to their defaults."""

@@ -20,6 +20,7 @@ from corsa.config.steps import (
     MergeConfig,
     PartConfig,
     ReportConfig,
+    RoundConfig,
     Shown,
 )
 from corsa.data.benchmarks import read
@@ -37,6 +38,7 @@ from corsa.flow.task import Task
 from corsa.methods import method_of
 from corsa.report.facts import told_forgotten
 from corsa.report.page import Scenario, write_paper, write_report
+from corsa.report.training import told_training
 
 
 def read_edits(task: Task) -> dict[str, Any]:
@@ -214,6 +216,7 @@ def measured(task: Task, config: ReportConfig, predictions: pd.DataFrame) -> dic
         before, now = (pq.read_table(task.inputs[s.answers].local("answers.parquet")) for s in config.controls)
         metrics["controls"] = controls.changes(before.to_pylist(), now.to_pylist())
     metrics |= {
+        "training": [text for _, text in _trained(task)],
         "headlines": list(config.headlines),
         "axes": [axis.canonical() for axis in config.axes],
         "published": list(config.published),
@@ -258,9 +261,19 @@ def _as_scheduled(predictions: pd.DataFrame, schedule: pd.DataFrame) -> pd.DataF
     return pd.concat([base, predictions[predictions.method != BASE]], ignore_index=True)
 
 
+def _trained(task: Task) -> list[tuple[str, str]]:
+    """What the training of each round did, as (name of its step, a sentence without its stop)."""
+    rounds = [step for step in topological([task.step])[:-1] if isinstance(step.config, RoundConfig)]
+    return [
+        (step.name, text)
+        for step in rounds
+        for text in told_training(step.config.training, task.store.artifact(step.fingerprint).metrics)
+    ]
+
+
 def _notes(task: Task) -> list[str]:
     """Notes that a reader needs to interpret the numbers."""
-    notes = []
+    notes = [f"{name}: {text}." for name, text in _trained(task)]
     for step in topological([task.step])[:-1]:
         found = task.store.artifact(step.fingerprint).metrics
         notes += [f"{step.name}: {text}." for text in found.get("notes", ())]

@@ -18,7 +18,7 @@ from corsa.algorithm.packing import Triplet
 from corsa.algorithm.row_settings import Together
 from corsa.algorithm.sam import LookSam
 from corsa.algorithm.step import corsa_step
-from corsa.config import StepConfig
+from corsa.config import StepConfig, TrainingConfig
 from corsa.config.steps import RoundConfig
 from corsa.errors import CorsaError
 from corsa.flow.store import Store
@@ -47,6 +47,8 @@ CURVES = pa.schema(
         # L_Update(phi + e) - L_Update(phi); null if the step was not perturbed. Scope microbatch: each micro-batch has
         # its own e; mean weighted by edits.
         ("sharpness", pa.float64()),
+        # Edits of the batch whose new answer was not above `training.stop_above`, at phi; null without that setting.
+        ("below", pa.int32()),
         ("grad_norm", pa.float64()),
         ("learning_rate", pa.float64()),
         ("seconds", pa.float64()),
@@ -170,11 +172,14 @@ def _learn(
     )
     config, training = configs[0], configs[0].training
     per_epoch = -(-len(triplets) // training.batch)
-    steps = per_epoch * training.epochs
+    steps = planned_steps(training, len(triplets))
     unit = config.step.microbatch if config.step.scope == "microbatch" else 1
     preemption = PreemptionWatch()
     setting = Together.of([config.step for config in configs], phi.device)
-    began, resumed_at = time.monotonic(), min(row_state.position.step for row_state in row_states)
+    for row_state in row_states:  # an interrupted round may have had enough already
+        row_state.stop_if_enough(row_state.position.step // per_epoch, per_epoch)
+    running = [row_state.position.step for row_state in row_states if not row_state.ended]
+    began, resumed_at = time.monotonic(), min(running, default=steps)
     for epoch in range(resumed_at // per_epoch, training.epochs):
         seen = np.zeros((len(row_states), len(triplets)), dtype=np.int64)  # by this worker
         orders = [batch_order(len(triplets), training.batch, seed=c.seed, round_=c.round, epoch=epoch) for c in configs]
@@ -194,7 +199,7 @@ def _learn(
                 Share([triplets[i] for i in whole], [[triplets[i] for i in part] for part in parts])
                 for whole, parts in zip(chosen, own, strict=True)
             ]
-            batch = context.batch(loaded, shares, unit)
+            batch = context.batch(loaded, shares, unit, training.stop_above)
             if look:
                 look.begin(number)
             logs = corsa_step(loaded.model, phi, batch, setting, optimizer, training.clip, group.sum, look)
@@ -202,13 +207,15 @@ def _learn(
             for row_state, log, param_group in zip(row_states, logs, optimizer.param_groups, strict=True):
                 if not param_group["waits"]:
                     more = {"epoch": epoch + 1, "learning_rate": param_group["lr"], "seconds": seconds}
+                    if training.stop_above is None:
+                        more["below"] = None
                     row_state.learnt({"step": number} | log | more)
-            if all(row_state.failed for row_state in row_states):
+            if all(row_state.ended for row_state in row_states):
                 return
             warned = preemption.new_warning()
             if warned or number % context.placement.checkpoint_every == 0 or number == steps:
                 for row_state in row_states:
-                    if row_state.position.step == number and not row_state.failed:
+                    if row_state.position.step == number and not row_state.ended:
                         if warned:
                             row_state.position.notes.append(f"{warned}: checkpoint taken after step {number}")
                         with context.timed("checkpoints"):
@@ -227,6 +234,10 @@ def _learn(
                 )
         _check_every_edit_once(seen, group, epoch + 1)
         at_epoch(epoch + 1)
+        for row_state in row_states:
+            row_state.stop_if_enough(epoch + 1, per_epoch)
+        if all(row_state.ended for row_state in row_states):
+            return
 
 
 @dataclass
@@ -238,6 +249,7 @@ class _RowState:
     state: Moments
     position: Position
     failed: RoundFailedError | None = None
+    enough: bool = False  # the last epoch found every answer learnt
 
     @property
     def config(self) -> RoundConfig:
@@ -247,9 +259,20 @@ class _RowState:
     def outcome(self) -> list[dict[str, Any]] | RoundFailedError:
         return self.failed or self.position.curves
 
+    @property
+    def ended(self) -> bool:
+        """Whether the round takes no more steps: it failed, or stopped early."""
+        return self.failed is not None or self.enough
+
     def waits(self, number: int) -> bool:
-        """Whether this row skips step `number`: its round failed, or its checkpoint already includes the step."""
-        return self.failed is not None or number <= self.position.step
+        """Whether this row skips step `number`: its round has ended, or its checkpoint already includes the step."""
+        return self.ended or number <= self.position.step
+
+    def stop_if_enough(self, epoch: int, per_epoch: int) -> None:
+        """End the round if every new answer was above `stop_above` when epoch `epoch` (from 1) taught it."""
+        if self.config.training.stop_above is not None:
+            rows = [c for c in self.position.curves if c["epoch"] == epoch]
+            self.enough |= len(rows) == per_epoch and not any(c["below"] or c["skipped"] for c in rows)
 
     def learnt(self, log: dict[str, Any]) -> None:
         """Record one finished step."""
@@ -261,6 +284,11 @@ class _RowState:
                 f"the last being step {self.position.step}. Lower --training.learning-rate "
                 f"(now {self.config.training.learning_rate:g}) or --corsa.rho, or use --dtype float32"
             )
+
+
+def planned_steps(training: TrainingConfig, edits: int) -> int:
+    """Optimizer steps of a round over so many edits that does not stop early."""
+    return -(-edits // training.batch) * training.epochs
 
 
 def _mean_loss(configs: Sequence[RoundConfig], logs: Sequence[dict[str, Any]]) -> float:

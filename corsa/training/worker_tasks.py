@@ -44,7 +44,7 @@ from corsa.lora.peft_format import load_adapter, read_factors, save_adapter, wri
 from corsa.lora.weight_deltas import load_delta, save_delta
 from corsa.methods import method_of
 from corsa.methods.base import Round
-from corsa.training.loop import CURVES, AtEpoch, RoundRun, train, train_together
+from corsa.training.loop import CURVES, AtEpoch, RoundRun, planned_steps, train, train_together
 from corsa.training.memory_usage import peak_since, start_peak
 from corsa.training.routing import route
 from corsa.training.worker_context import Loaded, WorkerContext
@@ -126,7 +126,7 @@ def _teach_lora(tasks: Sequence[Task], context: WorkerContext, post: Post) -> di
             if group.leads:
                 with context.timed("checkpoints"):
                     save_adapter(lora, task.output / "adapter", task.config.model.name, row)
-                metrics |= _write_curves(task, curves) | {"packed": len(tasks)} | _notes(context, len(tasks))
+                metrics |= _write_curves(task, curves, facts) | {"packed": len(tasks)} | _notes(context, len(tasks))
                 task.commit(metrics, shared + time.monotonic() - began)
     context.spent.clear()
     return failed
@@ -193,7 +193,7 @@ def _teach_method(task: Task, context: WorkerContext, post: Post) -> dict[str, A
         metrics = dict(taught.metrics) | _ask(task, facts, loaded, context, post)
     if group.leads:
         _write_change(taught.change, task)
-        metrics |= {} if taught.curves is None else _write_curves(task, taught.curves)
+        metrics |= {} if taught.curves is None else _write_curves(task, taught.curves, facts)
     return metrics
 
 
@@ -387,10 +387,13 @@ def _write_predictions(task: Task, rows: list[dict[str, Any]]) -> dict[str, Any]
 _ORDER = ("edit", "probe", "wording", "draw")
 
 
-def _write_curves(task: Task, curves: list[dict[str, Any]]) -> dict[str, Any]:
+def _write_curves(task: Task, curves: list[dict[str, Any]], facts: _StepFacts) -> dict[str, Any]:
     pq.write_table(pa.Table.from_pylist(curves, schema=CURVES), task.output / "curves.parquet")
+    planned = planned_steps(task.config.training, len(facts.triplets))
     return {
         "steps": len(curves),
+        "steps_planned": planned,
+        "stopped": "learnt" if len(curves) < planned else "epochs",
         "skipped": sum(c["skipped"] for c in curves),
         "loss_sft": curves[-1]["loss_sft"],
         "training_s": round(sum(c["seconds"] for c in curves), 3),

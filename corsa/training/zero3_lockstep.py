@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -49,6 +50,6 @@ def pad_passes(parts: Sequence[MicroBatch], device: torch.device) -> list[MicroB
     nothing = MicroBatch((), torch.zeros(2, 0, device=device), 0)
     filled = [*parts, *[nothing] * (len(wanted) - len(parts))]
     return [
-        MicroBatch([*part.rows, *[blank(device)] * (rows - len(part.rows))], part.reference, part.tokens)
+        replace(part, rows=[*part.rows, *[blank(device)] * (rows - len(part.rows))])
         for part, rows in zip(filled, wanted, strict=True)
     ]
