@@ -115,7 +115,7 @@ def injection(experiment: Continual, command: str) -> Step:
     last: dict[tuple[str, int], Step] = {}
     for method, seed in experiment.runs:
         learnt = chain(experiment, method, seed, known, first)[0]
-        went_on = chain(experiment, method, seed, new, second, rounds=(2,), after=learnt)[0]
+        went_on = chain(experiment, method, seed, new, second, rounds=(2,), after=learnt, known=(known, first))[0]
         page.add(learnt, method)
         page.add(went_on, method)
         page.add(asked(experiment, went_on.name, known, first, went_on, seed), method, trained=2)

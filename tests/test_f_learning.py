@@ -19,6 +19,7 @@ from corsa.methods.base import Round
 from corsa.methods.f_learning import FLearningRoundConfig
 from corsa.methods.f_learning.teach import teach
 from corsa.training.loop import train
+from corsa.training.mixing import Material
 from pipelines.sensitivity import Sensitivity, sensitivity
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -38,13 +39,16 @@ def taught(bench: Bench, folder: Path, before: Adapter | None = None, **settings
     loaded, context = bench.loaded, bench.context(Placement())
 
     def learn(examples: Any, name: str) -> Any:
-        return train(config, examples, loaded, context, (Store(folder), f"partial/x/{name}"), lambda line: None)
+        return train(
+            config, Material(examples), loaded, context, (Store(folder), f"partial/x/{name}"), lambda line: None
+        )
 
     found = teach(
         Round(
             config=config,
             edits=(),
             triplets=bench.edits,
+            earlier=(),
             model=loaded.model,
             encoder=loaded.encoder,
             lora=loaded.lora,

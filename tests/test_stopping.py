@@ -19,6 +19,8 @@ from corsa.flow import Store
 from corsa.report.training import told_training
 from corsa.training import loop
 from corsa.training.loop import RoundRun, train_together
+from corsa.training.mixing import Material
+from corsa.training.tokens import batch_order
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -70,9 +72,7 @@ def test_a_round_stops_after_the_first_epoch_that_found_every_answer_above_the_b
     real = loop.corsa_step
     config = stopping(step)
     order = [
-        batch
-        for epoch in range(FAST["epochs"])
-        for batch in loop.batch_order(5, 4, seed=config.seed, round_=1, epoch=epoch)
+        batch for epoch in range(FAST["epochs"]) for batch in batch_order(5, 4, seed=config.seed, round_=1, epoch=epoch)
     ]
     monkeypatch.setattr(loop, "corsa_step", watched)
     stopped = bench.train(config, tmp_path / "stopped")
@@ -111,7 +111,7 @@ def test_a_row_of_a_pack_stops_while_the_others_go_on(bench: Bench, tmp_path: Pa
         lora.phi.copy_(bench.start.expand(2, -1))
     try:
         runs = [RoundRun(config, (Store(tmp_path), f"partial/{i}")) for i, config in enumerate((slow, fast))]
-        curves = train_together(runs, bench.edits, bench.loaded, bench.context(), lambda line: None)
+        curves = train_together(runs, Material(bench.edits), bench.loaded, bench.context(), lambda line: None)
         rows = lora.phi.detach().clone()
     finally:
         lora.resize(1)
@@ -142,10 +142,14 @@ def test_rounds_that_stop_differently_are_not_trained_together() -> None:
     assert one.shared != other.shared
 
 
-def test_a_report_says_how_many_steps_were_taken_and_why() -> None:
-    bound = TrainingConfig(stop_above=0.5)
-    (early,) = told_training(bound, {"steps": 6, "steps_planned": 45, "stopped": "learnt"})
-    assert early == "stopped after 6 of 45 steps: every answer it taught was more than 50 % probable"
-    (late,) = told_training(bound, {"steps": 45, "steps_planned": 45, "stopped": "epochs"})
+def test_a_report_says_what_the_training_did() -> None:
+    stopping, found = TrainingConfig(stop_above=0.5), {"steps": 6, "steps_planned": 45, "stopped": "learnt"}
+    early = "stopped after 6 of 45 steps: every answer it taught was more than 50 % probable"
+    assert list(told_training(stopping, found)) == [early]
+    (late,) = told_training(stopping, {"steps": 45, "steps_planned": 45, "stopped": "epochs"})
     assert late.startswith("took all 45 steps: not every answer")
-    assert told_training(TrainingConfig(), {"steps": 45, "steps_planned": 45, "stopped": "epochs"}) == []
+    assert list(told_training(TrainingConfig(), {"steps": 45})) == []
+    replay = TrainingConfig(batch=8, replay=0.5)
+    assert list(told_training(replay, found | {"replayed_from": 0})) == []
+    (back,) = told_training(replay, found | {"replayed_from": 10})
+    assert back == "looked back at 10 facts of earlier updates, 4 in every step"

@@ -27,6 +27,7 @@ from corsa.lora.flat import Lora
 from corsa.models.encoding import Encoder
 from corsa.models.registry import ARCHITECTURES
 from corsa.training.loop import RoundFailedError, train
+from corsa.training.mixing import Material
 from corsa.training.worker_context import Loaded, WorkerContext
 from corsa.training.worker_group import WorkerGroup
 
@@ -138,6 +139,8 @@ class Bench:
         folder: Path,
         *,
         edits: Sequence[Triplet] | None = None,
+        earlier: Sequence[Triplet] = (),
+        anchors: Sequence[Triplet] = (),
         post: Any = lambda line: None,
         group: WorkerGroup | None = None,
         **placement: Any,
@@ -147,7 +150,9 @@ class Bench:
         with torch.no_grad():
             self.loaded.lora.phi.copy_(self.start)
         context = WorkerContext(group or self.group, Placement(**placement), {})
-        curves = train(config, edits, self.loaded, context, (Store(folder), "partial/x"), post)
+        curves = train(
+            config, Material(edits, earlier, anchors), self.loaded, context, (Store(folder), "partial/x"), post
+        )
         return Trained(self.loaded.lora.phi.detach().clone(), curves, context.notes)
 
 

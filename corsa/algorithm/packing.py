@@ -36,12 +36,14 @@ class Triplet:
     """One edit as token ids (DESIGN: (x, y_old, y_new)) with its reference log-probabilities in nats.
 
     Answers end with the tokenizer's end-of-text token. `reference` is (logp_ref(y_new|x), logp_ref(y_old|x)).
+    `kept`: the new answer is the base model's own, taught so that it stays; nothing has to be learnt.
     """
 
     prompt: Sequence[int]
     new: Sequence[int]
     old: Sequence[int]
     reference: tuple[float, float] = (0.0, 0.0)
+    kept: bool = False
 
     def __len__(self) -> int:
         """Tokens of the packed row."""

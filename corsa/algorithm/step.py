@@ -41,13 +41,14 @@ class MicroBatch:
     """Edits of one forward pass: their rows, reference log-probabilities in nats, and number of new tokens.
 
     For one adapter `reference` is (2, E) and `tokens` a number. For K adapters with E edits each, they are (2, K, E)
-    and (K, 1). `bound`: log p in nats that a new answer must exceed to count as learnt; it has no effect on the update.
+    and (K, 1). `bound`: log p in nats that a new answer must exceed to count as learnt, one for all or (K, E); it
+    has no effect on the update.
     """
 
     rows: Sequence[Rows]
     reference: Tensor
     tokens: int | Tensor
-    bound: float = -math.inf
+    bound: float | Tensor = -math.inf
 
     @property
     def edits(self) -> int:
@@ -198,7 +199,7 @@ def gradients(model: Model, phi: Tensor, batch: Batch, config: Setting, reduce: 
         (found,) = torch.autograd.grad([chosen], [phi], grad_outputs=[directions], is_grads_batched=True)
         g = found.contiguous() if g is None else g.add_(found)
         del found  # otherwise it stays in memory during the next forward pass
-        below = (logp[:1] <= part.bound).sum(-1, keepdim=True)
+        below = (logp[0] <= part.bound).sum(-1, keepdim=True)[None]
         sums += torch.cat([losses, logp.sum(-1, keepdim=True), below]).detach()
     if g is None:  # a worker without edits in this batch
         g = phi.new_zeros(objectives, *phi.shape)

@@ -15,6 +15,10 @@ from tyro.conf import Suppress, arg
 from corsa.config.amounts import as_bytes
 from corsa.config.base import Frozen, plain
 from corsa.config.evaluation import EvaluationConfig as EvaluationConfig
+from corsa.config.training import ALONE as ALONE
+from corsa.config.training import TRAININGS as TRAININGS
+from corsa.config.training import AnswerEnd as AnswerEnd
+from corsa.config.training import TrainingConfig as TrainingConfig
 from corsa.errors import CorsaError
 
 
@@ -62,9 +66,6 @@ class LoraConfig(Frozen):
 
 PCGrad = Literal["symmetric", "algorithm1", "authors", "off"]
 """How the gradients of L_SFT and L_DPO become one (`corsa.algorithm.pcgrad.merge`)."""
-
-AnswerEnd = Literal["end_token", "turn"]
-"""What follows a taught answer (`corsa.models.encoding.Encoder`)."""
 
 
 class StepConfig(Frozen):
@@ -161,42 +162,6 @@ class StepConfig(Frozen):
 
 PER_ROW = ("lambda_", "beta", "rho")
 """Fields of a step in which adapters trained together may differ."""
-
-
-class TrainingConfig(Frozen):
-    """One round of training. A fresh optimizer and schedule each round."""
-
-    epochs: int = Field(default=10, ge=1, description="passes over the round's edits")
-    batch: int = Field(default=16, ge=1, description="edits per optimizer step, over all workers")
-    learning_rate: float = Field(default=2e-4, gt=0, description="peak learning rate of AdamW")
-    warmup: int = Field(default=5, ge=0, description="steps of linear warm-up; linear decay to 0 afterwards")
-    first_rate: Literal["above_zero", "zero"] = Field(
-        default="above_zero",
-        description="above_zero: the first step of the warm-up learns; zero: its rate is 0, as transformers' linear "
-        "schedule has it (the authors' trainer)",
-    )
-    answer_end: AnswerEnd = Field(
-        default="end_token",
-        description="what follows a taught answer: the end token; or, in the chat template, what closes the turn there "
-        "and then the end token (the authors' trainer; no effect in the template qa)",
-    )
-    clip: float = Field(default=1.0, gt=0, description="the merged gradient is clipped to this norm")
-    max_skipped: int = Field(
-        default=5, ge=0, description="steps with a non-finite gradient that are skipped before the round stops"
-    )
-    stop_above: float | None = Field(
-        default=None,
-        ge=0.5,
-        lt=1,
-        exclude_if=lambda bound: bound is None,
-        description="end the round after the first epoch in which every new answer it taught had a probability above "
-        "this; from 0.5 on, each of its tokens is then the most probable one. epochs is the upper limit. Default: all "
-        "epochs",
-    )
-
-    def effective(self, template: Literal["qa", "chat"]) -> TrainingConfig:
-        """The same training, with fields that have no effect in this template set to their defaults."""
-        return self if template == "chat" else self.model_copy(update={"answer_end": "end_token"})
 
 
 class FLearningConfig(Frozen):
@@ -381,11 +346,6 @@ def published_trainer(step: StepConfig) -> StepConfig:
     return step.model_copy(update=theirs)
 
 
-def published_training(training: TrainingConfig) -> TrainingConfig:
-    """The schedule of the authors' trainer, and how its answers end in the chat template."""
-    return training.model_copy(update={"first_rate": "zero", "answer_end": "turn"})
-
-
 STEPS = {
     "lora": _lora,
     "corsa": lambda step: step,
@@ -393,8 +353,7 @@ STEPS = {
     "corsa-no-dpo": lambda step: step.model_copy(update={"lambda_": 0.0}),
     "corsa-no-pcgrad": lambda step: step.model_copy(update={"pcgrad": "off"}),
     "corsa-published": published_trainer,
+    "replay": _lora,
+    "corsa-replay": lambda step: step,
 }
 """Methods that are settings of the one step: each is made from the configured CoRSA step (Table 9)."""
-
-TRAININGS = {"corsa-published": published_training}
-"""Methods with their own training settings: each is made from the configured training."""

@@ -16,6 +16,7 @@ from pydantic import Field, field_validator
 from corsa.config import SEEDS, AnswerEnd, RunSettings
 from corsa.config.command_line import listed
 from corsa.config.steps import (
+    AnchorsConfig,
     AskingConfig,
     EditsConfig,
     EditsPlace,
@@ -33,7 +34,7 @@ from corsa.config.steps import (
 )
 from corsa.data.benchmarks import BENCHMARKS, contradiction_rule, locate
 from corsa.errors import CorsaError, unknown_name
-from corsa.evaluation import mmlu
+from corsa.evaluation import anchor_questions, mmlu
 from corsa.flow import Kind, Step
 from corsa.methods import METHODS, known_method
 from corsa.models.registry import pin
@@ -241,10 +242,12 @@ def chain(
     *,
     rounds: Sequence[int] = (1,),
     after: Step | None = None,
+    known: tuple[Facts, Step] | None = None,
     name: str | None = None,
 ) -> list[Step]:
     """The rounds of one method and seed. Each continues from the previous round's adapter; the first from `after`'s.
 
+    `known`: other facts that the chain was taught before, with their schedule; rounds that look back depend on them.
     `name` replaces the method in the names of the steps, if one method is trained with several settings.
     """
     record, settings = METHODS[method], experiment.model_copy(update={"model": pin(experiment.model)})
@@ -253,8 +256,15 @@ def chain(
         config = record.round_config(settings, seed, number)
         own = taught.ending(config.training.answer_end) if isinstance(config, RoundConfig) else taught
         inputs = {**own.tables, "schedule": schedule}
-        if previous := steps[-1] if steps else after:
+        previous = steps[-1] if steps else after
+        if previous and record.continues:
             inputs["previous"] = previous
+        if known and record.looks_back(config):
+            before, when = known
+            reference = before.ending(own.reference.config.answer_end).reference
+            inputs |= {"known_reference": reference, "known_schedule": when}
+        if isinstance(config, RoundConfig) and config.training.anchor:
+            inputs["anchors"] = anchors(settings)
         inputs |= record.inputs(settings)
         title = f"{taught.name}/{name or method}/seed{seed}/round{number}"
         steps.append(Step(title, ROUND, config, inputs, experiment.placement))
@@ -265,6 +275,16 @@ def base(experiment: Experiment, taught: Facts) -> Step:
     """The answers of the unedited model."""
     config = AskingConfig(model=pin(experiment.model), evaluation=experiment.evaluation.asking())
     return Step(f"{taught.name}/base", ROUND, config, taught.tables, experiment.placement)
+
+
+def anchors(experiment: Experiment) -> Step:
+    """The unedited model's answers to the anchor questions (`training.anchor`). All runs of a model share them."""
+    config = AnchorsConfig(model=pin(experiment.model), digest=anchor_questions.digest(), new_tokens=ANCHOR_TOKENS)
+    return Step("base/anchors", ROUND, config, placement=experiment.placement)
+
+
+ANCHOR_TOKENS = 32
+"""Most tokens of an answer to an anchor question."""
 
 
 def asked(

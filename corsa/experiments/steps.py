@@ -32,10 +32,10 @@ from corsa.evaluation import mmlu
 from corsa.evaluation import sanity_questions as controls
 from corsa.evaluation.metrics import compute
 from corsa.evaluation.prepared_predictions import BASE
-from corsa.flow.step import topological
+from corsa.flow.step import Step, topological
 from corsa.flow.store import Artifact
 from corsa.flow.task import Task
-from corsa.methods import method_of
+from corsa.methods import looks_back, method_of
 from corsa.report.facts import told_forgotten
 from corsa.report.page import Scenario, write_paper, write_report
 from corsa.report.training import told_training
@@ -217,6 +217,7 @@ def measured(task: Task, config: ReportConfig, predictions: pd.DataFrame) -> dic
         metrics["controls"] = controls.changes(before.to_pylist(), now.to_pylist())
     metrics |= {
         "training": [text for _, text in _trained(task)],
+        "looks_back": sorted({s.method for s in config.shown if _looks_back(task.step.inputs[s.answers])}),
         "headlines": list(config.headlines),
         "axes": [axis.canonical() for axis in config.axes],
         "published": list(config.published),
@@ -269,6 +270,12 @@ def _trained(task: Task) -> list[tuple[str, str]]:
         for step in rounds
         for text in told_training(step.config.training, task.store.artifact(step.fingerprint).metrics)
     ]
+
+
+def _looks_back(answers: Step) -> bool:
+    """Whether these answers are of a model that was taught earlier facts again."""
+    adapter = answers.inputs.get("adapter", answers)
+    return looks_back(adapter.config)
 
 
 def _notes(task: Task) -> list[str]:

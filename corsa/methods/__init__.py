@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from corsa.config import Frozen
 from corsa.errors import unknown_name
-from corsa.methods import f_learning, memit, step_methods
+from corsa.methods import f_learning, joint, memit, step_methods
 from corsa.methods.base import Method
 
 METHODS: dict[str, Method] = {
-    method.name: method for method in (*step_methods.METHODS, f_learning.METHOD, memit.METHOD)
+    method.name: method for method in (*step_methods.METHODS, joint.METHOD, f_learning.METHOD, memit.METHOD)
 }
 """Every method by name. The unedited model, "base", is evaluated in every scenario and is not a method."""
 
@@ -22,6 +22,11 @@ def known_method(name: str) -> Method:
     if name not in METHODS:
         raise unknown_name("method", name, METHODS)
     return METHODS[name]
+
+
+def looks_back(config: Frozen) -> bool:
+    """Whether a round with this configuration is taught facts of earlier rounds again."""
+    return any(m.looks_back(config) for m in METHODS.values() if m.config is type(config))
 
 
 def method_of(config: Frozen) -> Method | None:

@@ -14,18 +14,17 @@ import torch
 from torch import Tensor, nn
 
 from corsa.algorithm.learning_rate import learning_rate
-from corsa.algorithm.packing import Triplet
 from corsa.algorithm.row_settings import Together
 from corsa.algorithm.sam import LookSam
 from corsa.algorithm.step import corsa_step
-from corsa.config import StepConfig, TrainingConfig
+from corsa.config import StepConfig
 from corsa.config.steps import RoundConfig
 from corsa.errors import CorsaError
 from corsa.flow.store import Store
 from corsa.training.adamw import Moments, PackedAdamW, Stepping
 from corsa.training.checkpoint import Position, WithLook, load_checkpoint, save_checkpoint
+from corsa.training.mixing import Material
 from corsa.training.preemption import PreemptionWatch
-from corsa.training.tokens import batch_order
 from corsa.training.worker_context import Loaded, Share, WorkerContext
 from corsa.training.worker_group import WorkerGroup
 
@@ -76,14 +75,14 @@ AtEpoch = Callable[[int], None]
 
 def train(
     config: RoundConfig,
-    triplets: Sequence[Triplet],
+    material: Material,
     loaded: Loaded,
     context: WorkerContext,
     checkpoint: tuple[Store, str],
     post: Callable[[dict[str, Any]], None],
 ) -> list[dict[str, Any]]:
     """Train one round, as `train_together`. Returns its curves, or raises the error that stopped it."""
-    (found,) = train_together([RoundRun(config, checkpoint)], triplets, loaded, context, post)
+    (found,) = train_together([RoundRun(config, checkpoint)], material, loaded, context, post)
     if isinstance(found, RoundFailedError):
         raise found
     return found
@@ -91,7 +90,7 @@ def train(
 
 def train_together(
     round_runs: Sequence[RoundRun],
-    triplets: Sequence[Triplet],
+    material: Material,
     loaded: Loaded,
     context: WorkerContext,
     post: Callable[[dict[str, Any]], None],
@@ -101,7 +100,7 @@ def train_together(
 
     Args:
         round_runs: one round per row of phi. They may differ only in seed, lambda, beta, rho and learning rate.
-        triplets: the edits to teach, with their reference.
+        material: the edits to teach, with their reference, and those to teach again beside them.
         loaded: the model; its `lora.phi` is trained in place.
         context: this worker's context.
         post: called with a line for the progress display.
@@ -116,7 +115,7 @@ def train_together(
         CorsaError: the rounds differ in a setting that rounds trained together must share.
     """
     group, phi = context.group, loaded.lora.phi
-    if not triplets:
+    if not material.own:
         raise RoundFailedError(
             f"round {round_runs[0].config.round} has no edits to teach: lower --rounds, "
             "or give chains with as many updates"
@@ -132,7 +131,7 @@ def train_together(
             _RowState(round_run, row, state, load_checkpoint(*round_run.checkpoint, row, state, group))
             for round_run, row, state in zip(round_runs, rows, kept, strict=True)
         ]
-        _learn(row_states, triplets, loaded, context, optimizer, look, post, at_epoch)
+        _learn(row_states, material, loaded, context, optimizer, look, post, at_epoch)
     context.notes += [note for row_state in row_states for note in row_state.position.notes]
     return [row_state.outcome for row_state in row_states]
 
@@ -156,7 +155,7 @@ def _optimizer(phi: nn.Parameter, group: WorkerGroup, rows: int) -> tuple[Steppi
 
 def _learn(
     row_states: Sequence[_RowState],
-    triplets: Sequence[Triplet],
+    material: Material,
     loaded: Loaded,
     context: WorkerContext,
     optimizer: Stepping,
@@ -171,8 +170,9 @@ def _learn(
         [row_state.config for row_state in row_states],
     )
     config, training = configs[0], configs[0].training
-    per_epoch = -(-len(triplets) // training.batch)
-    steps = planned_steps(training, len(triplets))
+    triplets, own_edits = material.all, len(material.own)
+    per_epoch = -(-own_edits // training.own)
+    steps = per_epoch * training.epochs
     unit = config.step.microbatch if config.step.scope == "microbatch" else 1
     preemption = PreemptionWatch()
     setting = Together.of([config.step for config in configs], phi.device)
@@ -182,12 +182,12 @@ def _learn(
     began, resumed_at = time.monotonic(), min(running, default=steps)
     for epoch in range(resumed_at // per_epoch, training.epochs):
         seen = np.zeros((len(row_states), len(triplets)), dtype=np.int64)  # by this worker
-        orders = [batch_order(len(triplets), training.batch, seed=c.seed, round_=c.round, epoch=epoch) for c in configs]
+        orders = [material.batches(config, epoch) for config in configs]
         for number, chosen in enumerate(zip(*orders, strict=True), start=epoch * per_epoch + 1):
             own = [_own_parts(whole, config.step, group) for whole in chosen]
             for counts, parts in zip(seen, own, strict=True):
                 for part in parts:
-                    counts[part] += 1
+                    np.add.at(counts, part, 1)
             if number <= resumed_at:
                 continue
             start = time.monotonic()
@@ -232,7 +232,7 @@ def _learn(
                     {"epoch": epoch + 1, "epochs": training.epochs, "step": number, "steps": steps}
                     | {"loss": _mean_loss(configs, logs), "eta_s": pace * (steps - number)}
                 )
-        _check_every_edit_once(seen, group, epoch + 1)
+        _check_every_edit_once(seen[:, :own_edits], group, epoch + 1)
         at_epoch(epoch + 1)
         for row_state in row_states:
             row_state.stop_if_enough(epoch + 1, per_epoch)
@@ -284,11 +284,6 @@ class _RowState:
                 f"the last being step {self.position.step}. Lower --training.learning-rate "
                 f"(now {self.config.training.learning_rate:g}) or --corsa.rho, or use --dtype float32"
             )
-
-
-def planned_steps(training: TrainingConfig, edits: int) -> int:
-    """Optimizer steps of a round over so many edits that does not stop early."""
-    return -(-edits // training.batch) * training.epochs
 
 
 def _mean_loss(configs: Sequence[RoundConfig], logs: Sequence[dict[str, Any]]) -> float:

@@ -140,8 +140,15 @@ class WorkerContext:
             [rows.to(device) for rows in packed],
             reference.reshape(2, len(adapters), -1),
             self._tokens(adapters),
-            -math.inf if bound is None else math.log(bound),
+            self._bounds(adapters, bound),
         )
+
+    def _bounds(self, adapters: Sequence[Sequence[Triplet]], bound: float | None) -> float | Tensor:
+        """Log p that each new answer must exceed, (K, E), nats. An answer that is kept has no bound."""
+        if bound is None:
+            return -math.inf
+        bounds = [[-math.inf if t.kept else math.log(bound) for t in own] for own in adapters]
+        return torch.tensor(bounds, device=self.group.device)
 
     def _tokens(self, adapters: Sequence[Sequence[Triplet]]) -> Tensor:
         """Tokens in the new answers of each adapter: (K, 1)."""

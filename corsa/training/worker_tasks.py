@@ -16,8 +16,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from corsa.algorithm.packing import Triplet
-from corsa.config import EvaluationConfig
+from corsa.config import EvaluationConfig, TrainingConfig
 from corsa.config.steps import (
+    AnchorsConfig,
     AskingConfig,
     ControlsConfig,
     RoundConfig,
@@ -28,8 +29,9 @@ from corsa.config.steps import (
 )
 from corsa.data.benchmarks.code_prompt import asked
 from corsa.data.edit import Edit, from_table
-from corsa.data.schedule import taught_in, valid_after
+from corsa.data.schedule import held_before, taught_in, valid_after
 from corsa.errors import CorsaError
+from corsa.evaluation.anchor_questions import anchor_questions
 from corsa.evaluation.generation import end_tokens, sample
 from corsa.evaluation.metrics import measure
 from corsa.evaluation.mmlu import from_questions_table
@@ -44,8 +46,9 @@ from corsa.lora.peft_format import load_adapter, read_factors, save_adapter, wri
 from corsa.lora.weight_deltas import load_delta, save_delta
 from corsa.methods import method_of
 from corsa.methods.base import Round
-from corsa.training.loop import CURVES, AtEpoch, RoundRun, planned_steps, train, train_together
+from corsa.training.loop import CURVES, AtEpoch, RoundRun, train, train_together
 from corsa.training.memory_usage import peak_since, start_peak
+from corsa.training.mixing import Material, anchored
 from corsa.training.routing import route
 from corsa.training.worker_context import Loaded, WorkerContext
 from corsa.training.worker_group import WorkerGroup
@@ -115,7 +118,8 @@ def _teach_lora(tasks: Sequence[Task], context: WorkerContext, post: Post) -> di
     post({"phase": "training"})
     round_runs = [RoundRun(task.config, (task.store, f"partial/{task.fingerprint[:16]}/checkpoint")) for task in tasks]
     scored = _scores(tasks, facts, loaded, context)
-    found = train_together(round_runs, facts.triplets, loaded, context, post, scored)
+    material = facts.material(tasks[0].config.training)
+    found = train_together(round_runs, material, loaded, context, post, scored)
     failed = {t.fingerprint: str(cause) for t, cause in zip(tasks, found, strict=True) if isinstance(cause, CorsaError)}
     shared = (time.monotonic() - started) / len(tasks)
     for row, (task, curves) in enumerate(zip(tasks, found, strict=True)):
@@ -182,8 +186,14 @@ def _teach_method(task: Task, context: WorkerContext, post: Post) -> dict[str, A
             before=_change(task, "previous", group) if "previous" in task.step.inputs else None,
             leads=group.leads,
             share=group.share,
+            earlier=facts.earlier,
             train=lambda triplets, name: train(
-                config, triplets, loaded, context, (task.store, f"partial/{task.fingerprint[:16]}/{name}"), post
+                config,
+                Material(triplets),
+                loaded,
+                context,
+                (task.store, f"partial/{task.fingerprint[:16]}/{name}"),
+                post,
             ),
             input_file=lambda name, file: task.inputs[name].local(file),
             post=post,
@@ -258,6 +268,25 @@ def _ask_controls(task: Task, context: WorkerContext, post: Post) -> dict[str, A
     return {"questions": len(rows), "right": sum(row["right"] for row in rows)}
 
 
+def _ask_anchors(task: Task, context: WorkerContext, post: Post) -> dict[str, Any]:
+    """The base model's answers to the anchor questions."""
+    config: AnchorsConfig = task.config
+    loaded, group = context.open(config, ()), context.group
+    post({"phase": "evaluating"})
+    asking = EvaluationConfig(new_tokens=config.new_tokens)
+    predictor = Predictor(
+        loaded.model, loaded.encoder, asking, group.device, context.placement.probe_batch, loaded.packed
+    )
+    questions = anchor_questions()
+    with loaded.lora.off(), group.in_step(loaded.model):
+        outputs = predictor.answers(questions)
+    if not group.leads:
+        return {}
+    table = pa.table({"question": list(questions), "output": outputs})
+    pq.write_table(table, task.output / "answers.parquet")
+    return {"questions": len(questions)}
+
+
 def _route(task: Task, context: WorkerContext, post: Post) -> dict[str, Any]:
     """The answers of a model that routes each query to one of several adapters."""
     group, parts = (
@@ -322,6 +351,7 @@ _ASKING: dict[type, Callable[[Task, WorkerContext, Post], dict[str, Any]]] = {
     AskingConfig: _ask_only,
     SpecificityConfig: _answer_questions,
     ControlsConfig: _ask_controls,
+    AnchorsConfig: _ask_anchors,
     RoutingConfig: _route,
     SamplesConfig: _write_programs,
 }
@@ -332,11 +362,19 @@ _ASKING: dict[type, Callable[[Task, WorkerContext, Post], dict[str, Any]]] = {
 
 @dataclass(frozen=True)
 class _StepFacts:
-    """What a step teaches (`taught_now`, and as `triplets`) and asks (`asked`)."""
+    """What a step teaches (`taught_now`, and as `triplets`) and asks (`asked`). `earlier`: the facts that earlier
+    rounds taught and that still hold, so without those that this one revises.
+    """
 
     taught_now: list[Edit]
     triplets: list[Triplet]
+    earlier: list[Triplet]
     asked: list[Taught]
+    anchors: list[Triplet]
+
+    def material(self, training: TrainingConfig) -> Material:
+        """What the batches of the round are drawn from."""
+        return Material(self.triplets, self.earlier if training.replay else (), self.anchors)
 
 
 def _open(task: Task, context: WorkerContext, adapters: int = 1) -> tuple[_StepFacts, Loaded]:
@@ -348,12 +386,23 @@ def _open(task: Task, context: WorkerContext, adapters: int = 1) -> tuple[_StepF
         sample = sorted(map(table.triplet, edits), key=len)[-4:]  # sliding windows have an effect in long rows
     loaded = context.open(config, sample, adapters)
     if "schedule" not in task.step.inputs:  # then the scenario decides which round teaches an edit
-        return _StepFacts([], [], [Taught(edit, edit.round, "") for edit in edits.values()]), loaded
+        return _StepFacts([], [], [], [Taught(edit, edit.round, "") for edit in edits.values()], []), loaded
     schedule = _shared_table(task, "schedule", context.group)
     now = [id_ for id_ in taught_in(schedule, config.round) if id_ in edits]
     facts = [fact for fact in valid_after(schedule, config.round) if fact["edit"] in edits]
     asked = [Taught(edits[fact["edit"]], fact["learnt"], fact["part"]) for fact in facts]
-    return _StepFacts([edits[id_] for id_ in now], [table.triplet(id_) for id_ in now], asked), loaded
+    before = [table.triplet(fact["edit"]) for fact in held_before(schedule, config.round) if fact["edit"] in edits]
+    if "known_schedule" in task.step.inputs:  # the chain began with facts of another table
+        known = context.tables[task.step.inputs["known_reference"].fingerprint]
+        first = held_before(_shared_table(task, "known_schedule", context.group, "schedule"), config.round)
+        before = [known.triplet(fact["edit"]) for fact in first if fact["edit"] in known] + before
+    anchors: list[Triplet] = []
+    if "anchors" in task.step.inputs:
+        rows = _shared_table(task, "anchors", context.group, "answers").to_pylist()
+        most = task.step.inputs["anchors"].config.new_tokens
+        anchors = anchored(replace(loaded.encoder, answer_end=config.training.answer_end), rows, most)
+    own = [table.triplet(id_) for id_ in now]
+    return _StepFacts([edits[id_] for id_ in now], own, before, asked, anchors), loaded
 
 
 def _predictor(config: AskingConfig, loaded: Loaded, context: WorkerContext) -> Predictor:
@@ -389,8 +438,11 @@ _ORDER = ("edit", "probe", "wording", "draw")
 
 def _write_curves(task: Task, curves: list[dict[str, Any]], facts: _StepFacts) -> dict[str, Any]:
     pq.write_table(pa.Table.from_pylist(curves, schema=CURVES), task.output / "curves.parquet")
-    planned = planned_steps(task.config.training, len(facts.triplets))
-    return {
+    training: TrainingConfig = task.config.training
+    planned = len(curves) // curves[-1]["epoch"] * training.epochs  # every epoch has the same number of steps
+    beside = {"replayed_from": len(facts.earlier)} if training.replay else {}
+    beside |= {"anchored_on": len(facts.anchors)} if training.anchor else {}
+    return beside | {
         "steps": len(curves),
         "steps_planned": planned,
         "stopped": "learnt" if len(curves) < planned else "epochs",
