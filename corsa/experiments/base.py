@@ -46,7 +46,7 @@ SCHEDULE = Kind("schedule", "corsa.experiments.steps:deal_rounds", version=1)
 QUESTIONS = Kind("questions", "corsa.experiments.steps:read_questions", version=1)
 ROUND = Kind("round", "corsa.training.rounds:run", version=2, on_cluster=True, together=True)
 MERGE = Kind("merge", "corsa.experiments.steps:merge_adapters", version=1)
-REPORT = Kind("report", "corsa.experiments.steps:make_report", version=3)
+REPORT = Kind("report", "corsa.experiments.steps:make_report", version=4)
 SWEEP = Kind("sweep", "corsa.tuning.sweep:run", version=1, on_cluster=True)
 SCALING = Kind("report", "corsa.experiments.scaling:join_sizes", version=2)
 
