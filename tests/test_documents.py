@@ -6,6 +6,7 @@ import functools
 import gzip
 import importlib
 import json
+import math
 import re
 import subprocess
 import sys
@@ -13,9 +14,11 @@ from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from textwrap import indent
 from typing import Any
 
 import pytest
+import torch
 from code_files import task, update
 from documents import DOCUMENTS, ROOT, Block, blocks, inline_commands, wrong_links
 from tiny import Bench, round_config, triplets
@@ -24,9 +27,14 @@ from tyro.extras import SubcommandApp
 import corsa.cli.main
 import corsa.data.benchmarks
 from corsa import config
+from corsa.algorithm import objectives
+from corsa.algorithm.batch import MicroBatch, counts
+from corsa.algorithm.packing import NO_OLD_ANSWER, Triplet, pack
+from corsa.algorithm.row_settings import RowSettings
 from corsa.cli.commands import app
 from corsa.config import StepConfig
 from corsa.methods import METHODS
+from corsa.training.loop import curves_table
 
 SHELL = [block for block in blocks() if not block.elsewhere and list(block.commands())]
 OPTIONS_OF_ALL = "--training.batch"
@@ -230,6 +238,41 @@ def test_the_example_of_a_method_trains(tmp_path: Path) -> None:
     assert (step.lambda_, step.rho) == (0.0, 0.2)
     trained = Bench(triplets(4)).train(round_config(step=step.canonical()), tmp_path)
     assert trained.curves[-1]["logp_new"] > trained.curves[0]["logp_new"]
+
+
+def test_the_example_of_a_loss_term_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = {**vars(config), **vars(objectives)}
+    exec("class Changed(StepConfig):\n" + indent(example("in StepConfig"), "    "), names)
+    exec(example("in corsa/algorithm/objectives.py"), names)
+    added = eval(example("an entry of OBJECTIVES"), names)
+    monkeypatch.setattr(objectives, "OBJECTIVES", (*objectives.OBJECTIVES, added))
+    step = names["Changed"].model_validate({"simpo": 0.5, "lambda": 0.0, "rho": 0.0})
+    rounds = round_config(batch=5, epochs=4).model_copy(update={"step": step})  # every step sees all edits
+    bench = Bench(triplets(5))
+    *paired, last_one = bench.edits
+    unpaired = replace(last_one, old=[], reference=(last_one.reference[0], NO_OLD_ANSWER))  # L_SFT alone teaches it
+    trained = bench.train(rounds, tmp_path, edits=[*paired, unpaired])
+    first, last = trained.curves[0], trained.curves[-1]
+    assert last["loss_simpo"] < first["loss_simpo"]
+    assert last["loss_sft"] < first["loss_sft"]
+    assert first["cosine"] is not None
+    assert first["loss_dpo"] is None
+    assert curves_table(trained.curves)["loss_simpo"].to_pylist() == [row["loss_simpo"] for row in trained.curves]
+
+
+def test_the_loss_of_the_example_is_as_published(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SimPO (Meng et al. 2024), Eq. 6, with beta 2 and gamma 1."""
+    names = dict(vars(objectives))
+    exec(example("in corsa/algorithm/objectives.py"), names)
+    edits = [Triplet([5], [6, 7, 2], [8, 2]), Triplet([5], [6, 2], [8, 9, 9, 2]), Triplet([5], [6, 2], [])]
+    logp = torch.tensor([[[-3.0, -1.0, -4.0]], [[-2.0, -6.0, 0.0]]])
+    reference = torch.tensor([[[0.0] * 3], [[0.0, 0.0, NO_OLD_ANSWER]]])
+    part = MicroBatch(pack(edits), reference)
+    answers = objectives.Answers(logp, None, part, counts([edits], "cpu")[0], None)
+    margins = [2 * -3 / 3 - 2 * -2 / 2 - 1, 2 * -1 / 2 - 2 * -6 / 4 - 1]
+    expected = sum(math.log(1 + math.exp(-margin)) for margin in margins) / 2
+    found = names["simpo"](answers, RowSettings.of([StepConfig()], "cpu"))
+    assert float(found) == pytest.approx(expected, rel=1e-6)
 
 
 def test_the_example_of_a_scenario_draws_its_steps(tmp_path: Path) -> None:

@@ -14,13 +14,15 @@ from tiny import CPU, LORA, reference_of, shaken, tiny_model, triplets, with_ref
 from torch import Tensor
 from torch.func import functional_call
 
+from corsa.algorithm.batch import Batch, Counts, MicroBatch, counts
 from corsa.algorithm.learning_rate import learning_rate
 from corsa.algorithm.logprobs import answer_logprobs
-from corsa.algorithm.losses import dpo_loss, sft_loss
+from corsa.algorithm.objectives import Answers, dpo, sft
 from corsa.algorithm.packing import Triplet, pack
-from corsa.algorithm.pcgrad import dot, merge, norm, project
+from corsa.algorithm.pcgrad import dot, merge, norm, products, project
+from corsa.algorithm.row_settings import RowSettings
 from corsa.algorithm.sam import LookSam, perturbation, perturbed
-from corsa.algorithm.step import Batch, MicroBatch, corsa_step, gradients, reconcile
+from corsa.algorithm.step import corsa_step, gradients
 from corsa.config import STEPS, StepConfig, published_trainer
 from corsa.lora.flat import Lora
 
@@ -39,8 +41,12 @@ def config(**fields: Any) -> StepConfig:
 def cut(edits: Sequence[Triplet], size: int) -> Batch:
     """The edits as one worker's batch, in micro-batches of `size`."""
     parts = [edits[i : i + size] for i in range(0, len(edits), size)]
-    micro = [MicroBatch(pack(part), reference_of(part), sum(len(t.new) for t in part)) for part in parts]
-    return Batch(micro, len(edits), sum(len(t.new) for t in edits))
+    micro = [MicroBatch(pack(part), reference_of(part), counts([part], CPU)) for part in parts]
+    return Batch(micro, len(edits), counts([edits], CPU))
+
+
+def rows(*configs: StepConfig) -> RowSettings:
+    return RowSettings.of(configs, CPU)
 
 
 class Setting:
@@ -56,7 +62,7 @@ class Setting:
     def step(
         self, config: StepConfig, optimizer: torch.optim.Optimizer, size: int = 6, clip: float = 1e9
     ) -> dict[str, Any]:
-        (log,) = corsa_step(self.model, self.lora.phi, cut(self.edits, size), config, optimizer, clip, alone)
+        (log,) = corsa_step(self.model, self.lora.phi, cut(self.edits, size), rows(config), optimizer, clip, alone)
         return log
 
     def gradient(self, config: StepConfig, size: int = 6) -> Tensor:
@@ -211,12 +217,13 @@ def test_without_rho_it_is_the_plain_step_bit_for_bit(setting: Setting, c: StepC
             now = setting.phi.clone()
             setting.lora.phi.copy_(phi)
         logp = answer_logprobs(setting.model, pack(setting.edits), 6)
-        losses = [sft_loss(logp, sum(len(t.new) for t in setting.edits))]
+        losses = [-logp[0].sum(-1, keepdim=True) / sum(len(t.new) for t in setting.edits)]
         if c.lambda_ > 0:
-            losses.append(dpo_loss(logp, reference_of(setting.edits), c.beta, 6))
+            gain = logp - reference_of(setting.edits)
+            losses.append(-F.logsigmoid(c.beta * (gain[0] - gain[1])).sum(-1, keepdim=True) / 6)
         eye = torch.eye(len(losses))[:, :, None]
         g = torch.autograd.grad([torch.stack(losses)], [setting.lora.phi], [eye], is_grads_batched=True)[0]
-        g = g[0] if len(g) == 1 else merge(g[0], g[1], c.lambda_, c.pcgrad, c.eps)
+        g = g[0] if len(g) == 1 else merged_gradient(g[0], g[1], c.lambda_, c.pcgrad, c.eps)
         phi.grad = g * (1.0 / norm(g).clamp(min=1.0)).float()
         plain.step()
         with torch.no_grad():
@@ -228,9 +235,10 @@ def test_without_rho_it_is_the_plain_step_bit_for_bit(setting: Setting, c: StepC
 
 def test_batched_gradient_is_that_of_two_separate_calls(setting: Setting) -> None:
     batch = cut(setting.edits, 6)
-    both = gradients(setting.model, setting.lora.phi, batch, config(), alone).g
-    logp = answer_logprobs(setting.model, batch.parts[0].rows, 6)
-    losses = sft_loss(logp, batch.tokens), dpo_loss(logp, batch.parts[0].reference, 0.1, 6)
+    both = gradients(setting.model, setting.lora.phi, batch, rows(config()), alone).g
+    logp = answer_logprobs(setting.model, batch.parts[0].rows, 6).view(2, 1, 6)
+    answers = Answers(logp, None, batch.parts[0], Counts(6, sum(len(t.new) for t in setting.edits)), None)
+    losses = sft(answers, rows(config())), dpo(answers, rows(config()))
     for found, loss in zip(both, losses, strict=True):
         (expected,) = torch.autograd.grad(loss, setting.lora.phi, retain_graph=True)
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6 * float(expected.abs().max()))
@@ -238,8 +246,8 @@ def test_batched_gradient_is_that_of_two_separate_calls(setting: Setting) -> Non
 
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_parts_of_a_batch_add_up_to_the_whole(setting: Setting, size: int) -> None:
-    whole = gradients(setting.model, setting.lora.phi, cut(setting.edits, 6), config(), alone)
-    parts = gradients(setting.model, setting.lora.phi, cut(setting.edits, size), config(), alone)
+    whole = gradients(setting.model, setting.lora.phi, cut(setting.edits, 6), rows(config()), alone)
+    parts = gradients(setting.model, setting.lora.phi, cut(setting.edits, size), rows(config()), alone)
     torch.testing.assert_close(parts.g, whole.g, rtol=1e-3, atol=1e-6 * float(whole.g.abs().max()))
     torch.testing.assert_close(parts.sums, whole.sums, rtol=1e-5, atol=1e-5)
 
@@ -276,7 +284,9 @@ def test_with_scope_microbatch_the_log_has_the_means_over_micro_batches(setting:
     cosines = [cosine_of(setting, setting.start, part, c) for part in parts]
     assert cosines[0] < 0 < cosines[1]
     batch = cut(edits, 4)
-    (log,) = corsa_step(setting.model, setting.lora.phi, batch, c, torch.optim.SGD([setting.lora.phi]), 1.0, alone)
+    (log,) = corsa_step(
+        setting.model, setting.lora.phi, batch, rows(c), torch.optim.SGD([setting.lora.phi]), 1.0, alone
+    )
     assert log["cosine"] == pytest.approx(4 / 6 * cosines[0] + 2 / 6 * cosines[1], abs=1e-4)
     assert log["conflict"] is True
     rises = [rise_of(setting, setting.start, part, c) for part in parts]
@@ -284,7 +294,9 @@ def test_with_scope_microbatch_the_log_has_the_means_over_micro_batches(setting:
     with torch.no_grad():
         setting.lora.phi.copy_(setting.start)
     batch = cut(agreeing, 1)
-    (log,) = corsa_step(setting.model, setting.lora.phi, batch, c, torch.optim.SGD([setting.lora.phi]), 1.0, alone)
+    (log,) = corsa_step(
+        setting.model, setting.lora.phi, batch, rows(c), torch.optim.SGD([setting.lora.phi]), 1.0, alone
+    )
     assert log["conflict"] is False
 
 
@@ -296,7 +308,7 @@ def test_dpo_starts_at_ln_2() -> None:
     edits = with_reference(model, triplets(6))
     lora = Lora(model, LORA)  # B is zero: the model is its own reference
     (log,) = corsa_step(
-        model, lora.phi, cut(edits, 6), config(), torch.optim.SGD([lora.phi], lr=0.0), clip=1.0, reduce=alone
+        model, lora.phi, cut(edits, 6), rows(config()), torch.optim.SGD([lora.phi], lr=0.0), clip=1.0, reduce=alone
     )
     assert log["loss_dpo"] == pytest.approx(math.log(2), abs=1e-6)
 
@@ -317,10 +329,12 @@ def test_sft_is_transformers_own_loss_on_the_new_answers(setting: Setting) -> No
 def test_losses_by_hand() -> None:
     logp = torch.tensor([[-1.0, -3.0], [-2.0, -5.0]])
     reference = torch.tensor([[-2.0, -3.0], [-2.5, -4.0]])
-    assert float(sft_loss(logp, 8)) == pytest.approx(4 / 8)
+    answers = Answers(logp[:, None], None, MicroBatch([], reference[:, None]), Counts(2, 8), None)
+    assert float(sft(answers, rows(config()))) == pytest.approx(4 / 8)
+    assert float(sft(answers, rows(config(reduction="sequence")))) == pytest.approx(4 / 2)
     gains = [(-1 + 2) - (-2 + 2.5), (-3 + 3) - (-5 + 4)]  # 0.5, 1.0
     expected = sum(math.log(1 + math.exp(-0.2 * g)) for g in gains) / 2
-    assert float(dpo_loss(logp, reference, 0.2, 2)) == pytest.approx(expected, rel=1e-6)
+    assert float(dpo(answers, rows(config(beta=0.2)))) == pytest.approx(expected, rel=1e-6)
 
 
 def test_log_says_what_happened(setting: Setting) -> None:
@@ -350,6 +364,16 @@ def test_log_says_what_happened(setting: Setting) -> None:
 # PCGrad
 
 
+def merged_gradient(a: Tensor, b: Tensor, lam: float | Tensor, how: Any, eps: float) -> Tensor:
+    """g_PC of two gradients (K, P)."""
+    return merge([a, b], products([a, b]), [lam], how, eps)
+
+
+def projected(g: Tensor, other: Tensor) -> Tensor:
+    """P(g; other)."""
+    return project(g, other, dot(g, other), dot(other, other), 1e-12)
+
+
 def pair(opposed: bool, rows: int = 1) -> tuple[Tensor, Tensor]:
     random = torch.Generator().manual_seed(0)
     a, b = torch.randn(rows, 50, generator=random), torch.randn(rows, 50, generator=random)
@@ -360,46 +384,46 @@ def pair(opposed: bool, rows: int = 1) -> tuple[Tensor, Tensor]:
 def test_after_projection_nothing_opposes_the_other_objective() -> None:
     a, b = pair(opposed=True)
     assert float(dot(a, b)) == pytest.approx(-3.0, rel=1e-3)
-    assert float(dot(project(a, b, 1e-12), b)) == pytest.approx(0.0, abs=1e-5)
-    assert float(dot(project(b, a, 1e-12), a)) == pytest.approx(0.0, abs=1e-5)
-    whole = merge(a, b, 1.0, "symmetric", 1e-12)
+    assert float(dot(projected(a, b), b)) == pytest.approx(0.0, abs=1e-5)
+    assert float(dot(projected(b, a), a)) == pytest.approx(0.0, abs=1e-5)
+    whole = merged_gradient(a, b, 1.0, "symmetric", 1e-12)
     assert float(dot(whole, a)) > 0
     assert float(dot(whole, b)) > 0
 
 
 def test_without_conflict_nothing_changes() -> None:
     a, b = pair(opposed=False)
-    assert torch.equal(project(a, b, 1e-12), a)
-    assert torch.equal(merge(a, b, 0.5, "symmetric", 1e-12), a + 0.5 * b)
-    assert torch.equal(merge(a, b, 0.5, "algorithm1", 1e-12), a + 0.5 * b)
-    assert torch.equal(merge(a, b, 0.5, "authors", 1e-12), (a + 0.5 * b) / 2)
+    assert torch.equal(projected(a, b), a)
+    assert torch.equal(merged_gradient(a, b, 0.5, "symmetric", 1e-12), a + 0.5 * b)
+    assert torch.equal(merged_gradient(a, b, 0.5, "algorithm1", 1e-12), a + 0.5 * b)
+    assert torch.equal(merged_gradient(a, b, 0.5, "authors", 1e-12), (a + 0.5 * b) / 2)
 
 
 def test_a_gradient_of_zero_is_projected_without_harm() -> None:
     a, b = pair(opposed=True)
     zero = torch.zeros_like(a)
-    assert torch.equal(merge(a, zero, 1.0, "symmetric", 1e-12), a)
-    assert torch.equal(merge(zero, b, 1.0, "symmetric", 1e-12), b)
+    assert torch.equal(merged_gradient(a, zero, 1.0, "symmetric", 1e-12), a)
+    assert torch.equal(merged_gradient(zero, b, 1.0, "symmetric", 1e-12), b)
 
 
 def test_merging_by_hand() -> None:
     sft, dpo = torch.tensor([[1.0, 0.0]]), torch.tensor([[-1.0, 1.0]])
     # P(sft; dpo) = (1, 0) + 1/2 (-1, 1) = (0.5, 0.5);  P(dpo; sft) = (-1, 1) + (1, 0) = (0, 1)
-    assert merge(sft, dpo, 2.0, "symmetric", 0.0).tolist() == [[0.5, 2.5]]
+    assert merged_gradient(sft, dpo, 2.0, "symmetric", 0.0).tolist() == [[0.5, 2.5]]
     # line 6 read literally: dpo + 1 / |(0.5, 0.5)|^2 (0.5, 0.5) = (0, 2)
-    assert merge(sft, dpo, 2.0, "algorithm1", 0.0).tolist() == [[0.5, 4.5]]
+    assert merged_gradient(sft, dpo, 2.0, "algorithm1", 0.0).tolist() == [[0.5, 4.5]]
     # dpo first: (0, 1), which does not oppose sft; the sum is halved
-    assert merge(sft, dpo, 1.0, "authors", 0.0).tolist() == [[0.5, 0.5]]
-    assert merge(sft, dpo, 2.0, "authors", 0.0).tolist() == [[0.5, 1.0]]
-    assert merge(sft, dpo, 2.0, "off", 0.0).tolist() == [[-1.0, 2.0]]
+    assert merged_gradient(sft, dpo, 1.0, "authors", 0.0).tolist() == [[0.5, 0.5]]
+    assert merged_gradient(sft, dpo, 2.0, "authors", 0.0).tolist() == [[0.5, 1.0]]
+    assert merged_gradient(sft, dpo, 2.0, "off", 0.0).tolist() == [[-1.0, 2.0]]
 
 
 def test_adapters_trained_together_are_merged_each_by_itself() -> None:
     opposed, agreeing = pair(opposed=True), pair(opposed=False)
     a, b = (torch.cat(rows) for rows in zip(opposed, agreeing, strict=True))
-    together = merge(a, b, 1.0, "symmetric", 1e-12)
+    together = merged_gradient(a, b, 1.0, "symmetric", 1e-12)
     for row, (x, y) in zip(together, (opposed, agreeing), strict=True):
-        torch.testing.assert_close(row, merge(x, y, 1.0, "symmetric", 1e-12)[0])
+        torch.testing.assert_close(row, merged_gradient(x, y, 1.0, "symmetric", 1e-12)[0])
 
 
 # SAM
@@ -433,7 +457,7 @@ def looked(setting: Setting, c: StepConfig, steps: int) -> tuple[list[Tensor], l
             setting.lora.phi.copy_(setting.start)
         look.begin(number)
         batch = cut(setting.edits, 6)
-        (log,) = corsa_step(setting.model, setting.lora.phi, batch, c, optimizer, 1e9, alone, look)
+        (log,) = corsa_step(setting.model, setting.lora.phi, batch, rows(c), optimizer, 1e9, alone, look)
         found.append(setting.start - setting.phi)
         perturbed_in.append(log["sharpness"] is not None)
     return found, perturbed_in
@@ -518,7 +542,7 @@ def test_a_gradient_that_is_not_finite_is_skipped(setting: Setting, scope: str) 
     optimizer = torch.optim.AdamW([setting.lora.phi], lr=1e-2)
     batch = cut(setting.edits, 3)
     batch.parts[1].reference[0, 0] = math.nan
-    (log,) = corsa_step(setting.model, setting.lora.phi, batch, config(scope=scope), optimizer, 1.0, alone)
+    (log,) = corsa_step(setting.model, setting.lora.phi, batch, rows(config(scope=scope)), optimizer, 1.0, alone)
     assert log["skipped"] is True
     assert torch.equal(setting.phi, setting.start)
     assert not optimizer.state
@@ -569,7 +593,7 @@ def test_lora_takes_no_dpo_no_sam_and_no_projection_but_the_reduction() -> None:
 
 def test_one_objective_is_left_as_it_is() -> None:
     g = torch.randn(1, 1, 9)
-    assert torch.equal(reconcile(g, config(lam=0.0)), g[0])
+    assert torch.equal(merge(g, products(g), [], "symmetric", 1e-12), g[0])
 
 
 def test_several_adapters_need_no_second_step(setting: Setting) -> None:
@@ -580,9 +604,10 @@ def test_several_adapters_need_no_second_step(setting: Setting) -> None:
         lora.phi.copy_(setting.start.expand(2, -1))
     twice = [*setting.edits, *setting.edits]
     reference = reference_of(twice).view(2, 2, 6)
-    batch = Batch([MicroBatch(pack(twice, adapters=2), reference, 1)], 6, cut(setting.edits, 6).tokens)
+    batch = Batch([MicroBatch(pack(twice, adapters=2), reference)], 6, counts([setting.edits] * 2, CPU))
     before = lora.phi.detach().clone()
-    corsa_step(model, lora.phi, batch, config(rho=0.3), torch.optim.SGD([lora.phi], lr=1.0), 1e9, alone)
+    both = rows(config(rho=0.3), config(rho=0.3))
+    corsa_step(model, lora.phi, batch, both, torch.optim.SGD([lora.phi], lr=1.0), 1e9, alone)
     expected = setting.gradient(config(rho=0.3))
     for row in before - lora.phi.detach():
         torch.testing.assert_close(row, expected[0], rtol=1e-3, atol=1e-5 * float(expected.norm()))
@@ -598,7 +623,9 @@ def test_sums_over_workers_enter_before_the_norm_is_taken(setting: Setting) -> N
         with torch.no_grad():
             setting.lora.phi.copy_(setting.start)
         optimizer = torch.optim.SGD([setting.lora.phi], lr=1.0)
-        corsa_step(setting.model, setting.lora.phi, cut(setting.edits, 6), config(rho=0.3), optimizer, 1e9, reduce)
+        corsa_step(
+            setting.model, setting.lora.phi, cut(setting.edits, 6), rows(config(rho=0.3)), optimizer, 1e9, reduce
+        )
         found[name] = setting.start - setting.phi
     torch.testing.assert_close(found["two"], 2 * found["one"], rtol=1e-3, atol=1e-5 * float(found["two"].norm()))
 

@@ -11,8 +11,10 @@ import pytest
 import torch
 from tiny import CPU, LORA, shaken, tiny_model, triplets, with_reference
 
+from corsa.algorithm.batch import Batch, MicroBatch, counts
 from corsa.algorithm.packing import pack
-from corsa.algorithm.step import Batch, MicroBatch, corsa_step
+from corsa.algorithm.row_settings import RowSettings
+from corsa.algorithm.step import corsa_step
 from corsa.cli.main import main
 from corsa.config import STEPS, StepConfig, published_trainer
 from corsa.flow.store import Record
@@ -40,10 +42,9 @@ def after(steps: int, config: StepConfig, take: str) -> torch.Tensor:
             literal_step(base, lora, whole, config, optimizer, clip=1.0)
         else:
             reference = torch.tensor([t.reference for t in whole]).T
-            tokens = sum(len(t.new) for t in whole)
-            batch = Batch([MicroBatch(pack(whole), reference, tokens)], len(whole), tokens)
+            batch = Batch([MicroBatch(pack(whole), reference)], len(whole), counts([whole], CPU))
             timeline.start()
-            corsa_step(timeline.model, lora.phi, batch, config, optimizer, 1.0, timeline.reduce)
+            corsa_step(timeline.model, lora.phi, batch, RowSettings.of([config], CPU), optimizer, 1.0, timeline.reduce)
             assert {"forward", "backward_1", "optimizer"} <= set(timeline.seconds)
             assert ("backward_2" in timeline.seconds) is (config.rho > 0)
             assert 0 < timeline.outside_the_passes < sum(timeline.seconds.values())

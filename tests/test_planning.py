@@ -18,9 +18,10 @@ from tiny import FAMILIES, LORA, tiny_model, triplets
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from corsa.algorithm.logprobs import answer_logprobs
-from corsa.algorithm.losses import dpo_loss, sft_loss
+from corsa.algorithm.batch import Batch, MicroBatch, counts
+from corsa.algorithm.objectives import losses
 from corsa.algorithm.packing import Triplet, pack
+from corsa.algorithm.row_settings import RowSettings
 from corsa.cli.main import main
 from corsa.config import STEPS, LoraConfig, ModelConfig, ShardingConfig, StepConfig
 from corsa.config.amounts import as_bytes
@@ -70,7 +71,10 @@ def test_saved_tensors_are_counted_exactly(family: str) -> None:
     """Compared with torch's hooks on a real forward pass: every storage counts once, existing tensors not at all."""
     model = tiny_model(family)
     lora = Lora(model, LORA)
-    there = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers(), lora.phi]}
+    part = MicroBatch(pack(EDITS), torch.zeros(2, len(EDITS)))
+    batch = Batch([part], len(EDITS), counts([EDITS], "cpu"))
+    held = [*model.parameters(), *model.buffers(), lora.phi, batch.counts[0].tokens]
+    there = {t.untyped_storage().data_ptr() for t in held}
     saved: dict[int, Tensor] = {}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -79,9 +83,7 @@ def test_saved_tensors_are_counted_exactly(family: str) -> None:
         return tensor
 
     with saved_tensors_hooks(keep, lambda tensor: tensor):
-        logp = answer_logprobs(model, pack(EDITS), len(EDITS))
-        pairs = torch.as_tensor(1)  # as the step counts them
-        torch.stack([sft_loss(logp, 1.0), dpo_loss(logp, torch.zeros_like(logp), 0.1, pairs)])
+        losses(model, part, batch, RowSettings.of([STEPS["lora"](StepConfig())], "cpu"))
     assert rehearsed(family, "lora").saved == sum(t.untyped_storage().nbytes() for t in saved.values())
 
 
@@ -137,7 +139,9 @@ import json, sys
 import torch, transformers
 from corsa.config import ModelConfig, StepConfig, LoraConfig
 from corsa.algorithm.packing import Triplet, pack
-from corsa.algorithm.step import Batch, MicroBatch, corsa_step
+from corsa.algorithm.batch import Batch, MicroBatch, counts
+from corsa.algorithm.row_settings import RowSettings
+from corsa.algorithm.step import corsa_step
 from corsa.models.loading import load_model
 from corsa.lora.flat import Lora
 
@@ -150,9 +154,10 @@ before = resident("VmRSS")
 model = load_model(ModelConfig())
 lora = Lora(model, LoraConfig())
 optimizer = torch.optim.AdamW([lora.phi], weight_decay=0.0)
-batch = Batch([MicroBatch(pack(edits), torch.zeros(2, 8), 32)], 8, 32)
+batch = Batch([MicroBatch(pack(edits), torch.zeros(2, 8))], 8, counts([edits], "cpu"))
+settings = RowSettings.of([StepConfig()], "cpu")
 for _ in range(2):
-    corsa_step(model, lora.phi, batch, StepConfig(), optimizer, 1.0, lambda tensor: tensor)
+    corsa_step(model, lora.phi, batch, settings, optimizer, 1.0, lambda tensor: tensor)
 print(json.dumps(resident("VmHWM") - before))
 """
 

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from corsa.algorithm.batch import Batch, MicroBatch, counts
 from corsa.algorithm.packing import Triplet, pack
-from corsa.algorithm.pcgrad import cosine, dot, merge, norm, project
+from corsa.algorithm.pcgrad import cosine, dot, merge, norm, products, project
+from corsa.algorithm.row_settings import RowSettings
 from corsa.algorithm.sam import perturbation
-from corsa.algorithm.step import Batch, MicroBatch, corsa_step
+from corsa.algorithm.step import corsa_step
 from corsa.config import STEPS, StepConfig
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -37,7 +39,7 @@ def test_sums_over_phi_are_those_of_float64(correlated: tuple[Tensor, Tensor]) -
     assert float(dot(a, b)) == pytest.approx(exact_a @ exact_b, rel=1e-6)
     assert float(norm(a)) == pytest.approx(np.linalg.norm(exact_a), rel=1e-6)
     expected = exact_a @ exact_b / np.linalg.norm(exact_a) / np.linalg.norm(exact_b)
-    assert float(cosine(a, b, 1e-12)) == pytest.approx(expected, rel=1e-6)
+    assert float(cosine(products([a, b]), 0, 1, 1e-12)) == pytest.approx(expected, rel=1e-6)
     e = perturbation(a, 0.05, 1e-12).numpy()[0].astype(np.float64)
     assert np.linalg.norm(e) == pytest.approx(0.05, rel=1e-6)
     rows = torch.cat([a, b])
@@ -46,7 +48,7 @@ def test_sums_over_phi_are_those_of_float64(correlated: tuple[Tensor, Tensor]) -
 
 def test_after_projection_of_as_many_values_no_conflict_is_left(correlated: tuple[Tensor, Tensor]) -> None:
     a, b = correlated
-    left = project(a, -b, 1e-12).numpy()[0].astype(np.float64)
+    left = project(a, -b, dot(a, -b), dot(b, b), 1e-12).numpy()[0].astype(np.float64)
     exact = b.numpy()[0].astype(np.float64)
     assert abs(left @ exact) / np.linalg.norm(left) / np.linalg.norm(exact) < 1e-5
 
@@ -59,9 +61,10 @@ def test_a_gradient_of_as_many_values_is_clipped_to_the_norm(correlated: tuple[T
     a, _ = correlated
     phi = torch.zeros(1, MANY, requires_grad=True)
     optimizer = torch.optim.SGD([phi], lr=1.0)
-    rows = pack([Triplet([0], [1], [])])
-    batch = Batch([MicroBatch(rows, torch.zeros(2, 1), 1)], 1, 1)
-    (log,) = corsa_step(forward, phi, batch, STEPS["lora"](StepConfig()), optimizer, 1.0, lambda tensor: tensor)
+    edits = [Triplet([0], [1], [])]
+    batch = Batch([MicroBatch(pack(edits), torch.zeros(2, 1))], 1, counts([edits], "cpu"))
+    settings = RowSettings.of([STEPS["lora"](StepConfig())], "cpu")
+    (log,) = corsa_step(forward, phi, batch, settings, optimizer, 1.0, lambda tensor: tensor)
     exact = 0.5 * np.linalg.norm(a.numpy()[0].astype(np.float64))
     assert log["grad_norm"] == pytest.approx(exact, rel=1e-6)
     assert np.linalg.norm(phi.detach().numpy()[0].astype(np.float64)) == pytest.approx(1.0, rel=1e-6)
@@ -80,5 +83,5 @@ def test_no_float64_copy_of_phi_is_made(correlated: tuple[Tensor, Tensor]) -> No
 
     a, b = correlated
     with Watching():
-        perturbation(merge(a, -b, 1.0, "symmetric", 1e-12), 0.05, 1e-12)
+        perturbation(merge([a, -b], products([a, -b]), [1.0], "symmetric", 1e-12), 0.05, 1e-12)
     assert 0 < largest <= MANY // 32

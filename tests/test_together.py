@@ -15,8 +15,8 @@ from tiny import END, Bench, round_config, tiny_model, triplets, with_reference
 from torch import Tensor
 
 from corsa.algorithm.packing import Triplet, pack
-from corsa.algorithm.row_settings import Together
-from corsa.config import PER_ROW, ModelConfig, Placement, StepConfig
+from corsa.algorithm.row_settings import RowSettings
+from corsa.config import ModelConfig, Placement, StepConfig
 from corsa.config.steps import RoundConfig, RoundsConfig
 from corsa.errors import CorsaError
 from corsa.experiments.base import Experiment, chain, dealt, facts
@@ -139,13 +139,13 @@ MIXED: dict[str, list[dict[str, Any]]] = {
 def test_settings_that_a_pack_would_mix_are_refused(bench: Bench, tmp_path: Path, what: str) -> None:
     configs = [round_config(step=step) for step in MIXED[what]]
     with pytest.raises(CorsaError, match=rf"must have the same {what.split(',')[0]}.*--pack 1"):
-        Together.of([config.step for config in configs], "cpu")
+        RowSettings.of([config.step for config in configs], "cpu")
     with pytest.raises(CorsaError, match="--pack 1"):
         together(bench, configs, tmp_path)
 
 
 def test_every_field_of_a_step_is_each_row_s_own_or_compared() -> None:
-    """A field added later is compared unless it is listed in PER_ROW."""
+    """A field added later is compared unless it is listed in `StepConfig.per_row`."""
     other: dict[str, Any] = {
         "pcgrad": "off",
         "scope": "microbatch",
@@ -155,12 +155,12 @@ def test_every_field_of_a_step_is_each_row_s_own_or_compared() -> None:
         "perturb_every": 2,
         "reuse": 0.5,
     }
-    assert {*other, *PER_ROW} == StepConfig.model_fields.keys()
+    assert {*other, *StepConfig.per_row()} == StepConfig.model_fields.keys()
     before = {"microbatch": {"scope": "microbatch"}, "reuse": {"perturb_every": 2}}  # they have no effect without these
     for name, value in other.items():
         plain = StepConfig.model_validate(before.get(name, {}))
         with pytest.raises(CorsaError):
-            Together.of([plain, plain.model_copy(update={name: value})], "cpu")
+            RowSettings.of([plain, plain.model_copy(update={name: value})], "cpu")
 
 
 def test_an_approximation_is_not_packed(bench: Bench, tmp_path: Path) -> None:

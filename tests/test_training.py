@@ -19,6 +19,7 @@ import torch
 from tiny import CPU, EDITS, ROUNDS, Bench, Mortal, Trained, round_config, triplets, with_one_bad_reference
 from torch import nn
 
+from corsa.algorithm.packing import TAUGHT
 from corsa.algorithm.step import corsa_step
 from corsa.config import Placement, StepConfig
 from corsa.flow import Store
@@ -191,7 +192,7 @@ def test_a_perturbation_s_edits_are_never_cut(bench: Bench, tmp_path: Path) -> N
     parts = [edits[:4], edits[4:]]
     batch = context.batch(bench.loaded, [Share(edits, parts)], unit=4)
     assert [part.edits for part in batch.parts] == [4, 3]
-    assert (batch.edits, batch.tokens) == (7, sum(len(t.new) for t in edits))
+    assert (batch.edits, batch.counts[TAUGHT].tokens) == (7, sum(len(t.new) for t in edits))
     assert [part.edits for part in context.batch(bench.loaded, [Share(edits, [edits])], unit=1).parts] == [1] * 7
     config = round_config(step={"scope": "microbatch", "microbatch": 2})
     small, large = (bench.train(config, tmp_path / str(size), micro_batch=size).phi for size in (1, 16))

@@ -11,6 +11,7 @@ import torch
 from tiny import END, Bench, round_config, triplets
 
 from corsa.algorithm.packing import NO_OLD_ANSWER, Triplet
+from corsa.algorithm.row_settings import RowSettings
 from corsa.algorithm.step import Gradients, gradients
 from corsa.config import Placement, StepConfig
 from corsa.training.tokens import without_tokens
@@ -28,7 +29,7 @@ def found(bench: Bench, edits: Sequence[Triplet], micro_batch: int = 16) -> Grad
     with torch.no_grad():
         phi.copy_(bench.start)
     batch = context.batch(bench.loaded, [Share(edits, [edits])], 1)
-    return gradients(bench.loaded.model, phi, batch, StepConfig(), lambda t: t)
+    return gradients(bench.loaded.model, phi, batch, RowSettings.of([StepConfig()], "cpu"), lambda t: t)
 
 
 @pytest.mark.parametrize("micro_batch", [1, 16])

@@ -14,12 +14,21 @@ Model = Callable[..., Any]
 """A causal language model of transformers, or a wrapper with the same call."""
 
 
-def answer_logprobs(model: Model, rows: Sequence[Rows], edits: int) -> Tensor:
-    """Sums of log p over the answer tokens, in nats: (2, E), new answers first, old ones second; float32.
+PerToken = Callable[[Tensor, Rows], Tensor]
+"""A number for each answer token of some rows, (A,), from the logits (n, V) of their kept positions."""
+
+
+def log_p(logits: Tensor, rows: Rows) -> Tensor:
+    """Log p of each answer token in nats, (A,)."""
+    return logits[rows.index, rows.target] - logits.logsumexp(-1)[rows.index]
+
+
+def answer_sums(model: Model, rows: Sequence[Rows], edits: int, per_token: Sequence[PerToken]) -> list[Tensor]:
+    """For each function of the logits, its sums over the tokens of each answer: (2, E), new answers first; float32.
 
     The output head runs only on the kept positions, so no logits of prompt tokens are computed.
     """
-    total: Tensor | None = None
+    totals: list[Tensor] = []
     for r in rows:
         logits = model(
             input_ids=r.input_ids,
@@ -28,11 +37,17 @@ def answer_logprobs(model: Model, rows: Sequence[Rows], edits: int) -> Tensor:
             logits_to_keep=r.keep,
             use_cache=False,
         ).logits.float()  # (n, V)
-        logp = logits[r.index, r.target] - logits.logsumexp(-1)[r.index]  # (A,)
-        start = logp.new_zeros(2 * edits) if total is None else total
-        total = start.index_add(0, r.slot, logp)
-    assert total is not None, "no rows"
-    return total.view(2, edits)
+        found = [read(logits, r) for read in per_token]
+        totals = totals or [values.new_zeros(2 * edits) for values in found]
+        totals = [total.index_add(0, r.slot, values) for total, values in zip(totals, found, strict=True)]
+    assert totals, "no rows"
+    return [total.view(2, edits) for total in totals]
+
+
+def answer_logprobs(model: Model, rows: Sequence[Rows], edits: int) -> Tensor:
+    """Sums of log p over the answer tokens, in nats: (2, E), new answers first, old ones second; float32."""
+    (logp,) = answer_sums(model, rows, edits, [log_p])
+    return logp
 
 
 @torch.no_grad()

@@ -30,6 +30,9 @@ NO_OLD_ANSWER = float("inf")
 """The reference log-probability of an edit without an old answer. It makes L_DPO's margin infinite, so the log sigmoid
 and its gradient are exactly 0: L_SFT alone teaches the edit."""
 
+TAUGHT = 0
+"""The role of the edits that the round teaches. Edits of another role are read by objectives of that role."""
+
 
 @dataclass(frozen=True)
 class Triplet:
@@ -37,6 +40,7 @@ class Triplet:
 
     Answers end with the tokenizer's end-of-text token. `reference` is (logp_ref(y_new|x), logp_ref(y_old|x)).
     `kept`: the new answer is the base model's own, taught so that it stays; nothing has to be learnt.
+    `role` says which objectives read the edit (`corsa.algorithm.objectives`).
     """
 
     prompt: Sequence[int]
@@ -44,6 +48,7 @@ class Triplet:
     old: Sequence[int]
     reference: tuple[float, float] = (0.0, 0.0)
     kept: bool = False
+    role: int = TAUGHT
 
     def __len__(self) -> int:
         """Tokens of the packed row."""

@@ -1,93 +1,77 @@
-"""K adapters trained together on one copy of the base: rows of phi that differ only in lambda, beta and rho."""
+"""The settings of K adapters trained together on one copy of the base: rows of phi. K = 1 is the ordinary case."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
-from corsa.config import PCGrad, StepConfig
+from corsa.config import StepConfig
 from corsa.errors import CorsaError
 
 
 @dataclass(frozen=True)
-class Together:
-    """The settings of K steps taken at once, with the names of `StepConfig`. A setting that may differ is (K, 1).
+class RowSettings:
+    """The settings of K steps taken at once.
 
-    A row with lambda = 0 runs without DPO (its gradient is that of L_SFT), and a row with rho = 0 without SAM (its
-    perturbation is zero), also when other rows use them.
+    Rows may differ in the weights of their objectives and in beta and rho (`StepConfig.per_row`). A row with weight 0
+    runs without that objective, and a row with rho = 0 without SAM, also when other rows use them.
+
+    Attributes:
+        rows: the settings of each row.
+        shared: the settings that all rows have in common.
+        columns: field -> its value for one row, or a column (K, 1) for several: the fields in which rows may differ.
     """
 
-    configs: tuple[StepConfig, ...]
+    rows: tuple[StepConfig, ...]
     shared: StepConfig
-    lambda_: Tensor
-    beta: Tensor
-    rho: Tensor
+    columns: Mapping[str, float | Tensor]
 
     @classmethod
-    def of(cls, configs: Sequence[StepConfig], device: torch.device | str) -> StepConfig | Together:
-        """The settings of these steps together. A single step is returned as it is.
+    def of(cls, configs: Sequence[StepConfig], device: torch.device | str) -> RowSettings:
+        """The settings of these steps together.
 
         Raises:
-            CorsaError: the steps differ in more than lambda, beta and rho, or use LookSAM, which keeps one adapter's
-                gradient.
+            CorsaError: the steps differ in what rows may not differ in; several use LookSAM, which keeps one adapter's
+                gradient; or `pcgrad` cannot reconcile so many objectives.
         """
-        if len(configs) == 1:
-            return configs[0]
-        shared = configs[0].shared
-        for name in StepConfig.model_fields:
+        shared, per_row = configs[0].shared, configs[0].per_row()
+        for name in type(shared).model_fields:
             found = dict.fromkeys(getattr(config.shared, name) for config in configs)
             if len(found) > 1:
                 raise CorsaError(
                     f"adapters trained together must have the same {name}, found {', '.join(map(str, found))}: "
                     "train them apart (--pack 1)"
                 )
-        if shared.perturb_every > 1:
+        if shared.perturb_every > 1 and len(configs) > 1:
             raise CorsaError(
                 f"perturb_every {shared.perturb_every} uses one adapter's perturbation again: train apart (--pack 1)"
             )
-        lam, beta, rho = (
-            torch.tensor([[getattr(config, name)] for config in configs], dtype=torch.float32, device=device)
-            for name in ("lambda_", "beta", "rho")
-        )
-        return cls(tuple(configs), shared, lam, beta, rho)
+        objectives = 1 + sum(any(getattr(config, weight) > 0 for config in configs) for weight in shared.weights)
+        try:
+            shared.refuse_pcgrad(objectives)
+        except ValueError as error:
+            raise CorsaError(str(error)) from error
+        if len(configs) == 1:
+            return cls(tuple(configs), shared, {name: getattr(configs[0], name) for name in per_row})
+        columns = {
+            name: torch.tensor([[getattr(config, name)] for config in configs], dtype=torch.float32, device=device)
+            for name in per_row
+        }
+        return cls(tuple(configs), shared, columns)
 
-    @property
-    def dpo(self) -> bool:
-        """Whether any row runs L_DPO."""
-        return any(config.dpo for config in self.configs)
+    def column(self, name: str) -> float | Tensor:
+        """A setting of the rows: a number, or a column (K, 1)."""
+        return self.columns[name] if name in self.columns else getattr(self.shared, name)
 
-    @property
-    def sam(self) -> bool:
-        """Whether any row is perturbed."""
-        return any(config.sam for config in self.configs)
+    def any(self, name: str | None) -> bool:
+        """Whether any row has a value above 0. None stands for a weight of 1."""
+        return name is None or any(getattr(row, name) > 0 for row in self.rows)
 
-    @property
-    def pcgrad(self) -> PCGrad:
-        return self.shared.pcgrad
-
-    @property
-    def scope(self) -> Literal["step", "microbatch"]:
-        return self.shared.scope
-
-    @property
-    def reduction(self) -> Literal["token", "sequence"]:
-        return self.shared.reduction
-
-    @property
-    def eps(self) -> float:
-        return self.shared.eps
-
-    def known(self, reference: Tensor, logp: Tensor) -> Tensor:
-        """The reference (2, K, E) for rows that run L_DPO. Other rows get `logp` itself: a non-finite reference, times
-        0, would spoil L_SFT's gradient too.
-        """
-        return torch.where((self.lambda_ > 0)[None], reference, logp.detach())
-
-    def each(self, adapters: int) -> Sequence[StepConfig]:
-        """The settings of each row."""
-        assert adapters == len(self.configs)
-        return self.configs
+    def runs(self, name: str | None) -> Tensor | None:
+        """Which rows have a value above 0, (K, 1); None: all."""
+        if name is None or len(self.rows) == 1 or all(getattr(row, name) > 0 for row in self.rows):
+            return None
+        return torch.as_tensor(self.column(name)) > 0

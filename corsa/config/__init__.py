@@ -6,8 +6,7 @@ not. This module imports neither torch nor ray: a pipeline is planned from it be
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 from tyro.conf import Suppress, arg
@@ -65,11 +64,14 @@ class LoraConfig(Frozen):
 
 
 PCGrad = Literal["symmetric", "algorithm1", "authors", "off"]
-"""How the gradients of L_SFT and L_DPO become one (`corsa.algorithm.pcgrad.merge`)."""
+"""How the gradients of the objectives become one (`corsa.algorithm.pcgrad.merge`)."""
 
 
 class StepConfig(Frozen):
     """The step of Algorithm 1. Plain LoRA and the ablations of Table 9 are settings of it (`STEPS`)."""
+
+    weights: ClassVar[tuple[str, ...]] = ("lambda_",)
+    """The fields that are weights of objectives (`corsa.algorithm.objectives`). Weight 0 runs without the objective."""
 
     lambda_: Annotated[float, arg(name="lambda")] = Field(
         default=1.0, ge=0, alias="lambda", description="weight of L_DPO in L_Update (Eq. 4); 0 runs no DPO"
@@ -126,42 +128,46 @@ class StepConfig(Frozen):
                 f"perturb_every {self.perturb_every} uses one perturbation again for whole steps, and scope microbatch "
                 "has one for each micro-batch: set scope step, or perturb_every 1"
             )
+        self.refuse_pcgrad(self.objectives)
         return self
 
+    def refuse_pcgrad(self, objectives: int) -> None:
+        """Raise `ValueError` if `pcgrad` cannot reconcile so many objectives."""
+        if self.pcgrad in ("algorithm1", "authors") and objectives > 2:
+            raise ValueError(f"pcgrad {self.pcgrad} is for two objectives, not {objectives}: set symmetric")
+
+    @classmethod
+    def per_row(cls) -> tuple[str, ...]:
+        """The fields in which adapters trained together may differ."""
+        return (*cls.weights, "beta", "rho")
+
     @property
-    def dpo(self) -> bool:
-        """Whether L_DPO is run."""
-        return self.lambda_ > 0
+    def objectives(self) -> int:
+        """How many objectives the step runs: L_SFT, and those with a weight above 0."""
+        return 1 + sum(getattr(self, weight) > 0 for weight in self.weights)
 
     @property
     def sam(self) -> bool:
         """Whether the gradient is taken at phi + e."""
         return self.rho > 0
 
-    def each(self, adapters: int) -> Sequence[StepConfig]:
-        """The settings of each row of phi."""
-        return [self] * adapters
-
     def effective(self) -> StepConfig:
         """The same step, with fields without effect at their defaults: equal steps then have equal identities."""
-        idle = {"beta", "pcgrad"} if self.lambda_ == 0 else set()
+        idle = {"beta"} if self.lambda_ == 0 else set()
+        idle |= {"pcgrad"} if self.objectives == 1 else set()
         idle |= {"microbatch"} if self.scope == "step" else set()
         idle |= {"perturb_every"} if self.rho == 0 else set()
         idle |= {"reuse"} if self.rho == 0 or self.perturb_every == 1 else set()
-        return self.model_copy(update={name: getattr(StepConfig(), name) for name in idle})
+        return self.model_copy(update={name: getattr(type(self)(), name) for name in idle})
 
     @property
     def shared(self) -> StepConfig:
-        """What the steps of adapters trained together must have in common: all but lambda, beta and rho.
+        """What the steps of adapters trained together must have in common: all but `per_row`.
 
-        Fields without effect are at their defaults: a step without DPO has the default `pcgrad`, and so shares a pack
-        only with steps that have it too.
+        Fields without effect are at their defaults: a step with one objective has the default `pcgrad`, and so shares a
+        pack only with steps that have it too.
         """
-        return self.effective().model_copy(update={name: getattr(StepConfig(), name) for name in PER_ROW})
-
-
-PER_ROW = ("lambda_", "beta", "rho")
-"""Fields of a step in which adapters trained together may differ."""
+        return self.effective().model_copy(update={name: getattr(type(self)(), name) for name in self.per_row()})
 
 
 class FLearningConfig(Frozen):

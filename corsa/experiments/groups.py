@@ -34,7 +34,7 @@ def placement_of(model: ModelConfig, experiment: Experiment) -> Placement:
 
 def _job(model: ModelConfig, experiment: Experiment, workers: int) -> Job:
     steps = [STEPS[m](experiment.corsa) for m in experiment.methods if m in STEPS] or [STEPS["lora"](experiment.corsa)]
-    heaviest = max(steps, key=lambda step: (step.lambda_ > 0, step.rho > 0))
+    heaviest = max(steps, key=lambda step: (step.objectives, step.rho > 0))
     training, placement = experiment.training, experiment.placement
     return Job(
         model=model,

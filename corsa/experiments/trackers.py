@@ -20,7 +20,8 @@ import pandas as pd
 from corsa.errors import CorsaError, unknown_name
 from corsa.flow.store import Artifact
 
-_CURVES = ("loss_sft", "loss_dpo", "logp_new", "logp_old", "cosine", "sharpness", "grad_norm", "learning_rate")
+_CURVES = ("logp_new", "logp_old", "cosine", "sharpness", "grad_norm", "learning_rate")
+"""Columns of the curves that are sent, besides the loss of each objective (`loss_NAME`)."""
 
 
 def check(where: Sequence[str]) -> None:
@@ -83,8 +84,9 @@ def _steps(curves: pd.DataFrame) -> Iterator[Row]:
         return
     for (method, seed), rows in curves.groupby(["method", "seed"], sort=False):
         for step, row in enumerate(rows.sort_values(["round", "step"]).to_dict("records"), start=1):
-            found = {name: row[name] for name in _CURVES if name in row and pd.notna(row[name])}
-            yield step, {f"training/{method}/seed{seed}/{name}": float(value) for name, value in found.items()}
+            found = {name: row[name] for name in row if name in _CURVES or str(name).startswith("loss_")}
+            named = {f"training/{method}/seed{seed}/{name}": value for name, value in found.items()}
+            yield step, {name: float(value) for name, value in named.items() if pd.notna(value)}
 
 
 def _tensorboard(place: str, title: str, config: dict[str, Any], rows: list[Row]) -> str:

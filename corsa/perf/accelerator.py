@@ -104,8 +104,10 @@ def measure(case: Case) -> dict[str, Any]:
     """
     import torch
 
+    from corsa.algorithm.batch import Batch, MicroBatch, counts
     from corsa.algorithm.packing import Triplet, pack
-    from corsa.algorithm.step import Batch, MicroBatch, corsa_step
+    from corsa.algorithm.row_settings import RowSettings
+    from corsa.algorithm.step import corsa_step
     from corsa.config import STEPS, LoraConfig, ModelConfig, ShardingConfig, StepConfig
     from corsa.lora.flat import Lora
     from corsa.models.shapes import architecture
@@ -126,12 +128,12 @@ def measure(case: Case) -> dict[str, Any]:
     optimizer: Any = group.optimizer(lora.phi)
     rows = [r.to(device) for r in pack(edits, dtype=model.dtype)]
     reference = torch.zeros(2, case.edits, device=device)
-    tokens = case.edits * ANSWER
-    batch = Batch([MicroBatch(rows, reference, tokens)], case.edits, tokens)
+    batch = Batch([MicroBatch(rows, reference)], case.edits, counts([edits], device))
+    settings = RowSettings.of([step], device)
 
     def take() -> float:
         began = time.perf_counter()
-        corsa_step(model, lora.phi, batch, step, optimizer, 1.0, group.sum)
+        corsa_step(model, lora.phi, batch, settings, optimizer, 1.0, group.sum)
         if case.gpu:
             torch.cuda.synchronize()
         return time.perf_counter() - began

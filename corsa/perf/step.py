@@ -11,9 +11,11 @@ from typing import Any
 
 import torch
 
+from corsa.algorithm.batch import Batch
 from corsa.algorithm.logprobs import answer_logprobs
 from corsa.algorithm.packing import Triplet, pack
-from corsa.algorithm.step import Batch, corsa_step
+from corsa.algorithm.row_settings import RowSettings
+from corsa.algorithm.step import corsa_step
 from corsa.config import STEPS, LoraConfig, ModelConfig, Placement, StepConfig, TrainingConfig
 from corsa.data.edit import Edit
 from corsa.errors import CorsaError
@@ -92,7 +94,8 @@ def measure_step(
         timeline.start()
         cut = context.batch(loaded, [Share(whole, [whole])], unit=1)
         timeline.cut("packing")
-        corsa_step(timeline.model, phi, cut, config, optimizer, training.clip, timeline.reduce)
+        settings = RowSettings.of([config], phi.device)
+        corsa_step(timeline.model, phi, cut, settings, optimizer, training.clip, timeline.reduce)
         timeline.cut("log")
         return cut
 

@@ -18,8 +18,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, masking_utils
 from transformers.initialization import no_init_weights
 
+from corsa.algorithm.batch import Batch, MicroBatch, counts
 from corsa.algorithm.packing import Rows, Triplet, pack
-from corsa.algorithm.step import Batch, MicroBatch, corsa_step
+from corsa.algorithm.row_settings import RowSettings
+from corsa.algorithm.step import corsa_step
 from corsa.config import LoraConfig, StepConfig
 from corsa.lora.flat import Lora
 from corsa.models.activation_checkpointing import recompute_activations
@@ -157,10 +159,10 @@ def observed(
     ledger.hold("activations", [t for r in rows for t in vars(r).values() if t is not None])
     ledger.hold("optimizer", [t for t in optimizer.state[phi].values() if isinstance(t, torch.Tensor)])
     reference = torch.zeros(2, len(triplets), device=phi.device)
-    tokens = sum(len(t.new) for t in triplets)
-    batch = Batch([MicroBatch(rows, reference, tokens)], len(triplets), tokens)
+    batch = Batch([MicroBatch(rows, reference)], len(triplets), counts([triplets], phi.device))
+    settings = RowSettings.of([step], phi.device)
     with ledger, ledger.saving():
-        corsa_step(model, phi, batch, step, optimizer, 1.0, lambda tensor: tensor)
+        corsa_step(model, phi, batch, settings, optimizer, 1.0, lambda tensor: tensor)
     return ledger
 
 

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from corsa.algorithm.learning_rate import learning_rate
-from corsa.algorithm.row_settings import Together
+from corsa.algorithm.objectives import update_loss
+from corsa.algorithm.row_settings import RowSettings
 from corsa.algorithm.sam import LookSam
 from corsa.algorithm.step import corsa_step
 from corsa.config import StepConfig
@@ -39,9 +40,10 @@ CURVES = pa.schema(
         ("loss_dpo", pa.float64()),
         ("logp_new", pa.float64()),  # nats, mean over the batch's edits, before the update
         ("logp_old", pa.float64()),
-        # Of g_SFT and g_DPO at phi; null without DPO. Scope microbatch: mean over micro-batches, weighted by edits.
+        # Of g_SFT and g_DPO at phi, the smallest of all pairs if there are more objectives; null with one objective.
+        # Scope microbatch: mean over micro-batches, weighted by edits.
         ("cosine", pa.float64()),
-        # Whether the cosine is below 0; null without DPO. Scope microbatch: below 0 in at least one micro-batch.
+        # Whether the cosine is below 0; null with one objective. Scope microbatch: below 0 in at least one micro-batch.
         ("conflict", pa.bool_()),
         # L_Update(phi + e) - L_Update(phi); null if the step was not perturbed. Scope microbatch: each micro-batch has
         # its own e; mean weighted by edits.
@@ -55,6 +57,13 @@ CURVES = pa.schema(
     ]
 )
 """One row per optimizer step."""
+
+
+def curves_table(curves: Sequence[dict[str, Any]]) -> pa.Table:
+    """The table of these rows: `CURVES`, and a column `loss_NAME` of each further objective that was run."""
+    found = {name: None for row in curves for name in row if name.startswith("loss_") and name not in CURVES.names}
+    further = [(name, pa.float64()) for name in found]
+    return pa.Table.from_pylist(list(curves), schema=pa.schema([*CURVES, *further]))
 
 
 class RoundFailedError(CorsaError):
@@ -137,7 +146,7 @@ def train_together(
 
 
 def _refuse_mixed(configs: Sequence[RoundConfig]) -> None:
-    """Raise `CorsaError` if these rounds cannot be trained together. `Together.of` compares their steps."""
+    """Raise `CorsaError` if these rounds cannot be trained together. `RowSettings.of` compares their steps."""
     for name in RoundConfig.model_fields:
         values = [getattr(config.shared, name) for config in configs]
         if name != "step" and any(value != values[0] for value in values):
@@ -175,7 +184,7 @@ def _learn(
     steps = per_epoch * training.epochs
     unit = config.step.microbatch if config.step.scope == "microbatch" else 1
     preemption = PreemptionWatch()
-    setting = Together.of([config.step for config in configs], phi.device)
+    settings = RowSettings.of([config.step for config in configs], phi.device)
     for row_state in row_states:  # an interrupted round may have had enough already
         row_state.stop_if_enough(row_state.position.step // per_epoch, per_epoch)
     running = [row_state.position.step for row_state in row_states if not row_state.ended]
@@ -202,7 +211,7 @@ def _learn(
             batch = context.batch(loaded, shares, unit, training.stop_above)
             if look:
                 look.begin(number)
-            logs = corsa_step(loaded.model, phi, batch, setting, optimizer, training.clip, group.sum, look)
+            logs = corsa_step(loaded.model, phi, batch, settings, optimizer, training.clip, group.sum, look)
             seconds = (time.monotonic() - start) / len(row_states)
             for row_state, log, param_group in zip(row_states, logs, optimizer.param_groups, strict=True):
                 if not param_group["waits"]:
@@ -287,10 +296,8 @@ class _RowState:
 
 
 def _mean_loss(configs: Sequence[RoundConfig], logs: Sequence[dict[str, Any]]) -> float:
-    losses = [
-        log["loss_sft"] + config.step.lambda_ * (log["loss_dpo"] or 0.0)
-        for config, log in zip(configs, logs, strict=True)
-    ]
+    """Mean over the rounds of L_Update."""
+    losses = [update_loss(config.step, log) for config, log in zip(configs, logs, strict=True)]
     return sum(losses) / len(losses)
 
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from corsa.algorithm.batch import Batch, MicroBatch, counts
 from corsa.algorithm.logprobs import packing_is_exact
-from corsa.algorithm.packing import Triplet, pack
-from corsa.algorithm.step import Batch, MicroBatch
+from corsa.algorithm.packing import TAUGHT, Triplet, pack
 from corsa.config import LoraConfig, ModelConfig, Placement
 from corsa.config.steps import AskingConfig, ControlsConfig, RoundConfig, SamplesConfig, SpecificityConfig
 from corsa.lora.flat import Lora
@@ -129,17 +129,20 @@ class WorkerContext:
             cuts = range(0, len(ordered[0]), size)
             micro += [self._micro_batch(loaded, [part[i : i + size] for part in ordered], bound) for i in cuts]
         whole = [share.whole for share in shares]
-        unpaired = torch.tensor([[sum(not t.old for t in own)] for own in whole], device=self.group.device)
-        return Batch(self.group.pad_passes(micro), len(whole[0]), self._tokens(whole), unpaired)
+        return Batch(self.group.pad_passes(micro), len(whole[0]), counts(whole, self.group.device))
 
     def _micro_batch(self, loaded: Loaded, adapters: Sequence[Sequence[Triplet]], bound: float | None) -> MicroBatch:
         device, flat = self.group.device, [t for own in adapters for t in own]
         packed = pack(flat, dtype=loaded.model.dtype, packed=loaded.packed, adapters=len(adapters))
         reference = torch.tensor([t.reference for t in flat], dtype=torch.float32, device=device).T
+        role = None
+        if any(t.role != TAUGHT for t in flat):
+            role = torch.tensor([[t.role for t in own] for own in adapters], device=device)
         return MicroBatch(
             [rows.to(device) for rows in packed],
             reference.reshape(2, len(adapters), -1),
-            self._tokens(adapters),
+            counts(adapters, device),
+            role,
             self._bounds(adapters, bound),
         )
 
@@ -149,8 +152,3 @@ class WorkerContext:
             return -math.inf
         bounds = [[-math.inf if t.kept else math.log(bound) for t in own] for own in adapters]
         return torch.tensor(bounds, device=self.group.device)
-
-    def _tokens(self, adapters: Sequence[Sequence[Triplet]]) -> Tensor:
-        """Tokens in the new answers of each adapter: (K, 1)."""
-        counts = [[float(sum(len(t.new) for t in own))] for own in adapters]
-        return torch.tensor(counts, device=self.group.device)

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from corsa.algorithm.step import MicroBatch
+from corsa.algorithm.batch import MicroBatch
 from corsa.config import ModelConfig, Placement, ShardingConfig
 from corsa.models.activation_checkpointing import recompute_activations
 from corsa.models.loading import load_model

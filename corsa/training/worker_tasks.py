@@ -46,7 +46,7 @@ from corsa.lora.peft_format import load_adapter, read_factors, save_adapter, wri
 from corsa.lora.weight_deltas import load_delta, save_delta
 from corsa.methods import method_of
 from corsa.methods.base import Round
-from corsa.training.loop import CURVES, AtEpoch, RoundRun, train, train_together
+from corsa.training.loop import AtEpoch, RoundRun, curves_table, train, train_together
 from corsa.training.memory_usage import peak_since, start_peak
 from corsa.training.mixing import Material, anchored
 from corsa.training.routing import route
@@ -437,7 +437,7 @@ _ORDER = ("edit", "probe", "wording", "draw")
 
 
 def _write_curves(task: Task, curves: list[dict[str, Any]], facts: _StepFacts) -> dict[str, Any]:
-    pq.write_table(pa.Table.from_pylist(curves, schema=CURVES), task.output / "curves.parquet")
+    pq.write_table(curves_table(curves), task.output / "curves.parquet")
     training: TrainingConfig = task.config.training
     planned = len(curves) // curves[-1]["epoch"] * training.epochs  # every epoch has the same number of steps
     beside = {"replayed_from": len(facts.earlier)} if training.replay else {}

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from corsa.algorithm.batch import MicroBatch
 from corsa.algorithm.packing import blank
-from corsa.algorithm.step import MicroBatch
 
 
 @contextmanager
@@ -47,7 +47,7 @@ def pad_passes(parts: Sequence[MicroBatch], device: torch.device) -> list[MicroB
     counts: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(counts, [len(part.rows) for part in parts])
     wanted = [max(own[i] for own in counts if i < len(own)) for i in range(max(map(len, counts)))]
-    nothing = MicroBatch((), torch.zeros(2, 0, device=device), 0)
+    nothing = MicroBatch((), torch.zeros(2, 0, device=device))
     filled = [*parts, *[nothing] * (len(wanted) - len(parts))]
     return [
         replace(part, rows=[*part.rows, *[blank(device)] * (rows - len(part.rows))])
