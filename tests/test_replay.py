@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from tiny import Bench, round_config, triplets
 
 from corsa.algorithm.logprobs import answer_logprobs
-from corsa.algorithm.packing import Triplet, pack
+from corsa.algorithm.packing import EARLIER, Triplet, pack
 from corsa.config import TrainingConfig
 from corsa.config.steps import RoundsConfig
 from corsa.data.schedule import ROUNDS, held_before
@@ -23,7 +23,7 @@ from corsa.experiments.base import Experiment, chain, dealt, facts
 from corsa.flow import Step
 from corsa.methods import METHODS, looks_back
 from corsa.report.findings import LOOKS_BACK, marked
-from corsa.training.mixing import Material, drawn
+from corsa.training.mixing import Material, drawn, in_role
 from corsa.training.tokens import batch_order
 
 PLAIN = {"lambda": 0.0, "rho": 0.0, "pcgrad": "off"}
@@ -126,6 +126,37 @@ def test_a_second_round_forgets_less_with_replay(bench: Bench, tmp_path: Path) -
     assert new[1] > new[0] - 1.0
 
 
+def test_earlier_facts_can_be_an_objective_of_their_own(bench: Bench, tmp_path: Path) -> None:
+    """A step of LoRA with `replay-pcgrad`: g = P(g_own; g_earlier) + w P(g_earlier; g_own), each a mean over tokens."""
+    own, earlier, weight = bench.edits[:3], bench.edits[3:5], 0.5
+    step = PLAIN | {"pcgrad": "symmetric", "replay": weight}
+    config = round_config(step=step, epochs=1, batch=5, replay=0.4, warmup=0, clip=1e9)
+    lora = bench.loaded.lora
+    with torch.no_grad():
+        lora.phi.copy_(bench.start)
+    means, gradients = [], []
+    for edits in (own, earlier):
+        logp = answer_logprobs(bench.loaded.model, pack(edits), len(edits))[0]
+        means.append(-logp.sum() / sum(len(edit.new) for edit in edits))
+        gradients.append(torch.autograd.grad(means[-1], [lora.phi])[0])
+    (a, b), inner = gradients, (gradients[0] * gradients[1]).sum()
+    if inner < 0:
+        a, b = a - inner / b.norm() ** 2 * b, b - inner / a.norm() ** 2 * a
+    expected = a + weight * b
+    row = bench.train(config, tmp_path, edits=own, earlier=in_role(earlier, EARLIER)).curves[0]
+    assert row["loss_sft"] == pytest.approx(means[0].item(), rel=1e-5)
+    assert row["loss_replay"] == pytest.approx(means[1].item(), rel=1e-5)
+    assert row["conflict"] is bool(inner < 0)
+    assert row["grad_norm"] == pytest.approx(float(expected.norm()), rel=1e-4)
+
+
+def test_a_first_round_runs_without_the_objective(bench: Bench, tmp_path: Path) -> None:
+    step = PLAIN | {"pcgrad": "symmetric", "replay": 1.0}
+    alone = bench.train(round_config(step=step, batch=8, replay=0.5), tmp_path / "first")
+    plain = bench.train(round_config(step=PLAIN, batch=4), tmp_path / "plain")
+    assert float((alone.phi - plain.phi).abs().max()) <= 1e-6
+
+
 # What still holds
 
 
@@ -186,7 +217,7 @@ def test_joint_training_does_not_go_on_from_the_round_before(tmp_path: Path) -> 
 def test_reports_mark_methods_that_look_back() -> None:
     plain = experiment("x.jsonl")
     found = {name: looks_back(METHODS[name].round_config(plain, 0, 2)) for name in METHODS}
-    assert {name for name, back in found.items() if back} == {"replay", "corsa-replay", "joint"}
+    assert {name for name, back in found.items() if back} == {"replay", "corsa-replay", "replay-pcgrad", "joint"}
     assert looks_back(METHODS["lora"].round_config(experiment("x.jsonl", replay=0.25), 0, 2))
     metrics = {"looks_back": ["replay"]}
     assert (marked("replay", metrics), marked("lora", metrics)) == ("LoRA with replay *", "LoRA")

@@ -33,6 +33,9 @@ and its gradient are exactly 0: L_SFT alone teaches the edit."""
 TAUGHT = 0
 """The role of the edits that the round teaches. Edits of another role are read by objectives of that role."""
 
+EARLIER, ANCHOR = 1, 2
+"""The roles of earlier rounds' facts and of everyday questions where they are objectives of their own."""
+
 
 @dataclass(frozen=True)
 class Triplet:

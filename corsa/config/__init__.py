@@ -70,7 +70,7 @@ PCGrad = Literal["symmetric", "algorithm1", "authors", "off"]
 class StepConfig(Frozen):
     """The step of Algorithm 1. Plain LoRA and the ablations of Table 9 are settings of it (`STEPS`)."""
 
-    weights: ClassVar[tuple[str, ...]] = ("lambda_",)
+    weights: ClassVar[tuple[str, ...]] = ("lambda_", "replay", "anchor")
     """The fields that are weights of objectives (`corsa.algorithm.objectives`). Weight 0 runs without the objective."""
 
     lambda_: Annotated[float, arg(name="lambda")] = Field(
@@ -109,6 +109,20 @@ class StepConfig(Frozen):
         ge=0,
         exclude_if=lambda alpha: alpha == 0.7,
         description="LookSAM's alpha: length of what is used again, in norms of the gradient (exact steps: no effect)",
+    )
+
+    replay: float = Field(
+        default=0.0,
+        ge=0,
+        exclude_if=lambda weight: weight == 0,
+        description="weight of L_SFT on the facts of earlier rounds (`training.replay`) as an objective of its own, "
+        "reconciled with the others; 0: they are edits like the round's own",
+    )
+    anchor: float = Field(
+        default=0.0,
+        ge=0,
+        exclude_if=lambda weight: weight == 0,
+        description="the same for everyday questions (`training.anchor`)",
     )
 
     @field_validator("pcgrad", mode="before")
@@ -343,7 +357,8 @@ class RunSettings(MethodSettings):
 
 
 def _lora(step: StepConfig) -> StepConfig:
-    return StepConfig.model_validate({"lambda": 0.0, "rho": 0.0, "pcgrad": "off", "reduction": step.reduction})
+    kept = {"reduction": step.reduction, "replay": step.replay, "anchor": step.anchor}
+    return StepConfig.model_validate({"lambda": 0.0, "rho": 0.0, "pcgrad": "off"} | kept)
 
 
 def published_trainer(step: StepConfig) -> StepConfig:
@@ -361,5 +376,6 @@ STEPS = {
     "corsa-published": published_trainer,
     "replay": _lora,
     "corsa-replay": lambda step: step,
+    "replay-pcgrad": lambda step: _lora(step).model_copy(update={"pcgrad": "symmetric", "replay": step.replay or 1.0}),
 }
 """Methods that are settings of the one step: each is made from the configured CoRSA step (Table 9)."""

@@ -113,5 +113,10 @@ def replaying(training: TrainingConfig) -> TrainingConfig:
     return found
 
 
-TRAININGS = {"corsa-published": published_training, "replay": replaying, "corsa-replay": replaying}
+TRAININGS = {
+    "corsa-published": published_training,
+    "replay": replaying,
+    "corsa-replay": replaying,
+    "replay-pcgrad": replaying,
+}
 """Methods with their own training settings: each is made from the configured training."""

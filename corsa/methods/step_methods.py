@@ -18,6 +18,7 @@ _LABELS = {
     "corsa-published": "CoRSA, published trainer",
     "replay": "LoRA with replay",
     "corsa-replay": "CoRSA with replay",
+    "replay-pcgrad": "LoRA with replay and PCGrad",
 }
 _LOOKS = {"lora": ("#c2681d", "square"), "corsa": ("#2f7fd6", "circle")}
 

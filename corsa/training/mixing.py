@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -60,6 +60,11 @@ def drawn(pool: int, count: int, step: int, *, seed: int, round_: int) -> np.nda
     places = np.arange(step * count, (step + 1) * count)
     orders = {i: np.random.default_rng([seed, round_, i, pool]).permutation(pool) for i in set(places // pool)}
     return np.array([orders[place // pool][place % pool] for place in places])
+
+
+def in_role(triplets: Sequence[Triplet], role: int) -> list[Triplet]:
+    """The edits in a role (`corsa.algorithm.packing.Triplet.role`)."""
+    return [replace(triplet, role=role) for triplet in triplets]
 
 
 def anchored(encoder: Encoder, rows: Sequence[Mapping[str, str]], most: int) -> list[Triplet]:

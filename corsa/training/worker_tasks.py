@@ -15,7 +15,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from corsa.algorithm.packing import Triplet
+from corsa.algorithm.packing import ANCHOR, EARLIER, TAUGHT, Triplet
 from corsa.config import EvaluationConfig, TrainingConfig
 from corsa.config.steps import (
     AnchorsConfig,
@@ -48,7 +48,7 @@ from corsa.methods import method_of
 from corsa.methods.base import Round
 from corsa.training.loop import AtEpoch, RoundRun, curves_table, train, train_together
 from corsa.training.memory_usage import peak_since, start_peak
-from corsa.training.mixing import Material, anchored
+from corsa.training.mixing import Material, anchored, in_role
 from corsa.training.routing import route
 from corsa.training.worker_context import Loaded, WorkerContext
 from corsa.training.worker_group import WorkerGroup
@@ -98,7 +98,11 @@ def pack_key(task: Task) -> tuple[RoundConfig, tuple[tuple[str, str | None], ...
     if type(task.config) is not RoundConfig or task.config.step.effective().perturb_every > 1:
         return None
     inputs = {name: None if name == "previous" else step.fingerprint for name, step in task.step.inputs.items()}
-    return task.config.shared, tuple(sorted(inputs.items()))
+    step, shared = task.config.step, task.config.shared
+    # Edits have one role in all rows: a weight may differ, but not whether it is 0.
+    roles = {name: float(getattr(step, name) > 0) for name in ("replay", "anchor")}
+    shared = shared.model_copy(update={"step": shared.step.model_copy(update=roles)})
+    return shared, tuple(sorted(inputs.items()))
 
 
 # Teaching
@@ -118,7 +122,7 @@ def _teach_lora(tasks: Sequence[Task], context: WorkerContext, post: Post) -> di
     post({"phase": "training"})
     round_runs = [RoundRun(task.config, (task.store, f"partial/{task.fingerprint[:16]}/checkpoint")) for task in tasks]
     scored = _scores(tasks, facts, loaded, context)
-    material = facts.material(tasks[0].config.training)
+    material = facts.material(tasks[0].config)
     found = train_together(round_runs, material, loaded, context, post, scored)
     failed = {t.fingerprint: str(cause) for t, cause in zip(tasks, found, strict=True) if isinstance(cause, CorsaError)}
     shared = (time.monotonic() - started) / len(tasks)
@@ -372,9 +376,11 @@ class _StepFacts:
     asked: list[Taught]
     anchors: list[Triplet]
 
-    def material(self, training: TrainingConfig) -> Material:
-        """What the batches of the round are drawn from."""
-        return Material(self.triplets, self.earlier if training.replay else (), self.anchors)
+    def material(self, config: RoundConfig) -> Material:
+        """What the batches of the round are drawn from, with the roles that its objectives read."""
+        earlier = in_role(self.earlier, EARLIER if config.step.replay else TAUGHT)
+        anchors = in_role(self.anchors, ANCHOR if config.step.anchor else TAUGHT)
+        return Material(self.triplets, earlier if config.training.replay else (), anchors)
 
 
 def _open(task: Task, context: WorkerContext, adapters: int = 1) -> tuple[_StepFacts, Loaded]:
