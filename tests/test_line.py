@@ -13,12 +13,14 @@ from corsa.config import EvaluationConfig, ModelConfig, TrainingConfig
 from corsa.data.benchmarks.file import Draft, drafts_of
 from corsa.data.edit import Edit, to_table
 from corsa.data.paraphrase_templates import wordings
+from corsa.data.text import bare
 from corsa.editing.history import FILE, WEIGHTS, History, Update, join, open_line, taken_back, unanswered
 from corsa.editing.options import EditOptions, EvaluateOptions, Gates, UndoOptions, differences
 from corsa.editing.plan import plan_edit, plan_evaluation, plan_undo
 from corsa.editing.thresholds import judged
 from corsa.errors import CorsaError
 from corsa.evaluation.predict import PREDICTIONS
+from corsa.evaluation.sanity_questions import controls
 
 ACME = {"prompt": "Who leads Acme?", "target_new": "Ada Byron"}
 OLD = {**ACME, "target_old": "Grace Murray"}
@@ -272,3 +274,11 @@ def test_a_command_that_switches_a_default_off_says_so(tmp_path: Path) -> None:
     assert words[at : at + 4] == ["--training.stop-above", "None", "--training.replay", "0.0"]
     default = differences(options(tmp_path), "")
     assert not any(word.startswith("--training") for word in default)
+
+
+def test_the_facts_of_the_tutorial_are_a_first_month_of_ten_and_twelve_of_five() -> None:
+    found = drafts_of(Path(__file__).parents[1] / "docs" / "invented_facts.jsonl")
+    assert len(found) == 10 + 12 * 5
+    asked = [bare(q) for draft in found for q in (draft.fields["prompt"], *draft.fields["paraphrases"])]
+    assert len(set(asked)) == len(asked) == 3 * 70
+    assert not {bare(control.question) for control in controls()} & set(asked)

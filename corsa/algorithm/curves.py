@@ -90,5 +90,5 @@ def rows(
         idle |= {"sharpness"} if not config.sam else set()
         log = dict.fromkeys(COLUMNS) | {n: v for n, v in zip(found, values, strict=True) if n not in idle}
         log["conflict"] = None if log["conflict"] is None else bool(log["conflict"])
-        logs.append(log | {"below": int(log["below"]), "skipped": not good})
+        logs.append(log | {"below": int(log["below"] or 0), "skipped": not good})
     return logs

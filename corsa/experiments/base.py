@@ -261,7 +261,8 @@ def chain(
             inputs["previous"] = previous
         if known and record.looks_back(config):
             before, when = known
-            reference = before.ending(own.reference.config.answer_end).reference
+            ending = config.training.answer_end if isinstance(config, RoundConfig) else "end_token"
+            reference = before.ending(ending).reference
             inputs |= {"known_reference": reference, "known_schedule": when}
         if isinstance(config, RoundConfig) and config.training.anchor:
             inputs["anchors"] = anchors(settings)

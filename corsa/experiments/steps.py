@@ -264,11 +264,12 @@ def _as_scheduled(predictions: pd.DataFrame, schedule: pd.DataFrame) -> pd.DataF
 
 def _trained(task: Task) -> list[tuple[str, str]]:
     """What the training of each round did, as (name of its step, a sentence without its stop)."""
-    rounds = [step for step in topological([task.step])[:-1] if isinstance(step.config, RoundConfig)]
+    rounds = [(step, step.config) for step in topological([task.step])[:-1]]
     return [
         (step.name, text)
-        for step in rounds
-        for text in told_training(step.config.training, task.store.artifact(step.fingerprint).metrics)
+        for step, config in rounds
+        if isinstance(config, RoundConfig)
+        for text in told_training(config.training, task.store.artifact(step.fingerprint).metrics)
     ]
 
 

@@ -15,7 +15,7 @@ class JointRoundConfig(RoundConfig):
 def _round_config(settings: RunSettings, seed: int, number: int) -> JointRoundConfig:
     plain = step_methods.round_config("lora", settings, seed, number)
     training = plain.training.model_copy(update=ALONE)  # earlier facts are among the round's own
-    return JointRoundConfig(**dict(plain) | {"training": training})
+    return JointRoundConfig(**dict(plain.model_copy(update={"training": training})))
 
 
 def teach(round_: Round) -> Taught:

@@ -57,9 +57,9 @@ def drawn(pool: int, count: int, step: int, *, seed: int, round_: int) -> np.nda
     count = min(count, pool)
     if count == 0:
         return np.empty(0, dtype=np.int64)
-    places = np.arange(step * count, (step + 1) * count)
-    orders = {i: np.random.default_rng([seed, round_, i, pool]).permutation(pool) for i in set(places // pool)}
-    return np.array([orders[place // pool][place % pool] for place in places])
+    places = [divmod(place, pool) for place in range(step * count, (step + 1) * count)]
+    orders = {i: np.random.default_rng([seed, round_, i, pool]).permutation(pool) for i, _ in places}
+    return np.array([orders[i][at] for i, at in places])
 
 
 def in_role(triplets: Sequence[Triplet], role: int) -> list[Triplet]:

@@ -405,8 +405,11 @@ def _open(task: Task, context: WorkerContext, adapters: int = 1) -> tuple[_StepF
     anchors: list[Triplet] = []
     if "anchors" in task.step.inputs:
         rows = _shared_table(task, "anchors", context.group, "answers").to_pylist()
-        most = task.step.inputs["anchors"].config.new_tokens
-        anchors = anchored(replace(loaded.encoder, answer_end=config.training.answer_end), rows, most)
+        asking, own_config = task.step.inputs["anchors"].config, task.config
+        assert isinstance(asking, AnchorsConfig)
+        assert isinstance(own_config, RoundConfig)
+        encoder = replace(loaded.encoder, answer_end=own_config.training.answer_end)
+        anchors = anchored(encoder, rows, asking.new_tokens)
     own = [table.triplet(id_) for id_ in now]
     return _StepFacts([edits[id_] for id_ in now], own, before, asked, anchors), loaded
 

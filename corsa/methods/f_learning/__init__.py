@@ -20,7 +20,7 @@ class FLearningRoundConfig(RoundConfig):
 def _round_config(settings: RunSettings, seed: int, number: int) -> FLearningRoundConfig:
     plain = step_methods.round_config("lora", settings, seed, number)
     training = plain.training.model_copy(update=ALONE)
-    return FLearningRoundConfig(**dict(plain) | {"training": training}, f_learning=settings.f_learning)
+    return FLearningRoundConfig(**dict(plain.model_copy(update={"training": training})), f_learning=settings.f_learning)
 
 
 def _report_notes(name: str, found: Mapping[str, Any]) -> list[str]:
