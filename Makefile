@@ -8,7 +8,7 @@ BIN = $(VENV)/bin
 INSTALL = requirements/install.sh $(BIN)/python
 LOCKS = torch cuda base dev harness model
 
-.PHONY: demo test check test-fast test-process test-ray test-long links lock audit clean
+.PHONY: demo test check test-fast test-process test-ray test-long links results lock audit clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python pipelines/continual.py
@@ -25,17 +25,17 @@ SPREAD = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 test-fast: $(VENV)/.test   ## in one process each, without Ray: about a minute on 2 cores
 	$(SPREAD) -m "not process and not ray and not long"
 
-test-process: $(VENV)/.test   ## with servers, drivers, browsers and sandboxes, without Ray: about a minute
+test-process: $(VENV)/.test   ## with servers, drivers, browsers, sandboxes and commands, without Ray: about a minute
 	$(SPREAD) -m "process and not ray and not long"
 
 test-ray: $(VENV)/.test    ## on a local Ray cluster, with real processes
 	$(BIN)/python -m pytest -m ray
 
-test-long: $(VENV)/.test   ## experiments, faults, ZeRO stages on tiny models, MMLU beside its harness: not in `test`
+test-long: $(VENV)/.test   ## experiments, faults, ZeRO stages on tiny models, MMLU against its harness: not in `test`
 	$(INSTALL) base dev harness
 	$(BIN)/python -m pytest -m long
 
-# Every file that is installed is checked against its hash; see requirements/renew.sh for what the lists are.
+# Every installed file is checked against its hash; requirements/renew.sh explains the lists.
 $(VENV)/.demo: pyproject.toml requirements/base.txt requirements/torch.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(INSTALL) base
@@ -47,22 +47,31 @@ $(VENV)/.test: $(VENV)/.demo requirements/dev.txt
 	$(BROWSER)
 	touch $@
 
-# The report page is looked at in Chromium. Without it, and without the right to install it, those tests skip and say so.
+# The tests of the report page use Chromium. Without it, and without the right to install it, they are skipped with a message.
 BROWSER = command -v chromedriver >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null \
 	&& apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq chromium chromium-driver >/dev/null; } \
 	|| echo "no Chromium: the tests of the page in a browser will be skipped"
 
-links: $(VENV)/.test       ## the line numbers in the documents, as the code stands now
+links: $(VENV)/.test       ## corrects the line numbers in the documents
 	$(BIN)/python tests/documents.py
+
+results: $(VENV)/.demo     ## the tables of docs/results.md, from the records in docs/results/
+	$(BIN)/corsa report --tables docs/results.md
 
 lock: $(VENV)/.demo        ## renews requirements/*.txt, after a change to pyproject.toml or constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check uv==0.13.9
 	UV=$(BIN)/uv PYTHON=$(BIN)/python requirements/renew.sh
 
-audit: $(VENV)/.demo       ## what is locked, against the advisories of the Python Package Index; needs the network
+# Without --strict, packages of which no advisories can be read would pass.
+audit: $(VENV)/.demo       ## checks the locked packages for known vulnerabilities; needs the network
+	@$(PYTHON) -c '$(READ_ADVISORIES)' 2>/dev/null \
+		|| { echo "audit: advisories cannot be read from pypi.org here; run it where they can"; exit 1; }
 	$(PYTHON) -m venv $(VENV)/audit
 	$(VENV)/audit/bin/pip install --quiet --disable-pip-version-check pip-audit==2.10.1
-	$(VENV)/audit/bin/pip-audit --disable-pip --require-hashes $(LOCKS:%=--requirement requirements/%.txt)
+	$(VENV)/audit/bin/pip-audit --strict --disable-pip --require-hashes $(LOCKS:%=--requirement requirements/%.txt)
+
+READ_ADVISORIES = import json; from urllib.request import urlopen; \
+	json.load(urlopen("https://pypi.org/pypi/pip/25.0/json", timeout=30))["vulnerabilities"]
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

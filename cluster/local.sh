@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# A Ray cluster of two nodes on this machine, to rehearse on: what is submitted to it runs as on a real one.
+# A Ray cluster of two nodes on this machine, to try job submissions. Jobs run as on a real cluster.
 #
-#     cluster/local.sh up           start it, and print how it is used
+#     cluster/local.sh up           start it, and print how to use it
 #     cluster/local.sh join NAME    start one more node
-#     cluster/local.sh down         end it, and nothing else
+#     cluster/local.sh down         stop it, and nothing else
 #
-# Everything listens on 127.0.0.1 and asks for a token: that of RAY_AUTH_TOKEN, else that of ~/.ray/auth_token, which is
-# made where there is none. Settings, by environment:
-#     CPUS        of each node (default: half of the machine's)
-#     PORT        of the cluster (6399)
+# Everything listens on 127.0.0.1 and requires a token: RAY_AUTH_TOKEN, or else the one in ~/.ray/auth_token, which is
+# created if it does not exist. Environment variables:
+#     CPUS        CPUs of each node (default: half of the machine's)
+#     PORT        port of the cluster (6399)
 #     DASHBOARD   port of the dashboard and the jobs API (8265)
-#     DIRECTORY   of its logs and process ids, yours alone (/tmp/corsa-cluster-<user>)
+#     DIRECTORY   its logs and process ids; must be yours (/tmp/corsa-cluster-<user>)
 set -euo pipefail
 umask 077
 
@@ -20,11 +20,11 @@ PORT=${PORT:-6399}
 DASHBOARD=${DASHBOARD:-8265}
 DIRECTORY=${DIRECTORY:-/tmp/corsa-cluster-$(id -un)}
 export RAY_AUTH_MODE=token
-# Whose state Ray's own actors ask for: where two clusters share a machine, they would find either.
+# The cluster that Ray's own actors ask for state. Without it, two clusters on one machine are mixed up.
 export RAY_API_SERVER_ADDRESS=http://127.0.0.1:$DASHBOARD
 
-# Ray takes 127.0.0.1 for a name of the machine and listens on all of its addresses, unless it is told that there is no
-# other machine; then it refuses a second node. So all processes are told, and the two that start a node do not heed it.
+# Ray treats 127.0.0.1 as a name of the machine and listens on all its addresses, unless it is told that there is no other
+# machine; then it refuses a second node. So all processes are told this, except the two that start a node.
 export RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER=0
 loopback='
 import sys
@@ -40,10 +40,10 @@ fail() { # MESSAGE
     exit 1
 }
 
-own() { # nobody else can have put a link, a process id or a log into the directory
+own() { # checks that nobody else can have put a link, a process id or a log into the directory
     mkdir -m 700 "$DIRECTORY" 2>/dev/null || [ -d "$DIRECTORY" ] || fail "$DIRECTORY cannot be made: set DIRECTORY"
     local found
-    found=$(stat -c '%F %u %a' "$DIRECTORY") # of a link, not of what it leads to
+    found=$(stat -c '%F %u %a' "$DIRECTORY") # of a link itself, not of its target
     [ "$found" = "directory $(id -u) 700" ] ||
         fail "$DIRECTORY is not a directory of yours alone ($found): remove it, or set DIRECTORY to another"
     for found in "$DIRECTORY"/*.pid; do
@@ -53,7 +53,7 @@ own() { # nobody else can have put a link, a process id or a log into the direct
     done
 }
 
-secret() { # the token's file, where there is one
+secret() { # the token's file, if there is one
     local file=$HOME/.ray/auth_token
     [ -n "${RAY_AUTH_TOKEN:-}" ] && return
     [ -e "$file" ] || ray get-auth-token --generate >/dev/null 2>&1
@@ -61,15 +61,15 @@ secret() { # the token's file, where there is one
         fail "$file can be read by others ($(stat -Lc '%U %a' "$file")): chmod 600 $file, or make a new one"
 }
 
-running() { # NAME: whether anything of its session, which setsid has made, is alive
+running() { # NAME: whether a process of its session (made by setsid) is alive
     [ -f "$DIRECTORY/$1.pid" ] && ps -o stat= -s "$(cat "$DIRECTORY/$1.pid")" | grep -qv '^Z'
 }
 
-start() { # NAME ARGUMENT...: a node, once it has said that it is up
+start() { # NAME ARGUMENT...: starts a node and waits until it reports that it is up
     local name=$1
     shift
     : >"$DIRECTORY/$name.log"
-    # Without --block, which ends a node with the first of its processes that dies, and be it the dashboard.
+    # Without --block, which stops a node as soon as one of its processes dies, even the dashboard.
     setsid bash -c 'python -c "$@" && exec sleep infinity' "$name" "$loopback" start --node-ip-address=127.0.0.1 \
         --num-cpus="$CPUS" --disable-usage-stats "$@" >"$DIRECTORY/$name.log" 2>&1 </dev/null &
     echo $! >"$DIRECTORY/$name.pid"
@@ -84,12 +84,12 @@ start() { # NAME ARGUMENT...: a node, once it has said that it is up
     exit 1
 }
 
-end() { # NAME: its process and all that it has started
+end() { # NAME: stops its process and all that it has started
     running "$1" || return 0
     local session
     session=$(cat "$DIRECTORY/$1.pid")
     pkill -TERM -s "$session" || true
-    for _ in $(seq 15); do # a raylet that cannot take its leave of the others waits on and on
+    for _ in $(seq 15); do # a raylet that cannot sign off from the others waits forever
         running "$1" || return 0
         sleep 0.2
     done
@@ -112,7 +112,7 @@ END
 }
 
 join() { # NAME
-    # A directory of its own: nodes that share one remove the working directories of each other's jobs.
+    # Each node has its own directory: nodes that share one remove the working directories of each other's jobs.
     start "$1" --address="127.0.0.1:$PORT" --dashboard-agent-listen-port=0 --temp-dir="$DIRECTORY/$1"
 }
 

@@ -1,4 +1,4 @@
-"""What a terminal may be sent: text of models and files is shown there, and never does anything there.
+"""Makes text from models and files safe for a terminal: it is shown and has no other effect.
 
 Every command writes through `Console`, or passes what it prints through `visible`.
 """

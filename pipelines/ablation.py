@@ -6,8 +6,8 @@ python pipelines/ablation.py --benchmark counterfact --data counterfact.json
 from __future__ import annotations
 
 from corsa.config.command_line import exit_with
-from corsa.config.steps import RoundsConfig
-from corsa.experiments.base import Experiment, Methods, base, chain, dealt, facts
+from corsa.experiments.base import Experiment, Methods
+from corsa.experiments.planner import Planner
 from corsa.experiments.report_spec import Page
 from corsa.experiments.runner import start
 from corsa.flow import Step
@@ -22,16 +22,16 @@ class Ablation(Experiment):
     methods: Methods = ("corsa", "corsa-no-sam", "corsa-no-dpo", "corsa-no-pcgrad", "lora")
 
 
-def ablation(experiment: Ablation, command: str) -> Step:
+def ablation(planner: Planner[Ablation]) -> Step:
     """The report step of a run. Its inputs lead to every other step."""
-    taught = facts(experiment, 1)
-    schedule = dealt(taught, RoundsConfig(rounds=1))
+    taught = planner.facts()
+    schedule = planner.schedule(taught)
     headlines = ("edit_success", "generality", "retention", "neighborhood")
     page = Page("ablation", primary=PRIMARY, headlines=headlines, published=("Table 9",), compare_with="corsa")
-    page.add(base(experiment, taught), "base")
-    for method, seed in experiment.runs:
-        page.add(chain(experiment, method, seed, taught, schedule)[0], method)
-    return page.step(experiment, command)
+    page.add(planner.base(taught), "base")
+    for method, seed in planner.experiment.runs:
+        page.add(planner.round(method, seed, taught, schedule), method)
+    return page.step(planner)
 
 
 def main() -> int:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from corsa.config.command_line import exit_with
 from corsa.experiments.code.base import CodeExperiment, code_report
+from corsa.experiments.planner import Planner
 from corsa.experiments.runner import start
 from corsa.flow import Step
 
@@ -18,9 +19,9 @@ PRIMARY = ("upass_1", "spass_1")
 """The metric that an update should raise, and the one it should not change (if HumanEval is given)."""
 
 
-def code_update(experiment: CodeExperiment, command: str) -> Step:
+def code_update(planner: Planner[CodeExperiment]) -> Step:
     """The report step of a run. Its inputs lead to every other step."""
-    return code_report(experiment, command, primary=PRIMARY, published=("Table 6",))
+    return code_report(planner, primary=PRIMARY, published=("Table 6",))
 
 
 def main() -> int:

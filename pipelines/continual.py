@@ -6,10 +6,10 @@
     ray job submit --working-dir . -- python pipelines/continual.py
 
 The temporal scenario of the paper (Section 4.3, Tables 3 and 5): chains of successive updates are split into an update
-set and an evaluation set. Round 1 teaches both; later rounds revise the update set only. What the evaluation set loses
-is forgetting. With fractions, later rounds revise these shares of the update set (Fig. 3). The facts of a benchmark
-without chains are divided among the rounds, so each round teaches new facts. Injection (Table 2): an adapter trained
-on one benchmark then learns another.
+set and an evaluation set. Round 1 teaches both; later rounds revise only the update set, so losses in the evaluation
+set are forgetting. With fractions, later rounds revise these shares of the update set (Fig. 3). The facts of a
+benchmark without chains are divided among the rounds, so each round teaches new facts. Injection (Table 2): an adapter
+trained on one benchmark then learns another.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from pydantic import Field
 from corsa.config import TrainingConfig, plain
 from corsa.config.command_line import exit_with, listed
 from corsa.config.steps import Axis, RoundsConfig
-from corsa.experiments.base import Experiment, asked, base, chain, dealt, facts, specificity
+from corsa.experiments.base import Experiment
+from corsa.experiments.planner import Planner
 from corsa.experiments.report_spec import Page
 from corsa.experiments.runner import start
 from corsa.flow import Step
@@ -34,7 +35,7 @@ class Continual(Experiment):
     """Rounds of revision."""
 
     scenario: Literal["temporal", "injection"] = Field(
-        default="temporal", description="temporal: revise chains; injection: teach another benchmark afterwards"
+        default="temporal", description="temporal: revise chains; injection: teach a second benchmark afterwards"
     )
     rounds: int = Field(default=3, ge=1, description="rounds of updates; a chain is cut to this many updates")
     update_share: Annotated[float, plain()] = Field(
@@ -57,71 +58,73 @@ def demo() -> Continual:
     return Continual(limit=16, training=TrainingConfig(batch=8, epochs=8, learning_rate=5e-4))
 
 
-def continual(experiment: Continual, command: str) -> Step:
+def continual(planner: Planner[Continual]) -> Step:
     """The report step of a run. Its inputs lead to every other step."""
-    if experiment.scenario == "injection":
-        return injection(experiment, command)
-    return fractions(experiment, command) if experiment.fractions else temporal(experiment, command)
+    if planner.experiment.scenario == "injection":
+        return injection(planner)
+    return fractions(planner) if planner.experiment.fractions else temporal(planner)
 
 
-def temporal(experiment: Continual, command: str) -> Step:
+def temporal(planner: Planner[Continual]) -> Step:
     """Tables 3, 5 and 13: the update set is revised in every round."""
-    taught = facts(experiment, experiment.rounds)
-    schedule = dealt(taught, _rounds(experiment))
+    experiment = planner.experiment
+    taught = planner.facts(experiment.rounds)
+    schedule = planner.schedule(taught, _rounds(experiment))
     page = Page("continual", primary=PRIMARY, published=("Table 3",))
-    page.add(base(experiment, taught), "base")
+    page.add(planner.base(taught), "base")
     last: dict[tuple[str, int], Step] = {}
     for method, seed in experiment.runs:
-        steps = chain(experiment, method, seed, taught, schedule, rounds=range(1, experiment.rounds + 1))
+        steps = planner.chain(method, seed, taught, schedule, rounds=range(1, experiment.rounds + 1))
         for step in steps:
             page.add(step, method)
         last[method, seed] = steps[-1]
-    page.add_specificity(specificity(experiment, last))
-    return page.step(experiment, command)
+    page.add_specificity(planner.specificity(last))
+    return page.step(planner)
 
 
-def fractions(experiment: Continual, command: str) -> Step:
+def fractions(planner: Planner[Continual]) -> Step:
     """Figure 3: forgetting on the fixed evaluation set against the revised share of the update set."""
-    taught = facts(experiment, experiment.rounds)
+    experiment = planner.experiment
+    taught = planner.facts(experiment.rounds)
     whole = _rounds(experiment)
     page = Page("fractions", primary=PRIMARY, published=("Figure 3",))
-    page.add(base(experiment, taught), "base")
+    page.add(planner.base(taught), "base")
     points = {}
     for method, seed in experiment.runs:
-        first = chain(experiment, method, seed, taught, dealt(taught, whole))[
-            0
-        ]  # shared by all fractions: it teaches both sets
+        # Shared by all fractions: it teaches both sets.
+        first = planner.round(method, seed, taught, planner.schedule(taught, whole))
         for fraction in experiment.fractions:
             shown = f"{method} revising {100 * fraction:g} %"
-            schedule = dealt(taught, whole.model_copy(update={"fraction": fraction}))
+            schedule = planner.schedule(taught, whole.model_copy(update={"fraction": fraction}))
             later = range(2, experiment.rounds + 1)
             name = f"{method}-revised{fraction:g}"
-            steps = chain(experiment, method, seed, taught, schedule, rounds=later, after=first, name=name)
+            steps = planner.chain(method, seed, taught, schedule, rounds=later, after=first, name=name)
             for step in [first, *steps]:
                 page.add(step, shown)
             points[shown] = (method, fraction)
     page.axes.append(Axis(name="share of the update set revised", metrics=("forgetting", "efficacy"), points=points))
-    return page.step(experiment, command)
+    return page.step(planner)
 
 
-def injection(experiment: Continual, command: str) -> Step:
+def injection(planner: Planner[Continual]) -> Step:
     """Table 2: an adapter trained on one benchmark learns another. The activation of Table 5 is reported too."""
-    known = facts(experiment, 1)
-    new = facts(experiment.model_copy(update={"benchmark": experiment.then, "data": experiment.then_data}), 1)
-    first, second = dealt(known, RoundsConfig(rounds=1)), dealt(new, RoundsConfig(rounds=1, first=2))
+    experiment = planner.experiment
+    known = planner.facts()
+    new = planner.changed(benchmark=experiment.then, data=experiment.then_data).facts()
+    first, second = planner.schedule(known), planner.schedule(new, RoundsConfig(rounds=1, first=2))
     page = Page("injection", primary=PRIMARY, published=("Table 2", "Table 5"))
     for taught in (known, new):
-        page.add(base(experiment, taught), "base")
+        page.add(planner.base(taught), "base")
     last: dict[tuple[str, int], Step] = {}
     for method, seed in experiment.runs:
-        learnt = chain(experiment, method, seed, known, first)[0]
-        went_on = chain(experiment, method, seed, new, second, rounds=(2,), after=learnt, known=(known, first))[0]
+        learnt = planner.round(method, seed, known, first)
+        injected = planner.round(method, seed, new, second, number=2, after=learnt, known=(known, first))
         page.add(learnt, method)
-        page.add(went_on, method)
-        page.add(asked(experiment, went_on.name, known, first, went_on, seed), method, trained=2)
-        last[method, seed] = went_on
-    page.add_specificity(specificity(experiment, last))
-    return page.step(experiment, command)
+        page.add(injected, method)
+        page.add(planner.answers(injected.name, known, first, injected, seed), method, trained=2)
+        last[method, seed] = injected
+    page.add_specificity(planner.specificity(last))
+    return page.step(planner)
 
 
 def _rounds(experiment: Continual) -> RoundsConfig:

@@ -12,9 +12,10 @@ from typing import Annotated, get_args
 from pydantic import Field
 
 from corsa.config.command_line import exit_with, listed
-from corsa.config.steps import MergeConfig, MergeMethod, RoundsConfig
+from corsa.config.steps import MergeConfig, MergeMethod
 from corsa.errors import CorsaError, unknown_name
-from corsa.experiments.base import Experiment, asked, base, chain, dealt, facts, merged
+from corsa.experiments.base import Experiment
+from corsa.experiments.planner import Planner
 from corsa.experiments.report_spec import Page
 from corsa.experiments.runner import start
 from corsa.flow import Step
@@ -35,28 +36,29 @@ class Merging(Experiment):
     merges: Annotated[tuple[str, ...], listed(str, "M,M")] = Field(
         default=("linear", "sum", "average", "svd", "ties", "dare_linear"), description=f"some of {', '.join(MERGES)}"
     )
-    rank: int = Field(default=32, ge=1, description="rank that svd cuts the sum to")
+    rank: int = Field(default=32, ge=1, description="rank of the merged adapter, for svd")
     density: float = Field(default=0.5, gt=0, le=1, description="share of the values that ties and dare keep")
 
 
-def merging(experiment: Merging, command: str) -> Step:
+def merging(planner: Planner[Merging]) -> Step:
     """The report step of a run. Its inputs lead to every other step."""
+    experiment = planner.experiment
     for name in experiment.methods:
         if why := METHODS[name].refuses.get("adapter"):
             raise CorsaError(f"{why}, and these merges take adapters: leave {name} out of --methods")
     for way in experiment.merges:
         if way not in MERGES:
             raise unknown_name("merge", way, MERGES)
-    one = facts(experiment, 1)
-    other = facts(experiment.model_copy(update={"benchmark": experiment.other, "data": experiment.other_data}), 1)
-    schedules = {taught: dealt(taught, RoundsConfig(rounds=1)) for taught in (one, other)}
+    one = planner.facts()
+    other = planner.changed(benchmark=experiment.other, data=experiment.other_data).facts()
+    schedules = {taught: planner.schedule(taught) for taught in (one, other)}
     page = Page(
         "merging", primary=PRIMARY, headlines=("generality", "forgetting", "edit_success"), published=("Figure 6",)
     )
     for taught in schedules:
-        page.add(base(experiment, taught), "base")
+        page.add(planner.base(taught), "base")
     for method, seed in experiment.runs:
-        alone = [chain(experiment, method, seed, taught, schedule)[0] for taught, schedule in schedules.items()]
+        alone = [planner.round(method, seed, taught, schedule) for taught, schedule in schedules.items()]
         for way in experiment.merges:
             shown = f"{method} {way}"
             config = MergeConfig(
@@ -65,12 +67,13 @@ def merging(experiment: Merging, command: str) -> Step:
                 density=experiment.density if way in ("ties", "dare_linear", "dare_ties") else 0.5,
                 seed=seed if "dare" in way else 0,
             )
-            adapter = merged(f"merge/{method}/seed{seed}/{way}", alone, config)
+            adapter = planner.merged(f"merge/{method}/seed{seed}/{way}", alone, config)
             for step in alone:
                 page.add(step, shown)
             for taught, schedule in schedules.items():
-                page.add(asked(experiment, adapter.name, taught, schedule, adapter, seed), shown, trained=2)
-    return page.step(experiment, command)
+                answers = planner.answers(adapter.name, taught, schedule, adapter, seed)
+                page.add(answers, shown, trained=2)
+    return page.step(planner)
 
 
 def main() -> int:

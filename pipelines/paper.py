@@ -1,15 +1,19 @@
 """Runs the paper's experiments on facts as one DAG on the cluster. Shared steps run once; there is one report.
 
     python pipelines/paper.py --benchmark counterfact --data A --then zsre --then-data B
+    python pipelines/paper.py --models smollm2-135m,models/gemma.gguf --seeds 0,1,2 --protocols full,paper
 
 Scenarios: a single update; its ablation; sensitivity; its adapter trained on a second benchmark (injection), and merged
 with an adapter of that benchmark; temporal revision; its fractions; routing. `--scenarios` selects some of them.
+`--models` and `--protocols` run all of it for each model and protocol, one after the other, with a report for each.
+The same command goes on after an interruption, and with `--so-far` it reports what is done, also while it runs.
 Sensitivity compares values on the first `--development` facts of the benchmark; the other scenarios use later facts.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, TypeVar
+from itertools import product
+from typing import Annotated
 
 from ablation import Ablation, ablation
 from continual import Continual, fractions, injection, temporal
@@ -22,12 +26,11 @@ from single_update import SingleUpdate, single_update
 from corsa.config.command_line import exit_with, listed
 from corsa.errors import unknown_name
 from corsa.experiments.base import Experiment, Methods
+from corsa.experiments.planner import Planner
 from corsa.experiments.report_spec import joined
 from corsa.experiments.runner import start
 from corsa.flow import Step
 from corsa.methods import METHODS
-
-E = TypeVar("E", bound=Experiment)
 
 SCENARIOS = ("single", "ablation", "sensitivity", "injection", "merging", "temporal", "fractions", "routing")
 
@@ -36,6 +39,14 @@ class Paper(Experiment):
     """All scenarios with the same model, methods and training."""
 
     methods: Methods = ("lora", "memit", "f-learning", "corsa")
+    models: Annotated[tuple[str, ...], listed(str, "M,M")] = Field(
+        default=(), exclude_if=lambda names: not names, description="names of the models; default: --model alone"
+    )
+    protocols: Annotated[tuple[str, ...], listed(str, "P,P")] = Field(
+        default=(),
+        exclude_if=lambda names: not names,
+        description="protocols of evaluation; default: --evaluation.protocol alone",
+    )
     then: str = Field(default="zsre", description="injection and merging: the other benchmark")
     then_data: str | None = Field(default=None, description="its file")
     temporal: str = Field(default="world_facts", description="temporal and fractions: a benchmark of chains")
@@ -43,7 +54,9 @@ class Paper(Experiment):
     fractions: Annotated[tuple[float, ...], listed(float, "F,F")] = (0.2, 0.4, 0.6, 0.8, 1.0)
     rounds: int = Field(default=3, ge=2, description="temporal: rounds of updates")
     development: int = Field(
-        default=64, ge=1, description="sensitivity: facts that values are compared on; the other scenarios skip them"
+        default=64,
+        ge=1,
+        description="sensitivity: number of facts on which values are compared; the other scenarios skip them",
     )
     parts: int = Field(default=4, ge=2, le=26, description="routing: parts of the data, one adapter each")
     scenarios: Annotated[tuple[str, ...], listed(str, "S,S")] = Field(
@@ -51,41 +64,51 @@ class Paper(Experiment):
     )
 
 
-def paper(experiment: Paper, command: str) -> Step:
+def paper(planner: Planner[Paper]) -> Step:
     """The report step of all scenarios. Its inputs lead to every other step."""
+    experiment = planner.experiment
     split = "sensitivity" in experiment.scenarios
-    reported = experiment.offset + experiment.development * split
-
-    def like(kind: type[E], **other: object) -> E:
-        common = {name: getattr(experiment, name) for name in Experiment.model_fields} | {"offset": reported}
-        return kind.model_validate(common | other)
-
+    reported = planner.changed(offset=experiment.offset + experiment.development * split)
     tuned = {"offset": experiment.offset, "development": experiment.development}
     low_rank = tuple(method for method in experiment.methods if "adapter" not in METHODS[method].refuses)
     chains = {"benchmark": experiment.temporal, "data": experiment.temporal_data, "rounds": experiment.rounds}
     if experiment.temporal != experiment.benchmark:  # values are compared on the other benchmark's facts
         chains["offset"] = experiment.offset
-    injected = like(Continual, scenario="injection", then=experiment.then, then_data=experiment.then_data)
+    second = {"scenario": "injection", "then": experiment.then, "then_data": experiment.then_data}
     both = {"other": experiment.then, "other_data": experiment.then_data, "methods": low_rank}
     plans = {
-        "single": lambda: single_update(like(SingleUpdate), command),
-        "ablation": lambda: ablation(like(Ablation, methods=Ablation().methods), command),
-        "sensitivity": lambda: sensitivity(like(Sensitivity, **tuned), command),
-        "injection": lambda: injection(injected, command),
-        "merging": lambda: merging(like(Merging, **both), command),
-        "temporal": lambda: temporal(like(Continual, **chains), command),
-        "fractions": lambda: fractions(like(Continual, **chains, fractions=experiment.fractions), command),
-        "routing": lambda: routing(like(Routing, methods=Routing().methods, parts=experiment.parts), command),
+        "single": lambda: single_update(reported.of_kind(SingleUpdate)),
+        "ablation": lambda: ablation(reported.of_kind(Ablation, methods=Ablation().methods)),
+        "sensitivity": lambda: sensitivity(reported.of_kind(Sensitivity, **tuned)),
+        "injection": lambda: injection(reported.of_kind(Continual, **second)),
+        "merging": lambda: merging(reported.of_kind(Merging, **both)),
+        "temporal": lambda: temporal(reported.of_kind(Continual, **chains)),
+        "fractions": lambda: fractions(reported.of_kind(Continual, **chains, fractions=experiment.fractions)),
+        "routing": lambda: routing(reported.of_kind(Routing, methods=Routing().methods, parts=experiment.parts)),
     }
     for name in experiment.scenarios:
         if name not in plans:
             raise unknown_name("scenario", name, plans)
-    return joined(experiment, command, [plans[name]() for name in experiment.scenarios])
+    return joined(planner, [plans[name]() for name in experiment.scenarios])
+
+
+def each(experiment: Paper) -> list[Paper]:
+    """The experiment with each model under each protocol."""
+    models = experiment.models or (experiment.model.name,)
+    found = []
+    for name, protocol in product(models, experiment.protocols or (experiment.evaluation.protocol,)):
+        model = experiment.model if not experiment.models else {**experiment.model.canonical(), "name": name}
+        evaluation = {**experiment.evaluation.canonical(), "protocol": protocol}
+        own = {"model": model, "evaluation": evaluation, "models": (), "protocols": ()}
+        one = Paper.model_validate({**{field: getattr(experiment, field) for field in Paper.model_fields}, **own})
+        one.checked()
+        found.append(one)
+    return found
 
 
 def main() -> int:
     """Run all scenarios from the command line."""
-    return start(paper, Paper(), program="pipelines/paper.py", description=__doc__ or "")
+    return start(paper, Paper(), program="pipelines/paper.py", description=__doc__ or "", each=each)
 
 
 if __name__ == "__main__":

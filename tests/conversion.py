@@ -23,5 +23,5 @@ def convert(wheel: Path, target: Path) -> None:
 if __name__ == "__main__":
     log, seconds = Path(sys.argv[1]), float(sys.argv[2])
     embedded._wheel = lambda: Path("wheel")
-    embedded._convert_model = convert
+    embedded._convert = convert
     print(embedded.embedded_model(), (embedded.embedded_model() / "model.safetensors").read_text())

@@ -11,7 +11,7 @@ from pathlib import Path
 from rich.console import Console
 
 from corsa.config import Frozen
-from corsa.flow import Kind, Outcome, Progress, Step, Store, Task, run
+from corsa.flow import Kind, Outcome, Progress, Step, StepFunction, Store, Task, run
 
 
 class Number(Frozen):
@@ -64,10 +64,22 @@ def fill_disk(task: Task) -> dict[str, float]:
     return {}
 
 
-ADD = Kind("add", f"{__name__}:add", 1)
-CLUSTER = Kind("cluster", f"{__name__}:add", 1, on_cluster=True)
-ROUNDS = Kind("rounds", f"{__name__}:add_all", 1, together=True)
-FILL = Kind("fill", f"{__name__}:fill_disk", 1)
+def load_add() -> StepFunction:
+    return add
+
+
+def load_add_all() -> StepFunction:
+    return add_all
+
+
+def load_fill_disk() -> StepFunction:
+    return fill_disk
+
+
+ADD = Kind("add", load_add, 1)
+CLUSTER = Kind("cluster", load_add, 1, on_cluster=True)
+ROUNDS = Kind("rounds", load_add_all, 1, together=True)
+FILL = Kind("fill", load_fill_disk, 1)
 
 
 def step(

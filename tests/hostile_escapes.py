@@ -8,6 +8,13 @@ from __future__ import annotations
 
 from hostile_programs import READY, says
 
+_LIBC = "import ctypes, os\nlibc = ctypes.CDLL(None, use_errno=True)\ndef call(*a):\n    found = libc.syscall(*a)\n"
+_LIBC += "    if found < 0:\n        raise OSError(ctypes.get_errno(), 'refused')\n    return found\n"
+_LOCKS = (
+    "import fcntl, os, struct\nf = os.open('/tmp/x', os.O_RDWR | os.O_CREAT)\nn = 1 << 40\nwhile True:\n    n -= 2\n"
+)
+_LOCKS += "    fcntl.fcntl(f, COMMAND, struct.pack('hhqqi4x', fcntl.F_WRLCK, 0, n, 1, 0))\n"
+
 DENYING = {
     "endless loop": "while True:\n    pass\n",
     "endless loop in C": "sum(iter(int, 1))\n",
@@ -25,6 +32,27 @@ DENYING = {
     "memory of processes that execute": "import os, sys, time\nfor _ in range(12):\n    if os.fork() == 0:\n"
     "        os.execv(sys.executable, [sys.executable, '-c', 'x = b\"x\" * (60 << 20); import time; time.sleep(9)'])\n"
     "time.sleep(9)\n",
+    "memory of processes whose first thread has ended": "import ctypes, os, threading, time\nfor _ in range(10):\n"
+    "    if os.fork() == 0:\n        break\ndef use():\n    global x\n    time.sleep(0.3)\n    x = b'x' * (60 << 20)\n    time.sleep(9)\n"
+    "threading.Thread(target=use).start()\nctypes.CDLL(None).pthread_exit(None)\n",
+    "memory of processes that cannot be inspected": "import ctypes, os, time\nctypes.CDLL(None).prctl(4, 0, 0, 0, 0)\n"
+    "for _ in range(10):\n    if os.fork() == 0:\n        break\nx = b'x' * (60 << 20)\ntime.sleep(9)\n",
+    "locks on a file": _LOCKS.replace("COMMAND", "fcntl.F_SETLK"),
+    "locks of an open file": _LOCKS.replace("COMMAND", "37"),
+    "events that nobody reads": _LIBC
+    + "file = call(294, 0)\ncall(254, file, b'/tmp', 0xfff)\nn = 0\nwhile True:\n    n += 1\n"
+    "    open(f'/tmp/{n}' + 'x' * 200, 'w').close()\n    os.unlink(f'/tmp/{n}' + 'x' * 200)\n",
+    "asynchronous requests": _LIBC
+    + "while True:\n    place = ctypes.c_ulong(0)\n    call(206, 128, ctypes.byref(place))\n",
+    "many mappings": "import ctypes, os, time\nfor _ in range(20):\n    if os.fork() == 0:\n        break\n"
+    "libc = ctypes.CDLL(None)\nlibc.mmap.restype = ctypes.c_void_p\n"
+    "libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]\nn = 0\nwhile True:\n"
+    "    n += 1\n    if libc.mmap(None, 4096, 1 + n % 2 * 2, 0x22, -1, 0) == 2**64 - 1:\n        time.sleep(9)\n",
+    "files in flight": "import array, socket\nkept = []\nwhile True:\n    kept.append(socket.socketpair())\n"
+    "    own = array.array('i', [s.fileno() for s in kept[-1]] * 20)\n    kept[-1][0].sendmsg([b'x'], [(1, 1, own)])\n",
+    "extended attributes": "import os\nopen('/tmp/x', 'w').close()\nn = 0\nwhile True:\n    n += 1\n"
+    "    os.setxattr('/tmp/x', f'user.{n}', bytes(60_000))\n",
+    "directories in one another": "import os\nos.chdir('/tmp')\nwhile True:\n    os.mkdir('d')\n    os.chdir('d')\n",
     "segments of System V": "import ctypes\nlibc = ctypes.CDLL(None, use_errno=True)\nlibc.shmat.restype = ctypes.c_void_p\n"
     "while True:\n    n = libc.shmget(0, 64 << 20, 0o1600)\n    if n < 0:\n        raise OSError(ctypes.get_errno(), 'shmget')\n"
     "    ctypes.memset(libc.shmat(n, 0, 0), 1, 64 << 20)\n    libc.shmdt(0)\n",
@@ -46,7 +74,7 @@ DENYING = {
     "    os.write(kept[-1][1], bytes(1 << 20))\n",
     "output": "while True:\n    print('x' * 1000)\n",
     "output of one line": "import os\nwhile True:\n    os.write(2, b'x' * 65536)\n",
-    "a full wire": "import os\nwhile True:\n    os.write(3, b'\\0\\0\\0\\0\\0\\0\\0\\0')\n",
+    "a full connection": "import os\nwhile True:\n    os.write(3, b'\\0\\0\\0\\0\\0\\0\\0\\0')\n",
     "calls without end": says(
         READY, then='while True:\n    os.write(3, b\'\\0\\0\\0\\x20\\0\\0\\0\\0{"tuple": ["next", 0, [], null]}\')\n'
     ),
@@ -63,6 +91,15 @@ NAMED = {
     "memory of many processes": {"memory"},
     "memory of many small processes": {"memory"},
     "memory of processes that execute": {"memory"},
+    "memory of processes whose first thread has ended": {"memory"},
+    "memory of processes that cannot be inspected": {"memory"},
+    "locks on a file": {"error"},
+    "locks of an open file": {"error"},
+    "events that nobody reads": {"error"},
+    "asynchronous requests": {"error"},
+    "files in flight": {"error"},
+    "extended attributes": {"disk", "error"},
+    "directories in one another": {"disk"},
     "segments of System V": {"error"},
     "files in memory": {"error"},
     "shared pages of nobody": {"error"},
@@ -77,8 +114,7 @@ NAMED = {
 }
 """What some of these are stopped by: memory that is counted, or a call that is refused."""
 
-_LIBC = "import ctypes, os\nlibc = ctypes.CDLL(None, use_errno=True)\ndef call(*a):\n    found = libc.syscall(*a)\n"
-_LIBC += "    if found < 0:\n        raise OSError(ctypes.get_errno(), 'refused')\n    return found\n"
+_PEER = "import socket, struct\npeer, = struct.unpack('i', socket.socket(fileno=os.dup(3)).getsockopt(1, 77, 4))\n"
 
 ESCAPES = {
     "reads a file of the host": "open('/etc/passwd').read()",
@@ -133,6 +169,29 @@ ESCAPES = {
     "sets the clock": "import time\ntime.clock_settime(time.CLOCK_REALTIME, 0)",
     "names the machine": "import socket\nsocket.sethostname('owned')",
     "raises its limits": "import resource\nresource.setrlimit(resource.RLIMIT_NPROC, (10**6, 10**6))",
+    "signals the supervisor through its socket": _LIBC + _PEER + "call(424, peer, 9, None, 0)",
+    "signals the supervisor's group through its socket": _LIBC + _PEER + "call(424, peer, 9, None, 4)",
+    "takes the supervisor's files through its socket": _LIBC + _PEER + "call(438, peer, 3, 0)",
+    "opens the supervisor's namespace through its socket": _LIBC + _PEER + "import fcntl\nfcntl.ioctl(peer, 0xff04)",
+    "learns the supervisor's number": "import os, socket, struct\n"
+    "pid, *_ = struct.unpack('3i', socket.socket(fileno=os.dup(3)).getsockopt(1, 17, 12))\n"
+    "if pid == 0:\n    raise OSError('none')",
+    "lists the mounts": _LIBC + "call(458, (ctypes.c_uint64 * 4)(24, 2**64 - 1), (ctypes.c_uint64 * 64)(), 64, 0)",
+    "opens a tree": _LIBC + "call(467, -100, b'/', 0, None, 0)",
+    "a call of a later kernel": _LIBC
+    + "call(461, ctypes.create_string_buffer(4096), ctypes.byref(ctypes.c_uint32(4096)), 0)",
+    "a context for asynchronous requests": _LIBC + "call(206, 128, ctypes.byref(ctypes.c_ulong(0)))",
+    "watches the machine's files": _LIBC + "call(254, call(294, 0), b'/usr/lib', 0xfff)",
+    "is told of changes in a directory": "import fcntl, os\nfcntl.fcntl(os.open('/usr/lib', os.O_RDONLY), 1026, 2)",
+    "flushes the machine's disks": _LIBC + "call(162)",
+    "flushes one disk": _LIBC + "call(306, os.open('/usr/lib', os.O_RDONLY))",
+    "locks a file of the machine": "import fcntl\nfcntl.flock(open('/etc/ld.so.cache'), fcntl.LOCK_EX)",
+    "locks a part of a file of the machine": "import fcntl\nfcntl.lockf(open('/etc/ld.so.cache'), fcntl.LOCK_SH)",
+    "takes a lease on a file of the machine": "import fcntl\nfcntl.fcntl(open('/etc/ld.so.cache'), 1024, 0)",
+    "asks for real time": "import os\nos.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))",
+    "asks for priority over its user": "import os\nos.setpriority(os.PRIO_USER, 0, -1)",
+    "adds to the machine's randomness": "import fcntl, os\nfcntl.ioctl(os.open('/dev/random', os.O_RDWR), 0x40085203, bytes(16))",
+    "follows a link out": "import os\nos.symlink('/../../../../etc/passwd', '/tmp/link')\nopen('/tmp/link').read()",
     "asks for priority": "import os\nos.setpriority(os.PRIO_PROCESS, 0, -5)",
 }
 

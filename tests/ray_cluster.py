@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 import psutil
 
 from corsa.flow import Record, Store
-from corsa.models.embedded import cache_directory
+from corsa.models.gguf_file import cache_directory
 
 if TYPE_CHECKING:
     from torch import Tensor

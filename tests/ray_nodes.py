@@ -19,7 +19,7 @@ from pathlib import Path
 import psutil
 from ray_cluster import ROOT, Cluster, free_port, plain_environment, training, wait_until
 
-from corsa.models.embedded import cache_directory
+from corsa.models.gguf_file import cache_directory
 
 
 @dataclass(frozen=True)

@@ -122,7 +122,7 @@ def resident(model: Any) -> dict[str, int]:
 
 def work(rank: int, workers: int, folder: Path) -> None:
     """The work of one worker of the group."""
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=workers)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=workers)
     torch.set_num_threads(1)
 
     def group(stage: int, **sharding: Any) -> WorkerGroup:

@@ -374,3 +374,22 @@ def test_adapters_that_do_not_fit_together_are_refused() -> None:
     assert check_same_base(["smollm2-135m", "smollm2-135m"]) == "smollm2-135m"
     with pytest.raises(CorsaError, match="first is for 'qwen3-4b', adapter 3 for 'qwen3-8b'"):
         check_same_base(["qwen3-4b", "qwen3-4b", "qwen3-8b"])
+
+
+def test_a_line_merged_with_its_own_successor_is_named(tmp_path: Path) -> None:
+    from corsa.config import ModelConfig
+    from corsa.editing.history import FILE, History, Update
+    from corsa.editing.merging import merge as merge_directories
+
+    known: dict[str, Any] = {"kind": "edit", "facts": 1, "method": "corsa", "created": "2026-01-01T00:00:00"}
+    updates = tuple(Update(number=n, fingerprint=f"f{n}", sha256="0", directory="/x", **known) for n in (1, 2))
+    for name, own in {"january": updates[:1], "february": updates, "other": updates[1:]}.items():
+        write_factors(random_adapter(1), tmp_path / name, "smollm2-135m")
+        history = History(model=ModelConfig(), updates=own)
+        (tmp_path / name / FILE).write_text(history.model_dump_json())
+    january, february, other = (str(tmp_path / name) for name in ("january", "february", "other"))
+    found = merge_directories([january, february], tmp_path / "twice")
+    assert found["remarks"] == [
+        f"{february} continues {january} and holds its change already: the merged adapter has it twice"
+    ]
+    assert merge_directories([january, other], tmp_path / "apart")["remarks"] == []

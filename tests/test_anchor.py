@@ -18,8 +18,8 @@ from corsa.config import TrainingConfig
 from corsa.config.steps import RoundsConfig
 from corsa.data.text import bare
 from corsa.evaluation.anchor_questions import anchor_questions
-from corsa.evaluation.sanity_questions import controls
-from corsa.experiments.base import chain, dealt, facts
+from corsa.evaluation.sanity_questions import sanity_questions
+from corsa.experiments.planner import Planner
 from corsa.flow import Step
 from corsa.report.training import told_training
 from corsa.training.mixing import Material, anchored
@@ -30,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_no_question_of_a_report_is_among_those_that_are_taught() -> None:
-    taught, asked = ([bare(q) for q in qs] for qs in (anchor_questions(), (c.question for c in controls())))
+    taught, asked = ([bare(q) for q in qs] for qs in (anchor_questions(), (c.question for c in sanity_questions())))
     assert len(set(taught)) == len(taught) >= 60
     assert not set(taught) & set(asked)
 
@@ -92,9 +92,9 @@ def test_a_round_with_anchors_depends_on_the_base_model_s_answers(tmp_path: Path
     data = file_of_facts(tmp_path / "own.jsonl", 4)
 
     def rounds(method: str, **training: Any) -> list[Step]:
-        made = experiment(data, **training)
-        taught = facts(made, 1)
-        return chain(made, method, 0, taught, dealt(taught, RoundsConfig(rounds=2)), rounds=(1, 2))
+        planner = Planner.of(experiment(data, **training), "")
+        taught = planner.facts()
+        return planner.chain(method, 0, taught, planner.schedule(taught, RoundsConfig(rounds=2)), rounds=(1, 2))
 
     anchors = {
         step.inputs["anchors"].fingerprint for step in (*rounds("lora", anchor=0.2), *rounds("corsa", anchor=0.4))

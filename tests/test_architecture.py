@@ -23,12 +23,28 @@ def test_rooms_import_only_from_rooms_below() -> None:
     assert lint_imports(config_filename=str(ROOT / "pyproject.toml"), no_cache=True, no_logo=True) == 0
 
 
-def test_the_document_draws_the_same_rooms() -> None:
+def section() -> str:
+    """The part of the document about rooms."""
     text = (ROOT / "docs" / "architecture.md").read_text()
-    table = text.partition("## Rooms")[2].partition("\n## ")[0]
-    rows = re.findall(r"^\| (`.+?`) \|", table, re.MULTILINE)
-    drawn = [{name.strip("`/ ").removeprefix("corsa/") for name in row.split(",")} for row in rows]
-    assert drawn == layers()
+    return text.partition("## Rooms")[2].partition("\n## ")[0]
+
+
+def test_the_table_of_the_document_lists_the_same_rooms() -> None:
+    rows = re.findall(r"^\| (`.+?`) \|", section(), re.MULTILINE)
+    assert [{name.strip("`/ ") for name in row.split(",")} for row in rows] == layers()
+
+
+def test_the_drawing_of_the_document_shows_the_same_rooms() -> None:
+    boxes = dict(re.findall(r'^ +(\w+)\["(.+)"\]$', section(), re.MULTILINE))
+    (arrows,) = re.findall(r"^ +(\w+(?: --> \w+)+)$", section(), re.MULTILINE)
+    assert [set(boxes[name].split(", ")) for name in arrows.split(" --> ")] == layers()
+
+
+def test_the_files_in_the_first_drawing_exist() -> None:
+    drawing = (ROOT / "docs" / "architecture.md").read_text().partition("```mermaid")[2].partition("```")[0]
+    named = re.findall(r"(?:corsa|pipelines|tune)/[\w/.]*", drawing)
+    assert len(named) > 10
+    assert [name for name in named if not (ROOT / name).exists()] == []
 
 
 def test_every_room_is_there() -> None:

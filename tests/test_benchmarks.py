@@ -40,6 +40,7 @@ def write(path: Path, records: list[Any]) -> str:
     return str(path)
 
 
+@pytest.mark.process
 def test_the_registry_imports_nothing_heavy() -> None:
     heavy = ("pyarrow", "pandas", "yaml", "datasets", "torch", "ray")
     code = f"import sys, corsa.data.benchmarks; print([name for name in {heavy} if name in sys.modules])"

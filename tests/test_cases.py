@@ -58,7 +58,7 @@ def test_the_counts_are_in_the_record_of_the_step(tmp_path: Path) -> None:
     from corsa.config.steps import EditsConfig, EditsPlace
     from corsa.data.benchmarks import digest
     from corsa.data.benchmarks.cases import told
-    from corsa.experiments.base import EDITS
+    from corsa.experiments.kinds import EDITS
     from corsa.experiments.steps import read_edits
     from corsa.flow import Step, Store, Task
 

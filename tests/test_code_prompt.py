@@ -8,10 +8,11 @@ import pytest
 from code_files import update, write_lines
 
 from corsa.config.steps import SamplesConfig
-from corsa.data.benchmarks.code_prompt import TEMPLATE, asked, read_template
+from corsa.data.benchmarks.code_prompt import TEMPLATE, prompt_of, read_template
 from corsa.data.benchmarks.programs import read_problems
 from corsa.errors import CorsaError
 from corsa.experiments.code.base import CodeExperiment, code_report
+from corsa.experiments.planner import Planner
 from corsa.flow.step import topological
 
 
@@ -79,7 +80,7 @@ def test_the_template_enters_the_identity_of_what_is_asked_by_its_text(arena: st
         experiment = CodeExperiment(
             data=arena, methods=("prepend",), dry_run=True, prompt_template=str(template) if template else None
         )
-        found = topological([code_report(experiment, "", primary=())])
+        found = topological([code_report(Planner.of(experiment, ""), primary=())])
         return next(step.fingerprint for step in found if step.name == "problems/updates")
 
     one, same, other = (tmp_path / name for name in "abc")
@@ -96,7 +97,7 @@ def test_the_template_enters_the_identity_of_what_is_asked_by_its_text(arena: st
 def test_prepend_shows_the_description_and_the_code_only_if_it_is_asked_for(arena: str) -> None:
     problem, record = read_problems(arena)[0].model_dump(), update("sin")["update"]
     plain, told, all_ = (
-        asked(problem, described=described, implementation=implementation)
+        prompt_of(problem, described=described, implementation=implementation)
         for described, implementation in ((False, False), (True, False), (True, True))
     )
     assert plain == problem["prompt"]
@@ -111,7 +112,7 @@ def test_prepend_shows_the_description_and_the_code_only_if_it_is_asked_for(aren
 @pytest.mark.parametrize("chosen", [False, True])
 def test_the_code_of_an_update_is_shown_to_prepend_alone(arena: str, chosen: bool) -> None:
     experiment = CodeExperiment(data=arena, methods=("prepend", "lora"), dry_run=True, prepend_implementation=chosen)
-    steps = {step.name: step.config for step in topological([code_report(experiment, "", primary=())])}
+    steps = {step.name: step.config for step in topological([code_report(Planner.of(experiment, ""), primary=())])}
     for method in ("base", "prepend", "lora"):
         config = steps[f"updates/{method}/seed0/samples"]
         assert isinstance(config, SamplesConfig)

@@ -211,8 +211,7 @@ class Config(Frozen):
     pass
 
 def main():
-    step = Step("slow", Kind("slow", "time:sleep", 1), Config())
-    step.kind.__class__.load = lambda kind: lambda task: (print("begun", flush=True), time.sleep(60))
+    step = Step("slow", Kind("slow", lambda: lambda task: (print("begun", flush=True), time.sleep(60)), 1), Config())
     run([step], Store(sys.argv[1]), lambda: None, lambda steps: 1, Console())
 
 exit_with(main)
@@ -245,7 +244,7 @@ def test_a_signal_ends_a_run_and_says_what_is_kept(
         out, err = process.communicate(timeout=30)
     assert time.monotonic() - began < 10
     assert process.returncode == status, err
-    assert out == "interrupted: finished steps are kept, and the same command goes on from here\n"
+    assert out == "interrupted: finished steps are kept, and the same command continues from here\n"
     assert err == ""
 
 
@@ -255,3 +254,28 @@ def test_a_stream_that_is_no_text_file_is_left_alone(monkeypatch: pytest.MonkeyP
     before = signal.getsignal(signal.SIGTERM)
     assert answered(lambda: 3) == 3
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.parametrize(
+    "words", [["data", "PLACE"], ["runs", "--storage", "PLACE"], ["undo", "--adapter", "PLACE", "--out", "new"]]
+)
+def test_a_name_that_no_file_can_have_is_one_line(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    place = "/" + "x" * 5000
+    assert main([place if word == "PLACE" else word for word in words]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ")
+    assert said.count("\n") == 1
+    assert len(said) < 700
+
+
+def test_what_libraries_log_and_warn_of_cannot_write_on_the_terminal() -> None:
+    text = (
+        "import logging, sys, warnings\n"
+        "from corsa.config.command_line import answered\n"
+        "answered(lambda: logging.getLogger('transformers').warning('of type %s', chr(27) + '[31m'))\n"
+        "answered(lambda: warnings.warn('of type ' + chr(27) + '[32m'))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, check=True)
+    assert "of type \\x1b[31m" in done.stderr
+    assert "of type \\x1b[32m" in done.stderr
+    assert "\x1b" not in done.stderr

@@ -16,6 +16,7 @@ from corsa.config import STEPS, StepConfig
 from corsa.config.command_line import answered, configure, exit_with
 from corsa.errors import CorsaError
 from corsa.experiments.code.base import CodeExperiment
+from corsa.experiments.planner import Planner
 from corsa.experiments.runner import repeat_command
 from corsa.flow.step import Step, topological
 from corsa.flow.store import Store
@@ -41,7 +42,7 @@ def yaml(tmp_path: Path) -> Any:
     return write
 
 
-def refusal(*arguments: str) -> str:
+def error_of(*arguments: str) -> str:
     with pytest.raises(CorsaError) as caught:
         given(*arguments).checked()
     return str(caught.value)
@@ -122,13 +123,13 @@ def test_a_configuration_cannot_be_changed() -> None:
 
 
 def test_names_that_are_not_known_are_refused_with_the_nearest() -> None:
-    assert refusal("--methods", "crosa") == (
+    assert error_of("--methods", "crosa") == (
         "unknown method 'crosa': did you mean 'corsa'? Known: lora, corsa, corsa-no-sam, corsa-no-dpo, "
         "corsa-no-pcgrad, corsa-published, replay, corsa-replay, replay-pcgrad, joint, f-learning, memit"
     )
-    assert "unknown benchmark 'conterfact': did you mean 'counterfact'?" in refusal("--benchmark", "conterfact")
+    assert "unknown benchmark 'conterfact': did you mean 'counterfact'?" in error_of("--benchmark", "conterfact")
     for nothing in ("--methods", "--seeds"):
-        assert "nothing would be trained" in refusal(nothing, ",")
+        assert "nothing would be trained" in error_of(nothing, ",")
 
 
 @pytest.mark.parametrize(
@@ -152,14 +153,14 @@ def test_names_that_are_not_known_are_refused_with_the_nearest() -> None:
 )
 def test_what_is_wrong_in_a_file_is_named(yaml: Any, text: str, said: str) -> None:
     path = yaml(text)
-    found = refusal("--config", path)
+    found = error_of("--config", path)
     assert path in found
     assert said in found
 
 
 def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
-    assert "cannot be read: No such file or directory" in refusal("--config", str(tmp_path / "absent.yaml"))
-    assert "cannot be read: Is a directory" in refusal("--config", str(tmp_path))
+    assert "cannot be read: No such file or directory" in error_of("--config", str(tmp_path / "absent.yaml"))
+    assert "cannot be read: Is a directory" in error_of("--config", str(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -210,6 +211,8 @@ def script(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=60)
 
 
+@pytest.mark.process
+@pytest.mark.process
 def test_help_is_quick_and_imports_nothing_heavy(tmp_path: Path) -> None:
     began = time.monotonic()
     done = script(tmp_path, "--help")
@@ -269,6 +272,8 @@ def test_a_mistake_is_one_line_and_status_2(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.process
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [(["--methods", "crosa"], "error: unknown method 'crosa'"), (["--worker", "2"], "Unrecognized options")],
@@ -333,8 +338,7 @@ def test_groups_run_side_by_side_as_far_as_there_is_room() -> None:
 def steps(*arguments: str) -> dict[str, Step]:
     """The steps of the scenario by name."""
     experiment = given("--model", "random:tiny-llama", *arguments).checked()
-    assert isinstance(experiment, Continual)
-    report = continual(experiment, repeat_command("continual.py", experiment, Continual()))
+    report = continual(Planner.of(experiment, repeat_command("continual.py", experiment, Continual())))
     return {step.name: step for step in topological([report])}
 
 
@@ -430,6 +434,7 @@ def test_data_are_known_by_their_bytes(tmp_path: Path) -> None:
     assert edits(places[0]) != edits(places[1])
 
 
+@pytest.mark.process
 def test_fingerprints_are_the_same_in_another_process(tmp_path: Path) -> None:
     code = (
         "import sys; sys.path[:0] = sys.argv[1:3]\n"

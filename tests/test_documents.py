@@ -10,30 +10,45 @@ import math
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+import textwrap
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from textwrap import indent
-from typing import Any
+from types import ModuleType
+from typing import Any, cast
 
+import pandas as pd
 import pytest
 import torch
 from code_files import task, update
 from documents import DOCUMENTS, ROOT, Block, blocks, inline_commands, wrong_links
-from tiny import Bench, round_config, triplets
+from flow_steps import execute
+from test_metrics import hand
+from tiny import CPU, LORA, Bench, round_config, triplets
 from tyro.extras import SubcommandApp
 
 import corsa.cli.main
+import corsa.config.method
 import corsa.data.benchmarks
-from corsa import config
+from corsa import config, methods
 from corsa.algorithm import objectives
 from corsa.algorithm.batch import MicroBatch, counts
+from corsa.algorithm.logprobs import packing_is_exact
 from corsa.algorithm.packing import NO_OLD_ANSWER, Triplet, pack
 from corsa.algorithm.row_settings import RowSettings
 from corsa.cli.commands import app
-from corsa.config import StepConfig
+from corsa.config import RunSettings, StepConfig
+from corsa.evaluation import metric_definitions
+from corsa.evaluation.metrics import compute
+from corsa.experiments import trackers
+from corsa.experiments.base import Experiment
+from corsa.experiments.planner import Planner
+from corsa.flow import Store
+from corsa.lora.factors import Adapter
 from corsa.methods import METHODS
+from corsa.models import registry
 from corsa.training.loop import curves_table
 
 SHELL = [block for block in blocks() if not block.elsewhere and list(block.commands())]
@@ -48,10 +63,35 @@ def example(start: str) -> str:
     (found,) = [
         block.text
         for block in blocks()
-        if block.document == "docs/extending.md" and block.text.startswith(f"# {start}\n")
+        if block.document == "docs/extending.md" and textwrap.dedent(block.text).startswith(f"# {start}\n")
     ]
     assert len(found.splitlines()) < 60
-    return found
+    return textwrap.dedent(found)
+
+
+@pytest.fixture
+def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], ModuleType]]:
+    """Writes an example into its package, for the length of a test, and imports it."""
+    known = set(sys.modules)
+
+    def install(path: str) -> ModuleType:
+        file = tmp_path / "examples" / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(example(path))
+        name = path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+        package = importlib.import_module(name.rpartition(".")[0])
+        place = str(tmp_path / "examples" / package.__name__.replace(".", "/"))
+        if place not in package.__path__:
+            monkeypatch.setattr(package, "__path__", [*package.__path__, place])
+        importlib.invalidate_caches()
+        return importlib.import_module(name)
+
+    yield install
+    for name in sorted(set(sys.modules) - known, reverse=True):  # the modules of a package before the package
+        if (file := getattr(sys.modules[name], "__file__", None)) and file.startswith(str(tmp_path)):
+            package, _, last = name.rpartition(".")
+            vars(sys.modules[package]).pop(last, None)
+            del sys.modules[name]
 
 
 # Links
@@ -90,6 +130,10 @@ def laid_out(words: list[str]) -> None:
             problems = {"--humaneval": task(0), "--data": update("sin")}
             text = json.dumps(problems.get(option, {})).encode()
             Path(value).write_bytes(gzip.compress(text) if value.endswith(".gz") else text)
+        for model in value.split(",") if option in ("--model", "--models") else []:
+            if model.endswith(".gguf"):
+                Path(model).parent.mkdir(parents=True, exist_ok=True)
+                Path(model).touch()
         if option == "--config":
             Path(value).write_text("limit: 3\n")
         if option == "--mmlu" and value != "hub":
@@ -188,6 +232,7 @@ def test_commands_within_lines_are_accepted(files: Path, monkeypatch: pytest.Mon
         tried(words, monkeypatch, files / "runs")
 
 
+@pytest.mark.process
 def test_the_dry_run_of_the_demo_draws_its_steps(files: Path) -> None:
     command = [sys.executable, ROOT / "pipelines" / "continual.py", "--dry-run", "--storage", files]
     drawn = subprocess.run(command, capture_output=True, text=True, check=True).stdout
@@ -198,7 +243,7 @@ def test_the_dry_run_of_the_demo_draws_its_steps(files: Path) -> None:
 def test_python_blocks_compile() -> None:
     for block in blocks():
         if block.language == "python":
-            compile(block.text, f"{block.document}:{block.line}", "exec")
+            compile(textwrap.dedent(block.text), f"{block.document}:{block.line}", "exec")
 
 
 def test_examples_of_facts_are_read(tmp_path: Path) -> None:
@@ -216,9 +261,10 @@ def test_examples_of_facts_are_read(tmp_path: Path) -> None:
 # The examples of extending.md
 
 
-def test_the_example_of_a_benchmark_reads_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "capitals.py").write_text(example("corsa/data/benchmarks/capitals.py"))
-    monkeypatch.setattr(corsa.data.benchmarks, "__path__", [*corsa.data.benchmarks.__path__, str(tmp_path)])
+def test_the_example_of_a_benchmark_reads_its_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, installed: Callable[[str], ModuleType]
+) -> None:
+    installed("corsa/data/benchmarks/capitals.py")
     entry = eval(example("an entry of BENCHMARKS"), dict(vars(corsa.data.benchmarks)))
     monkeypatch.setitem(corsa.data.benchmarks.BENCHMARKS, entry.name, entry)
     data = tmp_path / "moved.csv"
@@ -231,7 +277,7 @@ def test_the_example_of_a_benchmark_reads_its_rows(tmp_path: Path, monkeypatch: 
     assert bad.field == "continent"
 
 
-def test_the_example_of_a_method_trains(tmp_path: Path) -> None:
+def test_the_example_of_a_setting_of_the_step_trains(tmp_path: Path) -> None:
     ((name, setting),) = eval(example("an entry of STEPS"), dict(vars(config))).items()
     assert name not in METHODS
     step = setting(StepConfig()).effective()
@@ -241,7 +287,7 @@ def test_the_example_of_a_method_trains(tmp_path: Path) -> None:
 
 
 def test_the_example_of_a_loss_term_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    names = {**vars(config), **vars(objectives)}
+    names = {**vars(corsa.config.method), **vars(objectives)}
     exec("class Changed(StepConfig):\n" + indent(example("in StepConfig"), "    "), names)
     exec(example("in corsa/algorithm/objectives.py"), names)
     added = eval(example("an entry of OBJECTIVES"), names)
@@ -275,6 +321,7 @@ def test_the_loss_of_the_example_is_as_published(monkeypatch: pytest.MonkeyPatch
     assert float(found) == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.process
 def test_the_example_of_a_scenario_draws_its_steps(tmp_path: Path) -> None:
     script = tmp_path / "ranks.py"
     script.write_text(example("pipelines/ranks.py"))
@@ -283,3 +330,74 @@ def test_the_example_of_a_scenario_draws_its_steps(tmp_path: Path) -> None:
     drawn = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert "world_facts/lora-rank1/seed0/round1" in drawn
     assert "report/ranks" in drawn
+
+
+def test_the_example_of_a_method_with_two_phases_is_found_and_trains(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, installed: Callable[[str], ModuleType]
+) -> None:
+    package = installed("corsa/methods/pairs_first/__init__.py")
+    installed("corsa/methods/pairs_first/teach.py")
+    method = {method.name: method for method in methods.records()}["pairs-first"]
+    assert method in package.METHODS
+    monkeypatch.setitem(METHODS, method.name, method)
+    config = method.round_config(RunSettings(lora=LORA, training=round_config().training), 3, 1)
+    assert methods.method_of(config) is method
+    assert method.load_teach is not None
+    edits = [replace(edit, old=edit.old if i % 2 else []) for i, edit in enumerate(triplets(4))]
+    bench = Bench(edits)
+    first = bench.teach(method.load_teach(), config, tmp_path / "first")
+    assert first.metrics == {"pairs": 2}
+    assert first.curves is not None
+    assert first.curves[-1]["logp_new"] > first.curves[0]["logp_new"]
+    second = bench.teach(method.load_teach(), config, tmp_path / "second", before=first.change)
+    ranks = [{factors.rank for factors in cast(Adapter, taught.change).values()} for taught in (first, second)]
+    assert ranks == [{LORA.rank}, {2 * LORA.rank}]
+    assert second.curves is not None
+    assert second.curves[0]["logp_new"] > first.curves[0]["logp_new"]
+
+
+def test_the_example_of_a_metric_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    ((name, metric),) = eval(example("an entry of METRICS"), dict(vars(metric_definitions))).items()
+    monkeypatch.setitem(metric_definitions.METRICS, name, metric)
+    (lora,) = [row for row in compute(hand())["rows"] if row["method"] == "lora"]
+    assert lora["metrics"][name]["value"] == 1 / 6  # of the wordings after round 2, one has the mark "."
+
+
+def test_the_example_of_a_tracker_writes_all_values(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = dict(vars(trackers)) | {"TRACKERS": {}}
+    exec(example("a tracker"), names)
+    (name,) = names["TRACKERS"]
+    monkeypatch.setitem(trackers.TRACKERS, name, names["TRACKERS"][name])
+    trackers.check([f"{name}:{tmp_path}"])
+    metrics = compute(hand())
+    file = trackers.track(f"{name}:{tmp_path}", title="A run", config={}, metrics=metrics, curves=pd.DataFrame())
+    assert Path(file).parent == tmp_path
+    found = pd.read_csv(file).set_index(["position", "name"]).value
+    assert found[2, "lora/generality"] == pytest.approx(4 / 6)
+    assert len(found) == sum(v["value"] is not None for row in metrics["series"] for v in row["metrics"].values())
+
+
+def test_the_example_of_a_model_family_packs_and_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ((name, shape),) = eval(example("an entry of ARCHITECTURES"), dict(vars(registry))).items()
+    assert name not in registry.ARCHITECTURES
+    monkeypatch.setitem(registry.ARCHITECTURES, name, shape)
+    bench = Bench(triplets(4), family=name.removeprefix("tiny-"))
+    assert bench.loaded.model.config.model_type == shape["model_type"]
+    assert packing_is_exact(bench.loaded.model, bench.edits, torch.float32, CPU)
+    trained = bench.train(round_config(), tmp_path)
+    assert trained.curves[-1]["logp_new"] > trained.curves[0]["logp_new"]
+
+
+def test_the_example_of_a_stage_runs(tmp_path: Path, installed: Callable[[str], ModuleType]) -> None:
+    module = installed("corsa/experiments/relations.py")
+    file = tmp_path / "facts.jsonl"
+    rows = [
+        {"prompt": f"Who leads {i}?", "target_new": "Bo", "target_old": "Al", "relation": "leader" if i else "place"}
+        for i in range(3)
+    ]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    step = module.relations(Planner.of(Experiment(benchmark="file", data=str(file)), "").facts(), least=2)
+    outcome, _, connections = execute(Store(tmp_path / "store"), step)
+    assert not outcome.failed
+    assert json.loads(outcome.artifacts[step.fingerprint].read("relations.json")) == {"leader": 2}
+    assert connections == 0

@@ -9,17 +9,14 @@ import pytest
 import torch
 from tiny import EDITS, Bench, round_config, triplets
 
-from corsa.config import STEPS, FLearningConfig, Placement, StepConfig
+from corsa.config import STEPS, FLearningConfig, StepConfig
 from corsa.config.steps import ReportConfig
-from corsa.flow import Store
+from corsa.experiments.planner import Planner
 from corsa.flow.step import topological
 from corsa.lora.attached import attached
 from corsa.lora.factors import Adapter
-from corsa.methods.base import Round
 from corsa.methods.f_learning import FLearningRoundConfig
 from corsa.methods.f_learning.teach import teach
-from corsa.training.loop import train
-from corsa.training.mixing import Material
 from pipelines.sensitivity import Sensitivity, sensitivity
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -36,30 +33,7 @@ def taught(bench: Bench, folder: Path, before: Adapter | None = None, **settings
     """A round of F-Learning on the bench's edits."""
     plain = dict(round_config(epochs=4)) | {"step": STEPS["lora"](StepConfig())}
     config = FLearningRoundConfig(**plain, f_learning=FLearningConfig(**settings))
-    loaded, context = bench.loaded, bench.context(Placement())
-
-    def learn(examples: Any, name: str) -> Any:
-        return train(
-            config, Material(examples), loaded, context, (Store(folder), f"partial/x/{name}"), lambda line: None
-        )
-
-    found = teach(
-        Round(
-            config=config,
-            edits=(),
-            triplets=bench.edits,
-            earlier=(),
-            model=loaded.model,
-            encoder=loaded.encoder,
-            lora=loaded.lora,
-            before=before,
-            leads=True,
-            share=lambda value: value,
-            train=learn,
-            input_file=lambda name, file: folder,
-            post=lambda line: None,
-        )
-    )
+    found = bench.teach(teach, config, folder, before)
     return cast(Adapter, found.change), found.curves, dict(found.metrics)
 
 
@@ -115,13 +89,14 @@ def test_an_interrupted_round_does_not_train_again_what_is_done(bench: Bench, tm
 
 
 def test_the_sensitivity_scenario_sweeps_alpha() -> None:
-    found = topological([sensitivity(Sensitivity(seeds=(0, 1), alphas=(0.05, 0.1, 1.0)), "")])
-    swept = {
+    experiment = Sensitivity(seeds=(0, 1), alphas=(0.05, 0.1, 1.0))
+    found = topological([sensitivity(Planner.of(experiment, ""))])
+    trained = {
         (step.config.f_learning.alpha, step.config.seed)
         for step in found
         if isinstance(step.config, FLearningRoundConfig)
     }
-    assert swept == {(alpha, seed) for alpha in (0.05, 0.1, 1.0) for seed in (0, 1)}
+    assert trained == {(alpha, seed) for alpha in (0.05, 0.1, 1.0) for seed in (0, 1)}
     report = found[-1].config
     assert isinstance(report, ReportConfig)
     (axis,) = [axis for axis in report.axes if axis.name == "alpha"]

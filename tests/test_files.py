@@ -90,6 +90,35 @@ def test_gzipped_files_are_read(tmp_path: Path) -> None:
             read("file", str(tmp_path / name))
 
 
+def test_a_file_that_expands_without_end_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blank lines: no record ends the reading."""
+    from corsa.data.benchmarks import files
+
+    monkeypatch.setattr(files, "_EXPANDED", 1 << 20)
+    blank = b" " * 1023 + b"\n"
+    packed = gzip.compress(blank * 1100)
+    for name in ("f.jsonl.gz", "f.json.gz", "f.parquet.gz"):
+        (tmp_path / name).write_bytes(packed)
+        with pytest.raises(CorsaError, match=f"{name} expands to more than 1 MiB: give it unpacked"):
+            read("file", str(tmp_path / name))
+    (tmp_path / "sound.jsonl.gz").write_bytes(gzip.compress(blank * 1000 + json.dumps(fact()).encode()))
+    assert len(read("file", str(tmp_path / "sound.jsonl.gz")).edits) == 1
+
+
+def test_a_device_without_end_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from corsa.data.benchmarks import files
+
+    monkeypatch.setattr(files, "_PIPED", 1 << 20)
+    with pytest.raises(CorsaError, match="/dev/zero gives more than 1 MiB: save it to a file"):
+        read("file", "/dev/zero")
+
+
+def test_a_header_that_is_too_long_for_csv_is_named(tmp_path: Path) -> None:
+    (tmp_path / "f.csv").write_text("c" * 200_000 + "\n1\n")
+    with pytest.raises(CorsaError, match="line 1: this is no header of a CSV file: field larger than field limit"):
+        read("file", str(tmp_path / "f.csv"))
+
+
 @pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "gz"])
 def test_standard_input_and_pipes_are_read_as_often_as_needed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from corsa.config import Frozen, StepConfig
 from corsa.errors import CorsaError
-from corsa.flow import Kind, Step, Store, draw, run
+from corsa.flow import Kind, Step, StepFunction, Store, draw, run
 from corsa.flow.cluster import check_fits, lanes
 from corsa.flow.progress import table
 from corsa.flow.runner import divide
@@ -34,11 +34,18 @@ def log(tmp_path: Path) -> Path:
     return tmp_path / "log"
 
 
+def absent() -> StepFunction:
+    """Loads a step's function that is not there."""
+    from flow_steps import absent  # type: ignore[attr-defined]
+
+    return absent
+
+
 def test_a_fingerprint_depends_on_what_changes_the_result_and_on_nothing_else(log: Path) -> None:
     before = step("before", ADD, log)
     this = Step("this", ADD, Number(value=2), {"edits": before})
     assert this.fingerprint == Step("other", ADD, Number(value=2), {"edits": before}, How(log=log)).fingerprint
-    assert this.fingerprint == Step("this", replace(ADD, function="moved:there"), this.config, this.inputs).fingerprint
+    assert this.fingerprint == Step("this", replace(ADD, load=absent), this.config, this.inputs).fingerprint
     others = [
         Step("this", ADD, Number(value=3), {"edits": before}),
         Step("this", ADD, Number(value=2), {"facts": before}),
@@ -50,13 +57,14 @@ def test_a_fingerprint_depends_on_what_changes_the_result_and_on_nothing_else(lo
     assert len({this.fingerprint, *(other.fingerprint for other in others)}) == 7
 
 
+@pytest.mark.process
 def test_a_fingerprint_is_the_same_in_another_process() -> None:
     code = (
         "from corsa.config import StepConfig; from corsa.flow import Kind, Step;"
-        "print(Step('s', Kind('k', 'm:f', 1), StepConfig.model_validate({})).fingerprint)"
+        "print(Step('s', Kind('k', print, 1), StepConfig.model_validate({})).fingerprint)"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
-    assert found == Step("s", Kind("k", "m:f", 1), StepConfig.model_validate({})).fingerprint
+    assert found == Step("s", Kind("k", absent, 1), StepConfig.model_validate({})).fingerprint
 
 
 def test_what_has_no_stable_text_is_refused_with_its_field() -> None:
@@ -76,6 +84,7 @@ def test_two_different_steps_of_one_name_are_refused(log: Path) -> None:
         topological([step("same", ADD, log, value=1), step("same", ADD, log, value=2)])
 
 
+@pytest.mark.process
 def test_planning_imports_neither_torch_nor_ray() -> None:
     code = "import sys, corsa.flow.cluster; assert not {'torch', 'ray', 'pandas', 'transformers'} & {*sys.modules}"
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -155,7 +164,7 @@ def test_a_list_that_fails_in_part_keeps_what_it_committed(store: Store, log: Pa
 
 
 def test_a_list_whose_function_raises_fails_only_what_could_have_run(store: Store, log: Path) -> None:
-    broken = Kind("broken", "flow_steps:absent", 1, together=True)
+    broken = Kind("broken", absent, 1, together=True)
     first = Step("one", broken, Number())
     second = Step("two", broken, Number(value=2), {"before": first})
     outcome, _, _ = execute(store, second, step("other", ADD, log))

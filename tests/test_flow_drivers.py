@@ -82,7 +82,7 @@ def test_an_interrupted_driver_gives_its_leases_back_and_says_how_to_go_on(tmp_p
     output, _ = first.communicate(timeout=10)
     assert time.monotonic() - began < 3  # it does not wait for the step
     assert first.returncode == 130
-    assert "interrupted: finished steps are kept, and the same command goes on from here" in output
+    assert "interrupted: finished steps are kept, and the same command continues from here" in output
     assert "Traceback" not in output
     assert {path.name for path in (tmp_path / "store" / "leases").iterdir()} == {".lock"}
 

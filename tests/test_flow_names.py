@@ -165,6 +165,8 @@ def test_a_lease_that_somebody_else_wrote_names_no_file(tmp_path: Path, log: Pat
         "s3://KEYID:HUSH",
         "gs://KEYID:HUSH@bucket",
         "ftp://KEYID:HUSH@host/x",
+        "s3://KEYID%3AHUSH%40bucket/runs",
+        "s3://KEYID%3aHU%2FSH+H@bucket/runs",
     ],
 )
 def test_an_address_with_credentials_is_refused_and_not_shown(address: str) -> None:

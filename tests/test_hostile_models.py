@@ -180,6 +180,9 @@ def test_arithmetic_refuses_what_is_not_finite_and_what_overflows() -> None:
     huge = {name: Factors(f.a, f.b * 1e37) for name, f in adapter().items()}
     with pytest.raises(CorsaError, match=r"the adapters' sum: .* beyond float32"):
         merge([huge, huge], "sum", weights=[1e6, 1.0])
+    for seed in (-1, 1 << 63, 10**40):
+        with pytest.raises(CorsaError, match="the seed is"):
+            merge([adapter(), adapter(1)], "dare_linear", seed=seed)
 
 
 def test_a_scale_that_overflows_is_refused(directory: Path) -> None:

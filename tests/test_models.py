@@ -262,6 +262,8 @@ def converter(cache: Path, log: Path, seconds: float) -> subprocess.Popen[str]:
     )
 
 
+@pytest.mark.process
+@pytest.mark.process
 def test_two_processes_convert_once(tmp_path: Path) -> None:
     cache, log = tmp_path / "new" / "cache", tmp_path / "log"
     processes = [converter(cache, log, 1.0) for _ in range(2)]

@@ -12,7 +12,7 @@ from test_benchmarks import PUBLISHED
 
 from corsa.config.steps import RoundsConfig
 from corsa.data.benchmarks import read
-from corsa.data.schedule import deal
+from corsa.data.schedule import assign
 from corsa.errors import CorsaError
 
 
@@ -87,7 +87,7 @@ def test_limits_count_cases_and_the_papers_protocol_takes_the_first_edit(tmp_pat
 def test_a_case_is_never_cut_between_rounds(tmp_path: Path) -> None:
     cases = [case(n, *(rewrite(f"Ann {n}.{i}", "A") for i in range(3))) for n in range(4)]
     edits = read("mquake", written(tmp_path, *cases)).edits
-    rows = deal(edits, RoundsConfig(rounds=3)).to_pylist()
+    rows = assign(edits, RoundsConfig(rounds=3)).to_pylist()
     rounds = {row["edit"].rsplit("/", 1)[0]: set() for row in rows}
     for row in rows:
         rounds[row["edit"].rsplit("/", 1)[0]].add(row["learnt"])

@@ -183,6 +183,7 @@ def test_the_step_takes_three_objectives_and_logs_them(bench: Bench, scope: str)
     assert log["cosine"] == pytest.approx(min(cosines), abs=1e-4)
     assert log["conflict"] is (min(cosines) < 0)
     assert curves_table([log]).column_names == [*CURVES.names, "loss_replay"]
+    batch, phi = together(bench, [edits]), bench.loaded.lora.phi
     (log,) = corsa_step(bench.loaded.model, phi, batch, RowSettings.of([Step()], CPU), optimizer, 1e9, alone)
     assert curves_table([log]).column_names == CURVES.names
 

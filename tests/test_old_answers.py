@@ -1,4 +1,4 @@
-"""Asking a tiny model for missing old answers; and the everyday questions."""
+"""Predictions of a tiny model for missing old answers; and the everyday questions."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from test_line import drafts
+from test_update_plan import drafts
 
 from corsa.config import ModelConfig
 from corsa.errors import CorsaError
 from corsa.evaluation.old_answers import old_answers
-from corsa.evaluation.sanity_questions import changes, controls, judged, told
+from corsa.evaluation.sanity_questions import changes, judged, sanity_questions, told
 from corsa.models.encoding import Encoder
 from corsa.models.loading import load_model
 
@@ -65,9 +65,9 @@ def test_a_model_with_nothing_else_to_say_is_reported(
 
 
 def test_controls_count_what_changed() -> None:
-    questions = controls()
-    assert len({control.question for control in questions}) == len(questions) == 40
-    right = [f"It is {control.answer}." for control in questions]
+    questions = sanity_questions()
+    assert len({asked.question for asked in questions}) == len(questions) == 40
+    right = [f"It is {asked.answer}." for asked in questions]
     base = judged(right)
     assert all(row["right"] for row in base)
     edited = judged(["Ada Byron", f"{right[1].upper()}\nQ: more", *right[2:]])

@@ -16,7 +16,8 @@ from rich.console import Console
 from corsa.config import LoraConfig, ModelConfig, Placement, TrainingConfig
 from corsa.config.steps import RoundsConfig
 from corsa.data.edit import from_table
-from corsa.experiments.base import Experiment, Facts, chain, dealt, facts
+from corsa.experiments.base import Experiment
+from corsa.experiments.planner import Facts, Planner
 from corsa.flow import Step, Store, run
 from corsa.flow.task import Silent, Task
 from corsa.models.encoding import Encoder
@@ -29,23 +30,23 @@ from corsa.training.worker_group import WorkerGroup
 MODEL = ModelConfig(name="random:tiny-llama")
 
 
-Chains = Callable[[Experiment, Facts, Step], list[Step]]
+Chains = Callable[[Planner[Experiment], Facts, Step], list[Step]]
 """The rounds that an experiment teaches, of the facts, on the schedule."""
 
 
-def settings(experiment: Experiment, taught: Facts, schedule: Step) -> list[Step]:
+def settings(planner: Planner[Experiment], taught: Facts, schedule: Step) -> list[Step]:
     """Two rounds of two settings and one of a setting that diverges."""
     steps: list[Step] = []
     for name, change in (("a", {"rho": 0.05}), ("b", {"rho": 0.0, "lambda_": 0.5}), ("bad", {"rho": 1e30})):
-        changed = experiment.model_copy(update={"corsa": experiment.corsa.model_copy(update=change)})
-        steps += chain(changed, "corsa", len(name), taught, schedule, rounds=(1, 2), name=name)
+        changed = planner.changed(corsa=planner.experiment.corsa.model_copy(update=change))
+        steps += changed.chain("corsa", len(name), taught, schedule, rounds=(1, 2), name=name)
     return steps
 
 
-def methods(experiment: Experiment, taught: Facts, schedule: Step) -> list[Step]:
+def methods(planner: Planner[Experiment], taught: Facts, schedule: Step) -> list[Step]:
     """One round of methods that differ in settings that a pack has per row, and in PCGrad, which it has not."""
     names = ("lora", "corsa", "corsa-no-pcgrad")
-    return [step for method in names for step in chain(experiment, method, 0, taught, schedule)]
+    return [planner.round(method, 0, taught, schedule) for method in names]
 
 
 def taken(storage: Path, pack: int, chains: Chains) -> tuple[Store, list[Step], dict[str, str]]:
@@ -57,14 +58,15 @@ def taken(storage: Path, pack: int, chains: Chains) -> tuple[Store, list[Step], 
         training=TrainingConfig(epochs=3, batch=3),
         placement=Placement(threads=1, pack=pack),
     )
-    store, taught = Store(storage), facts(experiment, 2)
-    schedule = dealt(taught, RoundsConfig(rounds=2))
+    planner = Planner.of(experiment, "")
+    store, taught = Store(storage), planner.facts(2)
+    schedule = planner.schedule(taught, RoundsConfig(rounds=2))
     run([schedule], store, lambda: None, lambda steps: 1, Console(quiet=True))
     edits = from_table(pq.read_table(store.artifact(taught.edits.fingerprint).local("edits.parquet")))
     encoder = Encoder(load_tokenizer(MODEL), "qa")
     found = token_rows(encoder, [e.model_dump() for e in edits])
     rows = [row | {"reference_new": -20.0, "reference_old": -20.0} for row in found]
-    steps = chains(experiment, taught, schedule)
+    steps = chains(planner, taught, schedule)
     table = pd.DataFrame(rows)
     output = store.workspace(taught.reference)
     pq.write_table(pa.Table.from_pandas(table, schema=REFERENCE, preserve_index=False), output / "reference.parquet")

@@ -16,6 +16,7 @@ from corsa.config.steps import CodeReportConfig, EditsConfig, ReportConfig, Show
 from corsa.data.edit import Edit, to_table
 from corsa.evaluation.metrics import METRICS
 from corsa.experiments.code.steps import RATES
+from corsa.experiments.planner import Planner
 from corsa.experiments.steps import _cases, _specificity
 from corsa.flow import Step
 from corsa.flow.step import topological
@@ -54,7 +55,7 @@ def facts_of(step: Step) -> set[tuple[int, int | None]]:
 def test_a_report_carries_the_primary_metrics_of_its_scenario() -> None:
     paper = import_module("paper")
     scenarios = ("single", "ablation", "sensitivity", "temporal", "routing")
-    found = reports(paper.paper(paper.Paper(scenarios=scenarios, limit=4), "command"))
+    found = reports(paper.paper(Planner.of(paper.Paper(scenarios=scenarios, limit=4), "command")))
     primary = {name: step.config.primary for name, step in found.items()}  # type: ignore[attr-defined]
     assert primary == {
         "single update": ("edit_success", "generality"),
@@ -68,15 +69,15 @@ def test_a_report_carries_the_primary_metrics_of_its_scenario() -> None:
 def test_values_are_chosen_on_facts_that_no_scenario_reports() -> None:
     paper, alone = import_module("paper"), import_module("sensitivity")
     experiment = alone.Sensitivity(offset=10, development=20, limit=5)
-    assert facts_of(alone.sensitivity(experiment, "command")) == {(10, 20)}
+    assert facts_of(alone.sensitivity(Planner.of(experiment, "command"))) == {(10, 20)}
     asked = paper.Paper(scenarios=("single", "sensitivity", "temporal"), offset=10, development=20, limit=5)
-    found = {name: facts_of(step) for name, step in reports(paper.paper(asked, "command")).items()}
+    found = {name: facts_of(step) for name, step in reports(paper.paper(Planner.of(asked, "command"))).items()}
     assert found == {"single update": {(30, 5)}, "sensitivity": {(10, 20)}, "continual": {(30, 5)}}
     elsewhere = asked.model_copy(update={"temporal": "atoke", "temporal_data": str(PIPELINES / "paper.py")})
-    found = {name: facts_of(step) for name, step in reports(paper.paper(elsewhere, "command")).items()}
+    found = {name: facts_of(step) for name, step in reports(paper.paper(Planner.of(elsewhere, "command"))).items()}
     assert found["continual"] == {(10, 5)}
     without = asked.model_copy(update={"scenarios": ("single",)})
-    assert facts_of(paper.paper(without, "command")) == {(10, 5)}
+    assert facts_of(paper.paper(Planner.of(without, "command"))) == {(10, 5)}
 
 
 def test_every_seed_is_asked_mmlu(tmp_path: Path) -> None:
@@ -85,7 +86,7 @@ def test_every_seed_is_asked_mmlu(tmp_path: Path) -> None:
         (tmp_path / part / f"anatomy_{part}.csv").write_text("What?,one,two,three,four,A\n")
     single = import_module("single_update")
     experiment = single.SingleUpdate(methods=("lora", "corsa"), seeds=(0, 3), mmlu=str(tmp_path), limit=2)
-    config = single.single_update(experiment, "command").config
+    config = single.single_update(Planner.of(experiment, "command")).config
     shown = [(one.method, one.seed) for one in config.specificity]
     assert shown == [("base", 0), ("lora", 0), ("lora", 3), ("corsa", 0), ("corsa", 3)]
     assert len({one.answers for one in config.specificity}) == 5

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pytest
 import torch
 from pydantic import ValidationError
-from test_line import drafts
+from test_update_plan import drafts
 from tiny import CPU, LORA, shaken, tiny_model
 
 from corsa.config import EvaluationConfig, ModelConfig

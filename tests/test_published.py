@@ -18,15 +18,17 @@ from torch import Tensor
 from corsa.algorithm.learning_rate import learning_rate
 from corsa.algorithm.packing import Triplet
 from corsa.config import ModelConfig, Placement, StepConfig, TrainingConfig
-from corsa.config.steps import ReferenceConfig, RoundConfig, RoundsConfig
+from corsa.config.steps import ReferenceConfig, RoundConfig
 from corsa.errors import CorsaError
-from corsa.experiments.base import Experiment, chain, dealt, facts
+from corsa.experiments.base import Experiment
+from corsa.experiments.planner import Planner
 from corsa.experiments.steps import skipped
 from corsa.flow import Step, Store
 from corsa.lora.flat import Lora
 from corsa.lora.peft_format import save_adapter
 from corsa.models.encoding import Encoder
 from corsa.training.loop import train
+from corsa.training.mixing import Material
 from corsa.training.tokens import batch_order, token_rows, without_tokens
 from corsa.training.worker_context import Loaded, WorkerContext
 from corsa.training.worker_group import WorkerGroup
@@ -122,9 +124,10 @@ def planned(template: str, *methods: str, **training: Any) -> dict[str, Step]:
     """Every step of one round of the methods, by name."""
     model = ModelConfig.model_validate({"name": "random:tiny-llama", "template": template})
     experiment = Experiment(model=model, limit=4, methods=methods, training=TrainingConfig(**training))
-    taught = facts(experiment, 1)
-    schedule = dealt(taught, RoundsConfig(rounds=1))
-    last = [step for method in methods for step in chain(experiment, method, 0, taught, schedule)]
+    planner = Planner.of(experiment, "")
+    taught = planner.facts()
+    schedule = planner.schedule(taught)
+    last = [planner.round(method, 0, taught, schedule) for method in methods]
     return {step.name: step for round_ in last for step in (round_, *round_.inputs.values())}
 
 
@@ -220,7 +223,7 @@ def ours(config: RoundConfig, encoder: Encoder, folder: Path) -> dict[str, Tenso
     loaded = Loaded(model, lora, encoder, packed=True)
     train(
         config,
-        edits,
+        Material(edits),
         loaded,
         WorkerContext(WorkerGroup(0, 1, CPU), Placement(), {}),
         (Store(folder), "x"),

@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 import pytest
 from ray_cluster import Cluster, corsa
-from test_line import facts_file
+from test_update_plan import facts_file
 
 from corsa.editing.history import open_line
 

@@ -72,7 +72,7 @@ def test_an_interrupted_run_says_how_to_go_on_and_does(undisturbed: Run, cluster
     began = time.monotonic()
     driver.send_signal(signal.SIGINT)
     finished = end_of(driver, began, status=130)
-    assert "interrupted: finished steps are kept, and the same command goes on from here" in finished.out
+    assert "interrupted: finished steps are kept, and the same command continues from here" in finished.out
     assert "Traceback" not in finished.out + finished.err
     assert {path.name for path in (storage / "leases").iterdir()} == {".lock"}
     wait_until(lambda: not cluster.workers(), 30, "the end of the interrupted driver's worker")

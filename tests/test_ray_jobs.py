@@ -77,7 +77,7 @@ def facts(path: Path, count: int, **first: Any) -> Path:
     return path
 
 
-def test_a_persons_file_is_dealt_out_over_the_rounds(cluster: Cluster, tmp_path: Path) -> None:
+def test_a_persons_file_is_divided_over_the_rounds(cluster: Cluster, tmp_path: Path) -> None:
     data = facts(tmp_path / "facts.jsonl", 5)
     arguments = ["--benchmark", "file", "--data", data, "--rounds", "2", "--storage", tmp_path / "runs"]
     finished = run([*SMALL, *arguments], cluster.environment)

@@ -15,7 +15,7 @@ from corsa.algorithm.packing import Triplet
 from corsa.config import ModelConfig, Placement
 from corsa.config.steps import ReferenceConfig
 from corsa.errors import CorsaError
-from corsa.experiments.base import REFERENCE
+from corsa.experiments.kinds import REFERENCE
 from corsa.flow import Step, Store, Task
 from corsa.models.encoding import Encoder
 from corsa.training import reference

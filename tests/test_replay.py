@@ -19,7 +19,8 @@ from corsa.algorithm.packing import EARLIER, Triplet, pack
 from corsa.config import TrainingConfig
 from corsa.config.steps import RoundsConfig
 from corsa.data.schedule import ROUNDS, held_before
-from corsa.experiments.base import Experiment, chain, dealt, facts
+from corsa.experiments.base import Experiment
+from corsa.experiments.planner import Planner
 from corsa.flow import Step
 from corsa.methods import METHODS, looks_back
 from corsa.report.findings import LOOKS_BACK, marked
@@ -191,13 +192,12 @@ def test_a_round_that_looks_back_depends_on_the_earlier_facts(tmp_path: Path, me
     """Facts of the same table, and facts of another one that the chain began with."""
 
     def second(first_answer: str, method: str) -> tuple[Step, Step]:
-        own = experiment(file_of_facts(tmp_path / "own.jsonl", 4))
-        other = experiment(file_of_facts(tmp_path / "other.jsonl", 3, first_answer))
-        known, new = facts(other, 1), facts(own, 1)
-        when = dealt(known, RoundsConfig(rounds=1))
-        schedule = dealt(new, RoundsConfig(rounds=1, first=2))
-        (alone,) = chain(own, method, 0, new, schedule, rounds=(2,), known=(known, when))
-        rounds = chain(other, method, 0, known, dealt(known, RoundsConfig(rounds=3)), rounds=(1, 2))
+        own = Planner.of(experiment(file_of_facts(tmp_path / "own.jsonl", 4)), "")
+        other = Planner.of(experiment(file_of_facts(tmp_path / "other.jsonl", 3, first_answer)), "")
+        known, new = other.facts(), own.facts()
+        schedule = own.schedule(new, RoundsConfig(rounds=1, first=2))
+        alone = own.round(method, 0, new, schedule, number=2, known=(known, other.schedule(known)))
+        rounds = other.chain(method, 0, known, other.schedule(known, RoundsConfig(rounds=3)), rounds=(1, 2))
         return alone, rounds[-1]
 
     for one, two in zip(second("Oslo", method), second("Bergen", method), strict=True):
@@ -208,10 +208,11 @@ def test_a_round_that_looks_back_depends_on_the_earlier_facts(tmp_path: Path, me
 
 
 def test_joint_training_does_not_go_on_from_the_round_before(tmp_path: Path) -> None:
-    taught = facts(made := experiment(file_of_facts(tmp_path / "own.jsonl", 4)), 1)
-    schedule = dealt(taught, RoundsConfig(rounds=2))
+    planner = Planner.of(experiment(file_of_facts(tmp_path / "own.jsonl", 4)), "")
+    taught = planner.facts()
+    schedule = planner.schedule(taught, RoundsConfig(rounds=2))
     for method, continues in (("joint", False), ("replay", True), ("lora", True)):
-        assert ("previous" in chain(made, method, 0, taught, schedule, rounds=(1, 2))[1].inputs) is continues
+        assert ("previous" in planner.chain(method, 0, taught, schedule, rounds=(1, 2))[1].inputs) is continues
 
 
 def test_reports_mark_methods_that_look_back() -> None:

@@ -20,8 +20,7 @@ from synthetic_run import RUN, curves, predictions
 
 from corsa.config.steps import JoinedConfig
 from corsa.evaluation.metrics import compute
-from corsa.experiments.base import REPORT
-from corsa.experiments.report_spec import PAPER
+from corsa.experiments.kinds import PAPER, REPORT
 from corsa.experiments.steps import join_reports
 from corsa.flow import Step, Store
 from corsa.flow.task import Task

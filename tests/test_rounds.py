@@ -10,7 +10,7 @@ import pytest
 
 from corsa.config.steps import RoundsConfig
 from corsa.data.edit import Edit
-from corsa.data.schedule import ROUNDS, deal, taught_in, valid_after
+from corsa.data.schedule import ROUNDS, assign, taught_in, valid_after
 from corsa.errors import CorsaError
 
 
@@ -30,7 +30,7 @@ def facts(count: int) -> list[Edit]:
 
 
 def rows(edits: list[Edit], **fields: Any) -> list[dict[str, Any]]:
-    table = deal(edits, RoundsConfig(**fields))
+    table = assign(edits, RoundsConfig(**fields))
     assert table.schema == ROUNDS
     return table.to_pylist()
 
@@ -80,7 +80,7 @@ def test_a_fraction_of_the_update_set_is_revised() -> None:
     assert not [row for row in rows(chains(20), fraction=0.0) if row["learnt"] > 1]
 
 
-def test_facts_without_chains_are_dealt_out() -> None:
+def test_facts_without_chains_are_divided_over_the_rounds() -> None:
     found = rows(facts(10), rounds=3)
     assert [row["edit"] for row in found] == [f"f{i}" for i in range(10)]
     assert [row["learnt"] for row in found] == [1] * 4 + [2] * 3 + [3] * 3
@@ -95,12 +95,12 @@ def test_one_round_teaches_everything() -> None:
 
 def test_fewer_facts_than_rounds_are_refused() -> None:
     with pytest.raises(CorsaError, match="2 edits cannot be divided over 3 rounds: set --rounds 2 or less"):
-        deal(facts(2), RoundsConfig(rounds=3))
+        assign(facts(2), RoundsConfig(rounds=3))
     assert len(rows(facts(3), rounds=3)) == 3
 
 
 def test_taught_in_names_a_round_s_edits_in_the_benchmark_s_order() -> None:
-    schedule = deal(chains(4), RoundsConfig())
+    schedule = assign(chains(4), RoundsConfig())
     everything = [taught_in(schedule, r) for r in (1, 2, 3)]
     assert everything[0] == ["c0/1", "c1/1", "c2/1", "c3/1"]
     assert [len(ids) for ids in everything] == [4, 2, 2]
@@ -109,7 +109,7 @@ def test_taught_in_names_a_round_s_edits_in_the_benchmark_s_order() -> None:
 
 
 def test_a_fact_stands_as_it_was_last_taught() -> None:
-    schedule = deal(chains(4), RoundsConfig())
+    schedule = assign(chains(4), RoundsConfig())
     part = parts(schedule.to_pylist())
     for round_ in (1, 2, 3):
         standing = {row["chain"]: row for row in valid_after(schedule, round_)}
@@ -121,7 +121,7 @@ def test_a_fact_stands_as_it_was_last_taught() -> None:
 
 
 def test_facts_not_taught_yet_do_not_stand() -> None:
-    schedule = deal(facts(6), RoundsConfig(rounds=3))
+    schedule = assign(facts(6), RoundsConfig(rounds=3))
     assert [[row["edit"] for row in valid_after(schedule, r)] for r in (1, 2, 3)] == [
         ["f0", "f1"],
         ["f0", "f1", "f2", "f3"],
@@ -130,6 +130,6 @@ def test_facts_not_taught_yet_do_not_stand() -> None:
 
 
 def test_what_stands_does_not_depend_on_the_order_of_the_rows() -> None:
-    schedule = deal(chains(4), RoundsConfig())
+    schedule = assign(chains(4), RoundsConfig())
     backwards = schedule.take(list(range(len(schedule)))[::-1])
     assert {row["edit"] for row in valid_after(backwards, 2)} == {row["edit"] for row in valid_after(schedule, 2)}

@@ -283,6 +283,19 @@ def test_text_of_a_program_is_not_evaluated_by_sympy() -> None:
 
 
 @isolated
+def test_an_expression_of_a_program_compiles_to_no_call_of_python() -> None:
+    """`sympy.lambdify` writes functions by their names: one named `eval` is then Python's own."""
+    tests = "import sympy\nx = sympy.Symbol('x')\ndef test_it():\n    assert sympy.lambdify(x, secret(x))(2) == 8\n"
+    code = ", ".join(f"Integer({byte})" for byte in b"__import__('os')._exit(0)")
+    forged = hostile.returns({"expression": f"Function('eval')(Function('bytes')(Tuple({code})))"})
+    with Sandbox(engine(), ("sympy",), Limits(wall_s=20, cpu_s=20)) as sandbox:
+        assert sandbox.run(Program("def secret(x):\n    return x**3\n", tests)).passed
+        verdict = sandbox.run(Program(forged, tests))
+        assert verdict.outcome == "error"
+        assert "would call" in verdict.detail
+
+
+@isolated
 def test_programs_and_tests_do_not_share_their_addresses(sandbox: Sandbox) -> None:
     text = (
         "import ctypes\ndef place():\n    return ctypes.addressof(ctypes.c_int.in_dll(ctypes.CDLL(None), 'opterr'))\n"

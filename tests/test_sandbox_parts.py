@@ -5,12 +5,16 @@ from __future__ import annotations
 
 import collections
 import datetime
+import itertools
 import math
 import os
 import pickle
 import re
 import socket
 import struct
+import subprocess
+import sys
+import time
 from decimal import Decimal
 from fractions import Fraction
 from pathlib import Path
@@ -21,7 +25,7 @@ import pandas as pd
 import pytest
 import torch
 
-from corsa.sandbox import cgroup, packages, syscalls
+from corsa.sandbox import cgroup, memory, packages, syscalls
 from corsa.sandbox.expressions import read_expression
 from corsa.sandbox.protocol import Peer, ProgramGone
 from corsa.sandbox.texts import clean
@@ -115,7 +119,10 @@ def test_only_packages_that_are_loaded_are_read(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize("text", ["exit()", "Symbol('x').name", "Symbol('a.b()')", "Function('f()')(Symbol('x'))",
-                                  "Float('x')", "lambda: 1", "Add('1')", "[x for x in (1,)]", "S('exit()')"])  # fmt: skip
+                                  "Float('x')", "lambda: 1", "Add('1')", "[x for x in (1,)]", "S('exit()')",
+                                  "Function('eval')(Function('bytes')(Tuple(Integer(49))))", "Function('ｅval')(Integer(1))",
+                                  "Function('0-eval')(Integer(1))", "Function('exec')", "Function('fromfile')(Integer(0))",
+                                  "Function('open', commutative=False)"])  # fmt: skip
 def test_an_expression_calls_constructors_alone(text: str) -> None:
     sympy = pytest.importorskip("sympy")
     with pytest.raises(CannotCrossError):
@@ -189,6 +196,12 @@ def test_the_filter_denies_what_it_names(machine: str) -> None:
     assert returned(clone, 0x10000000 | 17) == error | 1
     assert returned(socket_, 1) == allow
     assert all(returned(socket_, family) == error | 97 for family in (2, 10, 16, 17, 38, 40))
+    fcntl, flock = ((72, 73), (25, 32))[column]
+    assert returned(fcntl, 3, 2) == allow  # F_SETFD
+    assert all(returned(fcntl, 3, command) == error | 37 for command in (6, 7, 37, 38, 1024, 1026))
+    assert returned(flock, 3, 2) == error | 37
+    assert returned(449) == allow
+    assert all(returned(number) == error | 38 for number in (450, 457, 458, 467, 0x40000000 + 39))
     assert returned(mmap, 0, 4096, 3, 0x22) == allow  # private pages
     assert returned(mmap, 0, 4096, 1, 0x01) == allow  # of a file
     assert returned(mmap, 0, 4096, 3, 0x21) == error | 1  # shared, without a file
@@ -218,3 +231,35 @@ def test_a_cgroup_is_made_where_memory_is_delegated(tmp_path: Path) -> None:
     cgroup.join(os.dup(group.procs))
     assert (place / "cgroup.procs").read_text() == "0"
     group.close()
+
+
+def test_memory_counts_if_the_first_thread_of_its_process_has_ended() -> None:
+    """The kernel shows such a process as a zombie without memory."""
+    text = """
+import ctypes, threading, time
+def use():
+    global kept
+    kept = b'x' * (64 << 20)
+    print('ready', flush=True)
+    time.sleep(60)
+threading.Thread(target=use).start()
+ctypes.CDLL(None).pthread_exit(None)
+"""
+    with subprocess.Popen([sys.executable, "-c", text], stdout=subprocess.PIPE) as process:
+        try:
+            assert process.stdout
+            assert process.stdout.readline() == b"ready\n"
+            while "(zombie)" not in Path(f"/proc/{process.pid}/status").read_text():
+                time.sleep(0.01)
+            for most in (1 << 40, 0):  # the quick count and the exact one
+                assert 64 << 20 <= memory.held([process.pid], most) < 128 << 20
+        finally:
+            process.kill()
+    assert memory.held([process.pid], 0) == 0
+
+
+def test_memory_of_a_process_whose_threads_cannot_be_read_exceeds_any_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if each thread ended, and another began, between the listing and the reading."""
+    numbers = itertools.count(10**8)
+    monkeypatch.setattr("corsa.sandbox.memory.os.listdir", lambda place: [str(next(numbers))])
+    assert memory.held([10**8], 1 << 50) > 1 << 50

@@ -14,11 +14,12 @@ from code_files import update, write_lines
 from rich.console import Console
 
 from corsa.config import LoraConfig, ModelConfig, Placement
-from corsa.config.steps import RoundConfig, RoundsConfig
+from corsa.config.steps import RoundConfig
 from corsa.errors import CorsaError
-from corsa.experiments.base import Experiment, chain, dealt, facts
+from corsa.experiments.base import Experiment
 from corsa.experiments.code.base import CodeExperiment, code_report
 from corsa.experiments.groups import placement_of
+from corsa.experiments.planner import Planner
 from corsa.experiments.scaling import fits
 from corsa.flow.step import topological
 from corsa.planning import plan as planning
@@ -72,7 +73,7 @@ def test_what_is_missing_is_said_beside_what_is_there() -> None:
 
 def test_models_share_edits_but_no_worker_group() -> None:
     experiment = Scaling(models=("random:tiny-llama", "random:tiny-llama-64"), limit=3)
-    steps = topological(scaling(experiment, "command").reports.values())
+    steps = topological(scaling(Planner.of(experiment, "command")).reports.values())
     assert sum(step.kind.name == "edits" for step in steps) == 1
     rounds = [step for step in steps if isinstance(step.config, RoundConfig)]
     groups = {step.config.model.name: step.placement for step in rounds if isinstance(step.config, RoundConfig)}
@@ -81,7 +82,8 @@ def test_models_share_edits_but_no_worker_group() -> None:
 
 
 def test_a_report_without_a_branch_is_another_report() -> None:
-    planned = scaling(Scaling(models=("random:tiny-llama", "random:tiny-llama-64"), limit=3), "command")
+    experiment = Scaling(models=("random:tiny-llama", "random:tiny-llama-64"), limit=3)
+    planned = scaling(Planner.of(experiment, "command"))
     whole = planned.join(planned.reports, {})
     name, *_ = planned.reports
     rest = {other: step for other, step in planned.reports.items() if other != name}
@@ -129,8 +131,9 @@ def test_what_no_group_holds_is_refused(rehearsed: Footprint) -> None:
 
 
 def rounds_of(asked: Experiment) -> list[Any]:
-    taught = facts(asked, 1)
-    return chain(asked, "corsa", 0, taught, dealt(taught, RoundsConfig(rounds=1)))
+    planner = Planner.of(asked, "")
+    taught = planner.facts()
+    return [planner.round("corsa", 0, taught, planner.schedule(taught))]
 
 
 def test_a_run_that_cannot_fit_is_refused_with_the_table(rehearsed: Footprint) -> None:
@@ -158,7 +161,9 @@ def test_adapters_that_are_trained_together_are_counted(rehearsed: Footprint, mo
 def test_a_small_model_that_learns_long_programs_is_planned(tmp_path: Path) -> None:
     arena = write_lines(tmp_path / "arena.jsonl", [update("sin", 2), update("cos", 2)])
     asked = CodeExperiment.model_validate({"data": str(arena), "methods": ("corsa",), "allow_code_execution": True})
-    steps = [s for s in topological([code_report(asked, "", primary=())]) if isinstance(s.config, RoundConfig)]
+    steps = [
+        s for s in topological([code_report(Planner.of(asked, ""), primary=())]) if isinstance(s.config, RoundConfig)
+    ]
     placement = Placement(gpu=True, gpu_memory="512MiB")
     steps = [replace(step, placement=placement) for step in steps]
     console = Console(width=140, record=True, file=StringIO())
@@ -167,6 +172,7 @@ def test_a_small_model_that_learns_long_programs_is_planned(tmp_path: Path) -> N
     assert "2 updates, counted with the tokenizer of smollm2-135m" in " ".join(console.export_text().split())
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("placement", [{"gpu_memory": "80GB"}, {"gpu_memory": "24GB", "force": True}, {}])
 def test_what_fits_or_is_forced_or_unknown_is_not(rehearsed: Footprint, placement: dict[str, Any]) -> None:
     asked = experiment(gpu=True, **placement)
@@ -176,10 +182,10 @@ def test_what_fits_or_is_forced_or_unknown_is_not(rehearsed: Footprint, placemen
 def test_a_small_model_is_planned_without_torch() -> None:
     code = (
         "import sys; from rich.console import Console; import corsa.experiments.runner as launch; "
-        "from corsa.experiments.base import Experiment, chain, dealt, facts; "
-        "from corsa.config.steps import RoundsConfig; "
-        "asked = Experiment(); taught = facts(asked, 1); schedule = dealt(taught, RoundsConfig(rounds=1)); "
-        "launch.refuse_what_memory_cannot_hold(chain(asked, 'corsa', 0, taught, schedule), Console()); "
+        "from corsa.experiments.base import Experiment; from corsa.experiments.planner import Planner; "
+        "planner = Planner.of(Experiment(), ''); taught = planner.facts(); schedule = planner.schedule(taught); "
+        "round = planner.round('corsa', 0, taught, schedule); "
+        "launch.refuse_what_memory_cannot_hold([round], Console()); "
         "assert not {'torch', 'ray', 'transformers'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

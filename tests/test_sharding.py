@@ -18,9 +18,9 @@ from tiny import CPU, ROUNDS, Bench, Trained, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from corsa.config import ModelConfig, Placement, ShardingConfig
-from corsa.config.steps import RoundsConfig
 from corsa.errors import CorsaError
-from corsa.experiments.base import Experiment, chain, dealt, facts
+from corsa.experiments.base import Experiment
+from corsa.experiments.planner import Planner
 from corsa.models.activation_checkpointing import recompute_activations
 from corsa.models.loading import load_model
 from corsa.training.worker_group import WorkerGroup
@@ -264,10 +264,11 @@ def test_memit_is_refused_under_stage_3_before_anything_starts() -> None:
     def planned(stage: int) -> Any:
         placement = Placement(sharding=ShardingConfig(zero_stage=stage))
         experiment = Experiment(model=ModelConfig(name="random:tiny-llama"), limit=2, placement=placement)
-        taught = facts(experiment, 1)
-        return chain(experiment, "memit", 0, taught, dealt(taught, RoundsConfig(rounds=1)))
+        planner = Planner.of(experiment, "")
+        taught = planner.facts()
+        return planner.round("memit", 0, taught, planner.schedule(taught))
 
-    assert len(planned(2)) == 1
+    assert planned(2).name == "world_facts/memit/seed0/round1"
     with pytest.raises(CorsaError, match="no worker has them whole: leave memit out of --methods"):
         planned(3)
 
@@ -276,8 +277,9 @@ def test_how_a_step_is_sharded_is_no_part_of_its_identity() -> None:
     def step(sharding: ShardingConfig) -> Any:
         placement = Placement(sharding=sharding)
         experiment = Experiment(model=ModelConfig(name="random:tiny-llama"), limit=2, placement=placement)
-        taught = facts(experiment, 1)
-        return chain(experiment, "corsa", 0, taught, dealt(taught, RoundsConfig(rounds=1)))[0]
+        planner = Planner.of(experiment, "")
+        taught = planner.facts()
+        return planner.round("corsa", 0, taught, planner.schedule(taught))
 
     sharded_step = step(ShardingConfig(zero_stage=3, activation_checkpointing=True))
     assert sharded_step.fingerprint == step(ShardingConfig()).fingerprint

@@ -31,7 +31,7 @@ def listening(answer: Callable[[socket.socket], object]) -> Iterator[str]:
         yield f"127.0.0.1:{server.getsockname()[1]}"
 
 
-def refusal(address: str, seconds: float = 1.0) -> str:
+def error_at(address: str, seconds: float = 1.0) -> str:
     began = time.monotonic()
     with pytest.raises(CorsaError) as caught:
         refuse_what_does_not_answer(address, seconds)
@@ -44,16 +44,16 @@ def test_an_address_at_which_nothing_listens_is_refused() -> None:
     with closing(socket.socket()) as found:
         found.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{found.getsockname()[1]}"
-    assert f"cannot reach the Ray cluster at {address}: nothing answers" in refusal(address)
-    assert "unset it to start a cluster here" in refusal(f"ray://{address}")
-    assert "nothing answers" in refusal("no-such-host.invalid:6379", 5)
+    assert f"cannot reach the Ray cluster at {address}: nothing answers" in error_at(address)
+    assert "unset it to start a cluster here" in error_at(f"ray://{address}")
+    assert "nothing answers" in error_at("no-such-host.invalid:6379", 5)
 
 
 def test_something_that_is_no_cluster_is_refused() -> None:
     with listening(lambda connection: connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")) as address:
-        assert "it is not a Ray cluster" in refusal(address)
+        assert "it is not a Ray cluster" in error_at(address)
     with listening(lambda connection: time.sleep(5)) as address:  # a process that hangs
-        assert "nothing answers" in refusal(address)
+        assert "nothing answers" in error_at(address)
 
 
 def test_a_server_that_speaks_as_ray_does_is_let_pass() -> None:

@@ -171,7 +171,7 @@ def test_two_workers_go_on_from_a_checkpoint(found: list[dict[str, Any]]) -> Non
 def test_the_leader_collects_and_shares(found: list[dict[str, Any]]) -> None:
     assert found[0]["collected"] == ["row of 0", "row of 1"]
     assert found[1]["collected"] == []
-    assert [worker["shared"] for worker in found] == ["word of 0"] * 2
+    assert [worker["shared"] for worker in found] == ["text of 0"] * 2
 
 
 # Accumulation

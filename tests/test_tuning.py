@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any, Literal, cast
 
 import optuna
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from optuna.storages.journal import JournalFileBackend
@@ -21,12 +22,15 @@ from corsa.config.steps import EditsConfig, RoundConfig, RoundsConfig
 from corsa.data.edit import Edit, Probe, to_table
 from corsa.errors import CorsaError
 from corsa.experiments.base import Experiment
-from corsa.flow import Store
+from corsa.experiments.planner import Planner
+from corsa.flow import Store, Task
 from corsa.flow.step import topological
+from corsa.tuning import sweep as tuning
 from corsa.tuning.space import Domain, Space, applied, default_setting, grid, label, with_default
 from corsa.tuning.study import SweepStudy
 from corsa.tuning.sweep import refuse_what_is_not_asked, rung_of
-from tune.sweep import Sweep, confirmation
+from corsa.tuning.trials import Trials
+from tune.sweep import Sweep, confirmation, sweep
 
 ROOT = Path(__file__).parents[1]
 
@@ -192,15 +196,64 @@ def test_a_rung_is_as_long_as_a_start_is_worth() -> None:
     assert rung_of(cast(Any, config), experiment, [])[0] == 1
 
 
+def test_a_sweep_writes_its_best_setting_and_measures_a_start_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The step without a cluster: each trial gets a value by its number, and the second fails."""
+    searched: list[tuple[int, int | None]] = []
+
+    def searching(study: SweepStudy, trials: Trials, *, most: int, **_: Any) -> None:
+        searched.append((most, trials.rung))
+        while len(study.trials) < most:
+            number, setting = ask(study)
+            study.note(number, label=trials.label(setting), setting=setting)
+            if number == 1:
+                study.tell(number, TrialState.FAIL, failed="out of memory", seconds=1.0)
+                continue
+            found = {"generality": {"value": 0.5 + 0.1 * number, "low": 0.4, "high": 1.0, "seeds": {"values": {}}}}
+            times = {"seconds": 9.0, "training_s": 4.0, "evaluation_s": 1.0}
+            study.tell(number, TrialState.COMPLETE, [0.5 + 0.1 * number], metrics=found, **times)
+
+    monkeypatch.setattr(tuning, "search", searching)
+    monkeypatch.setattr(tuning, "trials_at_once", lambda placement: (1, "1 at once"))
+    tiny = {"model": "random:tiny-llama", "trials": 3, "development": 6, "stop": "asha", "training": {"epochs": 4}}
+    step = sweep(Planner.of(Sweep.model_validate(tiny), "python tune/sweep.py"))
+    store, edits = Store(tmp_path / "runs"), step.inputs["edits"]
+    probe = Probe(kind="paraphrase", prompts=("Its head?",), answer="Bo")
+    edit = Edit.build(id="a", prompt="Who leads A?", target_new="Bo", target_old="Al")
+    table = to_table([edit.model_copy(update={"probes": (*edit.probes, probe)})])
+    folder = store.workspace(edits)
+    pq.write_table(table, folder / "edits.parquet")
+    store.commit(edits, folder, {}, 0.0)
+    task = Task(step, store)
+    summary = tuning.run(task)
+    assert searched == [(1, None), (3, 4)]  # a start takes 4 s, an epoch 1 s
+    assert (summary["best"], summary["trials"], summary["done"], summary["failed"]) == (2, 3, 2, 1)
+    assert summary["objectives"] == {"generality": pytest.approx(0.7)}
+    assert summary == json.loads((task.output / "sweep.json").read_text())
+    best = yaml.safe_load((task.output / "best.yaml").read_text())
+    assert best["offset"] == 6
+    assert {name: best["corsa"][name] for name in ("lambda", "rho", "beta")} == summary["setting"]
+    assert best["model"] == {"name": "random:tiny-llama", "revision": None, "dtype": "float32", "template": "qa"}
+    rows = pq.read_table(task.output / "trials.parquet").to_pylist()
+    assert [(row["trial"], row["state"], row["cause"]) for row in rows] == [
+        (0, "done", None),
+        (1, "failed", "out of memory"),
+        (2, "done", None),
+    ]
+    assert (task.output / "report.html").is_file()
+
+
 def test_a_confirmation_asks_other_facts_of_both_settings() -> None:
     asked = Sweep.model_validate({"development": 6, "offset": 2, "confirm": 2})
-    steps = list(topological([confirmation(asked, {"rho": 0.0}, "again")]))
+    steps = list(topological([confirmation(Planner.of(asked, "again"), {"rho": 0.0})]))
     rounds = [step.config for step in steps if isinstance(step.config, RoundConfig)]
     assert sorted((r.seed, r.step.rho) for r in rounds) == [(0, 0.0), (0, 0.05), (1, 0.0), (1, 0.05)]
     (edits,) = (step.config for step in steps if isinstance(step.config, EditsConfig))
     assert (edits.offset, edits.limit) == (8, 6)
 
 
+@pytest.mark.process
 def test_a_sweep_that_cannot_be_confirmed_or_held_is_refused_before_it_starts(tmp_path: Path) -> None:
     facts = [{"prompt": f"Who leads {n}?", "target_new": "Ada", "target_old": "Grace"} for n in range(4)]
     (tmp_path / "facts.jsonl").write_text("\n".join(map(json.dumps, facts)))

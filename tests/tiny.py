@@ -21,9 +21,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from corsa.algorithm.logprobs import answer_logprobs
 from corsa.algorithm.packing import Triplet, pack
 from corsa.config import EvaluationConfig, LoraConfig, ModelConfig, Placement, StepConfig, TrainingConfig
-from corsa.config.steps import RoundConfig
+from corsa.config.steps import AskingConfig, RoundConfig
 from corsa.flow import Store
+from corsa.lora.attached import Change
 from corsa.lora.flat import Lora
+from corsa.methods.base import Round, Taught, Teach
 from corsa.models.encoding import Encoder
 from corsa.models.registry import ARCHITECTURES
 from corsa.training.loop import RoundFailedError, train
@@ -122,9 +124,9 @@ class Trained:
 class Bench:
     """A base model and edits, on which one worker trains rounds, each from the same initial phi."""
 
-    def __init__(self, edits: Sequence[Triplet], group: WorkerGroup | None = None) -> None:
+    def __init__(self, edits: Sequence[Triplet], group: WorkerGroup | None = None, family: str = "llama") -> None:
         self.group = group or WorkerGroup(0, 1, CPU)
-        model = tiny_model()
+        model = tiny_model(family)
         self.edits = with_reference(model, edits)
         self.loaded = Loaded(model, Lora(model, LORA), cast(Encoder, None), packed=True)
         self.start = shaken(self.loaded.lora, 0.05).phi.detach().clone()
@@ -154,6 +156,34 @@ class Bench:
             config, Material(edits, earlier, anchors), self.loaded, context, (Store(folder), "partial/x"), post
         )
         return Trained(self.loaded.lora.phi.detach().clone(), curves, context.notes)
+
+    def teach(self, teach: Teach, config: AskingConfig, folder: Path, before: Change | None = None) -> Taught:
+        """A round of a method with its own teach function. Its checkpoints are in `folder`."""
+        context, store = self.context(), Store(folder)
+
+        def learn(examples: Sequence[Triplet], name: str) -> list[dict[str, Any]]:
+            assert isinstance(config, RoundConfig)
+            return train(
+                config, Material(examples), self.loaded, context, (store, f"partial/x/{name}"), lambda line: None
+            )
+
+        return teach(
+            Round(
+                config=config,
+                edits=(),
+                triplets=self.edits,
+                earlier=(),
+                model=self.loaded.model,
+                encoder=self.loaded.encoder,
+                lora=self.loaded.lora,
+                before=before,
+                leads=True,
+                share=lambda value: value,
+                train=learn,
+                input_file=lambda name, file: folder,
+                post=lambda line: None,
+            )
+        )
 
 
 # Rounds that are trained by one process and by a group of two
@@ -191,7 +221,7 @@ def with_one_bad_reference(edits: Sequence[Triplet]) -> list[Triplet]:
 
 def work(rank: int, workers: int, folder: Path) -> None:
     """The work of one worker of the group. Each worker writes its results to a separate file."""
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=workers)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=workers)
     group = WorkerGroup.join(Placement(threads=1))
     bench = Bench(triplets(EDITS), group)
     found: dict[str, Any] = {}
@@ -212,7 +242,7 @@ def work(rank: int, workers: int, folder: Path) -> None:
     except RoundFailedError as error:
         found["failed"] = str(error)
     found["collected"] = group.collect([f"row of {rank}"])
-    found["shared"] = group.share(f"word of {rank}")
+    found["shared"] = group.share(f"text of {rank}")
     torch.save(found, folder / f"{rank}.pt")
     dist.destroy_process_group()
 

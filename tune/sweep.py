@@ -12,7 +12,8 @@ facts only; best.yaml, for `--config`, sets this.
 from __future__ import annotations
 
 import sys
-from typing import Annotated, Literal
+from dataclasses import replace
+from typing import Annotated, Literal, Self
 
 from pydantic import Field
 
@@ -20,14 +21,16 @@ from corsa.config import plain
 from corsa.config.command_line import configure, exit_with, listed
 from corsa.config.steps import RoundsConfig
 from corsa.errors import CorsaError, unknown_name
-from corsa.experiments.base import Experiment, base, chain, dealt, facts, swept
+from corsa.experiments.base import Experiment
+from corsa.experiments.planner import Planner
 from corsa.experiments.report_spec import Page
-from corsa.experiments.runner import announce, bring_about, lasting, launch, repeat_command, show_plan
+from corsa.experiments.runner import announce, lasting, launch, produce, repeat_command, show_plan
 from corsa.flow import Artifact, Step, Store
 from corsa.flow.step import topological
 from corsa.planning.inputs import check_files
 from corsa.terminal import Console
 from corsa.tuning.space import Space, applied
+from corsa.tuning.step import sweep_step
 
 HEADLINES = ("edit_success", "generality", "forgetting", "retention", "neighborhood")
 
@@ -40,7 +43,7 @@ class Sweep(Experiment):
         default=32, ge=1, description="total number of trials, including those of an earlier run of the study"
     )
     development: int = Field(
-        default=64, ge=1, description="number of facts that trials are taught and asked; never reported"
+        default=64, ge=1, description="number of facts that trials learn and are asked; they are never reported"
     )
     objectives: Annotated[tuple[str, ...], listed(str, "M,M")] = Field(
         default=("generality",), description="metrics to optimize; two or more give a Pareto front"
@@ -54,7 +57,7 @@ class Sweep(Experiment):
     sampler: Literal["tpe", "random", "grid"] = "tpe"
     sampler_seed: int = Field(default=0, ge=0, description="seed of the suggested trials")
     stop: Literal["no", "asha", "median"] = Field(
-        default="no", description="rule that stops a poor trial at the end of an epoch"
+        default="no", description="rule that stops a poor trial early, at the end of an epoch"
     )
     rung: int | None = Field(
         default=None,
@@ -69,7 +72,7 @@ class Sweep(Experiment):
         "default: as many facts as the split has",
     )
 
-    def checked(self) -> Sweep:
+    def checked(self) -> Self:
         """Checks the options and returns the sweep itself; see `Experiment.checked`."""
         from corsa.evaluation.metrics import METRICS
 
@@ -129,18 +132,16 @@ def _refuse_what_cannot_be_confirmed(experiment: Sweep) -> None:
         ) from error
 
 
-def sweep(experiment: Sweep, command: str) -> Step:
+def sweep(planner: Planner[Sweep]) -> Step:
     """The sweep as one step. Its trials are separate steps, planned as results arrive."""
-    taught = facts(experiment.model_copy(update={"limit": experiment.development}), experiment.rounds)
-    rounds = RoundsConfig(rounds=experiment.rounds, update_share=experiment.update_share)
-    if experiment.rounds == 1:
-        rounds = RoundsConfig(rounds=1)  # the same as a single round in the pipelines
-    return swept(
-        experiment,
+    experiment = planner.experiment
+    taught = planner.changed(limit=experiment.development).facts(experiment.rounds)
+    rounds = _rounds(experiment)
+    return sweep_step(
+        planner,
         taught,
-        dealt(taught, rounds),
+        planner.schedule(taught, rounds),
         rounds,
-        command=command,
         study=experiment.study,
         space={n: d.text for n, d in experiment.space.domains(grid=experiment.sampler == "grid").items()},
         objectives=experiment.objectives,
@@ -153,29 +154,28 @@ def sweep(experiment: Sweep, command: str) -> Step:
     )
 
 
-def confirmation(experiment: Sweep, best: dict[str, float], command: str) -> Step:
+def _rounds(experiment: Sweep) -> RoundsConfig:
+    if experiment.rounds == 1:
+        return RoundsConfig(rounds=1)  # the same as a single round in the pipelines
+    return RoundsConfig(rounds=experiment.rounds, update_share=experiment.update_share)
+
+
+def confirmation(planner: Planner[Sweep], best: dict[str, float]) -> Step:
     """The report that compares the best setting with the default, on facts after the development split."""
+    experiment = planner.experiment
     after = experiment.offset + experiment.development
-    reported = experiment.model_copy(update={"offset": after, "limit": experiment.limit or experiment.development})
-    taught = facts(reported, experiment.rounds)
-    rounds = RoundsConfig(rounds=experiment.rounds, update_share=experiment.update_share)
-    schedule = dealt(taught, rounds if experiment.rounds > 1 else RoundsConfig(rounds=1))
+    default = planner.changed(offset=after, limit=experiment.limit or experiment.development)
+    taught = default.facts(experiment.rounds)
+    schedule = default.schedule(taught, _rounds(experiment))
+    settings = {"corsa": default, "corsa best": replace(default, experiment=applied(default.experiment, best))}
     page = Page("confirmation", primary=experiment.objectives, headlines=HEADLINES, compare_with="corsa best")
-    page.add(base(reported, taught), "base")
+    page.add(default.base(taught), "base")
     for seed in range(experiment.confirm):
-        for shown, run in (("corsa", reported), ("corsa best", applied(reported, best))):
-            steps = chain(
-                run,
-                "corsa",
-                seed,
-                taught,
-                schedule,
-                rounds=range(1, experiment.rounds + 1),
-                name=shown.replace(" ", "-"),
-            )
-            for step in steps:
+        for shown, own in settings.items():
+            rounds, name = range(1, experiment.rounds + 1), shown.replace(" ", "-")
+            for step in own.chain("corsa", seed, taught, schedule, rounds=rounds, name=name):
                 page.add(step, shown)
-    return page.step(reported, command)
+    return page.step(default)
 
 
 def show(found: Artifact, console: Console) -> None:
@@ -192,19 +192,19 @@ def show(found: Artifact, console: Console) -> None:
 def main() -> int:
     """Run the sweep from the command line, and its confirmation if --confirm is given."""
     program, console = "tune/sweep.py", Console()
-    experiment = configure(Sweep(), sys.argv[1:], program=program, description=__doc__ or "")
-    experiment.checked()
+    experiment = configure(Sweep(), sys.argv[1:], program=program, description=__doc__ or "").checked()
     if experiment.confirm and not experiment.dry_run:
         _refuse_what_cannot_be_confirmed(experiment)
     command = repeat_command(program, experiment.model_copy(update={"confirm": 0}), Sweep())
     experiment = placed(experiment)
-    step, store = sweep(experiment, command), Store(lasting(experiment.storage))
+    planner = Planner.of(experiment, command)
+    step, store = sweep(planner), Store(lasting(experiment.storage))
     check_files(needed for needed in topological([step]) if not store.find(needed))
     if experiment.dry_run:
         show_plan([step], store, console)
         return 0
     announce(experiment, store, console)
-    found = bring_about(step, store, console, experiment.quiet)
+    found = produce(step, store, console, experiment.quiet)
     if found is None:
         return 1
     show(found, console)
@@ -214,7 +214,8 @@ def main() -> int:
     if found.metrics["best"] == 0:
         console.print("the best setting is the default: there is nothing to confirm")
         return 0
-    return launch(experiment, confirmation(experiment, best, f"{command} --confirm {experiment.confirm}"), console)
+    confirming = replace(planner, command=f"{command} --confirm {experiment.confirm}")
+    return launch(experiment, confirmation(confirming, best), console)
 
 
 if __name__ == "__main__":

@@ -192,7 +192,7 @@ def _token() -> Iterator[Finding]:
 
 
 def _disk(storage: str) -> Iterator[Finding]:
-    from corsa.models.embedded import cache_directory
+    from corsa.models.gguf_file import cache_directory
 
     places = {"cache": cache_directory(), "temporary": Path(os.environ.get("TMPDIR", "/tmp"))}
     if "://" not in storage:

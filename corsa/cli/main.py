@@ -15,6 +15,7 @@ from corsa.cli.commands import data as data
 from corsa.cli.commands import doctor as doctor
 from corsa.cli.commands import edit as edit
 from corsa.cli.commands import evaluate as evaluate
+from corsa.cli.commands import export as export
 from corsa.cli.commands import merge as merge
 from corsa.cli.commands import perf_gpu as perf_gpu
 from corsa.cli.commands import perf_sandbox as perf_sandbox
@@ -27,6 +28,12 @@ from corsa.cli.commands.perf import perf
 from corsa.config.command_line import answered
 from corsa.config.complaints import options_explained
 from corsa.errors import unknown_name
+
+_FIRST = ("data", "edit", "ask", "evaluate", "undo", "export", "push", "merge", "report", "runs")
+"""The subcommands in the order of use; the rest follow."""
+
+for _name in [*_FIRST, *(name for name in list(app._subcommands) if name not in _FIRST)]:
+    app._subcommands[_name] = app._subcommands.pop(_name)
 
 
 def main(args: Sequence[str] | None = None) -> int:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import errno
 import io
+import logging
 import os
 import shutil
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -95,6 +97,7 @@ def answered(command: Callable[[], int | None]) -> int:
     try:
         with _terminated_as_interrupted():
             _write_whatever_the_encoding()
+            _write_no_controls()
             _refuse_a_place_that_is_gone()
             if shutil.get_terminal_size().columns < NARROWEST:  # laying out help would never end
                 os.environ["COLUMNS"] = str(NARROWEST)
@@ -112,6 +115,9 @@ def answered(command: Callable[[], int | None]) -> int:
         _write_no_more()
         return 1
     except OSError as error:
+        if error.errno in _NO_FILE and error.filename is not None:
+            name = str(error.filename)
+            return _complain(f"{name[:200]}{'...' * (len(name) > 200)}: {error.strerror}", 2)
         if error.errno not in _NO_PLACE:
             raise
         _write_no_more()
@@ -124,6 +130,9 @@ NARROWEST = 20
 
 _NO_PLACE = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EBADF)
 """Errors of a standard output that is full or closed."""
+
+_NO_FILE = (errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR)
+"""Errors of a file or directory that the user named."""
 
 
 def _complain(line: str, status: int) -> int:
@@ -148,6 +157,23 @@ def _write_whatever_the_encoding() -> None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115 - as long as the process
         elif isinstance(stream, io.TextIOWrapper) and stream.errors in ("strict", "surrogateescape"):
             stream.reconfigure(errors="backslashreplace")
+
+
+class _Record(logging.LogRecord):
+    """A log record without control characters: libraries log what files contain."""
+
+    def getMessage(self) -> str:  # noqa: N802 (a name of the standard library)
+        """The message, with escapes for its control characters."""
+        return visible(super().getMessage())
+
+
+def _write_no_controls() -> None:
+    """Escape control characters in what libraries log and warn of."""
+    if logging.getLogRecordFactory() is _Record:
+        return
+    plain = warnings.formatwarning
+    logging.setLogRecordFactory(_Record)
+    warnings.formatwarning = lambda *args, **how: visible(plain(*args, **how))
 
 
 def _refuse_a_place_that_is_gone() -> None:

@@ -54,9 +54,9 @@ def options_explained() -> Iterator[None]:
         error = sys.exc_info()[1]
         if isinstance(error, ValidationError):  # of the whole; else of a group, which it has been wrapped for
             raise refused_option(error) from error
-        refusal = error and error.__context__
-        if isinstance(refusal, ValidationError):
-            raise refused_option(refusal, arg_fallback if isinstance(arg_fallback, str) else "") from refusal
+        cause = error and error.__context__
+        if isinstance(cause, ValidationError):
+            raise refused_option(cause, arg_fallback if isinstance(arg_fallback, str) else "") from cause
         plain(*given, arg_fallback=arg_fallback, **more)
 
     try:

@@ -1,17 +1,15 @@
-"""How an edited model is asked, and by which rule its answers are judged."""
+"""How an edited model is asked, and which rule judges its answers."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 from tyro.constructors import PrimitiveConstructorSpec
 
 from corsa.config.base import Frozen
+from corsa.config.model import ModelConfig
 from corsa.errors import CorsaError
-
-if TYPE_CHECKING:
-    from corsa.config import ModelConfig
 
 ProbeKind = Literal["edit", "paraphrase", "neighbor", "multihop", "history"]
 """What a probe asks about: the fact in its own words or in others, a neighboring fact, a conclusion, the old value."""
@@ -47,7 +45,7 @@ class EvaluationConfig(Frozen):
     The protocol decides what is asked, how answers are generated and which rule counts:
 
     - full: every probe, greedy, one line per answer; rule `words`.
-    - paper: the same generation, the edit prompt, the first paraphrase and multi-hop questions alone; rule `contains`.
+    - paper: the same generation, only the edit prompt, the first paraphrase and multi-hop questions; rule `contains`.
     - authors: as the published evaluation code. The probes of `paper`, sampled at temperature 0.7 and top-p 1, 128
       tokens, no stop at a newline, in the chat template; rule `contains` as a plain lower-cased substring test of the
       target, without aliases.
@@ -66,14 +64,12 @@ class EvaluationConfig(Frozen):
         default="all",
         description="kinds of probes that protocol full asks: edit, paraphrase, neighbor, multihop, history",
     )
-    draws: int = Field(
-        default=1, ge=1, description="answers drawn for each probe in protocol authors, which samples; else 1"
-    )
+    draws: int = Field(default=1, ge=1, description="answers sampled for each probe, in protocol authors; otherwise 1")
     new_tokens: int = Field(
         default=32,
         ge=1,
         description="tokens generated per probe; a newline or an end token stops earlier (protocol authors: 128, end "
-        "tokens alone)",
+        "tokens only)",
     )
     reasoning_tokens: int = Field(
         default=200,
@@ -82,12 +78,10 @@ class EvaluationConfig(Frozen):
     )
     thinking: bool = Field(
         default=False,
-        description="let a reasoning model think before it answers, where its chat template knows that; what it "
-        "thinks is never taken for the answer",
+        description="let a reasoning model think before it answers, if its chat template supports that; its "
+        "thinking never counts as the answer",
     )
-    thinking_tokens: int = Field(
-        default=2048, ge=1, description="tokens added to each answer's bound where thinking is on"
-    )
+    thinking_tokens: int = Field(default=2048, ge=1, description="additional tokens of each answer if thinking is on")
 
     @model_validator(mode="after")
     def _meant(self) -> EvaluationConfig:
@@ -152,3 +146,17 @@ class EvaluationConfig(Frozen):
                 "chat (a model is taught and asked in the same one), or choose another protocol"
             )
         return self
+
+
+class SamplingConfig(Frozen):
+    """How programs are drawn from a model: as CodeUpdateArena's published code does."""
+
+    samples: int = Field(default=5, ge=1, description="programs drawn for each problem")
+    temperature: float = Field(default=0.8, gt=0, description="the logits are divided by it")
+    top_p: float = Field(
+        default=0.7,
+        gt=0,
+        le=1,
+        description="nucleus sampling: the smallest set of tokens with this total probability is kept",
+    )
+    new_tokens: int = Field(default=512, ge=1, description="maximum tokens of a program")

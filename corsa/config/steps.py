@@ -29,12 +29,12 @@ class EditsConfig(Frozen):
 
     benchmark: str
     digest: str = Field(description="of the data (`corsa.data.benchmarks.digest`)")
-    offset: int = Field(default=0, ge=0, description="facts (chains) passed over")
+    offset: int = Field(default=0, ge=0, description="facts (chains) to skip")
     limit: int | None = Field(default=None, ge=1, description="facts (chains)")
     rounds: int | None = Field(default=None, ge=1, description="updates kept of a chain")
     on_bad_record: Literal["skip", "stop"]
     on_contradiction: Literal["report", "refuse", "keep-first"]
-    whole_cases: bool = Field(description="all edits of a case, or its first alone")
+    whole_cases: bool = Field(description="all edits of a case, or only its first")
 
 
 class EditsPlace(Frozen):
@@ -47,7 +47,7 @@ class RoundsConfig(Frozen):
     """How facts are assigned to rounds. The split does not follow the training seed: methods and seeds share it."""
 
     rounds: int = Field(default=3, ge=1, description="rounds of updates")
-    first: int = Field(default=1, ge=1, description="number of the first of them; later ones go on from another run")
+    first: int = Field(default=1, ge=1, description="number of the first of them; later ones continue another run")
     update_share: float = Field(
         default=0.5, ge=0, le=1, description="share of the chains in the update set, revised from round 2 on"
     )
@@ -229,6 +229,27 @@ class FactsPlace(Placement):
     data: str
 
 
+class ServedConfig(Frozen):
+    """What the answers of a server depend on. `asked` makes each evaluation a step of its own."""
+
+    address: str
+    model: str
+    template: Literal["qa", "chat"]
+    evaluation: EvaluationConfig
+    round: int = Field(ge=0, description="the answers are those after this round; 0: the base model's")
+    asked: str = Field(description="time, UTC")
+
+
+class ServedPlace(Frozen):
+    """How a server is asked."""
+
+    concurrency: int = 8
+    rate: float | None = None
+    retries: int = 5
+    token_variable: str = "OPENAI_API_KEY"
+    timeout: float = 120.0
+
+
 class TakenBackConfig(Frozen):
     """The edits whose old answers are taught again."""
 
@@ -241,7 +262,7 @@ class RoutingConfig(AskingConfig):
     """What routed answers depend on, besides the parts of the data and their adapters."""
 
     router: Literal["prompt", "embedding", "oracle"] = Field(
-        description="oracle: every query to the adapter that was taught its fact, the bound of any router"
+        description="oracle: every query goes to the adapter that was taught its fact, the upper bound of any router"
     )
 
 
@@ -285,9 +306,11 @@ class ReportConfig(Frozen):
     experiment: dict[str, Any] = Field(description="the resolved configuration")
     rule: Rule
     protocol: Protocol
-    kinds: tuple[ProbeKind, ...] | None = Field(default=None, description="of probes that were asked; all by default")
+    kinds: tuple[ProbeKind, ...] | None = Field(
+        default=None, description="kinds of probes that were asked; all by default"
+    )
     taught_questions: bool = Field(
-        default=False, description="forgetting counts the questions as taught, and not other wordings alone"
+        default=False, description="forgetting also counts the questions as taught, not only other wordings"
     )
     headlines: tuple[str, ...] = Field(description="metrics of the main table")
     primary: tuple[str, ...] = Field(
@@ -298,9 +321,9 @@ class ReportConfig(Frozen):
     controls: tuple[Shown, ...] = Field(default=(), description="answers to everyday questions: before and after")
     axes: tuple[Axis, ...] = ()
     compare_with: str | None = Field(
-        default=None, description="every method is compared with this one; by default each with each"
+        default=None, description="every method is compared with this one; by default all pairs are compared"
     )
-    published: tuple[str, ...] = Field(default=(), description="tables and figures of the paper to set beside it")
+    published: tuple[str, ...] = Field(default=(), description="tables and figures of the paper to show with it")
 
 
 class JoinedConfig(Frozen):
@@ -315,7 +338,7 @@ class ProblemsConfig(Frozen):
     """Which problems of a benchmark of programs are read."""
 
     digest: str = Field(description="of the file's content")
-    offset: int = Field(default=0, ge=0, description="records passed over")
+    offset: int = Field(default=0, ge=0, description="records to skip")
     limit: int | None = Field(default=None, ge=1, description="records: updates, or HumanEval's tasks")
     taught: bool = Field(default=False, description="the first problem of each update is taught, not asked")
     template: str | None = Field(default=None, description="digest of the prompt's template; HumanEval has none")
@@ -356,7 +379,7 @@ class JudgingConfig(Frozen):
     """What verdicts depend on, besides programs and tests."""
 
     limits: Limits
-    isolated: bool = Field(default=True, description="nothing that is judged unprotected stands for what is not")
+    isolated: bool = Field(default=True, description="verdicts made without isolation never stand for isolated ones")
 
 
 class JudgingPlace(Frozen):
@@ -386,7 +409,9 @@ class CodeReportConfig(Frozen):
     primary: tuple[str, ...] = Field(
         default=(), description="the few rates that verdicts are given on; all others are exploratory"
     )
-    subset: tuple[str, ...] = Field(default=(), description="HumanEval tasks that are counted once more by themselves")
+    subset: tuple[str, ...] = Field(
+        default=(), description="HumanEval tasks that are also counted as a group of their own"
+    )
     published: tuple[str, ...] = ()
 
 

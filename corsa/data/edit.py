@@ -6,7 +6,7 @@ Parquet table of `EDIT_SCHEMA`, one row per edit.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Annotated, Literal
 
 import pyarrow as pa
@@ -67,7 +67,7 @@ class Edit(Frozen):
     relation: str = ""
     target_new: Text
     target_old: Annotated[str, StringConstraints(strip_whitespace=True)] = Field(
-        description="blank: there is no old answer, and L_DPO leaves the edit out (`build` refuses that)"
+        description="blank: no old answer, L_DPO leaves the edit out (`build` refuses that)"
     )
     aliases_new: tuple[Text, ...] = ()
     aliases_old: tuple[Text, ...] = ()
@@ -121,10 +121,7 @@ class Edit(Frozen):
         _readable("paraphrases", paraphrases, question=True)
         _readable("neighbors", [question for question, _, _ in neighbors], question=True)
         _readable("history", history, question=True)
-        new = _distinct(aliases_new, target_new, target_old)
-        old = _distinct(aliases_old, target_old, target_new)
-        both = {folded(alias) for alias in new} & {folded(alias) for alias in old}
-        new, old = ([a for a in names if folded(a) not in both] for names in (new, old))
+        new, old = _aliases(aliases_new, target_new, aliases_old, target_old)
         try:
             edit = cls(
                 id=id,
@@ -136,24 +133,36 @@ class Edit(Frozen):
                 relation=relation,
                 target_new=target_new,
                 target_old=target_old,
-                aliases_new=tuple(new),
-                aliases_old=tuple(old),
+                aliases_new=new,
+                aliases_old=old,
             )
-            probes = [Probe(kind="edit", prompts=(edit.prompt,), answer=edit.target_new, aliases=edit.aliases_new)]
-            if paraphrases:
-                aliases = edit.aliases_new
-                probes.append(
-                    Probe(kind="paraphrase", prompts=tuple(paraphrases), answer=edit.target_new, aliases=aliases)
-                )
-            for question, answer, names in neighbors:
-                aliases = tuple(_distinct(names, answer))
-                probes.append(Probe(kind="neighbor", prompts=(question,), answer=answer, aliases=aliases))
-            if history:
-                aliases = edit.aliases_old
-                probes.append(Probe(kind="history", prompts=tuple(history), answer=edit.target_old, aliases=aliases))
-            return edit.model_copy(update={"probes": tuple(probes)})
+            return edit.model_copy(update={"probes": tuple(_probes(edit, paraphrases, neighbors, history))})
         except ValidationError as error:
             raise field_error(error) from None
+
+
+def _aliases(
+    aliases_new: Sequence[str], target_new: str, aliases_old: Sequence[str], target_old: str
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The aliases of the new and of the old answer that name only this answer."""
+    new = _distinct(aliases_new, target_new, target_old)
+    old = _distinct(aliases_old, target_old, target_new)
+    both = {folded(alias) for alias in new} & {folded(alias) for alias in old}
+    return tuple(a for a in new if folded(a) not in both), tuple(a for a in old if folded(a) not in both)
+
+
+def _probes(
+    edit: Edit, paraphrases: Sequence[str], neighbors: Iterable[Question], history: Sequence[str]
+) -> Iterator[Probe]:
+    """The probes of an edit, in the order of `Edit.build`."""
+    new, old = edit.aliases_new, edit.aliases_old
+    yield Probe(kind="edit", prompts=(edit.prompt,), answer=edit.target_new, aliases=new)
+    if paraphrases:
+        yield Probe(kind="paraphrase", prompts=tuple(paraphrases), answer=edit.target_new, aliases=new)
+    for question, answer, names in neighbors:
+        yield Probe(kind="neighbor", prompts=(question,), answer=answer, aliases=tuple(_distinct(names, answer)))
+    if history:
+        yield Probe(kind="history", prompts=tuple(history), answer=edit.target_old, aliases=old)
 
 
 def _readable(field: str, texts: Sequence[str], *, question: bool = False) -> None:

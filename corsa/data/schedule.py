@@ -21,14 +21,14 @@ ROUNDS = pa.schema([("edit", pa.string()), ("chain", pa.string()), ("learnt", pa
 """The schedule: one row per taught edit. `learnt` is its round, `part` is "update" or "evaluation"."""
 
 
-def deal(edits: Sequence[Edit], config: RoundsConfig) -> pa.Table:
+def assign(edits: Sequence[Edit], config: RoundsConfig) -> pa.Table:
     """The schedule (`ROUNDS`) of these edits. Each round keeps the order of the benchmark.
 
     Raises:
         CorsaError: there are fewer facts than rounds, and each round needs its own facts.
     """
     temporal = any(e.round > 1 for e in edits)
-    rows = _temporal(edits, config) if temporal else _dealt_out(edits, config)
+    rows = _temporal(edits, config) if temporal else _divided(edits, config)
     for row in rows:
         row["learnt"] += config.first - 1
     return pa.Table.from_pylist(rows, schema=ROUNDS)
@@ -49,7 +49,7 @@ def _temporal(edits: Sequence[Edit], config: RoundsConfig) -> list[dict[str, Any
     ]
 
 
-def _dealt_out(edits: Sequence[Edit], config: RoundsConfig) -> list[dict[str, Any]]:
+def _divided(edits: Sequence[Edit], config: RoundsConfig) -> list[dict[str, Any]]:
     cases: dict[str, list[Edit]] = {}  # edits of a case are taught together, so a case is never split
     for edit in edits:
         cases.setdefault(edit.case or edit.chain, []).append(edit)

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from corsa.editing.history import open_line
+from corsa.editing.history import Line, open_line
 from corsa.errors import CorsaError
 from corsa.lora.arithmetic import check_same_base
 from corsa.lora.arithmetic import merge as merge_factors
@@ -37,7 +37,7 @@ def merge(
         seed: of the random choice of the values that dare drops.
 
     Returns:
-        {out: path, rank: of the merged adapter, error: |merged - sum| / |sum|}.
+        {out: path, rank: of the merged adapter, error: |merged - sum| / |sum|, remarks: what a person should know}.
 
     Raises:
         CorsaError: fewer than two adapters, adapters of different base models or layers, an argument out of bounds, or
@@ -55,8 +55,7 @@ def merge(
         raise CorsaError("a merge takes two adapters or more")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CorsaError(f"{out} is not empty: name a new directory")
-    for path in adapters:
-        open_line(path)  # raises if the directory is not valid
+    lines = [open_line(path) for path in adapters]
     parts, bases = zip(*(read_factors(path) for path in adapters), strict=True)
     base = check_same_base([hub_name(name) for name in bases])
     merged, found = merge_factors(parts, method, weights=weights, rank=rank, density=density, seed=seed)
@@ -64,4 +63,15 @@ def merge(
         write_factors(merged, out, base)
     except OSError as error:
         raise CorsaError(f"cannot write to {out}: {error.strerror}. Name another directory") from error
-    return {"out": str(out), **found}
+    return {"out": str(out), **found, "remarks": _successors(lines)}
+
+
+def _successors(lines: Sequence[Line]) -> list[str]:
+    """A sentence for each line that another one continues: the merged adapter has its change twice."""
+    last = [line.updates[-1].fingerprint if line.updates else None for line in lines]
+    return [
+        f"{later.directory} continues {line.directory} and holds its change already: the merged adapter has it twice"
+        for line, mine in zip(lines, last, strict=True)
+        for later in lines
+        if later is not line and mine in [update.fingerprint for update in later.updates]
+    ]

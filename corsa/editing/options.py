@@ -106,6 +106,19 @@ class EvaluateOptions(Options):
         default=None, description="file of the benchmark; default: its rows on the hub, or the shipped file"
     )
     limit: int | None = Field(default=None, ge=1, description="number of facts to use; default: all")
+    endpoint: str | None = Field(
+        default=None,
+        description="ask a server with OpenAI's interface, such as http://localhost:8000/v1; --model is the model's "
+        "name there, and the base model is --baseline or that of --adapter",
+    )
+    baseline: str | None = Field(default=None, description="name of the base model on the server")
+    concurrency: int = Field(default=8, ge=1, description="requests to the server at a time")
+    rate: float | None = Field(default=None, gt=0, description="requests to the server per second at most")
+    retries: int = Field(default=5, ge=0, description="further tries of a request that fails")
+    timeout: float = Field(default=120.0, gt=0, description="seconds for one request")
+    token_variable: str = Field(
+        default="OPENAI_API_KEY", description="environment variable with the server's token, which is never shown"
+    )
     gates: Gates = Gates()
 
 

@@ -30,31 +30,15 @@ from corsa.data.benchmarks import BENCHMARKS
 from corsa.data.benchmarks.file import Draft, drafts_of
 from corsa.data.benchmarks.files import regular, stem
 from corsa.editing.history import FILE, Line, file_digest, join, open_line, taken_back, unanswered
+from corsa.editing.kinds import ASKED_FACTS, FACTS, LINE, STANDING, TAKEN_BACK
 from corsa.editing.options import TEACHING, EditOptions, EvaluateOptions, Options, Teaching, UndoOptions, differences
 from corsa.errors import CorsaError, unknown_name
-from corsa.evaluation import sanity_questions as controls
-from corsa.experiments.base import (
-    REPORT,
-    ROUND,
-    Experiment,
-    Facts,
-    asked,
-    base,
-    chain,
-    check_trackers,
-    dealt,
-    facts,
-    with_reference,
-)
-from corsa.flow import Kind, Step
+from corsa.evaluation import sanity_questions
+from corsa.experiments.base import Experiment, check_trackers
+from corsa.experiments.kinds import REPORT, ROUND
+from corsa.experiments.planner import Facts, Planner
+from corsa.flow import Step
 from corsa.methods import METHODS
-from corsa.models.registry import pin
-
-LINE = Kind("line", "corsa.editing.steps:bring_in", version=1)
-FACTS = Kind("edits", "corsa.editing.steps:read_facts", version=3)
-ASKED_FACTS = Kind("edits", "corsa.editing.old_answers:complete", version=3, on_cluster=True)
-STANDING = Kind("edits", "corsa.editing.steps:take_standing", version=1)
-TAKEN_BACK = Kind("edits", "corsa.editing.steps:take_back", version=1)
 
 HEADLINES = ("edit_success", "generality", "forgetting", "retention", "neighborhood", "agreement")
 
@@ -81,9 +65,9 @@ def plan_edit(options: EditOptions) -> Plan:
     line = open_line(options.adapter) if options.adapter else None
     path = regular(options.edits).absolute()
     drafts = drafts_of(path)
-    experiment = _experiment(options, line)
-    edits = facts_step(experiment, path, drafts, line, options)
-    return _plan(options, experiment, line, edits, len(drafts), stem(path))
+    planner = _planner(options, line)
+    edits = facts_step(planner, path, drafts, line, options)
+    return _plan(options, planner, line, edits, len(drafts), stem(path))
 
 
 def plan_undo(options: UndoOptions) -> Plan:
@@ -98,9 +82,9 @@ def plan_undo(options: UndoOptions) -> Plan:
     number = len(line.updates) + 1
     taken_back(line.standing, options.edit, number)
     config = TakenBackConfig(benchmark="facts taken back", edits=options.edit, update=number)
-    experiment = _experiment(options, line)
+    planner = _planner(options, line)
     edits = Step(f"edits/undo/update{number}", TAKEN_BACK, config, {"line": _line_step(line, options)})
-    return _plan(options, experiment, line, edits, len(set(options.edit)), "undo")
+    return _plan(options, planner, line, edits, len(set(options.edit)), "undo")
 
 
 def plan_evaluation(options: EvaluateOptions) -> tuple[Experiment, Step]:
@@ -109,6 +93,12 @@ def plan_evaluation(options: EvaluateOptions) -> tuple[Experiment, Step]:
     Raises:
         CorsaError: a file or a name is wrong, or no facts are given.
     """
+    if options.endpoint:
+        from corsa.editing.served import plan_served  # which takes the other steps from here
+
+        return plan_served(options)
+    if options.baseline:
+        raise CorsaError("--baseline is a name on a server: give --endpoint with it")
     line = open_line(options.adapter) if options.adapter else None
     experiment = Experiment(
         model=base_model(options, line),
@@ -121,50 +111,57 @@ def plan_evaluation(options: EvaluateOptions) -> tuple[Experiment, Step]:
         evaluation=options.evaluation,
         placement=options.placement,
     )
-    pin(experiment.model)
+    planner = Planner.of(experiment, shlex.join(["corsa", "evaluate", *differences(options)]))
     experiment.evaluation.checked(experiment.model)
     check_trackers(options.track)
+    taught, rounds, adapter = asked_facts(planner, options, line)
+    schedule = planner.schedule(taught, RoundsConfig(rounds=rounds, update_share=1.0))
+    answers: list[Step] = []
+    if line and adapter:
+        # Asked as a round after all updates, so that answers that were right and are now wrong count as forgetting.
+        own = taught.name == "taught" and line.answered
+        step = planner.answers("edited", taught, schedule, adapter, round_=rounds + own)
+        answers = [*([adapter] if own else []), step]
+    shown = [Shown(answers=step.name, method="edited") for step in answers]
+    title = f"{taught.name} asked of {experiment.model.name}" + (
+        f" with {Path(options.adapter or '').name}" if adapter else ""
+    )
+    return experiment, reported(planner, taught, schedule, title, shown, answers, adapter)
+
+
+def asked_facts(planner: Planner, options: EvaluateOptions, line: Line | None) -> tuple[Facts, int, Step | None]:
+    """The facts that an evaluation asks, the number of their rounds, and the step that brings in the adapter.
+
+    Raises:
+        CorsaError: a file or a name is wrong, or no facts are given.
+    """
     rounds = 1
     if options.edits and options.benchmark:
         raise CorsaError("give --edits or --benchmark, not both")
     if options.edits:
         path = regular(options.edits).absolute()
-        name, edits = stem(path), facts_step(experiment, path, drafts_of(path), None, options)
-        taught = with_reference(experiment, name, edits)
+        taught = planner.with_reference(stem(path), facts_step(planner, path, drafts_of(path), None, options))
     elif options.benchmark:
         if options.benchmark not in BENCHMARKS:
             raise unknown_name("benchmark", options.benchmark, BENCHMARKS)
-        taught = facts(experiment, 1)
-        name = taught.name
+        taught = planner.facts()
     elif line and line.edits:
-        name, rounds = "taught", len(line.updates)
+        rounds = len(line.updates)
         config = FactsConfig(benchmark="facts taught", digest="", update=rounds)
         edits = Step("edits/taught", STANDING, config, {"line": _line_step(line, options)})
-        taught = with_reference(experiment, name, edits)
+        taught = planner.with_reference("taught", edits)
     else:
         raise CorsaError(
             "nothing would be asked: give --edits FILE, --benchmark NAME, or an --adapter with its history"
         )
-    schedule = dealt(taught, RoundsConfig(rounds=rounds, update_share=1.0))
-    adapter = _line_step(line, options) if line else None
-    answers: list[Step] = []
-    if line and adapter:
-        # Asked as a round after all updates, so that answers that were right and are now wrong count as forgetting.
-        own = name == "taught" and line.answered
-        step = asked(experiment, "edited", taught, schedule, adapter, round_=rounds + own)
-        answers = [*([adapter] if own else []), step]
-    shown = [Shown(answers=step.name, method="edited") for step in answers]
-    title = f"{name} asked of {experiment.model.name}" + (
-        f" with {Path(options.adapter or '').name}" if adapter else ""
-    )
-    command = shlex.join(["corsa", "evaluate", *differences(options)])
-    return experiment, reported(experiment, taught, schedule, title, shown, answers, adapter, command)
+    return taught, rounds, _line_step(line, options) if line else None
 
 
 def facts_step(
-    experiment: Experiment, path: Path, drafts: Sequence[Draft], line: Line | None, options: Options
+    planner: Planner[Experiment], path: Path, drafts: Sequence[Draft], line: Line | None, options: Options
 ) -> Step:
     """The step that makes edits from drafts. It asks the model for old answers that neither file nor line has."""
+    experiment = planner.experiment
     number = len(line.updates) + 1 if line else 1
     before = line.standing if line else []
     missing = unanswered(before, drafts)
@@ -175,7 +172,7 @@ def facts_step(
     kind, config = FACTS, FactsConfig(**known)
     if missing:
         tokens = experiment.evaluation.new_tokens
-        kind, config = ASKED_FACTS, AskedFactsConfig(**known, model=pin(experiment.model), new_tokens=tokens)
+        kind, config = ASKED_FACTS, AskedFactsConfig(**known, model=planner.model, new_tokens=tokens)
     return Step(f"edits/{stem(path)}/update{number}", kind, config, inputs, place)
 
 
@@ -186,7 +183,7 @@ def _line_step(line: Line, options: Options) -> Step:
     return Step(f"line/update{len(line.updates)}", LINE, config, placement=place)
 
 
-def _experiment(options: Teaching, line: Line | None) -> Experiment:
+def _planner(options: Teaching, line: Line | None) -> Planner[Experiment]:
     if options.method in METHODS and (why := METHODS[options.method].refuses.get("adapter")):
         raise CorsaError(f"{why}: choose another --method")
     if options.method not in TEACHING:
@@ -209,46 +206,51 @@ def _experiment(options: Teaching, line: Line | None) -> Experiment:
         evaluation=options.evaluation,
         placement=options.placement,
     )
-    pin(experiment.model)  # an unknown name is refused before anything else is done
+    planner = Planner.of(experiment, _command(options))  # an unknown model is refused before anything else is done
     experiment.evaluation.checked(experiment.model)
     check_trackers(options.track)
-    return experiment
+    return planner
 
 
-def _plan(options: Teaching, experiment: Experiment, line: Line | None, edits: Step, count: int, name: str) -> Plan:
+def _plan(
+    options: Teaching, planner: Planner[Experiment], line: Line | None, edits: Step, count: int, name: str
+) -> Plan:
     number = len(line.updates) + 1 if line else 1
-    taught = with_reference(experiment, f"{name}/update{number}", edits)
+    taught = planner.with_reference(f"{name}/update{number}", edits)
     # every edit of the line, in the update that taught it (its `round`)
-    schedule = dealt(taught, RoundsConfig(rounds=number, update_share=1.0))
+    schedule = planner.schedule(taught, RoundsConfig(rounds=number, update_share=1.0))
     after = edits.inputs.get("line")
-    (step,) = chain(experiment, options.method, options.seed, taught, schedule, rounds=(number,), after=after)
-    title = f"Update {number}: {count} fact{'s' * (count > 1)} on {experiment.model.name}"
+    step = planner.round(options.method, options.seed, taught, schedule, number=number, after=after)
+    title = f"Update {number}: {count} fact{'s' * (count > 1)} on {planner.experiment.model.name}"
     answers = [*([after] if after and line and line.answered else []), step]
     shown = [Shown(answers=s.name, method=options.method) for s in answers]
-    report = reported(experiment, taught, schedule, title, shown, answers, step, _command(options))
+    report = reported(planner, taught, schedule, title, shown, answers, step)
     check_free(Path(options.out), step.fingerprint)
     check_place(Path(options.out), options.storage)
-    return Plan(experiment, line, number, count, step, edits, report)
+    return Plan(planner.experiment, line, number, count, step, edits, report)
 
 
 def reported(
-    experiment: Experiment,
+    planner: Planner[Experiment],
     taught: Facts,
     schedule: Step,
     title: str,
     shown: Sequence[Shown],
     answers: Sequence[Step],
     adapter: Step | None,
-    command: str,
+    before: Step | None = None,
 ) -> Step:
-    """The step that reports answers next to the base model's, and the adapter's side effects."""
-    before = base(experiment, taught)
-    checked = [_controls(experiment, None)] + ([_controls(experiment, adapter)] if adapter else [])
-    inputs = [before, *answers, *taught.tables.values(), schedule, *(checked if adapter else [])]
+    """The step that reports answers next to the base model's (`before`, if they come from elsewhere), and the adapter's
+    side effects.
+    """
+    experiment, tables = planner.experiment, [taught.edits] if before else list(taught.tables.values())
+    before = before or planner.base(taught)
+    checked = [_sanity_answers(planner, None)] + ([_sanity_answers(planner, adapter)] if adapter else [])
+    inputs = [before, *answers, *tables, schedule, *(checked if adapter else [])]
     config = ReportConfig(
         title=title,
         scenario="update",
-        command=command,
+        command=planner.command,
         experiment={k: v for k, v in experiment.canonical().items() if k in _TOLD},
         rule=experiment.evaluation.rule,
         protocol=experiment.evaluation.protocol,
@@ -264,12 +266,11 @@ def reported(
 _TOLD = ("model", "methods", "seeds", "evaluation", *(set(MethodSettings.model_fields) - {"memit"}))
 
 
-def _controls(experiment: Experiment, adapter: Step | None) -> Step:
-    config = ControlsConfig(
-        model=pin(experiment.model), digest=controls.digest(), new_tokens=experiment.evaluation.new_tokens
-    )
+def _sanity_answers(planner: Planner[Experiment], adapter: Step | None) -> Step:
+    tokens = planner.experiment.evaluation.new_tokens
+    config = ControlsConfig(model=planner.model, digest=sanity_questions.digest(), new_tokens=tokens)
     name = f"{adapter.name}/controls" if adapter else "base/controls"
-    return Step(name, ROUND, config, {"adapter": adapter} if adapter else {}, experiment.placement)
+    return Step(name, ROUND, config, {"adapter": adapter} if adapter else {}, planner.experiment.placement)
 
 
 def base_model(options: Options, line: Line | None) -> ModelConfig:

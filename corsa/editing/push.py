@@ -14,6 +14,16 @@ FACTS = ("edits.parquet", "predictions.parquet", FILE)
 """Files that are sent on request: the facts, every answer, and the history."""
 
 
+def to_send(adapter: str | Path, *, facts: bool = False) -> list[Path]:
+    """The files of an adapter that `push` sends.
+
+    Raises:
+        CorsaError: there is no adapter.
+    """
+    directory = open_line(adapter).directory
+    return [directory / name for name in (*KEPT, *(FACTS if facts else ())) if (directory / name).is_file()]
+
+
 def push(
     adapter: str | Path,
     repository: str,
@@ -45,7 +55,7 @@ def push(
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     directory = open_line(adapter).directory
-    names = [name for name in (*KEPT, *(FACTS if facts else ())) if (directory / name).is_file()]
+    names = [file.name for file in to_send(adapter, facts=facts)]
     api = HfApi(token=token)
     try:
         api.create_repo(repository, private=private, exist_ok=True)

@@ -13,9 +13,10 @@ from rich.console import Console
 from corsa.editing.export import headline, write
 from corsa.editing.options import EvaluateOptions, Teaching
 from corsa.editing.plan import Plan, plan_evaluation
+from corsa.editing.served import Comparison, last_compared
 from corsa.editing.thresholds import Verdict, judged
 from corsa.errors import StepsFailedError
-from corsa.experiments.runner import bring_about, lasting
+from corsa.experiments.runner import lasting, produce
 from corsa.experiments.trackers import track_run
 from corsa.flow import Store
 from corsa.flow.store import Artifact
@@ -31,6 +32,7 @@ class Result:
         report: path of the HTML report.
         verdicts: result of each gate that was set.
         out: the directory of the new adapter; None for an evaluation.
+        as_base: a server's answers compared with the base model's; else None.
     """
 
     metrics: dict[str, Any]
@@ -38,11 +40,12 @@ class Result:
     report: Path
     verdicts: list[Verdict] = field(default_factory=list)
     out: Path | None = None
+    as_base: Comparison | None = None
 
     @property
     def passed(self) -> bool:
-        """Whether every gate was passed."""
-        return all(verdict.passed for verdict in self.verdicts)
+        """Whether every gate was passed, and a server has its adapter applied."""
+        return (self.as_base is None or self.as_base.applied) and all(verdict.passed for verdict in self.verdicts)
 
     @property
     def values(self) -> dict[str, float | None]:
@@ -58,7 +61,7 @@ def teach(options: Teaching, plan: Plan, console: Console) -> Result:
         CorsaError: the store or the directory cannot be written, or no cluster is available.
     """
     store = Store(lasting(options.storage))
-    page = _finished(bring_about(plan.report, store, console, options.quiet))
+    page = _finished(produce(plan.report, store, console, options.quiet))
     out = write(options, plan, page, store)
     return _result(page, options, out, console)
 
@@ -69,7 +72,7 @@ def evaluate(options: EvaluateOptions, console: Console) -> Result:
     Raises: as `teach`, and CorsaError if an option is wrong.
     """
     _, report = plan_evaluation(options)
-    page = bring_about(report, Store(lasting(options.storage)), console, options.quiet)
+    page = produce(report, Store(lasting(options.storage)), console, options.quiet)
     return _result(_finished(page), options, None, console)
 
 
@@ -85,4 +88,6 @@ def _result(page: Artifact, options: Teaching | EvaluateOptions, out: Path | Non
     metrics = json.loads(page.read("metrics.json"))
     predictions = pd.read_parquet(page.local("predictions.parquet"))
     report = out / "report.html" if out else page.local("report.html")
-    return Result(metrics, predictions, report, judged(options.gates, metrics), out)
+    endpoint = options.endpoint if isinstance(options, EvaluateOptions) else None
+    as_base = last_compared(predictions) if endpoint else None
+    return Result(metrics, predictions, report, judged(options.gates, metrics), out, as_base)

@@ -19,7 +19,7 @@ from corsa.editing.history import WEIGHTS, join, matched, reworded, taken_back
 from corsa.flow.task import Task
 
 
-def bring_in(task: Task) -> dict[str, Any]:
+def import_line(task: Task) -> dict[str, Any]:
     """Step function: an adapter's directory -> adapter/, edits.parquet and predictions.parquet (if it has them)."""
     config: LineConfig = task.config
     source = Path(task.placement.directory)

@@ -6,177 +6,23 @@ how the predictions were made, so any metric can be recomputed later from the st
 
 The random unit of an interval is the fact (a chain of updates counts as one), or the case if several facts are asked
 together (MQuAKE: column `case`).
-
-Three terms. A fact is *standing* after round r if it was learnt in an earlier round and not revised since. A chain is
-asked through its latest edit, so these are the rows with learnt < trained. Where the data has an evaluation set
-(facts taught once, never revised: the temporal scenario), the standing facts are those of the evaluation set.
-
-An old answer was *displaced* if the model gave it and an edit replaced it. In a table with revised facts (chains),
-these are the revised facts whose former answer was learnt in its own round; they count from the round that revises
-them. In a table without revised facts, these are the facts of an earlier round whose new answer was learnt then.
-
-The metrics on *wordings* use the paraphrases. A benchmark without any paraphrase falls back to its edit prompts; the
-result names these benchmarks in `fallback`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from itertools import combinations
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 import pandas as pd
 
 from corsa.config.evaluation import ProbeKind
+from corsa.evaluation.metric_definitions import METRICS, Columns, Metric
 from corsa.evaluation.prepared_predictions import BASE, prepared
 from corsa.evaluation.uncertainty import LEVEL, Difference, Sums, difference, interval
 from corsa.evaluation.verdicts import comparison, judged, planned_pairs
-
-Counts = tuple[pd.Series, "pd.Series | int", "pd.Series | int"]
-
-
-@dataclass(frozen=True)
-class Metric:
-    """One metric. `count` maps rows to (which rows count, numerator, denominator); the value is sum / sum."""
-
-    label: str
-    text: str
-    better: Literal["high", "low"]
-    unit: Literal["share", "change", "points", "nats"]
-    count: Callable[[pd.DataFrame], Counts]
-    of: Literal["edit", "paraphrase", "wordings", "latest", "standing", "displaced", "multihop", "neighbor"] = (
-        "wordings"
-    )
-    matched: bool = True
-
-
-METRICS: dict[str, Metric] = {
-    "edit_success": Metric(
-        "Edit success",
-        "edit prompts answered with the new answer, over all facts still valid",
-        "high",
-        "share",
-        lambda rows: (rows.kind == "edit", rows.right, 1),
-        of="edit",
-    ),
-    "generality": Metric(
-        "Generality",
-        "paraphrases answered with the new answer, over all facts still valid",
-        "high",
-        "share",
-        lambda rows: (rows.kind == "paraphrase", rows.right, 1),
-        of="paraphrase",
-    ),
-    "efficacy": Metric(
-        "Update efficacy",
-        "wordings of the latest round's facts answered with the new answer",
-        "high",
-        "share",
-        lambda rows: (rows.wordings & (rows.learnt == rows.trained), rows.right, 1),
-        of="latest",
-    ),
-    "forgetting": Metric(
-        "Forgetting",
-        "of the wordings of standing facts answered right when they were learnt, the share that is wrong now",
-        "low",
-        "share",
-        lambda rows: (rows.standing, rows.then & ~rows.right, rows.then),
-        of="standing",
-    ),
-    "forgetting_relative": Metric(
-        "Forgetting, net relative drop",
-        "(right when learnt - right now) / right when learnt, on standing facts; later gains offset losses",
-        "low",
-        "change",
-        lambda rows: (rows.standing, rows.then.astype(float) - rows.right, rows.then),
-        of="standing",
-    ),
-    "forgetting_points": Metric(
-        "Forgetting, drop in points",
-        "share right when learnt minus share right now, on standing facts",
-        "low",
-        "points",
-        lambda rows: (rows.standing, rows.then.astype(float) - rows.right, 1),
-        of="standing",
-    ),
-    "retention": Metric(
-        "Old knowledge retained",
-        "wordings of all facts still valid that are answered with the old answer",
-        "low",
-        "share",
-        lambda rows: (rows.wordings, rows.old, 1),
-    ),
-    "activation": Metric(
-        "Old knowledge activated",
-        "wordings of facts whose old answer was displaced that give this old answer again",
-        "low",
-        "share",
-        lambda rows: (rows.displaced, rows.old, 1),
-        of="displaced",
-    ),
-    "activation_of_right": Metric(
-        "Old knowledge activated, of those once right",
-        "the same over the wordings answered right, after its own round, by the former answer of a revised fact, or by "
-        "the new answer of one taught once",
-        "low",
-        "share",
-        lambda rows: (rows.displaced, rows.once & rows.old, rows.once),
-        of="displaced",
-    ),
-    "multihop": Metric(
-        "Multi-hop",
-        "cases of which any wording of the multi-hop question is answered with the new answer",
-        "high",
-        "share",
-        lambda rows: ((rows.kind == "multihop") & rows.leads, rows.any_right, 1),
-        of="multihop",
-    ),
-    "neighborhood": Metric(
-        "Neighborhood",
-        "questions about neighbouring facts answered with their true answer",
-        "high",
-        "share",
-        lambda rows: (rows.kind == "neighbor", rows.right, 1),
-        of="neighbor",
-    ),
-    "agreement": Metric(
-        "Neighborhood, agreement with base",
-        "questions about neighbouring facts to which the base model gives an answer, answered the same (normalised)",
-        "high",
-        "share",
-        lambda rows: ((rows.kind == "neighbor") & rows.compared, rows.agrees, 1),
-        of="neighbor",
-        matched=False,
-    ),
-    "margin": Metric(
-        "Margin",
-        "mean of log p(new answer) - log p(old answer) in nats, over the scored wordings of facts still valid",
-        "high",
-        "nats",
-        lambda rows: (rows.wordings & rows.scored, rows.logp_new - rows.logp_old, 1),
-        matched=False,
-    ),
-    "logp_new": Metric(
-        "log p(new answer)",
-        "its first term: mean log-probability of the new answer, in nats",
-        "high",
-        "nats",
-        lambda rows: (rows.wordings & rows.scored, rows.logp_new, 1),
-        matched=False,
-    ),
-    "logp_old": Metric(
-        "log p(old answer)",
-        "its second term: mean log-probability of the old answer, in nats",
-        "low",
-        "nats",
-        lambda rows: (rows.wordings & rows.scored, rows.logp_old, 1),
-        matched=False,
-    ),
-}
-"""Every metric by name, in the order of a report."""
 
 
 def compute(
@@ -223,11 +69,12 @@ def compute(
     methods = [BASE] * bool((rows.method == BASE).any()) + taught
     rounds = sorted(int(number) for number in rows.trained.unique())
     cells = dict(iter(rows.groupby(["method", "trained"], sort=False)))
+    columns = {key: Columns(cell) for key, cell in cells.items()}
     empty = rows.iloc[:0]
     last = rounds[-1]
 
     def row(method: str, number: int) -> dict[str, Any]:
-        cell = cells.get((method, number), empty)
+        cell = columns.get((method, number), Columns(empty))
         return {
             "method": method,
             "round": number,
@@ -241,7 +88,7 @@ def compute(
         for a, b in combinations(taught, 2)
         if (a, last) in cells and (b, last) in cells and compare_with in (None, a, b)
     ]
-    compared = [_comparison(name, last, a, b, cells) for a, b in pairs for name in METRICS]
+    compared = [_comparison(name, last, a, b, columns) for a, b in pairs for name in METRICS]
     comparisons = judged(
         [found for found in compared if found],
         primary=primary,
@@ -312,7 +159,7 @@ def _say_what_was_not_asked(series: list[dict[str, Any]], kinds: Sequence[str] |
 
 def _by_round_asked(cell: pd.DataFrame, rounds: list[int]) -> list[dict[str, Any] | None]:
     """One row of a matrix: for the facts of each round, the share of wordings answered right."""
-    asked = cell[cell.wordings]
+    asked = cell.loc[cell.wordings, ["learnt", "right", "edit", "item"]]
     entries = []
     for number in rounds:
         found = asked[asked.learnt == number]
@@ -328,7 +175,7 @@ def measure(name: str, predictions: pd.DataFrame, *, rule: str, protocol: str) -
     """
     rows = prepared(predictions, rule, protocol)
     rows = rows[(rows.method != BASE) & (rows.trained == rows.trained.max())]
-    value = _Counted.of(METRICS[name], rows).sums().ratio
+    value = _Counted.of(METRICS[name], Columns(rows)).sums().ratio
     return None if math.isnan(value) else value
 
 
@@ -342,11 +189,10 @@ class _Counted(NamedTuple):
     denominator: np.ndarray
 
     @classmethod
-    def of(cls, metric: Metric, cell: pd.DataFrame) -> _Counted:
-        which, numerator, denominator = metric.count(cell)
+    def of(cls, metric: Metric, cell: Columns) -> _Counted:
+        chosen, numerator, denominator = metric.count(cell)
         parts = (cell.unit_code, cell.seed, cell.item, numerator, denominator)
-        chosen = which.to_numpy(bool)
-        unit, seed, item, above, below = (np.broadcast_to(np.asarray(part), chosen.shape)[chosen] for part in parts)
+        unit, seed, item, above, below = (np.broadcast_to(part, chosen.shape)[chosen] for part in parts)
         return cls(unit, seed, item, above.astype(float), below.astype(float))
 
     def only(self, chosen: np.ndarray) -> _Counted:
@@ -362,7 +208,7 @@ class _Counted(NamedTuple):
         return Sums(*(part.astype(float).reshape(len(units), len(seeds)) for part in parts))
 
 
-def _value(name: str, cell: pd.DataFrame, method: str, number: int, rule: str) -> dict[str, Any]:
+def _value(name: str, cell: Columns, method: str, number: int, rule: str) -> dict[str, Any]:
     """One metric of one method after one round, over all its seeds."""
     metric = METRICS[name]
     counted = _Counted.of(metric, cell)
@@ -396,7 +242,7 @@ def _value(name: str, cell: pd.DataFrame, method: str, number: int, rule: str) -
 
 
 def _comparison(
-    name: str, number: int, a: str, b: str, cells: Mapping[Any, pd.DataFrame]
+    name: str, number: int, a: str, b: str, cells: Mapping[Any, Columns]
 ) -> tuple[dict[str, Any], Difference] | None:
     """The metric of `a` minus that of `b`, on the probes and seeds common to both, after the same round. None if either
     has no value.
@@ -416,14 +262,14 @@ def _comparison(
     return comparison(name, number, a, b, found, seeds=len(seeds), edits=edits, probes=len(items)), found
 
 
-def _reason(name: str, cell: pd.DataFrame, counted: int, method: str, number: int) -> str:
+def _reason(name: str, cell: Columns, counted: int, method: str, number: int) -> str:
     """Why there is nothing to count."""
     metric = METRICS[name]
     if method == BASE and metric.of in ("standing", "displaced"):
         return "the base model is taught nothing"
     if method == BASE and name == "agreement":
         return "this is the base model"
-    if cell.empty:
+    if not len(cell.seed):
         return f"not asked after round {number}"
     if metric.of == "standing":
         if counted:

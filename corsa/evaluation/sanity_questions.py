@@ -16,7 +16,7 @@ from corsa.evaluation.matching import exact, words
 _FILE = Path(__file__).with_name("sanity_questions.yaml")
 
 
-class Control(Frozen):
+class SanityQuestion(Frozen):
     """A question that no edit touches, and its answer."""
 
     question: Text
@@ -25,9 +25,9 @@ class Control(Frozen):
 
 
 @cache
-def controls() -> tuple[Control, ...]:
+def sanity_questions() -> tuple[SanityQuestion, ...]:
     """The questions that come with the project."""
-    return tuple(Control.model_validate(entry) for entry in yaml.safe_load(_FILE.read_text(encoding="utf-8")))
+    return tuple(SanityQuestion.model_validate(entry) for entry in yaml.safe_load(_FILE.read_text(encoding="utf-8")))
 
 
 def digest() -> str:
@@ -39,12 +39,12 @@ def judged(outputs: list[str]) -> list[dict[str, Any]]:
     """One row {question, answer, output, right} per question. `right` uses the rule `words`."""
     return [
         {
-            "question": control.question,
-            "answer": control.answer,
+            "question": asked.question,
+            "answer": asked.answer,
             "output": output,
-            "right": words(output, control.answer, control.aliases),
+            "right": words(output, asked.answer, asked.aliases),
         }
-        for control, output in zip(controls(), outputs, strict=True)
+        for asked, output in zip(sanity_questions(), outputs, strict=True)
     ]
 
 
@@ -84,7 +84,7 @@ def told(found: dict[str, Any] | None) -> list[str]:
     if 2 * found["right_now"] < found["right_before"]:
         lines.append(
             "More than half of that is lost: try fewer --training.epochs, or a lower --training.learning-rate, and see "
-            "that the facts still take."
+            "that the facts are still learnt."
         )
     for change in found["changed"][:5]:
         was = "Now right" if change["right"] else "No longer right"

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from corsa.config.steps import Axis, JoinedConfig, ReportConfig, Shown
-from corsa.experiments.base import EDITS, PART, REFERENCE, REPORT, SCHEDULE, Experiment, identity
-from corsa.flow import Kind, Step
+from corsa.experiments.base import Experiment, identity
+from corsa.experiments.kinds import EDITS, PAPER, PART, REFERENCE, REPORT, SCHEDULE
+from corsa.experiments.planner import Planner
+from corsa.flow import Step
 from corsa.report.findings import HEADLINES
-
-PAPER = Kind("report", "corsa.experiments.steps:join_reports", version=3)
 
 
 @dataclass
@@ -41,14 +41,15 @@ class Page:
             self.specific.append(Shown(answers=step.name, method=method, seed=seed))
             self.inputs[step.name] = step
 
-    def step(self, experiment: Experiment, command: str, name: str | None = None) -> Step:
+    def step(self, planner: Planner[Experiment], name: str | None = None) -> Step:
         """The step that makes the report, called `report/<name or scenario>`."""
+        experiment = planner.experiment
         sources = [step.config for step in self.inputs.values() if step.kind is EDITS]
         names = " and ".join(dict.fromkeys(source.benchmark for source in sources))  # type: ignore[attr-defined]
         config = ReportConfig(
             title=f"{self.scenario.capitalize()}: {names} on {experiment.model.name}",
             scenario=self.scenario,
-            command=command,
+            command=planner.command,
             experiment=identity(experiment),
             rule=experiment.evaluation.rule,
             protocol=experiment.evaluation.protocol,
@@ -64,9 +65,11 @@ class Page:
         return Step(f"report/{name or self.scenario}", REPORT, config, self.inputs)
 
 
-def joined(experiment: Experiment, command: str, reports: Sequence[Step]) -> Step:
+def joined(planner: Planner[Experiment], reports: Sequence[Step]) -> Step:
     """One report of several scenarios."""
     config = JoinedConfig(
-        title=f"The paper's experiments on {experiment.model.name}", command=command, experiment=identity(experiment)
+        title=f"The paper's experiments on {planner.experiment.model.name}",
+        command=planner.command,
+        experiment=identity(planner.experiment),
     )
     return Step("report/paper", PAPER, config, {report.name: report for report in reports})

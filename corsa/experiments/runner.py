@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import yaml
 from rich.console import Console
@@ -21,11 +21,15 @@ from corsa import terminal
 from corsa.config import Frozen, ModelConfig, Placement
 from corsa.config.command_line import configure
 from corsa.config.steps import EditsConfig
+from corsa.errors import CorsaError
 from corsa.experiments.base import NOT_OF_THE_RESULT, Experiment
+from corsa.experiments.planner import Planner
+from corsa.experiments.remaining import left
+from corsa.experiments.so_far import so_far
 from corsa.flow import Outcome, Step, Store, draw, run
 from corsa.flow.cluster import connect, disconnect, submitted
 from corsa.flow.step import topological
-from corsa.flow.store import Artifact
+from corsa.flow.store import Artifact, Record
 from corsa.planning.inputs import check_files, say_what_cannot_count
 from corsa.planning.preflight import refuse_what_memory_cannot_hold
 from corsa.training.resources import groups_side_by_side, refuse_what_cannot_fit
@@ -45,19 +49,59 @@ class Branches:
 
 
 def start(
-    plan: Callable[[E, str], Step | Branches], default: E, *, program: str, description: str, demo: E | None = None
+    scenario: Callable[[Planner[E]], Step | Branches],
+    default: E,
+    *,
+    program: str,
+    description: str,
+    demo: E | None = None,
+    each: Callable[[E], Sequence[E]] | None = None,
 ) -> int:
-    """Run a scenario from the command line. `plan` makes its report step (or several to join) from a configuration
-    and the command that repeats the run. `demo` is the default if no model, benchmark or configuration file is named.
+    """Run a scenario from the command line: check its experiment, resolve the model, make its report step (or several
+    to join) and run it. `demo` is the default if no model, benchmark or configuration file is named. `each` makes
+    several experiments of one: they run one after the other, and one that fails does not stop the others.
     """
     arguments = sys.argv[1:]
     named = {a.split("=")[0] for a in arguments} & {"--model", "--benchmark", "--config"}
     chosen = default if named or demo is None else demo
-    experiment = configure(chosen, arguments, program=program, description=description)
-    experiment.checked()
+    experiment = configure(chosen, arguments, program=program, description=description).checked()
     # Naming the benchmark keeps the demo's sizes out of the command that repeats the run.
     known = default.model_copy(update={"benchmark": ""}) if named and demo is not None else chosen
-    return launch(experiment, plan(experiment, repeat_command(program, experiment, known)), terminal.Console())
+    runs = each(experiment) if each else [experiment]
+    planners = [Planner.of(one, repeat_command(program, one, known)) for one in runs]
+    planned = [(planner.experiment, scenario(planner)) for planner in planners]
+    console = terminal.Console()
+    if len(planned) == 1:
+        return launch(*planned[0], console)
+    return _launch_each(planned, Store(lasting(experiment.storage)), console)
+
+
+def _launch_each(planned: Sequence[tuple[Experiment, Step | Branches]], store: Store, console: Console) -> int:
+    """Launch several runs one after the other. Returns the highest exit status."""
+    if not any(experiment.dry_run or experiment.so_far for experiment, _ in planned):
+        pending = [s for _, step in planned for s in topological(_targets(step)) if not store.find(s)]
+        _say_how_long(list({step.fingerprint: step for step in pending}.values()), store.records(), console)
+    status = 0
+    for number, (experiment, step) in enumerate(planned, start=1):
+        title = f"run {number} of {len(planned)}: {experiment.model.name}, protocol {experiment.evaluation.protocol}"
+        console.print(title, markup=False, highlight=False, soft_wrap=True)
+        try:
+            status = max(status, launch(experiment, step, console))
+        except CorsaError as error:
+            console.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
+            status = 1
+    return status
+
+
+def _targets(planned: Step | Branches) -> list[Step]:
+    return list(planned.reports.values()) if isinstance(planned, Branches) else [planned]
+
+
+def _say_how_long(pending: Sequence[Step], finished: Sequence[Record], console: Console) -> None:
+    """Print how long the pending steps will take, if steps like them are finished."""
+    if known := left(pending, finished):
+        count = sum(step.kind.on_cluster for step in pending)
+        console.print(f"{count} steps on the cluster to do: {known}", markup=False, highlight=False, soft_wrap=True)
 
 
 def launch(experiment: Experiment, planned: Step | Branches, console: Console) -> int:
@@ -67,7 +111,9 @@ def launch(experiment: Experiment, planned: Step | Branches, console: Console) -
 
     store = Store(lasting(experiment.storage))
     branches = planned if isinstance(planned, Branches) else None
-    targets = list(branches.reports.values()) if branches else [cast(Step, planned)]
+    targets = _targets(planned)
+    if experiment.so_far and not branches:
+        targets = [so_far(targets[0], store)]
     if experiment.dry_run or not branches:  # a branch with a wrong file fails alone
         check_files(step for step in topological(targets) if not store.find(step))
     if experiment.dry_run:
@@ -140,7 +186,7 @@ def _changed(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str
     return found
 
 
-def bring_about(report: Step, store: Store, console: Console, quiet: bool = False) -> Artifact | None:
+def produce(report: Step, store: Store, console: Console, quiet: bool = False) -> Artifact | None:
     """Run a step and its dependencies, except those already done. None if a step failed: the failure and its cause are
     printed.
 
@@ -166,6 +212,8 @@ def _attempt(targets: Sequence[Step], store: Store, console: Console, quiet: boo
         for placement in placements:
             refuse_what_cannot_fit(placement)
 
+    before = store.records() if pending and not quiet else []
+    _say_how_long(pending, before, console)
     refuse()  # now if no cluster is to be joined, else after joining it
     refuse_what_memory_cannot_hold(pending, console)
     say_what_cannot_count(pending, console)
@@ -174,10 +222,13 @@ def _attempt(targets: Sequence[Step], store: Store, console: Console, quiet: boo
         connect(console)
         refuse()
 
+    def time_left(todo: Sequence[Step], finished: Sequence[Record]) -> str:
+        return "" if quiet else left(todo, [*before, *finished])
+
     # Ray prints cluster messages to stdout at any time. They would mix with the results.
     console.file = console.file
     with redirect_stdout(sys.stderr):
-        outcome = run(targets, store, join, _groups, console, quiet=quiet)
+        outcome = run(targets, store, join, _groups, console, quiet=quiet, left=time_left)
         disconnect()  # a submitted job's log merges both streams: no message may follow the results
     return outcome
 

@@ -26,10 +26,9 @@ from corsa.config.steps import (
 from corsa.data.benchmarks import read
 from corsa.data.benchmarks.cases import told
 from corsa.data.edit import from_table, to_table
-from corsa.data.schedule import deal
+from corsa.data.schedule import assign
 from corsa.data.splits import describe, split
-from corsa.evaluation import mmlu
-from corsa.evaluation import sanity_questions as controls
+from corsa.evaluation import mmlu, sanity_questions
 from corsa.evaluation.metrics import compute
 from corsa.evaluation.prepared_predictions import BASE
 from corsa.flow.step import Step, topological
@@ -64,10 +63,10 @@ def read_edits(task: Task) -> dict[str, Any]:
     return {"edits": len(found.edits), "facts": facts} | counts | found.repeats.counts
 
 
-def deal_rounds(task: Task) -> dict[str, Any]:
+def assign_rounds(task: Task) -> dict[str, Any]:
     """Step function: edits.parquet -> schedule.parquet (`corsa.data.schedule.ROUNDS`)."""
     edits = from_table(pq.read_table(task.inputs["edits"].local("edits.parquet")))
-    schedule = deal(edits, task.config)
+    schedule = assign(edits, task.config)
     pq.write_table(schedule, task.output / "schedule.parquet")
     return {"taught": len(schedule), "rounds": len(set(schedule["learnt"].to_pylist()))}
 
@@ -124,7 +123,7 @@ def make_report(task: Task) -> dict[str, Any]:
     metrics = measured(task, config, predictions)
     (task.output / "metrics.json").write_text(json.dumps(metrics, indent=1, allow_nan=False))
     run = described_run(task, config.title, config.command, config.experiment) | {
-        "notes": [*_notes(task), *told_forgotten(metrics), *controls.told(metrics.get("controls"))]
+        "notes": [*_notes(task), *told_forgotten(metrics), *sanity_questions.told(metrics.get("controls"))]
     }
     (task.output / "run.json").write_text(json.dumps(run, indent=1))
     write_report(task.output, metrics=metrics, predictions=predictions, curves=curves, run=run)
@@ -143,6 +142,7 @@ def described_run(task: Task, title: str, command: str, experiment: dict[str, An
         "config": experiment,
         "steps": steps,
         "skipped": skipped(task.inputs.values()),
+        "commits": _commits(task),
         "versions": first.record.versions,
         "hardware": _hardware(),
     }
@@ -189,6 +189,7 @@ def about(task: Task, config: JoinedConfig) -> dict[str, Any]:
         "command": config.command,
         "config": config.experiment,
         "steps": steps,
+        "commits": _commits(task),
         "versions": next(iter(task.inputs.values())).record.versions,
         "hardware": _hardware(),
     }
@@ -214,7 +215,7 @@ def measured(task: Task, config: ReportConfig, predictions: pd.DataFrame) -> dic
     metrics["specificity"] = _specificity(task, config.specificity)
     if config.controls:
         before, now = (pq.read_table(task.inputs[s.answers].local("answers.parquet")) for s in config.controls)
-        metrics["controls"] = controls.changes(before.to_pylist(), now.to_pylist())
+        metrics["controls"] = sanity_questions.changes(before.to_pylist(), now.to_pylist())
     metrics |= {
         "training": [text for _, text in _trained(task)],
         "looks_back": sorted({s.method for s in config.shown if _looks_back(task.step.inputs[s.answers])}),
@@ -291,8 +292,8 @@ def _notes(task: Task) -> list[str]:
             notes += [note for note in method.notes(step.name, found) if note not in notes]
         if found.get("contradictions"):
             kept = step.config.canonical()["on_contradiction"] == "keep-first"
-            dealt = "their cases are left out" if kept else "all are taught"
-            notes.append(f"{step.name}: {found['contradictions']} edits contradict an earlier one ({dealt}).")
+            result = "their cases are left out" if kept else "all are taught"
+            notes.append(f"{step.name}: {found['contradictions']} edits contradict an earlier one ({result}).")
         if said := told(found):
             notes.append(f"{step.name}: {said}.")
         if step.kind.name == "merge":
@@ -326,6 +327,13 @@ def _steps(task: Task) -> list[dict[str, Any]]:
             needs = [needed.name for needed in step.inputs.values()]
             rows.append({"name": step.name, "seconds": record.seconds, "state": "done", "inputs": needs})
     return rows
+
+
+def _commits(task: Task) -> list[str]:
+    """The commits that the steps were computed at, in order of time."""
+    records = [task.store.artifact(step.fingerprint).record for step in topological([task.step])[:-1]]
+    records.sort(key=lambda record: record.created)
+    return list(dict.fromkeys(r.versions["commit"] for r in records if "commit" in r.versions))
 
 
 def _hardware() -> dict[str, Any]:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from corsa.flow.runner import run as run
     from corsa.flow.step import Kind as Kind
     from corsa.flow.step import Step as Step
+    from corsa.flow.step import StepFunction as StepFunction
     from corsa.flow.store import Artifact as Artifact
     from corsa.flow.store import DamagedError as DamagedError
     from corsa.flow.store import MissingError as MissingError
@@ -28,6 +29,7 @@ _WHERE = {
     "run": "corsa.flow.runner",
     "Kind": "corsa.flow.step",
     "Step": "corsa.flow.step",
+    "StepFunction": "corsa.flow.step",
     "Artifact": "corsa.flow.store",
     "DamagedError": "corsa.flow.store",
     "MissingError": "corsa.flow.store",

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from copy import copy
 from pathlib import Path
 from typing import ParamSpec, TypeVar
+from urllib.parse import unquote
 from uuid import uuid4
 
 from pyarrow import fs
@@ -189,14 +190,14 @@ class Files:
                 raise
             raise CorsaError(
                 f"storage {self.url} does not answer, for {self.patience:g} s now: {_first_line(error)}. Once it does, "
-                "the same command goes on from here; finished steps are intact"
+                "the same command continues from here; finished steps are intact"
             ) from error
 
     def _may_pass(self, error: BaseException) -> bool:
         """Whether the error may be temporary: caused by the connection or the storage, not by the request."""
         if not isinstance(error, OSError):
             return False
-        return error.errno in _PASSING or any(word in str(error) for word in _PASSING_WORDS)
+        return error.errno in _TRANSIENT or any(word in str(error) for word in _TRANSIENT_WORDS)
 
     def _warn(self, attempts: RetryCallState) -> None:
         error = attempts.outcome.exception() if attempts.outcome else None
@@ -209,8 +210,8 @@ class Files:
         try:
             yield
         except OSError as error:
-            if refusal := self.refusal(error):
-                raise refusal from error
+            if known := self.explained(error):
+                raise known from error
             if isinstance(error, FileNotFoundError):  # writing creates missing folders where permitted
                 raise CorsaError(f"cannot write to {self.url}: {error.strerror}. {_CLOSED}") from error
             if self.local:
@@ -218,7 +219,7 @@ class Files:
             reason = _first_line(error)
             raise CorsaError(f"cannot write to {self.url}: {reason}. Check the address and the credentials") from error
 
-    def refusal(self, error: OSError) -> CorsaError | None:
+    def explained(self, error: OSError) -> CorsaError | None:
         """The error to show if the store is full or not writable, None for any other error."""
         where = error.filename or self.url
         if error.errno and error.errno in _REMEDY and str(where).startswith(self.url):
@@ -233,7 +234,7 @@ _USER = re.compile(r"(?P<scheme>[\w+.-]+://)(?:[^/?@]*@|[^?@]*:[^?@]*@|[^/?@]*:(
 
 def _refuse_credentials(url: str) -> None:
     """Raises `CorsaError` for an address that holds credentials. The error shows no part of them."""
-    if (found := _USER.match(url)) and not url.startswith("gs://anonymous@"):
+    if (found := _USER.match(unquote(url))) and not url.startswith("gs://anonymous@"):
         raise CorsaError(
             f"storage {found['scheme']}...: credentials do not belong in an address, which logs and reports show. Set "
             "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or GOOGLE_APPLICATION_CREDENTIALS) in the environment"
@@ -244,13 +245,13 @@ def _first_line(error: BaseException | None) -> str:
     return visible((str(error).splitlines() or [type(error).__name__])[0])
 
 
-_PASSING = {
+_TRANSIENT = {
     *(errno.EIO, errno.ESTALE, errno.EAGAIN, errno.EBUSY, errno.ETIMEDOUT, errno.ENOTCONN, errno.EPIPE),
     *(errno.ECONNREFUSED, errno.ECONNRESET, errno.ECONNABORTED, errno.EHOSTDOWN, errno.EHOSTUNREACH),
     *(errno.ENETDOWN, errno.ENETUNREACH, errno.ENETRESET),
 }
 """Errors of a network share or a mounted bucket whose server is unavailable."""
-_PASSING_WORDS = (
+_TRANSIENT_WORDS = (
     *("NETWORK_CONNECTION", "SLOW_DOWN", "INTERNAL_FAILURE", "SERVICE_UNAVAILABLE", "THROTTLING", "REQUEST_TIMEOUT"),
     *("HTTP status 429", "HTTP status 5", "kUnavailable", "kDeadlineExceeded", "Retry policy exhausted", "timed out"),
 )

@@ -1,4 +1,4 @@
-"""Finds and removes what a store holds and nothing needs any more."""
+"""Finds and removes the files of a store that no run needs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who is running a step: two drivers on one store never run the same one.
+"""Leases: two drivers on one store never run the same step at the same time.
 
 A lease is a small file that names its holder and whose age is the holder's last heartbeat. It is created exclusively.
 On a store without exclusive creation (S3, GCS) it is advisory: two drivers that start in the same moment may both run

@@ -18,7 +18,7 @@ from corsa.errors import CorsaError
 from corsa.flow.lease import Leases
 from corsa.flow.progress import watch
 from corsa.flow.step import Kind, Step, components, topological
-from corsa.flow.store import Artifact, Store
+from corsa.flow.store import Artifact, Record, Store
 from corsa.flow.task import Progress, Silent, Task
 
 _POLL = 1.0  # seconds between looks for what a list of steps has committed
@@ -42,19 +42,21 @@ def run(
     *,
     progress: Progress | None = None,
     quiet: bool = False,
+    left: Callable[[Sequence[Step], Sequence[Record]], str] = lambda steps, finished: "",
 ) -> Outcome:
     """Run the steps and all that they need until each has a result.
 
     `connect` is called once, and only if a step that needs the cluster has to be run. `lanes` says how many lists of
     the given steps the cluster can run in parallel. A step that fails is in the outcome, not raised.
 
-    `progress` is told how far the steps are; by default the console shows it, unless `quiet`.
+    `progress` is told how far the steps are; by default the console shows it, unless `quiet`. `left` is asked when
+    a step on the cluster is done: how long the other steps will take, given the records of the finished ones.
 
     Raises `CorsaError` if the store cannot be written to or `connect` refuses, and `KeyboardInterrupt` after Ctrl-C;
     finished steps then stay, and unfinished ones can be run again at once.
     """
     this = _Run(topological(steps), store, connect, lanes, console)
-    this.progress, this.quiet = progress, quiet
+    this.progress, this.quiet, this.left = progress, quiet, left
     this.plan(targets={step.fingerprint for step in steps})
     if this.waiting:
         this.execute(steps)
@@ -78,6 +80,7 @@ class _Run:
         self.finished: SimpleQueue[tuple[list[Step], dict[str, str]]] = SimpleQueue()
         self.progress: Progress | None = None
         self.quiet = False
+        self.left: Callable[[Sequence[Step], Sequence[Record]], str] = lambda steps, finished: ""
         self.closing = ExitStack()
         self.interrupted = False
 
@@ -112,7 +115,7 @@ class _Run:
                     self.leases.finished()
             except KeyboardInterrupt:
                 self.interrupted = True  # errors of the threads are not reported from now on
-                self.say("interrupted: finished steps are kept, and the same command goes on from here")
+                self.say("interrupted: finished steps are kept, and the same command continues from here")
                 raise
 
     def ready(self) -> list[list[Step]]:
@@ -169,7 +172,7 @@ class _Run:
             if not unfinished:
                 return {}
             tasks = [Task(step, self.store, self.progress or Silent()) for step in unfinished]
-            function = steps[0].kind.load()
+            function = steps[0].kind.function
             self.store.sweep(unfinished)
             try:
                 if steps[0].kind.together:
@@ -189,7 +192,7 @@ class _Run:
             if isinstance(wrapped, BaseException):
                 root = link = wrapped
                 continue
-            known = self.store.files.refusal(link) if isinstance(link, OSError) else link
+            known = self.store.files.explained(link) if isinstance(link, OSError) else link
             if isinstance(known, CorsaError):
                 return str(known)
             link = link.__cause__
@@ -221,10 +224,19 @@ class _Run:
             return True
         if found := self.store.find(step, checksums=True):
             self.outcome.artifacts[step.fingerprint] = found
-            self.say(f"done     {step.name}  {found.record.seconds:.1f} s")
+            self.say(f"done     {step.name}  {found.record.seconds:.1f} s{self.how_far(step)}")
             for text in found.metrics.get("notes", ()):
                 self.say(f"note     {step.name}: {text}")
         return found is not None
+
+    def how_far(self, step: Step) -> str:
+        """How many steps are done after a step on the cluster, and how long the others will take."""
+        if not step.kind.on_cluster:
+            return ""
+        done = self.outcome.artifacts
+        todo = [step for step in self.order if step.fingerprint not in done]
+        parts = [f"{len(done)} of {len(self.order)} steps", self.left(todo, [a.record for a in done.values()])]
+        return f"  ({', '.join(filter(None, parts))})"
 
     def drop(self, step: Step) -> bool:
         """Whether the step cannot be run because something that it needs has failed."""

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import cached_property
-from importlib import import_module
 from pathlib import PurePath
 from typing import Any
 
@@ -20,10 +19,16 @@ from corsa.errors import CorsaError
 _IMPORTING = threading.Lock()
 """Steps start in threads. transformers loads its modules lazily and does not support concurrent imports."""
 
+StepFunction = Callable[..., Any]
+"""`f(task) -> metrics`, or, of a kind with `together`, `f(tasks, progress) -> {fingerprint: cause}`."""
+
 
 @dataclass(frozen=True)
 class Kind:
     """A kind of step. Raise `version` when the function's results change: old results are then not used.
+
+    `load` imports the function and returns it. It is called when the first step of the kind is run, so that planning
+    imports nothing heavy. It is a function of a module, so that a step can be pickled.
 
     An ordinary function is `f(task) -> metrics`. With `together`, it is `f(tasks, progress) -> {fingerprint: cause}`:
     it gets a topologically ordered list of steps (an input may be an earlier one of the list), commits each separately
@@ -32,16 +37,16 @@ class Kind:
     """
 
     name: str
-    function: str  # "module:function", imported when the first step of the kind is run
+    load: Callable[[], StepFunction]
     version: int
     on_cluster: bool = False  # needs Ray: a run in which no such step is pending starts no cluster
     together: bool = False
 
-    def load(self) -> Callable[..., Any]:
+    @property
+    def function(self) -> StepFunction:
         """The function itself."""
-        module, _, name = self.function.partition(":")
         with _IMPORTING:
-            return getattr(import_module(module), name)
+            return self.load()
 
 
 @dataclass(frozen=True, eq=False)

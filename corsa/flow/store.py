@@ -14,11 +14,13 @@ import hashlib
 import math
 import os
 import shutil
+import subprocess
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import cached_property
+from functools import cache, cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from platform import python_version
@@ -65,7 +67,7 @@ class Record(Frozen):
     metrics: dict[str, Any]
     seconds: float
     created: str  # UTC, ISO 8601
-    versions: dict[str, str]  # package -> version
+    versions: dict[str, str]  # package -> version, and the commit of this source
     files: dict[Annotated[str, AfterValidator(relative)], tuple[int, Digest]]  # path in the artifact -> bytes, SHA-256
 
 
@@ -124,7 +126,7 @@ class Artifact:
         self.path(name)
         content = self.store.files.read(f"{self._directory}/{name}")
         if content is None or hashlib.sha256(content).hexdigest() != self.record.files[name][1]:
-            raise DamagedError(f"{self.url}/{name} is damaged. Run the same command again: it is made anew")
+            raise DamagedError(f"{self.url}/{name} is damaged. Run the same command again: it is made again")
         return content
 
     def local(self, name: str) -> Path:
@@ -299,10 +301,23 @@ def _sha256(path: Path) -> str:
 
 
 def _versions() -> dict[str, str]:
-    found = {"python": python_version()}
+    found = {"python": python_version()} | _commit()
     for package in ("corsa", "torch", "ray", "transformers", "peft"):
         try:
             found[package] = version(package)
         except PackageNotFoundError:
             continue
     return found
+
+
+@cache
+def _commit() -> dict[str, str]:
+    """The commit of this source, with "-dirty" if files were changed after it; {} outside of a repository."""
+    root = Path(__file__).parents[2]
+    if not (root / ".git").exists():
+        return {}
+    described = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    with suppress(OSError, subprocess.SubprocessError):
+        found = subprocess.run(described, capture_output=True, text=True, timeout=10, check=True)
+        return {"commit": found.stdout.strip()}
+    return {}

@@ -1,4 +1,4 @@
-"""Which resources of the cluster are waited for, and who holds them."""
+"""Which cluster resources a run waits for, and who holds them."""
 
 from __future__ import annotations
 

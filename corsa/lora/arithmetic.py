@@ -52,7 +52,7 @@ def merge(
         weights: one per adapter, positive or negative; 1 each by default. None for `average`.
         rank: of the result of `svd`; None for other methods.
         density: share of values that `ties`, `dare_linear` and `dare_ties` keep in each factor, in (0, 1].
-        seed: for the values that DARE drops.
+        seed: for the values that DARE drops, at least 0 and below 2^63.
 
     Returns:
         The adapter, and {rank: the largest of its ranks, error: |merged - sum| / |sum|, Frobenius norms over all
@@ -65,6 +65,8 @@ def merge(
     if method not in MERGES:
         raise unknown_name("merge method", method, MERGES)
     _check_options(method, len(adapters), weights, rank, density)
+    if not 0 <= seed < 1 << 63:
+        raise CorsaError(f"the seed is {seed}: it is at least 0 and below 2^63")
     _check_layers(adapters)
     for i, adapter in enumerate(adapters, 1):
         _check_finite(adapter, f"adapter {i}")

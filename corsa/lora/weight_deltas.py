@@ -14,6 +14,8 @@ from torch import Tensor
 
 from corsa.errors import CorsaError
 
+DESCRIPTION = "delta.json"
+
 
 def save_delta(delta: Mapping[str, Tensor], directory: Path, base_model: str) -> None:
     """Write `delta` (module name -> (out, in)) as float32, and the name of its base model."""
@@ -21,7 +23,7 @@ def save_delta(delta: Mapping[str, Tensor], directory: Path, base_model: str) ->
     tensors = {f"{name}.weight": change.detach().float().cpu().contiguous() for name, change in delta.items()}
     save_file(tensors, directory / "delta.safetensors", metadata={"format": "pt"})
     described = {"base_model_name_or_path": base_model, "modules": sorted(delta)}
-    (directory / "delta.json").write_text(json.dumps(described, indent=2) + "\n")
+    (directory / DESCRIPTION).write_text(json.dumps(described, indent=2) + "\n")
 
 
 def load_delta(directory: str | Path) -> dict[str, Tensor]:
@@ -35,3 +37,16 @@ def load_delta(directory: str | Path) -> dict[str, Tensor]:
     except (OSError, SafetensorError) as e:
         raise CorsaError(f"{directory} holds no readable weight delta (delta.safetensors): {e}") from e
     return {name.removesuffix(".weight"): change for name, change in tensors.items()}
+
+
+def base_of(directory: str | Path) -> str:
+    """The name of the base model of a delta.
+
+    Raises:
+        CorsaError: delta.json does not say it.
+    """
+    file = Path(directory) / DESCRIPTION
+    try:
+        return str(json.loads(file.read_text())["base_model_name_or_path"])
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise CorsaError(f"{file} does not name the base model: give --model") from e

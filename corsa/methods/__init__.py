@@ -1,15 +1,23 @@
-"""The methods by name. Each has its own folder or file, with one record (`corsa.methods.base.Method`)."""
+"""The methods by name. Each has its own file or folder here, with its record (`corsa.methods.base.Method`)."""
 
 from __future__ import annotations
 
+from importlib import import_module
+from pkgutil import iter_modules
+
 from corsa.config import Frozen
 from corsa.errors import unknown_name
-from corsa.methods import f_learning, joint, memit, step_methods
 from corsa.methods.base import Method
 
-METHODS: dict[str, Method] = {
-    method.name: method for method in (*step_methods.METHODS, joint.METHOD, f_learning.METHOD, memit.METHOD)
-}
+
+def records() -> list[Method]:
+    """`METHODS` of each module of this package, in the order of the modules' names; settings of the one step first."""
+    modules = [import_module(f"{__name__}.{module.name}") for module in iter_modules(__path__)]
+    found = [method for module in modules for method in getattr(module, "METHODS", ())]
+    return sorted(found, key=lambda method: method.load_teach is not None)
+
+
+METHODS: dict[str, Method] = {method.name: method for method in records()}
 """Every method by name. The unedited model, "base", is evaluated in every scenario and is not a method."""
 
 

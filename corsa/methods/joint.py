@@ -29,12 +29,14 @@ def _load_teach() -> Teach:
     return teach
 
 
-METHOD = Method(
-    "joint",
-    "joint training",
-    _round_config,
-    JointRoundConfig,
-    _load_teach,
-    continues=False,
-    looks_back=lambda config: True,
+METHODS = (
+    Method(
+        "joint",
+        "joint training",
+        _round_config,
+        JointRoundConfig,
+        _load_teach,
+        continues=False,
+        looks_back=lambda config: True,
+    ),
 )

@@ -1,4 +1,4 @@
-"""Loading a base model and its tokenizer, from the hub, a directory, the embedded wheel, or with random weights."""
+"""Loading a base model and its tokenizer, from the hub, a directory, a GGUF file, or with random weights."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from transformers.utils import logging
 from corsa.config import ModelConfig
 from corsa.errors import CorsaError
 from corsa.models.embedded import embedded_model, embedded_tokenizer
-from corsa.models.registry import ARCHITECTURES, Source, locate
+from corsa.models.gguf_file import converted, described
+from corsa.models.registry import ARCHITECTURES, Source, gguf_revision, locate
 from corsa.models.shapes import first_line, read_architecture
 
 logging.disable_progress_bar()
@@ -32,6 +33,8 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
         place: str | Path = source.place
     elif source.kind in ("random", "embedded"):
         place = embedded_tokenizer()
+    elif source.kind == "gguf":
+        place = described(_gguf(source, config))
     else:
         place = source.place
     try:
@@ -64,7 +67,7 @@ def load_model(config: ModelConfig, device: torch.device | str = "cpu", whole: W
     if source.kind == "random":
         model = _random_model(source.place, config, whole)
     else:
-        place = embedded_model() if source.kind == "embedded" else source.place
+        place = _directory(source, config)
         _refuse_pickles(Path(place))
         try:
             revision = _hub_revision(source, config)
@@ -83,6 +86,18 @@ def load_model(config: ModelConfig, device: torch.device | str = "cpu", whole: W
             raise _not_loaded("weights", config, e) from e
     model.requires_grad_(False).eval()
     return model if whole else model.to(device)  # type: ignore[arg-type]
+
+
+def _directory(source: Source, config: ModelConfig) -> str | Path:
+    """The directory of a model, converted if it comes from a GGUF file; or its name on the hub."""
+    if source.kind == "embedded":
+        return embedded_model()
+    return converted(_gguf(source, config)) if source.kind == "gguf" else source.place
+
+
+def _gguf(source: Source, config: ModelConfig) -> Path:
+    gguf_revision(config)  # a worker's file is the one that was planned with
+    return Path(source.place)
 
 
 def _random_model(shape: str, config: ModelConfig, whole: Whole | None) -> PreTrainedModel:
@@ -132,6 +147,11 @@ def _not_loaded(what: str, config: ModelConfig, cause: Exception) -> CorsaError:
         return CorsaError(
             f"model {config.name!r} comes with code of its own, which is never run (trust_remote_code is off): "
             "use a model whose architecture transformers itself knows"
+        )
+    if config.name.lower().endswith("gguf"):
+        return CorsaError(
+            f"the {what} of model {config.name!r} could not be loaded: {first}. To use one of its GGUF files, download "
+            f"it (hf download {config.name} FILE.gguf --local-dir DIR) and give --model DIR/FILE.gguf"
         )
     return CorsaError(
         f"the {what} of model {config.name!r} could not be loaded: {first}. "

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from corsa.config import ModelConfig
 from corsa.errors import CorsaError, unknown_name
+from corsa.models.gguf_file import digest
 
 EMBEDDED = "smollm2-135m"
 
@@ -111,9 +112,9 @@ ARCHITECTURES = {
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model comes from: `place` is a directory, a hub id, or the name of an architecture."""
+    """Where a model comes from: `place` is a directory, a GGUF file, a hub id, or the name of an architecture."""
 
-    kind: Literal["embedded", "directory", "hub", "random"]
+    kind: Literal["embedded", "directory", "gguf", "hub", "random"]
     place: str
 
 
@@ -121,7 +122,8 @@ def locate(name: str) -> Source:
     """Where the model of this name comes from.
 
     Raises:
-        CorsaError: the name is not an alias, hub id (`owner/name`), model directory, or known `random:` architecture.
+        CorsaError: the name is not an alias, hub id (`owner/name`), model directory, file, or known `random:`
+            architecture; or a directory holds several GGUF files.
     """
     if name.startswith("random:"):
         shape = name.removeprefix("random:")
@@ -135,22 +137,45 @@ def locate(name: str) -> Source:
     if name in ALIASES:
         return Source("hub", ALIASES[name])
     if name and Path(name).is_dir():
-        if not (Path(name) / "config.json").is_file():
-            raise CorsaError(f"model directory {name} has no config.json: name a directory written by save_pretrained")
-        return Source("directory", str(Path(name).resolve()))
+        return _in_directory(Path(name))
+    if name.lower().endswith(".gguf") or Path(name).is_file():
+        if not Path(name).is_file():
+            raise CorsaError(f"there is no model file {name}: workers on other machines need it under the same path")
+        return Source("gguf", str(Path(name).absolute()))  # a link of the hub's cache keeps its name
     if name.count("/") == 1 and not name.startswith((".", "/", "~")):
         return Source("hub", name)
-    raise unknown_name("model", name, [*ALIASES, "random:<architecture>", "<owner>/<name> on the hub", "<directory>"])
+    known = [*ALIASES, "random:<architecture>", "<owner>/<name> on the hub", "<directory>", "<file>.gguf"]
+    raise unknown_name("model", name, known)
+
+
+def _in_directory(directory: Path) -> Source:
+    files = sorted(directory.glob("*.gguf"))
+    if files and not list(directory.glob("*.safetensors")):
+        if len(files) > 1:
+            names = ", ".join(file.name for file in files)
+            raise CorsaError(f"model directory {directory} has {len(files)} GGUF files: name one of {names}")
+        return Source("gguf", str(files[0].absolute()))
+    if not (directory / "config.json").is_file():
+        raise CorsaError(
+            f"model directory {directory} has no config.json: name a directory written by save_pretrained, or a GGUF "
+            "file"
+        )
+    return Source("directory", str(directory.resolve()))
 
 
 def pin(config: ModelConfig) -> ModelConfig:
     """The configuration with its revision filled in, so that results of other weights are never reused.
 
     The revision of a local directory is a digest of its files. Of large files, it takes the size and the start of each
-    mebibyte, so that it changes if one layer is edited. The embedded model has the wheel's version. A hub model without
-    a revision has its branch.
+    mebibyte, so that it changes if one layer is edited. A GGUF file has its digest. The embedded model has the wheel's
+    version. A hub model without a revision has its branch.
+
+    Raises:
+        CorsaError: the model cannot be found, or a GGUF file does not have the revision's digest.
     """
     source = locate(config.name)
+    if source.kind == "gguf":
+        return config.model_copy(update={"name": source.place, "revision": gguf_revision(config)})
     if source.kind in ("directory", "random"):  # an absolute path: workers run in other directories
         prefix = "random:" if source.kind == "random" else ""
         config = config.model_copy(update={"name": prefix + source.place})
@@ -165,6 +190,22 @@ def pin(config: ModelConfig) -> ModelConfig:
     else:
         revision = "normal-seed-0"
     return config.model_copy(update={"revision": revision})
+
+
+def gguf_revision(config: ModelConfig) -> str:
+    """The digest of a GGUF file.
+
+    Raises:
+        CorsaError: the file cannot be read, or the configuration names another digest.
+    """
+    file = Path(locate(config.name).place)
+    found = digest(file)
+    if config.revision not in (None, found):
+        raise CorsaError(
+            f"model file {file} is another one than asked for: its digest is {found}, not {config.revision}. Workers "
+            "on other machines need the same file; a file that has changed is another model"
+        )
+    return found
 
 
 def _digest(directory: Path) -> str:

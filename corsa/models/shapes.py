@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
 
 from corsa.config import ModelConfig
 from corsa.errors import CorsaError
+from corsa.models.gguf_file import described
 from corsa.models.registry import ARCHITECTURES, locate
 
 _LAYERS, _WIDE, _MANY = 1_000, 1 << 20, 1 << 24
@@ -26,17 +28,20 @@ _LARGEST_NUMBER = 1 << 40  # upper bound of any other number
 
 def architecture(config: ModelConfig) -> PreTrainedConfig:
     """The transformers configuration of a model: from the registry for an alias or a `random:` architecture, else from
-    the model's config.json.
+    the model's config.json or GGUF file.
 
     Raises:
-        CorsaError: the config.json cannot be read.
+        CorsaError: the config.json or file cannot be read.
     """
     name = config.name.removeprefix("random:")
     if name in ARCHITECTURES:
         entries = dict(ARCHITECTURES[name])
         return AutoConfig.for_model(entries.pop("model_type"), **entries)
     try:
-        found = read_architecture(locate(config.name).place, config.revision or "main")
+        source = locate(config.name)
+        if source.kind == "gguf":
+            return read_architecture(str(described(Path(source.place)))).get_text_config()
+        found = read_architecture(source.place, config.revision or "main")
     except CorsaError:
         raise
     except Exception as e:

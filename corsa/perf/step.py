@@ -113,7 +113,7 @@ def measure_step(
         took = {"lora": sum(timeline.seconds.values())}
         cut = fast(corsa, whole)
         took["corsa"] = sum(timeline.seconds.values())
-        split, beside = dict(timeline.seconds), timeline.outside_the_passes
+        split, rest = dict(timeline.seconds), timeline.outside_the_passes
         literal(whole)
         took["literal"] = sum(timeline.seconds.values())
         if number < 1:
@@ -121,7 +121,7 @@ def measure_step(
         for kind, s in took.items():
             seconds[kind].append(s)
         parts.append(split)
-        outside.append(beside / took["corsa"])
+        outside.append(rest / took["corsa"])
         processed.append(sum(rows.input_ids.numel() for part in cut.parts for rows in part.rows))
         needed.append(sum(map(len, whole)))
         say(f"step {number}/{steps}: " + ", ".join(f"{kind} {s:.2f} s" for kind, s in took.items()))

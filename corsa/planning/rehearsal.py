@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 from unittest.mock import patch
 
@@ -61,7 +62,7 @@ def rehearse(
     *,
     checkpointing: bool = False,
 ) -> Footprint:
-    """The footprint of a step over one micro-batch of `triplets`.
+    """The footprint of a step over one micro-batch of `triplets`. A second call for the same step repeats its result.
 
     Args:
         architecture: the model's configuration; no weights are read.
@@ -71,6 +72,34 @@ def rehearse(
         triplets: the edits of one forward pass.
         checkpointing: recompute each layer in the backward pass instead of keeping its activations.
     """
+    shape = _Shape(architecture.to_json_string(), architecture)
+    edits = tuple((tuple(t.prompt), tuple(t.new), tuple(t.old)) for t in triplets)
+    # pyright does not know that frozen configurations have a hash
+    return _rehearsed(shape, dtype, lora, step, edits, checkpointing)  # pyright: ignore[reportArgumentType]
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """An architecture that can be a key: its text is compared."""
+
+    text: str
+    architecture: PreTrainedConfig = field(compare=False)
+
+
+_Tokens = tuple[int, ...]
+
+
+@lru_cache(maxsize=64)
+def _rehearsed(
+    shape: _Shape,
+    dtype: torch.dtype,
+    lora: LoraConfig,
+    step: StepConfig,
+    edits: tuple[tuple[_Tokens, _Tokens, _Tokens], ...],
+    checkpointing: bool,
+) -> Footprint:
+    """Groups of several sizes, and the rounds of a run, often ask for the same step."""
+    architecture, triplets = shape.architecture, [Triplet(*edit) for edit in edits]
     depth: int = architecture.num_hidden_layers
     lora = lora.model_copy(update={"layers": None})  # upper bound: the rehearsal uses fewer layers than the model has
     period = _period(getattr(architecture, "layer_types", None) or [])

@@ -11,7 +11,7 @@ import yaml
 from corsa.report.dag import Dag
 from corsa.report.findings import findings
 from corsa.report.layout import write_page
-from corsa.report.published import beside
+from corsa.report.published import with_measured
 
 
 def write_code_report(directory: Path, *, metrics: dict[str, Any], run: Mapping[str, Any]) -> Path:
@@ -29,7 +29,7 @@ def write_code_report(directory: Path, *, metrics: dict[str, Any], run: Mapping[
         run=run,
         metrics=metrics,
         findings=[*findings(metrics), *metrics["notes"]],
-        published=beside(metrics),
+        published=with_measured(metrics),
         dag=Dag.of(run["steps"]),
         config=yaml.safe_dump(run["config"], sort_keys=False, allow_unicode=True),
     )

@@ -17,7 +17,7 @@ from corsa.report.examples import examples
 from corsa.report.figures import figures
 from corsa.report.findings import findings, headlines, summary
 from corsa.report.layout import write_page
-from corsa.report.published import beside
+from corsa.report.published import with_measured
 
 _DIRECTIONS = {"high": "higher is better", "low": "lower is better"}
 
@@ -99,7 +99,7 @@ def _section(id_: str, title: str, scenario: Scenario) -> dict[str, Any]:
         "more": [name for name in metrics["definitions"] if name not in chosen],
         "pairs": list(dict.fromkeys((entry["a"], entry["b"]) for entry in metrics["comparisons"])),
         "counted": {name: _counted(metrics, name) for name in metrics["definitions"]},
-        "published": beside(metrics),
+        "published": with_measured(metrics),
         "specificity": metrics.get("specificity") or {},
         "by_benchmark": metrics.get("by_benchmark") or {},
         "matrices": metrics.get("matrices") or {},

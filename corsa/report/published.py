@@ -84,7 +84,7 @@ def differs(metrics: dict[str, Any]) -> str:
     )
 
 
-def beside(metrics: dict[str, Any]) -> list[tuple[Published, dict[str, Any] | None]]:
+def with_measured(metrics: dict[str, Any]) -> list[tuple[Published, dict[str, Any] | None]]:
     """The published numbers for a report's tables, each with the run's own comparison if there is one."""
     found = {(c["metric"], c["a"], c["b"]): c for c in metrics["comparisons"]}
     rows = []

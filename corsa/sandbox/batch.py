@@ -1,4 +1,4 @@
-"""Many programs: several sandboxes at once, nothing run twice, verdicts remembered."""
+"""Runs many programs in several sandboxes at once, each program once, and caches the verdicts."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from corsa.config.sandbox import Limits
 from corsa.sandbox.worker import Engine, Program, Sandbox, SandboxError, Verdict
 
 _SURE = ("passed", "failed", "error", "exited", "crashed")
-"""Outcomes that another run would have as well; a time limit may be met on a faster machine."""
+"""Outcomes that another run would repeat. A program that exceeds a time limit may meet it on a faster machine."""
 
 
 def judge(
@@ -32,22 +32,22 @@ def judge(
     cache: Path | None = None,
     done: Callable[[int], None] = lambda count: None,
 ) -> list[Verdict]:
-    """The verdict on each program, in order. Equal programs are run once.
+    """The verdict on each program, in order. Equal programs run once.
 
     Args:
-        programs: with their tests.
+        programs: programs with their tests.
         engine: see `corsa.sandbox.worker.engine`.
-        limits: of each program.
-        modules: loaded once in every sandbox.
-        slots: sandboxes at once.
-        cache: a directory with the verdicts of other runs, by program, tests, limits, Python, packages and the
-            sandbox's own code.
-        done: told how many programs are judged.
+        limits: limits of each program.
+        modules: modules that every sandbox loads once.
+        slots: number of sandboxes at once.
+        cache: a directory with verdicts of other runs. Their key is program, tests, limits, Python, packages and the
+            code of the sandbox.
+        done: called with the number of programs judged so far.
 
-    A program whose sandbox breaks down has the outcome `sandbox`.
+    A program has the outcome `sandbox` if its sandbox breaks with a known-good program as well.
 
     Raises:
-        SandboxError: no sandbox can be started at all.
+        SandboxError: no sandbox can be started.
     """
     limits = limits or Limits()
     unique = {program.digest(limits): program for program in programs}
@@ -89,7 +89,7 @@ def judge(
 
 @lru_cache(maxsize=1)
 def _versions() -> str:
-    """What verdicts depend on beside the programs: Python, every package they can import, and the sandbox itself."""
+    """A hash of what verdicts depend on apart from programs: Python, importable packages, the sandbox's code."""
     packages = sorted(f"{d.metadata['Name']}=={d.version}" for d in distributions())
     own = [sha256(file.read_bytes()).hexdigest() for file in sorted(Path(__file__).parent.glob("*.py"))]
     return sha256("\n".join([platform.python_version(), *packages, *own]).encode()).hexdigest()[:16]

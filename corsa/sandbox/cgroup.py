@@ -1,6 +1,6 @@
-"""A memory cgroup for a sandbox, where one may be made: the kernel's own bound, behind the supervisor's count.
+"""A memory cgroup for a sandbox: the kernel's limit, in addition to the supervisor's count.
 
-Only version 2, and only where the memory controller is delegated: systemd's `Delegate=yes`, a container with a writable
+It needs cgroups of version 2 with a delegated memory controller: systemd's `Delegate=yes`, a container with a writable
 cgroup file system, or root.
 """
 
@@ -12,11 +12,11 @@ from contextlib import suppress
 from pathlib import Path
 
 _SLACK = 256 << 20
-"""Bytes beside the programs' own: what the supervisor, the kernel and a program's disk take."""
+"""Bytes added for the supervisor, the kernel and the disk of a program."""
 
 
 def own_group(root: Path = Path("/")) -> Path | None:
-    """The directory of this process's cgroup of version 2; None where there is none."""
+    """The directory of this process's version 2 cgroup; None if it has none."""
     with suppress(OSError, StopIteration):
         mounts = (line.split() for line in (root / "proc/self/mounts").read_text().splitlines())
         where = next(fields[1] for fields in mounts if fields[2] == "cgroup2")
@@ -27,28 +27,28 @@ def own_group(root: Path = Path("/")) -> Path | None:
 
 
 class Group:
-    """A cgroup of a sandbox's own. `procs`: the file through which a process joins it, open for writing."""
+    """The cgroup of one sandbox. `procs`: its `cgroup.procs`, open for writing, through which a process joins it."""
 
     def __init__(self, place: Path) -> None:
         self.place = place
         self.procs = os.open(place / "cgroup.procs", os.O_WRONLY)
 
     def bound(self, memory: int) -> None:
-        """Let what is in it now take `memory` bytes more. Raises OSError where the kernel refuses."""
+        """Limit it to its present memory plus `memory` bytes. Raises OSError if the kernel refuses."""
         held = int((self.place / "memory.current").read_text())
         with suppress(OSError):  # a kernel without swap has no such file
             (self.place / "memory.swap.max").write_text("0")
         (self.place / "memory.max").write_text(str(held + memory + _SLACK))
 
     def close(self) -> None:
-        """Take the cgroup away; its processes have ended."""
+        """Remove the cgroup. Its processes must have ended."""
         os.close(self.procs)
         with suppress(OSError):
             self.place.rmdir()
 
 
 def make(root: Path = Path("/")) -> Group | None:
-    """A new cgroup beside or below this process's own, with the memory controller; None where none can be had."""
+    """A new cgroup below or beside this process's own, with the memory controller; None if none can be made."""
     own = own_group(root)
     for parent in (own, own and own.parent):
         if parent is None:
@@ -68,6 +68,6 @@ def make(root: Path = Path("/")) -> Group | None:
 
 
 def join(procs: int) -> None:
-    """Put this process into the cgroup of an open `cgroup.procs`. Raises OSError where the kernel refuses."""
+    """Move this process into the cgroup of an open `cgroup.procs`. Raises OSError if the kernel refuses."""
     os.write(procs, b"0")
     os.close(procs)

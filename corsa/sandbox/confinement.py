@@ -1,4 +1,4 @@
-"""What is taken from a process before it runs a program or its tests."""
+"""Takes privileges from a process, and sets its limits, before it runs a program or its tests."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any
 from corsa.sandbox import kernel, rooting, syscalls
 
 OWN_PROCESSES = 8
-"""Processes of the sandbox itself, which count as its user's as well."""
+"""Processes of the sandbox itself. The kernel counts them for the same user."""
 UNCONFINED = b"unconfined"
-"""In place of an exit status: the process did not become one that may run anything."""
+"""Written instead of an exit status if a process could not be confined, so it ran nothing."""
 
 
 def confine(limits: Mapping[str, Any]) -> None:
-    """A mount namespace with an empty directory of bounded size, no view of processes, no privilege, no key, a filter
-    of system calls.
+    """Confine this process: a mount namespace with an empty directory of bounded size, no view of processes, no
+    privileges, no keys, and the system call filter.
     """
     kernel.unshare(kernel.CLONE_NEWNS | kernel.CLONE_NEWIPC)
     rooting.private_directory(limits["disk"])
@@ -29,7 +29,7 @@ def confine(limits: Mapping[str, Any]) -> None:
 
 
 def bound(limits: Mapping[str, Any], held: int) -> None:
-    """Bound what this process and its children use. `held`: bytes of address space that the interpreter has already."""
+    """Set the limits of this process and its children. `held`: bytes of address space that it already uses."""
     cpu, memory = int(limits["cpu_s"]), held + int(limits["memory"])
     bounds = {
         resource.RLIMIT_CPU: (cpu, cpu + 1),
@@ -49,13 +49,13 @@ def bound(limits: Mapping[str, Any], held: int) -> None:
 
 
 def address_space() -> int:
-    """Bytes of address space that this process has."""
+    """Size of this process's address space in bytes."""
     with open("/proc/self/statm") as file:
         return int(file.read().split()[0]) * resource.getpagesize()
 
 
 def keep_files(*files: int) -> None:
-    """Close all else: who holds an end of a pipe keeps the other side waiting, and could write to it."""
+    """Close all other files above 2. An open end of a pipe would delay its other side, and could be written to."""
     before = 2
     for file in (*sorted(files), 4096):
         os.closerange(before + 1, file)
@@ -63,6 +63,6 @@ def keep_files(*files: int) -> None:
 
 
 def empty_environment() -> None:
-    """Nothing of the machine's environment reaches a program."""
+    """Delete all environment variables."""
     for name in list(os.environ):
         del os.environ[name]

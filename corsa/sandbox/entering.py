@@ -1,4 +1,4 @@
-"""How the supervisor gets into a sandbox: namespaces, a root, a user who rules over nothing."""
+"""Moves the supervisor into a sandbox: namespaces, a root file system, an unprivileged user."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from typing import NoReturn
 from corsa.sandbox import kernel, rooting
 
 USER = 1000
-"""The one user of a sandbox; outside it is an unprivileged one of the sandbox's own."""
+"""The only user inside a sandbox. Outside it is an unprivileged user that differs for each sandbox."""
 NAMESPACES = kernel.CLONE_NEWNS | kernel.CLONE_NEWPID | kernel.CLONE_NEWNET | kernel.CLONE_NEWIPC | kernel.CLONE_NEWUTS
 
 
 def enter(engine: str, owner: int) -> None:
-    """Go on inside. `engine`: namespaces, bubblewrap (which has built the root), or none, which changes nothing.
+    """Enter the sandbox. `engine`: namespaces, bubblewrap (which has already built the root), or none (no isolation).
 
-    `owner`: the user outside, where this process is root's; 0: the user of this process.
+    `owner`: the user outside, if this process is root. 0 means the user of this process.
     """
     kernel.new_keyring()
     if engine == "namespaces":
@@ -46,7 +46,7 @@ def _map(process: str, inside: int, user: int, group: int) -> None:
 
 
 def _in_child(first: Callable[[], None]) -> None:
-    """Go on in a child, the first process of the new process namespace; this one passes its end on."""
+    """Continue in a child, the first process of the new process namespace. This process exits with its status."""
     child = os.fork()
     if child:
         _pass_on(child)
@@ -63,9 +63,9 @@ def _pass_on(child: int) -> NoReturn:
 
 
 def _become(owner: int) -> None:
-    """Go on in a child that is the unprivileged user `owner` outside, and rules over nothing but its own namespaces.
+    """Continue in a child that is the unprivileged user `owner` outside and has privileges only in its own namespaces.
 
-    The network namespace is a new one as well: that of bubblewrap has a loopback that is up.
+    It also gets a new network namespace, because the loopback is up in that of bubblewrap.
     """
     parent_ready, child_ready = os.pipe(), os.pipe()
     root = os.geteuid() == 0 and owner != 0
@@ -88,16 +88,16 @@ def _become(owner: int) -> None:
         os.close(end)
     os.setresgid(USER, USER, USER)
     os.setresuid(USER, USER, USER)
-    kernel.die_with_parent()  # a change of user takes it off
+    kernel.die_with_parent()  # the change of user has reset it
     _in_child(_own_processes)
 
 
 def _own_processes() -> None:
-    """See the processes of this namespace alone."""
+    """Mount a /proc that shows only the processes of this namespace."""
     kernel.mount("none", "/", flags=kernel.MS_PRIVATE | kernel.MS_REC)
-    rooting.private_directory("4m")  # some modules want one to be loaded
-    with suppress(OSError):  # not where bubblewrap covers parts of /proc; its own shows the sandbox alone as well
+    rooting.private_directory("4m")  # some modules need a /tmp when they load
+    with suppress(OSError):  # refused if bubblewrap covers parts of /proc; its own /proc also shows only the sandbox
         kernel.mount("proc", "/proc", "proc")
-    # Whoever could make user namespaces would have a larger part of the kernel to attack.
+    # A user namespace would give a program a larger part of the kernel to attack.
     with suppress(OSError):
         Path("/proc/sys/user/max_user_namespaces").write_text("0")

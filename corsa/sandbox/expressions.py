@@ -1,11 +1,14 @@
-"""Symbolic expressions of SymPy as text, and made from it again without evaluating any."""
+"""SymPy expressions as text, and back without evaluating text."""
 
 from __future__ import annotations
 
 import ast
 import re
 import sys
+import unicodedata
+from contextlib import suppress
 from functools import lru_cache
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from corsa.sandbox.values import CannotCrossError
@@ -21,16 +24,16 @@ _NAMES = """
     floor ceiling Min Max factorial binomial gamma erf re im arg conjugate Heaviside DiracDelta
     FiniteSet Interval Union Intersection Matrix ImmutableMatrix MutableDenseMatrix ImmutableDenseMatrix"""
 _EXPRESSIONS = frozenset(_NAMES.split())
-"""The constructors of expressions."""
+"""Allowed constructors of expressions."""
 _CONSTANTS = "pi E I oo zoo nan Integers Reals Naturals Complexes EmptySet true false"
 _NAME, _NUMBER = r"[^()\[\]{}.,:;=\\'\"`\s]+", r"-?[0-9.]+(e[+-]?[0-9]+)?"
-_TAKE_TEXT = {"Symbol": _NAME, "Dummy": _NAME, "Function": _NAME, "Float": _NUMBER, "Integer": _NUMBER}
-"""Constructors that take text, and which: other text could be evaluated, now or when the expression is compiled."""
+_TAKE_TEXT = {"Symbol": _NAME, "Dummy": _NAME, "Function": r"\w+", "Float": _NUMBER, "Integer": _NUMBER}
+"""Constructors that take text, with its allowed form. Other text could be evaluated, now or when it is compiled."""
 _TEXT = 1 << 16
 
 
 def write_expression(writer: Writer, value: Any) -> dict[str, Any] | None:
-    """The tree of an expression or a matrix; None of anything else."""
+    """The tree of an expression or a matrix; None for anything else."""
     sympy: Any = sys.modules["sympy"]
     if isinstance(value, type):
         return {"sympy class": value.__name__} if value in (sympy.Symbol, sympy.Function) else None
@@ -40,13 +43,13 @@ def write_expression(writer: Writer, value: Any) -> dict[str, Any] | None:
 
 
 def read_expression(text: str) -> Any:
-    """The expression of what `sympy.srepr` writes: nothing is called but the constructors above.
+    """The expression in a text of `sympy.srepr`. Only the constructors above are called.
 
     Raises:
-        CannotCrossError: the text is anything else, or SymPy is not loaded.
+        CannotCrossError: the text has another form, or SymPy is not loaded.
     """
     if len(text) > _TEXT or "sympy" not in sys.modules:
-        raise CannotCrossError(f"an expression of more than {_TEXT} characters, or where no tests load SymPy")
+        raise CannotCrossError(f"an expression of more than {_TEXT} characters, or SymPy is not loaded by the tests")
     return _made(ast.parse(text, mode="eval").body)
 
 
@@ -73,18 +76,32 @@ def _made(node: ast.expr) -> Any:
         case ast.Name(id=name) if name in _constructors():
             return _constructors()[name]
         case ast.Call(func=ast.Name(id=name), args=args, keywords=keywords) if name in _EXPRESSIONS:
-            given = [_named(a, _TAKE_TEXT[name]) if name in _TAKE_TEXT and _is_text(a) else _made(a) for a in args]
+            given = [_named(a, name) if name in _TAKE_TEXT and _is_text(a) else _made(a) for a in args]
             named = {str(k.arg): _made(k.value) for k in keywords}
             return _constructors()[name](*given, **named)
         case ast.Call(func=ast.Call(func=ast.Name(id="Function"), args=[name]), args=args) if _is_text(name):
-            return sympy.Function(_named(name, _NAME))(*[_made(a) for a in args])
+            return sympy.Function(_named(name, "Function"))(*[_made(a) for a in args])
     raise CannotCrossError(f"{ast.unparse(node)[:80]} in an expression")
 
 
-def _named(node: Any, form: str) -> str:
-    if not re.fullmatch(form, node.value, re.IGNORECASE):
-        raise CannotCrossError("a name or a number in an expression that is none")
-    return node.value
+def _named(node: Any, constructor: str) -> str:
+    text = node.value
+    if not re.fullmatch(_TAKE_TEXT[constructor], text, re.IGNORECASE):
+        raise CannotCrossError("an invalid name or number in an expression")
+    if constructor == "Function" and _is_callable(text):
+        raise CannotCrossError(f"the function {text}, which a compiled expression would call")
+    return text
+
+
+_COMPILED = ("builtins", "numpy", "sympy", "torch", "tensorflow", "jax", "cupy")
+"""Modules whose functions `sympy.lambdify` calls by name, such as `eval` and `bytes`."""
+
+
+def _is_callable(name: str) -> bool:
+    with suppress(ImportError):
+        import_module("numpy")  # lambdify loads it
+    name = unicodedata.normalize("NFKC", name)  # as Python reads names
+    return not name.isidentifier() or any(hasattr(sys.modules.get(module), name) for module in _COMPILED)
 
 
 def _is_text(node: ast.expr) -> bool:
@@ -92,14 +109,14 @@ def _is_text(node: ast.expr) -> bool:
 
 
 def read_no_expressions_of_others(tests: str) -> None:
-    """Let SymPy evaluate only text that stands in the tests: it reads text, such as a program's answer, with `eval`."""
+    """Let SymPy evaluate only text that is part of the tests. It reads text with `eval`, also a program's result."""
     parser = sys.modules.get("sympy.parsing.sympy_parser")
     if parser is None:
         return
     own: Any = parser.parse_expr
 
     def parse_expr(text: str, *args: Any, **kwargs: Any) -> Any:
-        if str(text) not in tests and not re.fullmatch(r"\w+", str(text)):  # a word calls nothing
+        if str(text) not in tests and not re.fullmatch(r"\w+", str(text)):  # a single word calls nothing
             raise CannotCrossError(f"text that would be evaluated: {str(text)[:80]!r}")
         return own(text, *args, **kwargs)
 

@@ -1,4 +1,4 @@
-"""System calls that Python 3.11's standard library lacks: namespaces, mounts, capabilities."""
+"""System calls missing in the standard library of Python 3.11: namespaces, mounts, capabilities."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _LOCKED = MS_NOSUID | MS_NODEV | MS_NOEXEC | MS_NOATIME | MS_NODIRATIME | MS_REL
 _PR_SET_PDEATHSIG, _PR_SET_DUMPABLE, _PR_CAPBSET_DROP = 1, 4, 24
 _PR_SET_SECUREBITS, _PR_SET_NO_NEW_PRIVS, _PR_CAP_AMBIENT = 28, 38, 47
 _KEYCTL = {"x86_64": 250, "aarch64": 219}
-_SECBITS = 0b101111  # no capability by being root, none kept over a change of user; both locked
+_SECBITS = 0b101111  # root has no capabilities, none are kept on a change of user; both locked
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -35,39 +35,39 @@ def _checked(result: int, what: str) -> None:
 
 
 def unshare(flags: int) -> None:
-    """New namespaces for this process (pid: for its children)."""
+    """Create namespaces for this process (a pid namespace applies to its children)."""
     _checked(_libc.unshare(flags), "unshare")
 
 
 def setns(file: int, kind: int) -> None:
-    """Into the namespace of an open file of /proc/PID/ns (pid: for children)."""
+    """Enter the namespace of an open file of /proc/PID/ns (a pid namespace applies to the children)."""
     _checked(_libc.setns(file, kind), "setns")
 
 
 def mount(source: str, target: str, kind: str | None = None, flags: int = 0, data: str = "") -> None:
-    """Mount, as the system call does."""
+    """The system call `mount`. Raises OSError."""
     encoded = [None if text is None else os.fsencode(text) for text in (source, target, kind)]
     found = _libc.mount(*encoded, ctypes.c_ulong(flags), os.fsencode(data))
     _checked(found, f"mount {kind or source} on {target}")
 
 
 def bind_read_only(source: str, target: str) -> None:
-    """The file or directory `source`, seen at `target`, which exists, and cannot be written there."""
+    """Bind the file or directory `source` read-only at `target`, which must exist."""
     try:
         mount(source, target, flags=MS_BIND)
-    except OSError:  # mounts below it that an unprivileged user may not leave out
+    except OSError:  # an unprivileged user must include the mounts below it
         mount(source, target, flags=MS_BIND | MS_REC)
-    kept = os.statvfs(target).f_flag & _LOCKED  # an unprivileged user may not take these off
+    kept = os.statvfs(target).f_flag & _LOCKED  # an unprivileged user must keep these flags
     mount("none", target, flags=MS_BIND | MS_REMOUNT | MS_RDONLY | MS_NOSUID | MS_NODEV | kept)
 
 
 def bind_device(source: str, target: str) -> None:
-    """A device such as /dev/null at `target`, which exists."""
+    """Bind a device such as /dev/null at `target`, which must exist."""
     mount(source, target, flags=MS_BIND)
 
 
 def enter_root(root: str) -> None:
-    """Make `root`, a mount, this process's file system and leave the old one."""
+    """Make the mount `root` this process's root file system and unmount the old one."""
     os.chdir(root)
     _checked(_libc.pivot_root(b".", b"."), "pivot_root")
     _checked(_libc.umount2(b".", _MNT_DETACH), "umount2")
@@ -75,12 +75,12 @@ def enter_root(root: str) -> None:
 
 
 def die_with_parent() -> None:
-    """Be killed when the process that forked this one ends."""
+    """Have the kernel kill this process when its parent ends."""
     _checked(_libc.prctl(_PR_SET_PDEATHSIG, 9, 0, 0, 0), "prctl")
 
 
 def undumpable() -> None:
-    """Let no process of the same user look into this one."""
+    """Prevent other processes of the same user from reading this one."""
     _checked(_libc.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0), "prctl")
 
 
@@ -98,29 +98,27 @@ def _last_capability() -> int:
 
 
 def keep_privileges() -> None:
-    """Keep this process's capabilities when it executes a file."""
+    """Keep this process's capabilities when it executes a file (ambient capabilities)."""
     header, sets = _Header(0x20080522, 0), (_Sets * 2)()
     _checked(_libc.capget(ctypes.byref(header), ctypes.byref(sets)), "capget")
     for part in sets:
         part.inheritable = part.permitted
     _checked(_libc.capset(ctypes.byref(header), ctypes.byref(sets)), "capset")
     for capability in range(_last_capability() + 1):
-        _libc.prctl(_PR_CAP_AMBIENT, 2, capability, 0, 0)  # refused for those it has not
+        _libc.prctl(_PR_CAP_AMBIENT, 2, capability, 0, 0)  # fails for capabilities it does not have
 
 
 def new_keyring() -> None:
-    """A session keyring of this process's own, in place of the one it has inherited. Refused where a filter of system
-    calls from outside denies keys altogether.
-    """
+    """Replace the inherited session keyring by a new one. Does nothing if an outer system call filter denies keys."""
     number = _KEYCTL.get(platform.machine())
     if number is not None:
         _libc.syscall(number, 1, None)
 
 
 def drop_privileges() -> None:
-    """No capability, now or by executing a file."""
+    """Drop all capabilities, so that executing a file cannot regain them."""
     for capability in range(_last_capability() + 1):
-        _libc.prctl(_PR_CAPBSET_DROP, capability, 0, 0, 0)  # refused where there is none to drop
+        _libc.prctl(_PR_CAPBSET_DROP, capability, 0, 0, 0)  # fails if there is none to drop
     _libc.prctl(_PR_SET_SECUREBITS, _SECBITS, 0, 0, 0)
     header, sets = _Header(0x20080522, 0), (_Sets * 2)()
     _checked(_libc.capset(ctypes.byref(header), ctypes.byref(sets)), "capset")

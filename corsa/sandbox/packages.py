@@ -1,6 +1,6 @@
 """Values of packages as data: arrays, tensors, data frames, symbolic expressions.
 
-A process reads only the kinds of packages that it has loaded itself, for its tests: a program cannot make it load one.
+A process reads only kinds of packages that it has already loaded for its tests. A program cannot make it load one.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ def _words(text: str) -> list[str]:
 
 
 _NUMBERS = _words("bool int8 int16 int32 int64 uint8 uint16 uint32 uint64 float16 float32 float64 complex64 complex128")
-"""Kinds of numbers that arrays have. Objects, records and texts of fixed width are not among them."""
+"""Allowed element types of arrays. Objects, records and fixed-width texts are excluded."""
 _TIMES = [f"{kind}[{unit}]" for kind in ("datetime64", "timedelta64") for unit in _words("Y M W D h m s ms us ns")]
 _TENSORS = _words("bool int8 int16 int32 int64 uint8 float16 float32 float64 bfloat16 complex64 complex128")
 _DIMENSIONS = 32
 
 
 def written(writer: Writer, value: Any) -> dict[str, Any] | None:
-    """The tree of a value of a package; None where it is of none, or of a kind that is not data."""
+    """The tree of a value of a package; None if it belongs to no known package, or its kind is not data."""
     package = type(value).__module__.partition(".")[0]
     if isinstance(value, type):
         package = value.__module__.partition(".")[0]
@@ -87,14 +87,14 @@ def _read_array(reader: Reader, tree: Any) -> Any:
     np, (name, shape, place) = _loaded("numpy"), tree
     dtype, raw = _dtype(name), reader.blob(place)
     shape = _shape(reader, shape, dtype.itemsize, len(raw))
-    if name == "bool":  # any byte but 0 and 1 is no bool: compared, it may be equal to both
+    if name == "bool":  # as a bool, a byte other than 0 and 1 may compare equal to both
         return (np.frombuffer(raw or b"", np.uint8) != 0).reshape(shape)
     return (np.frombuffer(raw, dtype) if raw else np.empty(0, dtype)).reshape(shape).copy()
 
 
 def _read_number(reader: Reader, tree: Any) -> Any:
     if tree[1] != []:
-        raise CannotCrossError("a number that is none")
+        raise CannotCrossError("not a number")
     return _read_array(reader, tree)[()]
 
 
@@ -102,7 +102,7 @@ def _read_texts(reader: Reader, tree: Any) -> Any:
     np, (shape, kind, values) = _loaded("numpy"), tree
     items = reader.items(values)
     if kind not in ("U", "S") or any(type(item) is not (str if kind == "U" else bytes) for item in items):
-        raise CannotCrossError("an array of texts that is none")
+        raise CannotCrossError("not an array of texts")
     return np.array(items, dtype=kind).reshape(_shape(reader, shape, 1, len(items)))
 
 
@@ -153,7 +153,7 @@ def _read_tensor(reader: Reader, tree: Any) -> Any:
         flat = (torch.frombuffer(bytearray(raw), dtype=torch.uint8) if raw else torch.empty(0)) != 0
     else:
         flat = torch.frombuffer(bytearray(raw), dtype=dtype) if raw else torch.empty(0, dtype=dtype)
-    # Cloned: a storage of torch's own can be resized, one over Python's bytes cannot.
+    # Clone, because a storage over Python's bytes cannot be resized.
     return flat.clone().reshape(shape).requires_grad_(grad is True)
 
 
@@ -210,7 +210,7 @@ def _read_series(reader: Reader, tree: Any) -> Any:
 def _as_index(reader: Reader, tree: Any) -> Any:
     found = reader.read(tree)
     if not isinstance(found, _loaded("pandas").Index):
-        raise CannotCrossError("an index that is none")
+        raise CannotCrossError("not an index")
     return found
 
 
@@ -218,7 +218,7 @@ def _read_frame(reader: Reader, tree: Any) -> Any:
     pd, (columns, names, index) = _loaded("pandas"), tree
     names, index = _as_index(reader, names), _as_index(reader, index)
     if len(names) != len(columns):
-        raise CannotCrossError("a frame with a name for no column")
+        raise CannotCrossError("a frame whose names do not match its columns")
     series = {i: _read_column(reader, column, pd.Series, index=index) for i, column in enumerate(columns)}
     found = pd.DataFrame(series, index=index)
     found.columns = names
@@ -230,7 +230,7 @@ def _read_moment(kind: str) -> Callable[[Reader, Any], Any]:
 
 
 def _chosen(package: str, *names: str) -> Callable[[Reader, Any], Any]:
-    """A reader of one of a package's own objects, by name."""
+    """A reader that returns one of the named objects of a package."""
 
     def read(reader: Reader, tree: Any) -> Any:
         if tree not in names:
@@ -263,4 +263,4 @@ READERS: dict[str, Callable[[Reader, Any], Any]] = {
     "expression": lambda reader, tree: read_expression(reader.text(tree)),
     "sympy class": _chosen("sympy", "Symbol", "Function"),
 }
-"""What is built for each kind of a package."""
+"""Reader of each kind of a package."""

@@ -1,4 +1,4 @@
-"""The process that runs the program, and does what its tests ask of it."""
+"""The process that runs the program and executes the calls of its tests."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from corsa.sandbox.confinement import bound, empty_environment
 from corsa.sandbox.protocol import Peer, ProgramGone
 from corsa.sandbox.values import CannotCrossError
 
-WIRE = 3
-"""The descriptor of the wire; there is no other beside standard input and output."""
+CONNECTION = 3
+"""File descriptor of the socket to the tests. Only the three standard ones are open besides it."""
 
 
 def run_program(files: list[int], limits: Mapping[str, Any], held: int) -> None:
-    """Run a program below this process, and say how it ended.
+    """Run a program in a child of this process, and report how it ended.
 
-    This is the first process of its namespace and waits: the program is a child of it, so that signals are what they
-    are elsewhere.
+    This process is the first of its namespace and only waits. Signals to such a process work differently, so the
+    program runs in a child.
 
     Args:
-        files: the request {before, text}, the wire, where output goes, where the exit status goes.
-        limits: of the program and all that it starts.
-        held: bytes of address space that the interpreter has already.
+        files: the request {before, text}, the socket to the tests, and the pipes for output and the exit status.
+        limits: of the program and all processes that it starts.
+        held: bytes of address space that the interpreter already uses.
     """
-    request, wire, output, ends = files
+    request, connection, output, ends = files
     kernel.undumpable()
     child = os.fork()
     if child == 0:
@@ -38,15 +38,15 @@ def run_program(files: list[int], limits: Mapping[str, Any], held: int) -> None:
             asked = json.load(file)
         os.dup2(output, 1)
         os.dup2(output, 2)
-        os.dup2(wire, 1023)
-        os.dup2(1023, WIRE)
-        os.closerange(WIRE + 1, 4096)
+        os.dup2(connection, 1023)
+        os.dup2(1023, CONNECTION)
+        os.closerange(CONNECTION + 1, 4096)
         sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
         kernel.die_with_parent()
         bound(limits, held)
-        serve(socket.socket(fileno=WIRE), asked)
+        serve(socket.socket(fileno=CONNECTION), asked)
         os._exit(0)
-    for file in (request, wire, output):
+    for file in (request, connection, output):
         os.close(file)
     while True:
         process, status = os.wait()
@@ -56,8 +56,8 @@ def run_program(files: list[int], limits: Mapping[str, Any], held: int) -> None:
 
 
 def serve(end: socket.socket, request: Mapping[str, Any]) -> None:
-    """Run the program; then answer calls until its tests hang up. What the program does to this process is its own
-    affair: nothing that is decided here counts.
+    """Run the program, then answer calls until the tests close the socket. The program controls this process, so
+    nothing is decided here.
     """
     empty_environment()
     peer = Peer(end, strict=False)
@@ -68,7 +68,7 @@ def serve(end: socket.socket, request: Mapping[str, Any]) -> None:
         exec(compile(request["before"], "<before>", "exec"), namespace)
         exec(compile(request["text"], "<program>", "exec"), namespace)
     except Exception as error:
-        peer.receive()  # what is unread when this process ends would take the message below with it
+        peer.receive()  # unread data at the end of this process would discard the message below
         peer.send("failed", type(error).__name__, _said(error))
         return
     _, names = peer.receive()

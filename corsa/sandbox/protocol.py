@@ -1,7 +1,7 @@
-"""What passes between a program and its tests: calls, results, exceptions, and values as data.
+"""Messages between a program and its tests: calls, results, exceptions, and values as data.
 
-Functions and iterators stay where they are; the other side gets a stand-in that calls back. All else crosses as the
-kinds of `values.py` and `packages.py`.
+Functions and iterators stay in their process. The other side gets a stand-in that calls back. Every other value is
+sent as one of the kinds in `values.py` and `packages.py`.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from corsa.sandbox.texts import clean
 from corsa.sandbox.values import CannotCrossError, decoded, encoded
 
 LARGEST = 512 << 20
-"""Bytes of one message at most."""
+"""Maximum size of a message in bytes."""
 _STRUCTURE = 128 << 20
-"""Bytes of its JSON at most: what is built of it takes several times as many."""
+"""Maximum size of its JSON in bytes. The objects built from it take several times as much."""
 _TEXT = 2000
-"""Characters of an exception's text at most."""
+"""Maximum length of an exception's text in characters."""
 _HEAD = struct.Struct("!II")
 _KEPT = 1 << 16
-"""Functions and iterators that the other side may hold at most."""
+"""Maximum number of functions and iterators that the other side can refer to."""
 
 
 class ProgramGone(BaseException):
-    """The program ended where it should have answered: no test may catch this, so it is no Exception."""
+    """The program ended instead of answering. Not an Exception, so that tests do not catch it."""
 
 
 class RemoteIterator:
-    """An iterator of the other side, drawn from item by item."""
+    """A stand-in for an iterator of the other side. Each item is requested when it is needed."""
 
     def __init__(self, peer: Peer, number: int) -> None:
         self.peer, self.number = peer, number
@@ -48,10 +48,10 @@ class RemoteIterator:
 
 
 class Peer:
-    """One end of the wire. Either side may call the other while it is being called itself.
+    """One end of the socket. Each side may call the other during a call.
 
-    `strict`: the side of the tests, which trusts nothing that arrives. `spoilt`: why nothing more is to be had from the
-    other side; a test that catches every exception does not change that.
+    `strict`: the side of the tests, which does not trust what it receives. `spoilt`: the first failure of the
+    connection. It remains set if a test catches the exception.
     """
 
     def __init__(self, end: socket.socket, *, strict: bool) -> None:
@@ -68,7 +68,7 @@ class Peer:
             self._read["named"] = _named
 
     def keep(self, obj: Any) -> int:
-        """Hold what the other side gets a stand-in for."""
+        """Keep an object for which the other side gets a stand-in. Returns its number."""
         for number, known in enumerate(self.kept):
             if known is obj:
                 return number
@@ -78,27 +78,27 @@ class Peer:
         return len(self.kept) - 1
 
     def send(self, *message: Any) -> None:
-        """Send a message. Raises CannotCrossError where a value in it is not data."""
+        """Send a message. Raises CannotCrossError if a value in it is not data."""
         raw, area = self.encoded(message)
         if len(raw) > _STRUCTURE or len(raw) + len(area) > LARGEST:
             raise CannotCrossError(f"a value of {len(raw) + len(area)} bytes, more than {LARGEST}")
         try:
             self.end.sendall(_HEAD.pack(len(raw), len(area)) + raw)
-            if area:  # nothing more is sent to a side that has read all, and may have gone
+            if area:  # if the other side has read everything it may be gone, so an empty part is not sent
                 self.end.sendall(area)
         except ConnectionError as error:
             raise ProgramGone("the program ended before it was called") from error
 
     def encoded(self, value: Any) -> tuple[bytes, bytes]:
-        """A value as it crosses. Raises CannotCrossError where it is not data."""
+        """A value as JSON and bytes. Raises CannotCrossError if it is not data."""
         return encoded(value, self._stand_in)
 
     def receive(self) -> list[Any]:
-        """The next message: its name and what belongs to it.
+        """The next message: its name and its parts.
 
         Raises:
             ProgramGone: the other side has ended.
-            CannotCrossError: what arrives is no message.
+            CannotCrossError: the data received is not a message.
         """
         try:
             return self._receive()
@@ -113,13 +113,13 @@ class Peer:
         raw = bytes(self._exactly(sizes[0]))
         message = decoded(raw, memoryview(self._exactly(sizes[1])), self._read)
         if type(message) is not tuple or not message or type(message[0]) is not str:
-            raise CannotCrossError("a message that is none")
+            raise CannotCrossError("not a message")
         return list(message)
 
     def call(self, target: Any, /, *args: Any, kind: str = "call", **kwargs: Any) -> Any:
-        """Call a function of the other side (by name, or by the number of a stand-in), as if it were here.
+        """Call a function of the other side, by its name or by the number of a stand-in.
 
-        What the call changes in its arguments' lists, dictionaries, sets and arrays is changed here too.
+        If the call changes a list, dictionary, set or array among its arguments, the argument here changes too.
         """
         self.send(kind, target, args, kwargs)
         while True:
@@ -132,16 +132,16 @@ class Peer:
                 return value
             if answer == "raised" and len(rest) == 2:
                 error = _exception(*rest)
-                if kind == "call" and isinstance(error, StopIteration):  # it would end a loop of the caller's
+                if kind == "call" and isinstance(error, StopIteration):  # it would end a loop of the caller
                     raise RuntimeError(f"the function raised StopIteration: {error}")
                 raise error
             if answer not in ("call", "next") or len(rest) != 3:
-                self.spoilt = CannotCrossError("an answer that is none")
+                self.spoilt = CannotCrossError("not an answer")
                 raise self.spoilt
             self.answer(answer, *rest)
 
     def answer(self, kind: str, target: Any, args: Any, kwargs: Any) -> None:
-        """Do what the other side asks, and send it the result."""
+        """Execute a call of the other side and send the result."""
         try:
             if kind == "next":
                 value, after = next(self.kept[self._number(target)]), None
@@ -164,7 +164,7 @@ class Peer:
             return {"own": value.args[0]}
         if isinstance(value, type):
             return None
-        # A package's function goes by its name: kept here, a program could call it with values of its own.
+        # Send a package's function by its name. If it were kept here, a program could call it with any values.
         if self.strict and callable(value) and (named := _name(value)):
             return named
         if isinstance(value, types.FunctionType | types.BuiltinFunctionType | types.MethodType | partial):
@@ -175,7 +175,7 @@ class Peer:
 
     def _number(self, tree: Any) -> int:
         if type(tree) is not int or tree < 0:
-            raise CannotCrossError("a stand-in that is none")
+            raise CannotCrossError("not the number of a stand-in")
         return tree
 
     def _exactly(self, size: int) -> bytearray:
@@ -191,7 +191,7 @@ class Peer:
         return parts
 
     def _picture(self, args: list[Any]) -> tuple[bytes, bytes] | None:
-        """What shows whether a call changed its arguments; None where there is nothing to change."""
+        """The encoded arguments, to detect whether a call changes them; None if they cannot change."""
         if not any(isinstance(a, list | dict | set | bytearray) or hasattr(a, "__array__") for a in args):
             return None
         try:
@@ -222,7 +222,7 @@ def _copy_into(mine: Any, theirs: Any) -> None:
         mine.update(theirs)
     elif hasattr(mine, "__array__"):
         try:
-            if mine.shape != theirs.shape and hasattr(mine, "resize_"):  # an `out` of torch
+            if mine.shape != theirs.shape and hasattr(mine, "resize_"):  # an `out` argument of torch
                 mine.resize_(theirs.shape)
             mine[...] = theirs
         except (AttributeError, TypeError, ValueError, RuntimeError, KeyError, IndexError):
@@ -230,7 +230,7 @@ def _copy_into(mine: Any, theirs: Any) -> None:
 
 
 def described(error: BaseException) -> tuple[list[list[str]], str]:
-    """An exception as the other side may know it: its classes, nearest first, and its text."""
+    """An exception as it is sent: its classes, most specific first, and its text."""
     classes = [[kind.__module__, kind.__qualname__] for kind in type(error).__mro__]
     try:
         text = str(error)
@@ -240,7 +240,7 @@ def described(error: BaseException) -> tuple[list[list[str]], str]:
 
 
 def _exception(classes: Any, text: Any) -> BaseException:
-    """The exception of the other side, as the nearest of its classes that is known here."""
+    """The exception of the other side, as the most specific of its classes that is known here."""
     text = clean(text, _TEXT)
     for pair in classes if type(classes) is list else []:
         if type(pair) is not list or len(pair) != 2 or any(type(part) is not str for part in pair):

@@ -1,4 +1,4 @@
-"""The file system a program sees: a Python that cannot be written, a few devices, and nothing else of the machine."""
+"""The file system of a program: a read-only Python, four devices, and nothing else of the machine."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from corsa.sandbox.kernel import (
 )
 
 DEVICES = ("null", "full", "random", "urandom")
-"""Not zero: pages of it that are shared stay when no process maps them, and are counted for none."""
+"""Without /dev/zero: its shared pages stay when no process maps them, and are counted for no process."""
 CODE = "/sandbox"
-"""Where the sandbox's own code is seen inside."""
+"""Path of the sandbox's own code inside."""
 _STAGES = ("/mnt", "/tmp", "/var/tmp", "/srv", "/opt", "/run")
 
 
 def python_places() -> list[str]:
-    """Files and directories that an interpreter needs: itself, its packages, the shared libraries of the system."""
+    """Files and directories that Python needs: the interpreter, its packages, the system's shared libraries."""
     places = ["/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib", "/etc/ld.so.cache"]
     for prefix in dict.fromkeys((sys.base_prefix, sys.prefix)):
         places += [f"{prefix}/{part}" for part in ("bin", "lib", "lib64", "pyvenv.cfg")]
@@ -36,15 +36,15 @@ def python_places() -> list[str]:
 
 
 def code_places() -> dict[str, str]:
-    """The sandbox's own code: where it is outside, and where inside."""
+    """Paths of the sandbox's own code: outside -> inside."""
     own = Path(__file__).resolve().parent
     return {str(place): f"{CODE}/{place.relative_to(own.parents[1])}" for place in (own.parent / "__init__.py", own)}
 
 
 def build_root() -> None:
-    """Put this process, alone in its mount namespace, into a root of its own."""
+    """Build a root file system and enter it. This process must be alone in its mount namespace."""
     places = python_places()
-    # Built over a directory that hides none of them; the mount is seen by this process alone.
+    # Use a directory that contains none of the sources. Only this process sees the mount.
     sources = [*places, *code_places()]
     stage = next(s for s in _STAGES if os.path.isdir(s) and not any(p.startswith(f"{s}/") for p in sources))
     mount("none", stage, "tmpfs", data="size=4m,mode=0755")
@@ -67,14 +67,12 @@ def build_root() -> None:
     Path(stage, "dev/shm").symlink_to("/tmp")
     mount("proc", f"{stage}/proc", "proc")
     enter_root(stage)
-    # The user who has made it owns it: a program of the same user could write there, for the next one to find.
+    # The root belongs to the sandbox's user. A program could write there, and a later program would find it.
     mount("none", "/", flags=MS_BIND | MS_REMOUNT | MS_RDONLY | MS_NOSUID)
 
 
 def private_directory(size: int | str) -> None:
-    """An empty /tmp of this mount namespace's own, of at most `size` bytes; where Python itself lies below the old one,
-    it is seen in the new one as well.
-    """
+    """Mount an empty /tmp of at most `size` bytes. If Python is installed below /tmp, bind it into the new one."""
     hidden = [p for p in python_places() if p.startswith("/tmp/") and not os.path.islink(p)]
     files = [os.open(place, os.O_PATH) for place in hidden]
     mount("none", "/tmp", "tmpfs", MS_NOSUID | MS_NODEV, f"size={size},nr_inodes=4096,mode=0700")
@@ -89,7 +87,7 @@ def private_directory(size: int | str) -> None:
 
 
 def hide_processes() -> None:
-    """A /proc that tells of the processor alone: numeric libraries ask it what it can do."""
+    """Replace /proc by one with only `cpuinfo`, which numeric libraries read."""
     file = os.open("/proc/cpuinfo", os.O_PATH)
     self_ = os.open("/proc/self/fd", os.O_PATH)
     mount("none", "/proc", "tmpfs", data="size=4k,nr_inodes=4,mode=0555")
@@ -104,7 +102,7 @@ def hide_processes() -> None:
 def _show(place: str, stage: str, places: list[str]) -> None:
     target = Path(stage + place)
     if target.exists() or target.is_symlink():
-        return  # inside a directory that is shown already
+        return  # inside a directory that is already bound
     target.parent.mkdir(parents=True, exist_ok=True)
     if os.path.islink(place):
         target.symlink_to(os.readlink(place))
@@ -120,7 +118,7 @@ def _show(place: str, stage: str, places: list[str]) -> None:
 
 
 def bubblewrap(tool: str, environment: Mapping[str, str]) -> list[str]:
-    """The command that puts what follows it into the same root with bubblewrap."""
+    """The bubblewrap command that runs the words after it in the same root file system."""
     words = [tool, "--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts", "--die-with-parent"]
     if os.geteuid() != 0:
         words += ["--unshare-user"]
@@ -144,7 +142,7 @@ def bubblewrap(tool: str, environment: Mapping[str, str]) -> list[str]:
     real = dict.fromkeys(os.path.realpath(p) if os.path.islink(p) else p for p in python_places())
     shown = {place: place for place in real} | code_places()
     parents = dict.fromkeys(str(p) for place in shown.values() for p in reversed(Path(place).parents[:-1]))
-    for parent in parents:  # which bubblewrap would make for its own user alone
+    for parent in parents:  # bubblewrap would make them with mode 0700
         words += ["--perms", "0755", "--dir", parent]
     for place, inside in shown.items():
         words += ["--ro-bind", place, inside]

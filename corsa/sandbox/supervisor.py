@@ -1,8 +1,8 @@
 """The trusted process of a sandbox: it hands each program and its tests to two processes, and watches them.
 
-Started by `worker.py` as `python -c ... ENGINE OWNER MODULES ROOT [CGROUP]`. Requests and verdicts are frames of JSON
-on standard input and output. Each program gets a fork, a process namespace, a mount namespace and a directory of its
-own, all of which end with it; its tests get the same.
+`worker.py` starts it as `python -c ... ENGINE OWNER MODULES ROOT [CGROUP]`. Requests and verdicts are JSON frames on
+standard input and output. Each program gets its own fork, process namespace, mount namespace and directory, which are
+removed after it. Its tests get the same.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ from corsa.sandbox.rooting import CODE
 
 _START = "import sys; sys.path.insert(0, {root!r}); from corsa.sandbox.zygote import main; del sys.path[0]; main()"
 _VERDICT = 4 << 20
-"""Bytes of a verdict at most."""
+"""Maximum size of a verdict in bytes."""
 _UNCOUNTED = 0.1
-"""Seconds after which memory is counted: most programs are done before."""
+"""Seconds before memory is first counted. Most programs finish earlier."""
 
 
 def main() -> NoReturn:
-    """Enter the sandbox, load, then serve. `ENGINE` is namespaces, bubblewrap or none.
+    """Enter the sandbox, load the modules, then serve. `ENGINE` is namespaces, bubblewrap or none.
 
-    A last argument is the descriptor through which to join a cgroup.
+    The optional last argument is a file descriptor for joining a cgroup.
     """
     engine, owner, modules, root = sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4]
-    wire = os.dup(1)  # what a module prints while it is loaded must not stand among the frames
+    frames = os.dup(1)  # what a module prints while it loads must not get between the frames
     os.dup2(2, 1)
     for procs in sys.argv[5:]:
         cgroup.join(int(procs))
@@ -48,9 +48,9 @@ def main() -> NoReturn:
     if isolated:
         kernel.keep_privileges()
     supervisor = _Supervisor(modules, CODE if isolated else root, isolated=isolated)
-    _frame(wire, {"ready": True})
+    _frame(frames, {"ready": True})
     while (request := _request()) is not None:
-        _frame(wire, supervisor.run(request))
+        _frame(frames, supervisor.run(request))
     os._exit(0)
 
 
@@ -78,7 +78,7 @@ def _frame(file: int, message: Mapping[str, Any]) -> None:
 
 
 class _Zygote:
-    """A process that forks: see `zygote.py`."""
+    """A running zygote (`zygote.py`)."""
 
     def __init__(self, role: str, modules: str, root: str, *, isolated: bool) -> None:
         self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -87,16 +87,16 @@ class _Zygote:
         theirs.close()
 
     def wait(self) -> None:
-        """Until its modules are loaded. Raises OSError where it ended."""
+        """Wait until its modules are loaded. Raises OSError if it ended."""
         if not self.control.recv(16):
             raise OSError("a process of the sandbox ended while it loaded")
 
     def ask(self, limits: Mapping[str, Any], files: Sequence[int]) -> None:
-        """Ask for a confined process that works on these files. Raises OSError where nobody listens."""
+        """Request a confined process that uses these files. Raises OSError if the zygote is gone."""
         socket.send_fds(self.control, [json.dumps(limits).encode()], list(files))
 
     def forked(self) -> _Child:
-        """The process that was asked for. Raises OSError where there is none."""
+        """The requested process. Raises OSError if there is none."""
         raw, handles, _, _ = socket.recv_fds(self.control, 64, 1)
         if not raw or not handles:
             raise OSError("a process of the sandbox ended")
@@ -105,9 +105,10 @@ class _Zygote:
 
 @dataclass
 class _Child:
-    """A process of a program's or of its tests'.
+    """The process of a program or of its tests.
 
-    handle: its pidfd, which stays its own when its number is reused. control: where its zygote says that it has ended.
+    handle: its pidfd, which stays valid if its number is reused. control: the socket on which its zygote reports its
+    end.
     """
 
     number: int
@@ -115,8 +116,8 @@ class _Child:
     control: socket.socket
 
     def kill(self, *, isolated: bool) -> None:
-        """End it and all that it has started: it is the first of its namespace, and the kernel ends all others with
-        it.
+        """Kill it and all processes that it started. It is the first of its namespace, so the kernel kills the others
+        with it.
         """
         with suppress(ProcessLookupError):
             if isolated:
@@ -126,14 +127,14 @@ class _Child:
         os.close(self.handle)
 
     def wait(self) -> None:
-        """Until it has ended, with all that it has started. Raises OSError where it does not."""
+        """Wait until it and all processes that it started have ended. Raises OSError after 10 s."""
         if not select.select([self.control], [], [], 10.0)[0] or self.control.recv(16) != b"ended":
             raise OSError("a process of the sandbox does not end")
 
 
 @dataclass
 class _Watch:
-    """What is seen of a program from outside."""
+    """What the supervisor knows about a running program."""
 
     began: float
     output: bytes = b""
@@ -146,7 +147,7 @@ class _Watch:
 
 
 def _held(content: Mapping[str, Any]) -> int:
-    """A file in memory with JSON, to be read from its start: no reader, however slow, keeps the writer waiting."""
+    """An in-memory file with JSON, positioned at its start. A pipe would let a slow reader block the writer."""
     file = os.memfd_create("request")
     raw = json.dumps(content).encode()
     while raw:
@@ -165,24 +166,24 @@ class _Supervisor:
         self.own = {os.getpid(), self.program.process.pid, self.tests.process.pid}
 
     def run(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        """Both processes of one program, from their start to the end of all they have started."""
+        """Run one program and its tests, until all their processes have ended."""
         limits = request["limits"]
-        wires = socket.socketpair()
+        connections = socket.socketpair()
         verdict, output, ends = os.pipe(), os.pipe(), os.pipe()
         asked = _held({"before": request["before"], "text": request["text"]})
         examined = _held({"tests": request["tests"], "entry": request["entry"]})
         watch = _Watch(time.monotonic(), open={verdict[0], output[0]})
         started: list[_Child] = []
         try:
-            self.program.ask(limits, [asked, wires[1].fileno(), output[1], ends[1]])
-            self.tests.ask(limits, [examined, wires[0].fileno(), verdict[1]])
+            self.program.ask(limits, [asked, connections[1].fileno(), output[1], ends[1]])
+            self.tests.ask(limits, [examined, connections[0].fileno(), verdict[1]])
             started += [tests := self.tests.forked(), self.program.forked()]
             for end in (asked, examined, verdict[1], output[1], ends[1]):
                 os.close(end)
-            for wire in wires:
-                wire.close()
+            for connection in connections:
+                connection.close()
             self._watch(watch, tests, verdict[0], output[0], limits)
-            # A program that is gone has told how, or is about to.
+            # If the program has ended, its exit status arrives now or soon.
             soon = 1.0 if b'"gone"' in watch.verdict else 0.0
             how = os.read(ends[0], 64) if select.select([ends[0]], [], [], soon)[0] else b""
         finally:
@@ -224,7 +225,7 @@ class _Supervisor:
                 return
 
     def _count(self, watch: _Watch, limits: Mapping[str, Any]) -> None:
-        """Memory and processes of a program and its tests, in all (limits of the kernel are per process)."""
+        """Count memory and processes of a program and its tests together. The kernel limits only each process."""
         if not self.isolated:
             return
         began = time.monotonic()
@@ -232,7 +233,7 @@ class _Supervisor:
         watch.most_processes = max(watch.most_processes, len(who))
         if memory.held(who, limits["memory"]) > limits["memory"]:
             watch.stopped = "memory"
-        watch.counted = time.monotonic() + 2 * (time.monotonic() - began)  # a third of the time at most
+        watch.counted = time.monotonic() + 2 * (time.monotonic() - began)  # counting takes a third of the time at most
 
 
 def _judged(watch: _Watch, how: bytes, limits: Mapping[str, Any]) -> dict[str, Any]:
@@ -260,28 +261,28 @@ def _judged(watch: _Watch, how: bytes, limits: Mapping[str, Any]) -> dict[str, A
 _STOPPED = {
     "output": "printed more than {output} bytes",
     "timeout": "ran longer than {wall_s} s",
-    "memory": "its processes held more than {memory} bytes in all",
-    "verdict": "the process of the tests wrote too long a verdict",
+    "memory": "its processes used more than {memory} bytes together",
+    "verdict": "the verdict of the tests' process is too long",
 }
 
 
 def _ended(how: bytes, *, in_time: bool) -> dict[str, str]:
-    """What it means that the program ended before its tests did; `how`: its exit code, negative for a signal.
+    """The outcome if the program ended before its tests. `how`: its exit code, negative for a signal.
 
-    `in_time`: before it can have used all its CPU time, for which the kernel kills it with either of two signals.
+    `in_time`: it ended before it could use all its CPU time. At that limit the kernel sends one of two signals.
     """
     code = int(how) if how.lstrip(b"-").isdigit() else 0
     if code in (-signal.SIGXCPU, -signal.SIGKILL) and not in_time:
-        return {"outcome": "cpu", "detail": "used more CPU time than it may"}
+        return {"outcome": "cpu", "detail": "used more CPU time than allowed"}
     if code < 0:
         return {"outcome": "crashed", "detail": f"killed by signal {-code}{_signal_name(-code)}"}
-    return {"outcome": "exited", "detail": f"exited with status {code} before its tests were done"}
+    return {"outcome": "exited", "detail": f"exited with status {code} before its tests finished"}
 
 
 def _signal_name(number: int) -> str:
     try:
         return f" ({signal.Signals(number).name})"
-    except ValueError:  # one of the real-time signals, most of which have no name
+    except ValueError:  # a real-time signal; most of them have no name
         return ""
 
 
@@ -294,5 +295,5 @@ _LIMITS = {
 
 
 def _limit_of(detail: str) -> str | None:
-    """Which limit an exception tells of."""
+    """The limit that an exception reports; None if it reports none."""
     return next((name for name, words in _LIMITS.items() if any(word in detail for word in words)), None)

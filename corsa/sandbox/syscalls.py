@@ -1,8 +1,8 @@
-"""A filter of system calls: what a program of tests and values needs no part of the kernel for.
+"""A filter that denies system calls which programs and tests do not need.
 
-Each call below is a way to memory that no limit counts, to another process, to keys and namespaces, or to a part of the
-kernel with a history of holes. The filter is classic BPF (seccomp(2)), written here because the standard library has
-none and libseccomp's Python binding is not on the package index.
+Each denied call gives access to memory that no limit counts, to another process, to keys or namespaces, or to a part of
+the kernel with a history of vulnerabilities. The filter is classic BPF (seccomp(2)). It is written here because the
+standard library has none and libseccomp's Python binding is not on the package index.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _DENIED = {
     "add_key": (248, 217),
     "request_key": (249, 218),
     "keyctl": (250, 219),
-    # memory that belongs to no process, or is counted for none
+    # memory that belongs to no process, or is counted for no process
     "memfd_create": (319, 279),
     "memfd_secret": (447, 447),
     "shmget": (29, 194),
@@ -41,6 +41,9 @@ _DENIED = {
     "msgrcv": (70, 188),
     "msgctl": (71, 187),
     "mq_open": (240, 180),
+    "io_setup": (206, 0),
+    "inotify_init": (253, None),
+    "inotify_init1": (294, 26),
     # namespaces and mounts
     "unshare": (272, 97),
     "setns": (308, 268),
@@ -77,9 +80,12 @@ _DENIED = {
     "ioperm": (173, None),
     "uselib": (134, None),
     # the machine
+    "sync": (162, 81),
+    "syncfs": (306, 267),
     "syslog": (103, 116),
     "acct": (163, 89),
     "quotactl": (179, 60),
+    "quotactl_fd": (443, 443),
     "swapon": (167, 224),
     "swapoff": (168, 225),
     "reboot": (169, 142),
@@ -93,8 +99,12 @@ _DENIED = {
     "adjtimex": (159, 171),
     "clock_adjtime": (305, 266),
 }
-"""Calls that fail with EPERM: their numbers on x86_64 and aarch64."""
-_CLONE, _CLONE3, _SOCKET, _MMAP = (56, 220), (435, 435), (41, 198), (9, 222)
+"""Calls that fail with EPERM, with their numbers on x86_64 and aarch64."""
+_NEWEST = 449
+"""The last call considered here (futex_waitv, Linux 5.16). Later ones fail with ENOSYS, as on an older kernel."""
+_CLONE, _CLONE3, _SOCKET, _MMAP, _FCNTL, _FLOCK = (56, 220), (435, 435), (41, 198), (9, 222), (72, 25), (73, 32)
+_LOCKS = {"F_SETLK": 6, "F_SETLKW": 7, "F_OFD_SETLK": 37, "F_OFD_SETLKW": 38, "F_SETLEASE": 1024, "F_NOTIFY": 1026}
+"""Commands of fcntl that take memory which no limit counts, and affect files that other processes use."""
 _NAMESPACES = 0x7E020000
 _AF_UNIX = 1
 _MAP_SHARED, _MAP_ANONYMOUS, _MAP_HUGETLB = 0x01, 0x20, 0x40000
@@ -110,38 +120,42 @@ class _Program(ctypes.Structure):
 
 
 def _instructions(machine: str) -> list[tuple[int, int, int, int]]:
-    """Classic BPF: (code, jump if true, jump if false, operand). Jumps count the instructions they pass over."""
+    """Classic BPF: (code, jump if true, jump if false, operand). A jump is the number of instructions to skip."""
     column = list(_MACHINES).index(machine)
 
     def denied(condition: tuple[int, int], error: int) -> list[tuple[int, int, int, int]]:
-        """Fail with `error` where the loaded word meets the condition."""
+        """Fail with `error` if the loaded word meets the condition."""
         return [(condition[0], 0, 1, condition[1]), (_RETURN, 0, 0, _ERROR | error)]
 
     def of_call(number: int, body: list[tuple[int, int, int, int]]) -> list[tuple[int, int, int, int]]:
-        """Go through `body` for one call alone, which then is allowed."""
+        """Apply `body` to one call only, and allow the call if `body` does not deny it."""
         return [(_EQUAL, 0, len(body) + 1, number), *body, (_RETURN, 0, 0, _ALLOW)]
 
     found = [(_LOAD, 0, 0, _MACHINE), (_EQUAL, 1, 0, _MACHINES[machine]), (_RETURN, 0, 0, _KILL)]
     found += [(_LOAD, 0, 0, _NUMBER)]
-    if machine == "x86_64":  # its other interface, with numbers of its own
-        found += denied((_AT_LEAST, 0x40000000), errno.ENOSYS)
+    found += denied((_AT_LEAST, _NEWEST + 1), errno.ENOSYS)  # also x32, whose numbers begin at 0x40000000
     for numbers in _DENIED.values():
         if numbers[column] is not None:
             found += denied((_EQUAL, int(numbers[column] or 0)), errno.EPERM)
-    # Its flags lie in memory, where no filter sees them; the C library falls back to clone.
+    # The flags of clone3 are in memory, where a filter cannot read them. The C library falls back to clone.
     found += denied((_EQUAL, _CLONE3[column]), errno.ENOSYS)
     found += of_call(_CLONE[column], [(_LOAD, 0, 0, _ARGUMENTS), *denied((_ANY_BIT, _NAMESPACES), errno.EPERM)])
     is_unix = [(_LOAD, 0, 0, _ARGUMENTS), (_EQUAL, 1, 0, _AF_UNIX), (_RETURN, 0, 0, _ERROR | errno.EAFNOSUPPORT)]
     found += of_call(_SOCKET[column], is_unix)
+    found += denied((_EQUAL, _FLOCK[column]), errno.ENOLCK)
+    locks = [(_LOAD, 0, 0, _ARGUMENTS + 8)]
+    for command in _LOCKS.values():
+        locks += denied((_EQUAL, command), errno.ENOLCK)
+    found += of_call(_FCNTL[column], locks)
     flags = (_LOAD, 0, 0, _ARGUMENTS + 8 * 3)
-    # Shared pages without a file stay when no process maps them any more.
+    # Shared anonymous pages can stay when no process maps them.
     shared = [(_AND, 0, 0, _MAP_SHARED | _MAP_ANONYMOUS), *denied((_EQUAL, 0x21), errno.EPERM)]
     found += of_call(_MMAP[column], [flags, *denied((_ANY_BIT, _MAP_HUGETLB), errno.EPERM), *shared])
     return [*found, (_RETURN, 0, 0, _ALLOW)]
 
 
 def supported() -> bool:
-    """Whether the numbers of this machine's system calls are known."""
+    """Whether the system call numbers of this machine are known."""
     return platform.machine() in _MACHINES
 
 
@@ -151,19 +165,20 @@ def _packed() -> bytes:
 
 
 def prepare() -> None:
-    """Work the filter out, for the forks of this process."""
+    """Build the filter once, for the forks of this process."""
     if supported():
         _packed()
 
 
 def restrict() -> None:
-    """Put the filter on this process and all that it starts; it cannot be taken off. `no_new_privs` is set already.
+    """Apply the filter to this process and all processes that it starts. It cannot be removed. `no_new_privs` must be
+    set.
 
     Raises:
-        OSError: the kernel has no filters, or this machine's numbers are not known.
+        OSError: the kernel does not support filters, or the numbers of this machine are not known.
     """
     if not supported():
-        raise OSError(errno.ENOSYS, f"no filter of system calls is known for {platform.machine()}")
+        raise OSError(errno.ENOSYS, f"there is no system call filter for {platform.machine()}")
     program = _Program(len(_packed()) // 8, _packed())
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(_SET_SECCOMP, _MODE_FILTER, ctypes.byref(program), 0, 0) != 0:

@@ -1,6 +1,6 @@
-"""The process that runs the tests. The program is elsewhere: all it can do here is answer a call, with data.
+"""The process that runs the tests. The program runs in another process and can only answer calls, with data.
 
-It alone holds the pipe that the verdict goes through.
+Only this process has the pipe for the verdict.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from corsa.sandbox.protocol import Peer, ProgramGone
 from corsa.sandbox.values import CannotCrossError
 
 _TEXT = 500
-"""Characters of what is said of a test at most."""
+"""Maximum length of a test's message in characters."""
 
 
 def free_names(tests: str) -> list[str]:
-    """The names that tests use and do not define: what they may ask of a program."""
+    """The names that tests use but do not define. They may request these from a program."""
     table = symtable.symtable(tests, "<tests>", "exec")
     defined = {symbol.get_name() for symbol in table.get_symbols() if symbol.is_assigned() or symbol.is_imported()}
     used: set[str] = set()
@@ -40,24 +40,24 @@ def free_names(tests: str) -> list[str]:
 
 
 def examine(files: list[int]) -> None:
-    """Run tests against a program. files: the request {tests, entry}, the wire, where the verdict goes, as JSON."""
-    request, wire, verdict = files
+    """Run tests against a program. files: the request {tests, entry}, the socket, the pipe for the verdict (JSON)."""
+    request, connection, verdict = files
     with os.fdopen(request, "rb") as file:
         asked = json.load(file)
     null = os.open("/dev/null", os.O_RDWR)
     for standard in (0, 1, 2):
         os.dup2(null, standard)
     empty_environment()
-    raw = json.dumps(examined(socket.socket(fileno=wire), asked)).encode()
+    raw = json.dumps(examined(socket.socket(fileno=connection), asked)).encode()
     while raw:
         raw = raw[os.write(verdict, raw) :]
 
 
 def examined(end: socket.socket, request: Mapping[str, Any]) -> dict[str, Any]:
-    """Run every function `test_*` of the tests against the program: {outcome, tests: {name: "" or what went wrong}}.
+    """Run every function `test_*` of the tests against the program: {outcome, detail, tests: {name: "" or message}}.
 
-    outcome: passed, failed (an assertion), error (an exception), gone (the program ended), or faulty (the tests
-    do not get as far as their functions).
+    outcome: passed, failed (an assertion), error (an exception), gone (the program ended), or faulty (the tests do not
+    load).
     """
     gc.disable()
     entry, tests = request["entry"], request["tests"]
@@ -70,7 +70,7 @@ def examined(end: socket.socket, request: Mapping[str, Any]) -> dict[str, Any]:
         return _unasked("gone", str(error))
     except Exception as error:
         return _unasked("error", str(error))
-    # Only what the tests ask for: a program that defines `all` or `isinstance` redefines them for itself alone.
+    # Take only names that the tests request, so that a program's own `all` or `isinstance` does not reach the tests.
     if entry and entry not in functions:
         return _unasked("error", f"the program defines no function {entry}")
     module = types.ModuleType("__tests__")
@@ -80,7 +80,7 @@ def examined(end: socket.socket, request: Mapping[str, Any]) -> dict[str, Any]:
     try:
         read_no_expressions_of_others(tests)
         exec(compile(tests, "<tests>", "exec"), namespace)
-        read_no_expressions_of_others(tests)  # where they have loaded SymPy themselves
+        read_no_expressions_of_others(tests)  # the tests may have loaded SymPy
     except ProgramGone as gone:
         return _unasked("gone", str(gone))
     except BaseException as error:
@@ -89,7 +89,7 @@ def examined(end: socket.socket, request: Mapping[str, Any]) -> dict[str, Any]:
         namespace[entry] = partial(peer.call, entry)
     tests_ = {n: f for n, f in namespace.items() if n.startswith("test") and isinstance(f, types.FunctionType)}
     found = _each(tests_)
-    if peer.spoilt:  # also where a test caught it
+    if peer.spoilt:  # even if a test caught the exception
         outcome = "gone" if isinstance(peer.spoilt, ProgramGone) else "error"
         return found | {"outcome": outcome, "detail": found["detail"] or _text(peer.spoilt)}
     return found
@@ -100,22 +100,22 @@ def _unasked(outcome: str, detail: str) -> dict[str, Any]:
 
 
 def _greeting(message: list[Any]) -> tuple[list[str], dict[str, Any]]:
-    """What a program says first: the names of its functions, and its values by name.
+    """The first message of a program: the names of its functions, and its values by name.
 
     Raises:
-        CannotCrossError: it says that it has failed, or nothing that can be understood.
+        CannotCrossError: the program failed, or the message has another form.
     """
     match message:
         case ["ready", list() as functions, dict() as values] if all(type(n) is str for n in [*functions, *values]):
             return functions, values
         case ["failed", str() as kind, str() as text]:
             raise CannotCrossError(f"{kind}: {text}")
-    raise CannotCrossError("a program that does not say what it defines")
+    raise CannotCrossError("the program does not report what it defines")
 
 
 def _each(tests: Mapping[str, types.FunctionType]) -> dict[str, Any]:
     if not tests:
-        return _unasked("faulty", "there is no function test_* among the tests")
+        return _unasked("faulty", "the tests define no function test_*")
     found: dict[str, str] = {}
     outcome = "passed"
     for name, test in tests.items():

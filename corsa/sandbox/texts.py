@@ -1,4 +1,4 @@
-"""Texts that come out of a sandbox, made fit for tables, files and terminals. Every one of them passes through here."""
+"""Makes texts from a sandbox safe for tables, files and terminals. Every such text passes through here."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import Any
 
 _KEPT = "\n\t"
 _REPLACED = frozenset({"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"})
-"""Categories of Unicode that no message needs: controls, marks of direction, surrogates, private and unassigned."""
+"""Unicode categories that no message needs: control, format, surrogate, private use, unassigned, separators."""
 
 
 def clean(text: Any, most: int) -> str:
-    r"""At most `most` characters of a text, each printable, a line feed or a tab; others become U+FFFD.
+    r"""The first `most` characters of a text. All of the categories above become U+FFFD, except line feed and tab.
 
-    What is no text becomes "".
+    A value that is not a string becomes "".
 
     >>> clean("red \x1b[31m \ud800", 50) == "red \ufffd[31m \ufffd"
     True

@@ -1,11 +1,11 @@
-"""Values as data: JSON for their structure, one run of bytes for what is not text.
+"""Values as data: JSON for their structure, and one block of bytes for what is not text.
 
-A message crosses between two processes that do not trust each other. What arrives is built from the closed list of
-kinds in this module and in `packages.py`, each from parts whose types, lengths and depth are checked. Nothing is
-unpickled, nothing that arrives names a function to call, and no object is given a state.
+The two processes do not trust each other. A received value is built from the closed list of kinds in this module and
+in `packages.py`. The types, lengths and depth of its parts are checked. Nothing is unpickled, no message names a
+function to call, and no object receives a state.
 
-JSON's own values (None, bool, int, float, str, list) stand for themselves. Every other kind is an object with one key,
-its name: `{"tuple": [1, 2]}`, `{"bytes": [0, 16]}` (offset and length in the run of bytes).
+JSON's own values (None, bool, int, float, str, list) are sent as they are. Every other kind is an object with one key,
+the name of the kind: `{"tuple": [1, 2]}`, `{"bytes": [0, 16]}` (offset and length in the block of bytes).
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from fractions import Fraction
 from typing import Any
 
 DEPTH = 100
-"""Containers in one another at most."""
+"""Maximum depth of nested containers."""
 _WIDEST = 1 << 62
-"""Larger integers cross as hexadecimal text, which Python reads in linear time and without its limit on digits."""
+"""Integers from this size on are sent as hexadecimal text. Python reads it in linear time and without a digit limit."""
 _DIGITS = 1 << 20
-"""Digits of a number at most."""
+"""Maximum number of digits of a number."""
 _PLAIN = frozenset({type(None), bool, str, float})
 _CLASSES = {
     f"builtins.{kind.__name__}": kind
@@ -34,14 +34,14 @@ _CLASSES = {
 
 
 class CannotCrossError(Exception):
-    """A value that is not data: of a class that is not on the list, too deep, or malformed."""
+    """The value is not data: its class is not on the list, it is nested too deeply, or it is malformed."""
 
 
 class Writer:
-    """Turns values into JSON's own, and collects their bytes.
+    """Turns values into JSON values (trees), and collects their bytes.
 
     Args:
-        stand_in: the tree of a value that stays on this side, such as a function; None where it is none.
+        stand_in: returns the tree of a value that stays on this side, such as a function, and None for other values.
     """
 
     def __init__(self, stand_in: Callable[[Any], dict[str, Any] | None] = lambda value: None) -> None:
@@ -51,7 +51,7 @@ class Writer:
         self._depth = 0
 
     def blob(self, raw: bytes) -> list[int]:
-        """Where in the run of bytes these are: [offset, length]."""
+        """Append bytes to the block. Returns [offset, length]."""
         place = [self._size, len(raw)]
         self.blobs.append(raw)
         self._size += len(raw)
@@ -69,7 +69,7 @@ class Writer:
         if kind is int:
             return value if -_WIDEST < value < _WIDEST else {"int": hex(value)}
         if self._depth > DEPTH:
-            raise CannotCrossError(f"a value more than {DEPTH} containers deep")
+            raise CannotCrossError(f"a value nested more than {DEPTH} containers deep")
         self._depth += 1
         try:
             if kind is list:
@@ -92,11 +92,11 @@ class Writer:
 
 
 class Reader:
-    """Builds values from trees and a run of bytes.
+    """Builds values from trees and a block of bytes.
 
     Args:
-        area: the run of bytes.
-        stand_ins: further kinds, such as functions of the other side.
+        area: the block of bytes.
+        stand_ins: readers of further kinds, such as functions of the other side.
     """
 
     def __init__(self, area: memoryview, stand_ins: dict[str, Callable[[Any], Any]] | None = None) -> None:
@@ -105,53 +105,53 @@ class Reader:
         self._depth = 0
 
     def blob(self, place: Any) -> memoryview:
-        """The bytes at [offset, length]. Raises CannotCrossError where there are none."""
+        """The bytes at [offset, length]. Raises CannotCrossError if they are outside the block."""
         offset, length = self.integers(place, 2)
         if offset < 0 or length < 0 or offset + length > len(self.area):
-            raise CannotCrossError("bytes that were not sent")
+            raise CannotCrossError("bytes outside the message")
         return self.area[offset : offset + length]
 
     def integers(self, tree: Any, count: int | None = None) -> list[int]:
         """A list of small integers. Raises CannotCrossError for anything else."""
         if type(tree) is not list or any(type(item) is not int for item in tree) or count not in (None, len(tree)):
-            raise CannotCrossError("a list of integers that is none")
+            raise CannotCrossError("not a list of integers")
         return tree
 
     def text(self, tree: Any) -> str:
         """A text. Raises CannotCrossError for anything else."""
         if type(tree) is not str:
-            raise CannotCrossError("a text that is none")
+            raise CannotCrossError("not a text")
         return tree
 
     def items(self, tree: Any) -> list[Any]:
-        """The values of a list. Raises CannotCrossError where the tree is no list."""
+        """The values of a list. Raises CannotCrossError for anything else."""
         if type(tree) is not list:
-            raise CannotCrossError("a list that is none")
+            raise CannotCrossError("not a list")
         return [item if type(item) in _PLAIN else self.read(item) for item in tree]
 
     def pairs(self, tree: Any) -> list[tuple[Any, Any]]:
-        """The pairs of a list of lists of two. Raises CannotCrossError for anything else."""
+        """The pairs in a list of two-element lists. Raises CannotCrossError for anything else."""
         found = [self.items(pair) for pair in tree] if type(tree) is list else [[]]
         if any(len(pair) != 2 for pair in found):
-            raise CannotCrossError("pairs that are none")
+            raise CannotCrossError("not pairs")
         return [(key, value) for key, value in found]
 
     def read(self, tree: Any) -> Any:
         """The value of a tree.
 
         Raises:
-            CannotCrossError: its kind is not on the list, or it is malformed.
+            CannotCrossError: the kind is not on the list, or the tree is malformed.
         """
         if type(tree) in _PLAIN or type(tree) is int:
             return tree
         if self._depth > DEPTH:
-            raise CannotCrossError(f"a value more than {DEPTH} containers deep")
+            raise CannotCrossError(f"a value nested more than {DEPTH} containers deep")
         self._depth += 1
         try:
             if type(tree) is list:
                 return self.items(tree)
             if type(tree) is not dict or len(tree) != 1:
-                raise CannotCrossError("a value of no kind")
+                raise CannotCrossError("a value without a kind")
             ((kind, parts),) = tree.items()
             make = self.stand_ins.get(kind)
             if make:
@@ -166,14 +166,14 @@ class Reader:
             return reader(self, parts)
         except CannotCrossError:
             raise
-        except Exception as error:  # such as a set of lists, or a date in month 13
+        except Exception as error:  # for example a set of lists, or a date in month 13
             raise CannotCrossError(f"a malformed value: {type(error).__name__}: {error}"[:300]) from error
         finally:
             self._depth -= 1
 
 
 def encoded(value: Any, stand_in: Callable[[Any], dict[str, Any] | None] = lambda value: None) -> tuple[bytes, bytes]:
-    """A value as JSON and its run of bytes. Raises CannotCrossError where it is not data."""
+    """A value as JSON and a block of bytes. Raises CannotCrossError if it is not data."""
     writer = Writer(stand_in)
     try:
         tree = writer.write(value)
@@ -183,18 +183,18 @@ def encoded(value: Any, stand_in: Callable[[Any], dict[str, Any] | None] = lambd
 
 
 def decoded(raw: bytes, area: memoryview, stand_ins: dict[str, Callable[[Any], Any]] | None = None) -> Any:
-    """The value that `encoded` has written. Raises CannotCrossError for anything that is none."""
+    """The inverse of `encoded`. Raises CannotCrossError for anything that `encoded` does not write."""
     try:
         tree = json.loads(raw)
     except (ValueError, RecursionError, MemoryError) as error:
-        raise CannotCrossError(f"a message that is no JSON: {type(error).__name__}") from error
+        raise CannotCrossError(f"a message that is not JSON: {type(error).__name__}") from error
     return Reader(area, stand_ins).read(tree)
 
 
 def _number(reader: Reader, tree: Any) -> int:
     text = reader.text(tree)
     if len(text) > _DIGITS or not re.fullmatch("-?0x[0-9a-f]+", text):
-        raise CannotCrossError("an integer that is none")
+        raise CannotCrossError("not an integer")
     return int(text, 16)
 
 
@@ -211,7 +211,7 @@ def _timezone(reader: Reader, tree: Any) -> timezone | None:
 
 def _write_timezone(zone: Any) -> list[int] | None:
     if zone is not None and type(zone) is not timezone:
-        raise CannotCrossError("a time zone that is no fixed offset")
+        raise CannotCrossError("a time zone that is not a fixed offset")
     return None if zone is None else _days(zone.utcoffset(None))
 
 
@@ -238,7 +238,7 @@ def _read_time(reader: Reader, tree: Any) -> time:
 def _read_pattern(reader: Reader, tree: Any) -> re.Pattern[Any]:
     text, flags = reader.items(tree)
     if type(text) not in (str, bytes) or type(flags) is not int:
-        raise CannotCrossError("a regular expression that is none")
+        raise CannotCrossError("not a regular expression")
     return re.compile(text, flags & ~re.DEBUG)
 
 
@@ -252,7 +252,7 @@ def _read_match(reader: Reader, tree: Any) -> re.Match[Any]:
     for found in (pattern.match(text, start), pattern.fullmatch(text, start, end)):
         if found and found.span() == (start, end):
             return found
-    raise CannotCrossError("a match that the reader does not find")
+    raise CannotCrossError("a match that does not occur in its text")
 
 
 def _read_defaultdict(reader: Reader, tree: Any) -> defaultdict[Any, Any]:
@@ -310,7 +310,7 @@ WRITERS: dict[type, Callable[[Writer, Any], Any]] = {
     re.Match: _write_match,
     types.MappingProxyType: lambda w, v: {"mapping": _paired(w, v)},
 }
-"""What is written of each class of the standard library."""
+"""Writer of each class of the standard library."""
 
 READERS: dict[str, Callable[[Reader, Any], Any]] = {
     "int": _number,
@@ -340,4 +340,4 @@ READERS: dict[str, Callable[[Reader, Any], Any]] = {
     "mapping": lambda r, t: types.MappingProxyType(dict(r.pairs(t))),
     "class": _read_class,
 }
-"""What is built for each kind."""
+"""Reader of each kind."""

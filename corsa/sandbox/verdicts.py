@@ -1,4 +1,4 @@
-"""What is said of a program."""
+"""The verdict on a program."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ Outcome = Literal[
     "exited",
     "sandbox",
 ]
-"""How a program ended. `sandbox`: the sandbox broke for a known-good program as well, or nobody can run the tests:
-nothing is known of the program."""
+"""How a program ended. `sandbox`: nothing is known about the program, because the sandbox broke, or the tests did not
+load, with a known-good program as well."""
 
 _DETAIL, _NAME, _TESTS, _OUTPUT = 1000, 200, 1000, 2000
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """How a program did. `tests` says of each what went wrong ("": nothing); `output` is the end of what it printed.
+    """The outcome of a program. `tests`: test name -> error ("" if it passed). `output`: the end of its output.
 
-    Every text is bounded and can be written to any table and terminal (`texts.clean`).
+    Every text has a maximum length and is safe for tables and terminals (`texts.clean`).
     """
 
     outcome: Outcome
@@ -59,7 +59,7 @@ class Verdict:
 
 
 def verdict(found: Any) -> Verdict | None:
-    """The verdict in what a sandbox says; None where there is none."""
+    """The verdict in a message of a sandbox; None if the message contains none."""
     if not isinstance(found, Mapping) or found.get("outcome") not in get_args(Outcome):
         return None
     known = {name: found[name] for name in ("outcome", "detail", "tests", "output", "seconds") if name in found}

@@ -1,4 +1,4 @@
-"""One sandbox as seen from outside: a process group of its own that is handed programs and gives verdicts."""
+"""One sandbox seen from outside: a process group that receives programs and returns verdicts."""
 
 from __future__ import annotations
 
@@ -33,28 +33,28 @@ from corsa.sandbox.verdicts import Outcome, Verdict, verdict
 Engine = Literal["bubblewrap", "namespaces", "none"]
 _START = "import sys; sys.path.insert(0, {root!r}); from corsa.sandbox.supervisor import main; del sys.path[0]; main()"
 _GRACE = 20.0
-"""Seconds beyond a program's own wall time after which a silent sandbox is taken for broken."""
+"""Seconds after a program's wall time limit until a sandbox that does not answer counts as broken."""
 _LONGEST = 16 << 20
-"""Bytes of an answer at most."""
+"""Maximum size of an answer in bytes."""
 _UNRUN = "the tests cannot be run"
 _LOADING = 300.0
-"""Seconds that a sandbox may take to load its modules."""
+"""Maximum seconds for loading the modules of a sandbox."""
 _FIRST_USER = 1 << 30
-"""Slots of root become a random user from here on, in a range that no system gives out."""
+"""If this process is root, each sandbox becomes a random user from this number up. Systems do not assign these."""
 
 
 class SandboxError(CorsaError):
-    """The sandbox itself failed: nothing is known of the program."""
+    """The sandbox itself failed, so nothing is known about the program."""
 
 
 @dataclass(frozen=True)
 class Program:
-    """A program and the tests it is judged by.
+    """A program and its tests.
 
-    text: the program, trusted with nothing. before: run before it in its own process (the updated API). tests: run in
-    another process, trusted; its functions `test_*` call the program's by name, whatever else of that name the tests
-    define where it is the `entry`. known_good: a program that passes; it tells a fault of the program from one of the
-    sandbox or of the tests.
+    text: the untrusted program. before: trusted code that runs before it in the same process (the updated API). tests:
+    trusted code that runs in another process; its functions `test_*` call the program's functions by name. entry: a
+    function of the program that replaces one of the same name in the tests. known_good: a program that passes; it
+    shows whether the program, or the sandbox or the tests, caused a failure.
     """
 
     text: str
@@ -64,15 +64,15 @@ class Program:
     known_good: str = ""
 
     def digest(self, limits: Limits) -> str:
-        """What a verdict depends on, beside the versions of Python and of packages."""
+        """A hash of what the verdict depends on, apart from the versions of Python and the packages."""
         parts = json.dumps([self.text, self.tests, self.before, self.entry, self.known_good, limits.canonical()])
         return hashlib.sha256(parts.encode()).hexdigest()
 
 
 class Sandbox:
-    """A supervisor with its namespaces, started when the first program comes. Use it in a `with` block.
+    """A supervisor in its namespaces. It starts with the first program. Use it in a `with` block.
 
-    `modules` are loaded once, before any program: those that programs import and that take long.
+    `modules` are loaded once, before any program. List those that programs import and that load slowly.
     """
 
     def __init__(self, engine: Engine, modules: Sequence[str] = (), limits: Limits | None = None) -> None:
@@ -88,17 +88,17 @@ class Sandbox:
         self.close()
 
     def run(self, program: Program) -> Verdict:
-        """The verdict on a program. What a program causes is its failure, whatever it does to its sandbox.
+        """The verdict on a program. If a program breaks its sandbox, that is a failure of the program.
 
         Raises:
-            SandboxError: a known-good program fares no better: the sandbox breaks down, or nobody can run the tests.
+            SandboxError: the sandbox breaks, or the tests do not load, with a known-good program as well.
         """
         fault = ""
         for _ in range(2):
             found, fault = self._once(program)
             if found:
                 return found
-            # Whose fault is it? A known-good program in its place shows it.
+            # Run a known-good program in its place to find the cause.
             _, other = self._once(_known_good(program))
             if other and (program.known_good or "NameError" not in other):
                 raise SandboxError(other)
@@ -108,7 +108,7 @@ class Sandbox:
         return Verdict(outcome, f"{fault}; a known-good program in its place does not cause this")
 
     def _once(self, program: Program) -> tuple[Verdict | None, str]:
-        """The verdict, or what stands in the way of one; a sandbox that broke down is closed."""
+        """The verdict, or why there is none. Closes a broken sandbox."""
         try:
             self.start()
         except SandboxError as error:
@@ -124,10 +124,10 @@ class Sandbox:
             raise SandboxError(f"the sandbox gave no verdict: {found.get('detail')}")
         except (SandboxError, OSError, ValueError, AttributeError) as error:
             self.close()
-            return None, clean(f"the sandbox broke down: {error}", 1000)
+            return None, clean(f"the sandbox failed: {error}", 1000)
 
     def start(self) -> None:
-        """Start the supervisor, if it does not run. Raises SandboxError with what it said where it cannot."""
+        """Start the supervisor unless it runs. Raises SandboxError with its last message if it cannot start."""
         if self._process is not None:
             return
         self._said = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the process)
@@ -159,14 +159,14 @@ class Sandbox:
             raise SandboxError(str(error)) from error
 
     def close(self) -> None:
-        """End the sandbox and all in it."""
+        """End the sandbox and all its processes."""
         if self._process is None:
             return
         process, self._process = self._process, None
         assert process.stdin
         assert process.stdout
         with suppress(OSError):
-            process.stdin.close()  # the supervisor ends when nothing more can come
+            process.stdin.close()  # the supervisor ends at the end of its input
         try:
             process.wait(1.0)
         except subprocess.TimeoutExpired:
@@ -205,14 +205,15 @@ class Sandbox:
             if not part:
                 self._said.seek(0)
                 said = self._said.read().decode(errors="replace").strip().splitlines()
-                raise SandboxError(f"the sandbox ended: {clean(said[-1], 300) if said else 'without a word'}")
+                raise SandboxError(f"the sandbox ended: {clean(said[-1], 300) if said else 'without a message'}")
             parts += part
         return parts
 
 
 def _known_good(program: Program) -> Program:
-    """What stands for a program to test its sandbox. Where none is known to pass, one that defines nothing: tests that
-    lack a name of it are no fault of theirs.
+    """The program that replaces another to test its sandbox.
+
+    If no known-good program is given, one that defines nothing. Tests that miss a name of it are not at fault.
     """
     if program.known_good:
         return replace(program, text=program.known_good)
@@ -227,12 +228,12 @@ _ENVIRONMENT = {
     "PYTHONHASHSEED": "0",
     "PYTHONDONTWRITEBYTECODE": "1",
 } | dict.fromkeys(_THREADS, "1")
-"""What the supervisor is started with; the program's own environment is empty."""
+"""Environment of the supervisor. The environment of a program is empty."""
 
 
 @lru_cache(maxsize=1)
 def available() -> tuple[Engine | None, str]:
-    """What this machine can isolate programs with, found by trying; and why not with what comes before it."""
+    """The first engine that works on this machine, found by trying, and why the ones before it do not work."""
     reasons = []
     if sys.platform != "linux":
         return None, "programs are run in Linux namespaces, and this is not Linux"
@@ -253,10 +254,10 @@ def available() -> tuple[Engine | None, str]:
 
 
 def engine(asked: Literal["auto", "bubblewrap", "namespaces", "none"] = "auto") -> Engine:
-    """The engine to run programs with.
+    """The engine that runs programs.
 
     Raises:
-        SandboxError: programs could only be run unprotected, and that was not asked for in so many words.
+        SandboxError: no engine can isolate programs here, and `none` was not requested explicitly.
     """
     if asked != "auto":
         return asked

@@ -1,7 +1,8 @@
-"""A process that has loaded Python and its modules, and forks one process for each program. It never reads a request.
+"""A process that loads Python and modules once, then forks one process for each program. It never reads a request.
 
-There are two of them in a sandbox, each started by executing Python anew: one whose forks run programs, one whose forks
-run tests. So no program's memory ever held tests or another program, and a program knows no address of its tests'.
+A sandbox has two zygotes, each started as a new Python process. The forks of one run programs, those of the other run
+tests. So the memory of a program never contained tests or another program, and its addresses say nothing about those
+of the tests' process.
 """
 
 from __future__ import annotations
@@ -22,13 +23,13 @@ from corsa.sandbox.program import run_program
 from corsa.sandbox.test_runner import examine
 
 _CONTROL = 0
-"""The descriptor of the socket to the supervisor."""
+"""File descriptor of the socket to the supervisor."""
 _MOST = 4096
-"""Bytes of a message from the supervisor at most; what is long lies in a file whose descriptor comes with it."""
+"""Maximum size of a message from the supervisor in bytes. Longer content is in a file sent with the message."""
 
 
 def main() -> NoReturn:
-    """Load, then fork on demand: `ROLE MODULES ISOLATED`. One program at a time."""
+    """Load the modules, then fork on request, one program at a time. Arguments: `ROLE MODULES ISOLATED`."""
     role, modules, isolated = sys.argv[1], [m for m in sys.argv[2].split(",") if m], sys.argv[3] == "1"
     kernel.die_with_parent()
     control = socket.socket(fileno=os.dup(_CONTROL))
@@ -36,11 +37,11 @@ def main() -> NoReturn:
     os.dup2(null, 0)
     os.close(null)
     for module in modules:
-        with suppress(Exception):  # programs that need it will say so
+        with suppress(Exception):  # a program that needs it gets the error
             import_module(module)
     syscalls.prepare()
     gc.collect()
-    gc.freeze()  # forks share the pages of what is loaded
+    gc.freeze()  # so that forks share the memory of loaded modules
     own = os.open("/proc/self/ns/pid", os.O_RDONLY) if isolated else -1
     held = address_space()
     control.send(b"ready")
@@ -50,7 +51,7 @@ def main() -> NoReturn:
             os._exit(0)
         limits = json.loads(raw)
         if isolated:
-            kernel.setns(own, kernel.CLONE_NEWPID)  # a second one can be made only from the first
+            kernel.setns(own, kernel.CLONE_NEWPID)  # another one can be created only from here
             kernel.unshare(kernel.CLONE_NEWPID)
         child = os.fork()
         if child == 0:
@@ -65,7 +66,7 @@ def main() -> NoReturn:
 
 
 def _act(role: str, limits: Mapping[str, Any], files: list[int], held: int, *, isolated: bool) -> NoReturn:
-    """In the fork: be confined, then run what the first file asks for, and end."""
+    """In the fork: confine this process, run the request in the first file, and exit."""
     try:
         os.setsid()
         kernel.die_with_parent()
@@ -79,7 +80,7 @@ def _act(role: str, limits: Mapping[str, Any], files: list[int], held: int, *, i
         if role == "program":
             run_program(files, limits, held)
         else:
-            # Its time is up by the clock, before the kernel ends it for the processor's: then there is a verdict.
+            # Its CPU limit is above the wall time limit, so that the supervisor stops it first and gives a verdict.
             bound({**limits, "cpu_s": limits["wall_s"] + 2}, held)
             examine(files)
         os._exit(0)

@@ -1,4 +1,4 @@
-"""AdamW over phi, created anew for each round. docs/sharding.md describes the sharded one."""
+"""AdamW over phi, a new one for each round. docs/sharding.md describes the sharded one."""
 
 from __future__ import annotations
 

@@ -119,8 +119,8 @@ def _pass_with_a_mutant(
                 chosen.setdefault(problem.id, mutant)
     again = [(i, p, text) for i, (p, text) in enumerate(programs) if p.id in chosen]
     verdicts = run([problem.program(text, updated=True, before=chosen[problem.id]) for _, problem, text in again])
-    passing = {i for (i, _, _), verdict in zip(again, verdicts, strict=True) if verdict.passed}
-    return [i in passing for i in range(len(programs))]
+    passed = {i for (i, _, _), verdict in zip(again, verdicts, strict=True) if verdict.passed}
+    return [i in passed for i in range(len(programs))]
 
 
 def problems_of(table: pa.Table) -> list[Problem]:
@@ -154,7 +154,7 @@ def _on_cluster(
 
 
 def _judge(programs: list[Program], limits: Limits, modules: tuple[str, ...], sandbox: Any) -> list[Verdict]:
-    from corsa.models.embedded import cache_directory
+    from corsa.models.gguf_file import cache_directory
     from corsa.sandbox.batch import judge
     from corsa.sandbox.worker import engine
 

@@ -84,7 +84,7 @@ def in_group(
     except RayActorError as e:  # the controller died; Ray Train runs it on the driver's node
         raise CorsaError(
             f"the head of the cluster, or the node of this driver, is gone ({type(e).__name__}). Finished rounds are "
-            "kept: on a cluster that is whole the same command goes on from the last checkpoint"
+            "kept: once the cluster is complete again, the same command continues from the last checkpoint"
         ) from e
 
 
@@ -95,8 +95,8 @@ def _no_room(placement: Placement) -> str:
     return (
         f"the cluster had no room for {placement.workers} worker{'s' * (placement.workers > 1)} of {asked} for "
         f"{placement.start_timeout:g} s; it has {has['CPU']:g} CPU and {has['GPU']:g} GPU on {len(nodes())} nodes now. "
-        "Bring back what it has lost, ask for less, or raise --placement.start-timeout; finished rounds are kept, and "
-        "the same command goes on from the last checkpoint"
+        "Restore the lost nodes, ask for less, or raise --placement.start-timeout; finished rounds are kept, and "
+        "the same command continues from the last checkpoint"
     )
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,8 +21,12 @@ from corsa.config.steps import AskingConfig, ControlsConfig, RoundConfig, Sample
 from corsa.lora.flat import Lora
 from corsa.models.encoding import Encoder
 from corsa.models.loading import load_tokenizer
+from corsa.training.memory_usage import peak_since, start_peak
 from corsa.training.tokens import TokenTable
 from corsa.training.worker_group import WorkerGroup
+
+Post = Callable[[dict[str, Any]], None]
+"""Called with new values for the progress display."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,26 @@ class WorkerContext:
         if self._loaded is None:
             return None
         return sum(getattr(p, "ds_numel", p.numel()) for p in self._loaded.model.parameters())
+
+    def start_step(self) -> None:
+        """Begins the notes and the peak memory of a step."""
+        self.notes = []
+        start_peak(self.group.device)
+
+    def how_it_ran(self, together: int = 1) -> dict[str, Any]:
+        """How the step was run, for its record. The peak memory is that of this worker, in bytes.
+
+        Args:
+            together: the number of steps that shared the time.
+        """
+        group = self.group
+        how = {
+            "peak_memory": peak_since(group.device),
+            "workers": group.size,
+            "gpu": group.device.type == "cuda",
+        }
+        spent = {f"{what}_s": round(seconds / together, 3) for what, seconds in self.spent.items()}
+        return how | spent | {"parameters": self.parameters} | ({"notes": self.notes} if self.notes else {})
 
     @contextmanager
     def timed(self, what: str) -> Iterator[None]:

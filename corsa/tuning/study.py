@@ -58,7 +58,7 @@ class SweepStudy:
         except ValueError as error:
             raise CorsaError(f"--study: {error}") from error
         self._store, self.name = store, name
-        self._domains, self._default, self._sampler, self._seed = domains, default, sampler, seed
+        self.domains, self._default, self._sampler, self._seed = domains, default, sampler, seed
         if store.files.local:
             self._file = Path(store.files.inside(self._path))
             with store.files.writing():
@@ -97,7 +97,7 @@ class SweepStudy:
     def trials(self) -> list[FrozenTrial]:
         """Every trial, oldest first, except those with an incomplete suggestion."""
         found = self.study.get_trials(deepcopy=False)
-        return [t for t in found if t.state is not TrialState.WAITING and t.params.keys() >= self._domains.keys()]
+        return [t for t in found if t.state is not TrialState.WAITING and t.params.keys() >= self.domains.keys()]
 
     def unfinished(self) -> list[FrozenTrial]:
         """Trials that were running when the sweep stopped. They are resumed."""
@@ -106,7 +106,7 @@ class SweepStudy:
     def setting(self, trial: FrozenTrial | Trial) -> dict[str, float]:
         """The setting of a trial."""
         given = trial.user_attrs.get("setting")  # a setting that no sampler chose is not rounded
-        return given or {name: domain.value(trial.params[name]) for name, domain in self._domains.items()}
+        return given or {name: domain.value(trial.params[name]) for name, domain in self.domains.items()}
 
     def ask(self) -> Trial | None:
         """A new trial; None if a grid has no more.
@@ -121,18 +121,18 @@ class SweepStudy:
             return None
         waiting = [t for t in self.study.get_trials(deepcopy=False) if t.state is TrialState.WAITING]
         if fixed is not None and not waiting:
-            drawn = {name: self._domains[name].drawn(value) for name, value in fixed.items()}
+            drawn = {name: self.domains[name].drawn(value) for name, value in fixed.items()}
             self.study.enqueue_trial(drawn, user_attrs={"setting": fixed})
         self.study.sampler = self._new_sampler(number)
-        trial = self.study.ask({name: _distribution(domain) for name, domain in self._domains.items()})
+        trial = self.study.ask({name: _distribution(domain) for name, domain in self.domains.items()})
         self.keep()
         return trial
 
     def _fixed(self, before: Sequence[FrozenTrial]) -> dict[str, float] | None:
         """The setting of the next trial; None if a sampler chooses it, or a grid has no more."""
-        rho = self._domains.get("rho")
+        rho = self.domains.get("rho")
         control = [{**self._default, "rho": 0.0}] if rho and rho.zero else []
-        points = list(grid(self._domains, self._default)) if self._sampler == "grid" else control
+        points = list(grid(self.domains, self._default)) if self._sampler == "grid" else control
         tried = [self.setting(trial) for trial in before]
         ordered = [dict(self._default), *points]
         return next((point for point in ordered if point not in tried), None)

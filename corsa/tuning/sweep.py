@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,12 @@ import yaml
 from optuna.trial import FrozenTrial, TrialState
 
 from corsa.config import Placement
-from corsa.config.steps import SweepConfig, SweepPlace
+from corsa.config.steps import ReferenceConfig, SweepConfig
 from corsa.data.edit import from_table
 from corsa.errors import CorsaError
 from corsa.evaluation.metrics import METRICS
-from corsa.experiments.base import Experiment, Facts
+from corsa.experiments.base import Experiment
+from corsa.experiments.planner import Facts, Planner
 from corsa.flow.task import Task
 from corsa.terminal import Console
 from corsa.training.resources import trials_at_once
@@ -39,19 +40,55 @@ _STATES = {TrialState.COMPLETE: "done", TrialState.PRUNED: "stopped", TrialState
 def run(task: Task) -> dict[str, Any]:
     """Step function: edits, reference, schedule -> best.yaml, pareto/, trials.parquet, report.html."""
     config: SweepConfig = task.config
-    place: SweepPlace = task.placement
-    console = Console()
-    placement = Placement(**{name: getattr(place, name) for name in Placement.model_fields})
-    experiment = Experiment.model_validate({**config.experiment, "placement": placement})
-    inputs = task.step.inputs
-    taught = Facts(inputs["edits"].name.removeprefix("edits/"), inputs["edits"], inputs["reference"])
     refuse_what_is_not_asked(config.objectives, pq.read_table(task.inputs["edits"].local("edits.parquet")))
-    default = default_setting(experiment, {name: Domain.read(name, text) for name, text in config.space.items()})
-    domains = with_default({name: Domain.read(name, text) for name, text in config.space.items()}, default)
+    console = Console()
+    planner = planner_of(task)
+    study = _opened_study(task, planner.experiment, console)
+    began = time.monotonic()
+    _run_trials(task, planner, study, console)
+    rows = {trial.number: _row(trial, config, study) for trial in study.trials if trial.state in ENDED}
+    table = pd.DataFrame(list(rows.values()))
+    table.to_parquet(task.output / "trials.parquet", index=False)
+    if not any(row["state"] == "done" for row in rows.values()):
+        causes = "; ".join(dict.fromkeys(str(row["cause"]) for row in rows.values() if row["cause"]))
+        raise CorsaError(f"none of the {len(rows)} trials gave a result: {causes}")
+    front = [trial.number for trial in study.study.best_trials]
+    sign = 1 if METRICS[config.objectives[0]].better == "high" else -1
+    best = max(front, key=lambda number: sign * rows[number][config.objectives[0]])
+    summary = _write_settings(task, planner.experiment, study, rows, best, front)
+    write_sweep(
+        task.output,
+        table=table,
+        config=config,
+        domains=study.domains,
+        best=best,
+        front=front,
+        scores={t.number: dict(t.intermediate_values) for t in study.trials},
+        study=study.study,
+        this_run=time.monotonic() - began,
+    )
+    return summary
+
+
+def planner_of(task: Task) -> Planner[Experiment]:
+    """The planner of the trials: the sweep's experiment and placement, with the model of its reference column."""
+    config: SweepConfig = task.config
+    placement = Placement(**{name: getattr(task.placement, name) for name in Placement.model_fields})
+    experiment = Experiment.model_validate({**config.experiment, "placement": placement})
+    reference = task.step.inputs["reference"].config
+    assert isinstance(reference, ReferenceConfig)
+    return Planner(experiment, reference.model, config.command)
+
+
+def _opened_study(task: Task, experiment: Experiment, console: Console) -> SweepStudy:
+    """The sweep's study in the store; says what is searched and where it can be watched."""
+    config: SweepConfig = task.config
+    domains = {name: Domain.read(name, text) for name, text in config.space.items()}
+    default = default_setting(experiment, domains)
     study = SweepStudy(
         task.store,
-        place.study,
-        domains=domains,
+        task.placement.study,
+        domains=with_default(domains, default),
         default=default,
         directions=["maximize" if METRICS[name].better == "high" else "minimize" for name in config.objectives],
         sampler=config.sampler,
@@ -59,76 +96,83 @@ def run(task: Task) -> dict[str, Any]:
         made_with=made_with(task),
         say=lambda line: console.print(line, markup=False, highlight=False, soft_wrap=True),
     )
-    began = time.monotonic()
-    console.print("searched: " + ", ".join(f"{name} {d.text}" for name, d in domains.items()), highlight=False)
+    searched = ", ".join(f"{name} {domain.text}" for name, domain in study.domains.items())
+    console.print(f"searched: {searched}", highlight=False)
     if study.path:
         watch = f"watch it: optuna-dashboard {study.path}\n          tensorboard --logdir {study.path.parent}"
         console.print(watch, markup=False, highlight=False, soft_wrap=True)
+    return study
 
-    def go_on(most: int, rung: int | None) -> None:
-        trials = Trials(config, experiment, taught, inputs["schedule"], task.store, rung, task.progress)
-        epochs = experiment.training.epochs * config.rounds.rounds * len(experiment.seeds)
-        count, arithmetic = trials_at_once(placement)
-        console.print(f"trials side by side: {arithmetic}", highlight=False)
-        search(
-            study,
-            trials,
-            most=most,
-            at_once=count,
-            pack=placement.pack,
-            stops=scheduler(config.stop if rung else "no", config.objectives[0], rung or 1, epochs),
-            folder=f"{task.store.url}/studies/{place.study}",
-            name=datetime.now(UTC).strftime("tune-%Y%m%d-%H%M%S-%f"),
-            console=console,
-        )
-        study.keep()
 
-    def left(most: int) -> bool:
-        return bool(study.unfinished()) or sum(t.state in ENDED for t in study.trials) < most
+def _run_trials(task: Task, planner: Planner[Experiment], study: SweepStudy, console: Console) -> None:
+    """Run the trials that are left. If poor trials are stopped, the first one is run in full, to measure the times of a
+    start and of an epoch, unless the configuration gives the rung.
+    """
+    config: SweepConfig = task.config
+
+    def left() -> bool:
+        return bool(study.unfinished()) or sum(t.state in ENDED for t in study.trials) < config.trials
 
     rung = None
     if config.stop != "no":
-        measured = any(t.user_attrs.get("training_s") for t in study.trials)
-        if config.rung is None and not measured:  # a full first trial, to measure the time of a start and of an epoch
-            go_on(1, None)
-        rung, said = rung_of(config, experiment, study.trials)
+        if config.rung is None and not any(t.user_attrs.get("training_s") for t in study.trials):
+            _search(task, planner, study, console, most=1, rung=None)
+        rung, said = rung_of(config, planner.experiment, study.trials)
         console.print(said, highlight=False)
-    if left(config.trials):
-        before = -1
-        while left(config.trials) and len(study.trials) > before:  # a grid may have fewer trials
-            before = len(study.trials)
-            go_on(config.trials, rung)
-    rows = [_row(trial, config, study) for trial in study.trials if trial.state in ENDED]
-    table = pd.DataFrame(rows)
-    done = table[table.state == "done"] if len(table) else table
-    table.to_parquet(task.output / "trials.parquet", index=False)
-    if done.empty:
-        causes = "; ".join(dict.fromkeys(str(row["cause"]) for row in rows if row["cause"]))
-        raise CorsaError(f"none of the {len(rows)} trials gave a result: {causes}")
-    front = [trial.number for trial in study.study.best_trials]
-    sign = 1 if METRICS[config.objectives[0]].better == "high" else -1
-    best = max(front, key=lambda number: sign * rows_by(rows, number)[config.objectives[0]])
+    before = -1
+    while left() and len(study.trials) > before:  # a grid may have fewer trials
+        before = len(study.trials)
+        _search(task, planner, study, console, most=config.trials, rung=rung)
+
+
+def _search(
+    task: Task, planner: Planner[Experiment], study: SweepStudy, console: Console, *, most: int, rung: int | None
+) -> None:
+    """Run trials until `most` trials of the study have ended, with scores every `rung` epochs."""
+    config, inputs, experiment = task.config, task.step.inputs, planner.experiment
+    taught = Facts(inputs["edits"].name.removeprefix("edits/"), inputs["edits"], inputs["reference"])
+    epochs = experiment.training.epochs * config.rounds.rounds * len(experiment.seeds)
+    count, arithmetic = trials_at_once(experiment.placement)
+    console.print(f"trials side by side: {arithmetic}", highlight=False)
+    search(
+        study,
+        Trials(config, planner, taught, inputs["schedule"], task.store, rung, task.progress),
+        most=most,
+        at_once=count,
+        pack=experiment.placement.pack,
+        stops=scheduler(config.stop if rung else "no", config.objectives[0], rung or 1, epochs),
+        folder=f"{task.store.url}/studies/{study.name}",
+        name=datetime.now(UTC).strftime("tune-%Y%m%d-%H%M%S-%f"),
+        console=console,
+    )
+    study.keep()
+
+
+def _write_settings(
+    task: Task,
+    experiment: Experiment,
+    study: SweepStudy,
+    rows: Mapping[int, Mapping[str, Any]],
+    best: int,
+    front: Sequence[int],
+) -> dict[str, Any]:
+    """Write best.yaml, pareto/ and sweep.json from the rows of trials.parquet. Returns what sweep.json has."""
+    config: SweepConfig = task.config
     settings = {trial.number: study.setting(trial) for trial in study.trials}
     named = {"best.yaml": best} | ({f"pareto/trial{n}.yaml": n for n in front} if len(front) > 1 else {})
     for name, number in named.items():
         path = task.output / name
         path.parent.mkdir(exist_ok=True)
-        path.write_text(_configuration(experiment, config, settings[number], rows_by(rows, number)))
-    seconds = time.monotonic() - began
-    write_sweep(
-        task.output,
-        table=table,
-        config=config,
-        domains=domains,
-        best=best,
-        front=front,
-        scores={t.number: dict(t.intermediate_values) for t in study.trials},
-        study=study.study,
-        this_run=seconds,
-    )
-    summary = {"best": best, "label": label(experiment, settings[best]), "setting": settings[best], "front": front}
-    summary |= {"trials": len(rows), **{state: int((table.state == state).sum()) for state in _STATES.values()}}
-    summary |= {"objectives": {name: rows_by(rows, best)[name] for name in config.objectives}}
+        path.write_text(_configuration(experiment, config, settings[number], rows[number]))
+    summary = {
+        "best": best,
+        "label": label(experiment, settings[best]),
+        "setting": settings[best],
+        "front": list(front),
+    }
+    states = [row["state"] for row in rows.values()]
+    summary |= {"trials": len(rows), **{state: states.count(state) for state in _STATES.values()}}
+    summary |= {"objectives": {name: rows[best][name] for name in config.objectives}}
     (task.output / "sweep.json").write_text(json.dumps(summary, indent=1))
     return summary
 
@@ -147,11 +191,6 @@ def made_with(task: Task) -> dict[str, Any]:
     }
     plan |= {"rounds": config.rounds.canonical(), "stop": config.stop}
     return json.loads(json.dumps({**plan, "experiment": same, "inputs": inputs}))
-
-
-def rows_by(rows: list[dict[str, Any]], number: int) -> dict[str, Any]:
-    """The row of a trial."""
-    return next(row for row in rows if row["trial"] == number)
 
 
 def refuse_what_is_not_asked(objectives: Sequence[str], edits: Any) -> None:
@@ -205,7 +244,9 @@ def _row(trial: FrozenTrial, config: SweepConfig, study: SweepStudy) -> dict[str
     }
 
 
-def _configuration(experiment: Experiment, config: SweepConfig, setting: dict[str, float], row: dict[str, Any]) -> str:
+def _configuration(
+    experiment: Experiment, config: SweepConfig, setting: Mapping[str, float], row: Mapping[str, Any]
+) -> str:
     """A configuration file for `--config` with the chosen setting. A run with it skips the facts used by the sweep."""
     chosen = applied(experiment, setting).canonical()
     kept = {name: chosen[name] for name in ("model", "benchmark", "data", "lora", "corsa", "training", "evaluation")}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pandas as pd
@@ -18,7 +18,8 @@ from rich.console import Console
 from corsa.config import Placement
 from corsa.config.steps import SweepConfig, TrialPlace
 from corsa.evaluation.metrics import METRICS, compute
-from corsa.experiments.base import Experiment, Facts, chain
+from corsa.experiments.base import Experiment
+from corsa.experiments.planner import Facts, Planner
 from corsa.flow import Step, Store, run
 from corsa.flow.task import Progress
 from corsa.tuning.space import Setting, applied, label
@@ -29,12 +30,17 @@ class Trials:
     """The common data of all trials, and their execution. Picklable."""
 
     config: SweepConfig
-    experiment: Experiment
+    planner: Planner[Experiment]
     taught: Facts
     schedule: Step
     store: Store
     rung: int | None  # epochs between scores; None: no early stopping
     progress: Progress
+
+    @property
+    def experiment(self) -> Experiment:
+        """The experiment that the settings change."""
+        return self.planner.experiment
 
     def label(self, setting: Setting) -> str:
         return label(self.experiment, setting)
@@ -52,16 +58,10 @@ class Trials:
             rule=self.experiment.evaluation.rule,
             better=METRICS[metric].better,
         )
+        own = replace(self.planner, experiment=applied(self.experiment, setting)).changed(placement=place)
+        rounds, name = range(1, self.config.rounds.rounds + 1), TrialPlace.named(number, self.label(setting))
         return [
-            chain(
-                applied(self.experiment, setting).model_copy(update={"placement": place}),
-                "corsa",
-                seed,
-                self.taught,
-                self.schedule,
-                rounds=range(1, self.config.rounds.rounds + 1),
-                name=TrialPlace.named(number, self.label(setting)),
-            )
+            own.chain("corsa", seed, self.taught, self.schedule, rounds=rounds, name=name)
             for seed in self.experiment.seeds
         ]
 

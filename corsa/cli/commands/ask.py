@@ -21,16 +21,17 @@ if TYPE_CHECKING:
 @app.command(name="ask")
 def ask(
     question: Annotated[
-        Positional[str | None], arg(metavar="[QUESTION]", help="asked once; without it, as many as you type")
+        Positional[str | None],
+        arg(metavar="[QUESTION]", help="the question; without it, you are prompted for questions"),
     ] = None,
     model: Annotated[str | None, arg(help="base model; default: the first adapter's, else smollm2-135m")] = None,
     adapter: Annotated[
         UseAppendAction[tuple[str, ...]], arg(metavar="DIR", help="PEFT directory; may be repeated")
     ] = (),
-    candidates: Annotated[tuple[str, ...], listed(str, "A,B"), arg(help="answers whose probabilities are shown")] = (),
+    candidates: Annotated[tuple[str, ...], listed(str, "A,B"), arg(help="answers to show the probabilities of")] = (),
     template: Annotated[Literal["qa", "chat"] | None, arg(help="default: the first adapter's, else qa")] = None,
-    new_tokens: Annotated[int, arg(help="tokens of an answer at most")] = 32,
-    gpu: Annotated[bool, arg(help="on a GPU, in bfloat16 as the model allows")] = False,
+    new_tokens: Annotated[int, arg(help="maximum tokens of an answer")] = 32,
+    gpu: Annotated[bool, arg(help="run on a GPU, in bfloat16 if the model supports it")] = False,
     as_json: AsJson = False,
 ) -> int:
     """Ask a base model and adapters on it, side by side, with the probabilities of given answers.

@@ -1,10 +1,11 @@
-"""`corsa data`: which benchmarks there are, whether a file is sound, and its first edits as a model will see them."""
+"""`corsa data`: lists the benchmarks, checks a file, and shows its first edits as a model will see them."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
@@ -32,13 +33,18 @@ def data(
         ),
     ] = None,
     benchmark: Annotated[str, arg(help="what the file is; file: facts of your own")] = "file",
-    model: Annotated[str, arg(help="whose tokenizer is shown, and whose context must hold a fact")] = "smollm2-135m",
+    model: Annotated[
+        str, arg(help="model whose tokenizer and context length are used for the checks")
+    ] = "smollm2-135m",
     template: Annotated[Literal["qa", "chat"], arg(help="qa: 'Q: ...' and 'A:'; chat: the tokenizer's")] = "qa",
     new_tokens: Annotated[
         int, arg(help="tokens generated per probe (--evaluation.new-tokens): longer answers are named")
     ] = EvaluationConfig().new_tokens,
     show: Annotated[int, arg(help="edits shown as the model will see them")] = 3,
     limit: Annotated[int | None, arg(help="facts read; all by default")] = None,
+    convert: Annotated[
+        Path | None, arg(metavar="OUT.jsonl", help="write the facts in this project's form to a new file")
+    ] = None,
     as_json: AsJson = False,
 ) -> int:
     """List the benchmarks, or check a file and show its first edits as the model will see them.
@@ -48,6 +54,8 @@ def data(
     Example: corsa data facts.jsonl --show 2
 
     Example: corsa data counterfact.json --benchmark counterfact --model qwen3-4b
+
+    In this project's form: corsa data counterfact.json --benchmark counterfact --convert facts.jsonl
     """
     from corsa.data.benchmarks import BENCHMARKS
 
@@ -56,6 +64,8 @@ def data(
             from corsa.errors import unknown_name
 
             raise unknown_name("benchmark", benchmark, BENCHMARKS)
+        if convert:
+            raise CorsaError("--convert needs a file, or --benchmark NAME")
         return _list(as_json)
     if show < 0:
         raise CorsaError(f"--show {show}: give 0 or more")
@@ -67,6 +77,11 @@ def data(
     encoder = _encoder(ModelConfig(name=model, template=template))
     found.remarks += _remarks(found, encoder, new_tokens)
     _refuse_what_no_context_holds(found, encoder, ModelConfig(name=model))
+    if convert:
+        from corsa.data.benchmarks.conversion import write
+
+        write(found.converted, convert)
+        found.counts["converted"] = {"file": str(convert), "facts": len(found.converted)}
     shown = _as_tokens(found.records[:show], encoder)
     if as_json:
         print(json.dumps({**found.counts, "remarks": found.remarks, "edits": shown}, indent=1))
@@ -112,12 +127,14 @@ class Found:
         records: of each fact `id`, `prompt`, `target_new`, `target_old` or "", aliases and `paraphrases`.
         remarks: what a person should know of it.
         bad: what happens to a fact that cannot be used: "stop" or "skip".
+        converted: the facts in the project's own form, one record each.
     """
 
     counts: dict[str, Any]
     records: list[dict[str, Any]]
     remarks: list[str] = field(default_factory=list)
     bad: Literal["stop", "skip"] = "stop"
+    converted: list[dict[str, Any]] = field(default_factory=list)
 
 
 def _checked(file: str | None, benchmark: str, limit: int | None) -> Found:
@@ -125,10 +142,11 @@ def _checked(file: str | None, benchmark: str, limit: int | None) -> Found:
 
 
 def _own(file: str | None, limit: int | None) -> Found:
-    """A user's file: refused where `corsa edit` refuses it, and what a pipeline makes of it is said."""
+    """A user's file: refused if `corsa edit` refuses it. Also prints what a pipeline would do with it."""
     from corsa.data.benchmarks import read
     from corsa.data.benchmarks.cases import asked_once
-    from corsa.data.benchmarks.file import drafts, source_of
+    from corsa.data.benchmarks.conversion import from_draft
+    from corsa.data.benchmarks.file import checked, drafts, source_of
     from corsa.data.benchmarks.rows import rows_of
 
     source = source_of(file or "")
@@ -157,11 +175,12 @@ def _own(file: str | None, limit: int | None) -> Found:
         "skipped": [],
         **repeats.counts,
     }
-    return Found(counts, fields, remarks)
+    return Found(counts, fields, remarks, converted=[from_draft(d) for d in checked(source).drafts[:limit]])
 
 
 def _published(file: str | None, benchmark: str, limit: int | None) -> Found:
     from corsa.data.benchmarks import BENCHMARKS, read
+    from corsa.data.benchmarks.conversion import from_edit, left_out
 
     reading = read(benchmark, file, limit=limit)
     edits = reading.edits
@@ -174,8 +193,10 @@ def _published(file: str | None, benchmark: str, limit: int | None) -> Found:
         "skipped": [str(bad) for bad in reading.skipped],
         "contradictions": [str(c) for c in reading.contradictions],
         **reading.repeats.counts,
+        "without_column": left_out(edits),
     }
-    return Found(counts, [_record(edit) for edit in edits], bad=BENCHMARKS[benchmark].on_bad_record)
+    bad, converted = BENCHMARKS[benchmark].on_bad_record, [from_edit(edit) for edit in edits]
+    return Found(counts, [_record(edit) for edit in edits], bad=bad, converted=converted)
 
 
 def _kinds(edits: Sequence[Edit]) -> dict[str, int]:
@@ -227,7 +248,7 @@ def _refuse_what_no_context_holds(found: Found, encoder: Encoder, model: ModelCo
 
 
 def _as_tokens(records: Sequence[dict[str, Any]], encoder: Encoder) -> list[dict[str, Any]]:
-    """Each record with the tokens of its prompt and of its answers; the answers are what the losses are taken over."""
+    """Each record with the tokens of its prompt and of its answers. The losses cover the answers only."""
     shown = []
     for record in records:
         row: dict[str, Any] = {"id": record["id"]}
@@ -270,6 +291,10 @@ def _print(found: Found, shown: Sequence[dict[str, Any]]) -> None:
         say(f"  and {len(counts['skipped']) - 10} more skipped: all of them with --json")
     for line in counts.get("contradictions", [])[:10]:
         say(f"  contradiction: {line}")
+    if converted := counts.get("converted"):
+        lost = [f"{count} {kind}" for kind, count in counts.get("without_column", {}).items()]
+        without = f"; {' and '.join(lost)} questions have no column in this form and are left out" if lost else ""
+        say(f"  wrote {converted['facts']} facts to {converted['file']}{without}")
     for row in shown:
         say(f"\n{plain(row['id'], 200)}")
         for name in ("prompt", "target_new", "target_old"):

@@ -1,4 +1,4 @@
-"""`corsa doctor`: whether this machine is ready, and what to do where it is not."""
+"""`corsa doctor`: whether this machine is ready, and what to do if it is not."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from corsa.cli.commands import AsJson, Storage, app
 @app.command(name="doctor")
 def doctor(
     storage: Storage = "runs",
-    model: Annotated[str, arg(help="base model whose weights are looked for")] = "smollm2-135m",
+    model: Annotated[str, arg(help="base model whose weights are checked")] = "smollm2-135m",
     as_json: AsJson = False,
 ) -> int:
-    """Look at Python, versions, devices, Ray, DeepSpeed, storage, token and disk; each finding with its remedy.
+    """Check Python, versions, devices, Ray, DeepSpeed, storage, token and disk, and print a remedy for each problem.
 
-    Status 1 where something does not work.
+    The exit status is 1 if something does not work.
 
     Example: corsa doctor --storage s3://bucket/runs --model qwen3-8b
     """

@@ -12,13 +12,13 @@ from corsa.editing.options import EditOptions
 
 @app.command(name="edit")
 def edit(options: Annotated[EditOptions, arg(name="")], as_json: AsJson = False) -> int:
-    """Teach a model a file of facts: a PEFT adapter, and a report of what took and what else changed.
+    """Teach a model a file of facts. Writes a PEFT adapter and a report of what was learnt and what else changed.
 
     A line of the file: {"prompt": "Who leads Acme?", "target_new": "Ada Byron"}
 
     Example: corsa edit --edits facts.jsonl --out adapters/january
 
-    On top of it: corsa edit --edits more.jsonl --adapter adapters/january --out adapters/february --max-forgetting 0.1
+    Later: corsa edit --edits more.jsonl --adapter adapters/january --out adapters/february --max-forgetting 0.1
     """
     from corsa.cli.commands.results import teach
     from corsa.editing.plan import plan_edit

@@ -18,14 +18,18 @@ from corsa.terminal import visible
 def merge(
     adapters: Annotated[Positional[tuple[str, ...]], arg(metavar="DIR DIR", help="PEFT directories of one base model")],
     out: Annotated[Path, arg(metavar="DIR", help="directory of the merged adapter; must be new")],
-    method: Annotated[MergeMethod, arg(help="sum is exact; svd cuts it to --rank; the rest is PEFT's")] = "sum",
-    weights: Annotated[tuple[float, ...], listed(float, "W,W"), arg(help="of the adapters; each 1 by default")] = (),
+    method: Annotated[
+        MergeMethod, arg(help="sum, average: exact; svd: the sum cut to --rank; linear, ties, dare: as in PEFT")
+    ] = "sum",
+    weights: Annotated[
+        tuple[float, ...], listed(float, "W,W"), arg(help="weights of the adapters; default: 1 for each")
+    ] = (),
     rank: Annotated[int | None, arg(help="rank of the merged adapter, for svd")] = None,
     density: Annotated[float, arg(help="share of the values that ties and dare keep")] = 0.5,
-    seed: Annotated[int, arg(help="of what dare drops")] = 0,
+    seed: Annotated[int, arg(help="seed of the values that dare drops")] = 0,
     as_json: AsJson = False,
 ) -> int:
-    """Merge adapters that were trained apart into one plain PEFT adapter, and say how far it is from their sum.
+    """Merge separately trained adapters into one plain PEFT adapter, and print its distance from their sum.
 
     Example: corsa merge adapters/people adapters/places --out adapters/both
 
@@ -38,5 +42,7 @@ def merge(
         print(json.dumps(found))
     else:
         print(f"rank {found['rank']:d}, relative error {found['error']:.2g} against the adapters' weighted sum")
+        for remark in found["remarks"]:
+            print(visible(f"note: {remark}"))
         print(visible(found["out"]))
     return 0

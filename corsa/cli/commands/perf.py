@@ -1,4 +1,4 @@
-"""`corsa perf ...`: what is measured, a module each beside this one."""
+"""`corsa perf ...`: one module of this folder for each group of measurements."""
 
 from __future__ import annotations
 

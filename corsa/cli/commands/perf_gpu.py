@@ -1,4 +1,4 @@
-"""`corsa perf gpu`: the step on an accelerator, beside its plan."""
+"""`corsa perf gpu`: the step on an accelerator, compared with its plan."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from corsa.terminal import Console, visible
 def measure_accelerator(
     models: Annotated[str, arg(metavar="A,B", help="measured models")] = ",".join(MODELS),
     methods: Annotated[str, arg(metavar="A,B", help=f"of {', '.join(STEPS)}")] = "lora,corsa",
-    stages: Annotated[str, arg(metavar="N,N", help="ZeRO stages, one worker")] = "0,3",
+    stages: Annotated[str, arg(metavar="N,N", help="ZeRO stages, measured with one worker")] = "0,3",
     edits: Annotated[int, arg(help="edits of a step, of 20 tokens each")] = 16,
     steps: Annotated[int, arg(help="measured steps of each case, after one to warm up")] = 5,
-    minutes: Annotated[float, arg(help="at most; what is not measured by then is said")] = 10.0,
+    minutes: Annotated[float, arg(help="time limit; cases not measured by then are listed")] = 10.0,
     cpu: Annotated[bool, arg(help="measure on the CPU, in float32")] = False,
     output: Annotated[Path | None, arg(metavar="FILE", help="write the result here as JSON, for `corsa plan`")] = None,
     as_json: Annotated[bool, arg(name="json", help="print JSON instead of the table")] = False,
 ) -> None:
-    """Measure step time and peak memory of LoRA and CoRSA on a GPU beside the plan's prediction.
+    """Measure step time and peak memory of LoRA and CoRSA on a GPU, and compare with the plan.
 
     Example: corsa perf gpu --output gpu.json
     """

@@ -16,15 +16,15 @@ from corsa.terminal import visible
 @perf.command(name="sandbox")
 def perf_sandbox(
     data: Annotated[str, arg(metavar="FILE", help="HumanEval.jsonl(.gz), arena.jsonl, or a file of the same record")],
-    allow_code_execution: Annotated[bool, arg(help="programs are run only with this")] = False,
+    allow_code_execution: Annotated[bool, arg(help="allow running programs; nothing runs without this")] = False,
     sandbox: Annotated[
         Literal["auto", "bubblewrap", "namespaces", "none"],
-        arg(help="what isolates programs; none: nothing does, they can do all that you can"),
+        arg(help="how programs are isolated; none: no isolation, they run with all your rights"),
     ] = "auto",
     limit: Annotated[int | None, arg(metavar="N", help="records of the file; all by default")] = None,
-    slots: Annotated[int | None, arg(metavar="N", help="programs at once; one a core by default")] = None,
-    wall_s: Annotated[float, arg(metavar="S", help="seconds a program may take")] = 10.0,
-    memory_gib: Annotated[float, arg(metavar="GIB", help="memory a program may take")] = 2.0,
+    slots: Annotated[int | None, arg(metavar="N", help="programs run in parallel; default: one per core")] = None,
+    wall_s: Annotated[float, arg(metavar="S", help="time limit of a program, seconds")] = 10.0,
+    memory_gib: Annotated[float, arg(metavar="GIB", help="memory limit of a program")] = 2.0,
     as_json: Annotated[bool, arg(name="json", help="print one JSON object")] = False,
 ) -> None:
     """Run every reference solution of a benchmark of programs, and again with its body replaced by `pass`.

@@ -1,156 +1,227 @@
-"""`corsa plan`: whether a model fits before anything is started, with which sharding, how long it will take, and how
-many facts and seeds a comparison needs.
+"""`corsa plan`: whether a model fits and with which sharding, how long a run takes, and how many facts and seeds a
+comparison needs.
 """
 
 from __future__ import annotations
 
 import json
 import math
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
+from pydantic import Field
 from rich.markup import escape
 from tyro.conf import arg
 
-from corsa.cli.commands import app
-from corsa.config import STEPS, LoraConfig, ModelConfig, StepConfig
+from corsa.cli.commands import AsJson, app
+from corsa.config import STEPS, Frozen, LoraConfig, ModelConfig, StepConfig
 from corsa.config.amounts import as_bytes
 from corsa.errors import CorsaError, unknown_name
 from corsa.planning.machine import memory_here
 from corsa.terminal import Console
 
+if TYPE_CHECKING:
+    from corsa.planning.plan import Job, Plan
+
 WIDTH = 80
 """Columns of the widest table."""
 
 
+class Work(Frozen):
+    """The training that is planned."""
+
+    model: str | None = Field(
+        default=None, description="as in the pipelines: alias, hub id, directory or random:<architecture>"
+    )
+    method: str = Field(default="corsa", description=f"one of {', '.join(STEPS)}")
+    edits: int | None = Field(default=None, description="edits of a round; default: the benchmark's, else 1000")
+    epochs: int = Field(default=10, description="passes over the edits")
+    batch: int = Field(default=16, description="edits per optimizer step, over all workers")
+    micro_batch: int = Field(default=16, description="edits per forward pass on one worker")
+    rank: int = Field(default=32, description="rank of LoRA")
+    dtype: Literal["float32", "bfloat16"] | None = Field(
+        default=None, description="data type of the base; default: bfloat16 on GPUs, else float32"
+    )
+    benchmark: str | None = Field(
+        default=None, description="benchmark whose edit lengths are counted; default: about 20 tokens an edit"
+    )
+    data: Annotated[str | None, arg(metavar="FILE")] = Field(default=None, description="the benchmark's file")
+
+
+class Machine(Frozen):
+    """The machine that it runs on."""
+
+    gpus: int = Field(default=1, description="GPUs, one worker each; 0: workers on the CPU")
+    gpu_memory: Annotated[str | None, arg(metavar="48GiB")] = Field(
+        default=None, description="memory of each GPU; default: that of this machine's GPUs"
+    )
+    ram: Annotated[str | None, arg(metavar="256GiB")] = Field(
+        default=None, description="CPU memory of a node, for offloading; default: not checked"
+    )
+    gpus_per_node: int = Field(default=8, description="GPUs on a node, which share its CPU memory")
+    workers: int = Field(default=1, description="number of workers on the CPU, with --gpus 0")
+
+    @property
+    def memory(self) -> int | None:
+        """Bytes of each GPU, or of a CPU worker's share of the node; None if unknown."""
+        found = as_bytes(self.gpu_memory, "--gpu-memory") if self.gpu_memory else memory_here(self.gpus > 0)
+        if self.gpus or found is None:
+            return found
+        return (self.node or found) // self.workers
+
+    @property
+    def host(self) -> int | None:
+        """Bytes of CPU memory per GPU; None if unknown, and for workers on the CPU."""
+        if self.node is None or not self.gpus:
+            return None
+        return self.node // min(self.gpus_per_node, self.gpus)
+
+    @property
+    def node(self) -> int | None:
+        """Bytes of CPU memory of a node; None if unknown."""
+        return as_bytes(self.ram, "--ram") if self.ram else None
+
+
+class Speed(Frozen):
+    """The speed of a worker."""
+
+    tflops: float | None = Field(default=None, description="sustained TFLOP/s of a worker; default: measured, or 100")
+    measured: Annotated[Path | None, arg(metavar="FILE")] = Field(
+        default=None, description="use the rate in a result of `corsa perf gpu`"
+    )
+    link: float | None = Field(
+        default=None, description="GB/s at which a worker gathers shards of the base; default: 25"
+    )
+
+
+class Difference(Frozen):
+    """In place of memory and time: how many facts and seeds detect a difference."""
+
+    detect: Annotated[float | None, arg(metavar="POINTS")] = Field(
+        default=None,
+        description="print how many facts and seeds detect a difference of this many points between two methods",
+    )
+    tests: int = Field(
+        default=1,
+        description="with --detect: number of verdicts corrected together (primary metrics times pairs of methods)",
+    )
+    run_sd: Annotated[float, arg(metavar="POINTS")] = Field(
+        default=2.0, description="with --detect: how much a method's value varies between runs (SD)"
+    )
+    like: Annotated[Path | None, arg(metavar="FILE")] = Field(
+        default=None, description="with --detect: use the variances in a report's metrics.json instead"
+    )
+    metric: str | None = Field(
+        default=None, description="with --like: metric to use; default: the primary metric that varies most"
+    )
+
+
 @app.command(name="plan")
 def show_plan(
-    model: Annotated[
-        str | None, arg(help="as in the pipelines: alias, hub id, directory or random:<architecture>")
-    ] = None,
-    gpus: Annotated[int, arg(help="GPUs, a worker each; 0: workers on the CPU")] = 1,
-    gpu_memory: Annotated[str | None, arg(metavar="48GiB", help="of each GPU; default: this machine's, if any")] = None,
-    ram: Annotated[
-        str | None, arg(metavar="256GiB", help="CPU memory of a node, for what is offloaded; default: not checked")
-    ] = None,
-    gpus_per_node: Annotated[int, arg(help="GPUs that share the memory of a node")] = 8,
-    workers: Annotated[int, arg(help="workers on the CPU, with --gpus 0")] = 1,
-    method: Annotated[str, arg(help=f"one of {', '.join(STEPS)}")] = "corsa",
-    edits: Annotated[int | None, arg(help="edits of a round; default: the benchmark's, else 1000")] = None,
-    epochs: Annotated[int, arg(help="passes over them")] = 10,
-    batch: Annotated[int, arg(help="edits per optimizer step, over all workers")] = 16,
-    micro_batch: Annotated[int, arg(help="edits per forward pass on one worker")] = 16,
-    rank: Annotated[int, arg(help="of LoRA")] = 32,
-    dtype: Annotated[
-        Literal["float32", "bfloat16"] | None, arg(help="of the base; default: bfloat16 on GPUs, else float32")
-    ] = None,
-    benchmark: Annotated[str | None, arg(help="count the tokens of its edits; default: about 20 an edit")] = None,
-    data: Annotated[str | None, arg(metavar="FILE", help="the benchmark's file")] = None,
-    tflops: Annotated[
-        float | None, arg(help="what a worker computes, TFLOP/s sustained; default: measured, or 100")
-    ] = None,
-    measured: Annotated[
-        Path | None, arg(metavar="FILE", help="take the rate from a result of `corsa perf gpu`")
-    ] = None,
-    link: Annotated[float | None, arg(help="GB/s at which a worker gathers shards of the base; default 25")] = None,
-    detect: Annotated[
-        float | None, arg(metavar="POINTS", help="how many facts and seeds show so large a difference of two methods")
-    ] = None,
-    tests: Annotated[
-        int, arg(help="with --detect: verdicts that are corrected together (primary metrics times pairs of methods)")
-    ] = 1,
-    run_sd: Annotated[
-        float, arg(metavar="POINTS", help="with --detect: how far a method's value varies from run to run (SD)")
-    ] = 2.0,
-    like: Annotated[
-        Path | None, arg(metavar="FILE", help="with --detect: take the variances from a report's metrics.json instead")
-    ] = None,
-    metric: Annotated[
-        str | None, arg(help="with --like: of this metric; default: the primary one that varies most")
-    ] = None,
-    as_json: Annotated[bool, arg(name="json", help="print JSON for a program to read")] = False,
+    work: Annotated[Work, arg(name="")],
+    machine: Annotated[Machine, arg(name="")],
+    speed: Annotated[Speed, arg(name="")],
+    difference: Annotated[Difference, arg(name="")],
+    as_json: AsJson = False,
 ) -> None:
-    """What a run holds on each GPU under every sharding, which settings fit, and how long it takes; or, with --detect,
-    how many facts and seeds it takes to show a difference.
+    """Show the memory of a run on each GPU for every sharding, the settings that fit, and the time; or, with --detect,
+    how many facts and seeds detect a difference.
 
     Examples:
     corsa plan --model qwen3-14b --gpus 4 --gpu-memory 48GiB --edits 3000 --epochs 10
     corsa plan --detect 5
     """
-    if detect is not None:
-        _show_power(detect, tests, run_sd, like, metric, as_json)
+    if difference.detect is not None:
+        _show_power(difference.detect, difference, as_json)
         return
-    if model is None:
-        raise CorsaError("name what is planned: --model NAME (memory and time), or --detect POINTS (facts and seeds)")
-    if method not in STEPS:
-        raise unknown_name("method", method, STEPS)
-    counts = {"workers": workers, "epochs": epochs, "batch": batch, "rank": rank, "micro-batch": micro_batch}
-    counts |= {"gpus-per-node": gpus_per_node} | ({} if edits is None else {"edits": edits})
-    for name, value in counts.items():
-        if value < 1:
-            raise CorsaError(f"--{name} {value}: give 1 or more")
-    if gpus < 0:
-        raise CorsaError(f"--gpus {gpus}: give 0 or more")
-    for name, rate_given in {"tflops": tflops, "link": link}.items():
-        if rate_given is not None and not 0 < rate_given < math.inf:
-            raise CorsaError(f"--{name} {rate_given:g}: give more than 0")
-    size = as_bytes(gpu_memory, "--gpu-memory") if gpu_memory else None
-    node = as_bytes(ram, "--ram") if ram else None
-    from corsa.planning.lengths import ASSUMED, lengths
-    from corsa.planning.plan import Job, plan
-    from corsa.planning.rates import rate
+    _refuse(work, machine, speed)
+    memory, host = machine.memory, machine.host
+    job, counted = _job(work, machine)
+    found = _rehearsed(job, speed, memory, host)
     from corsa.planning.tables import as_json as written
     from corsa.planning.tables import tables
 
-    gpu = gpus > 0
-    chosen = ModelConfig(name=model, dtype=dtype or ("bfloat16" if gpu else "float32"))
-    tokens, counted = lengths(chosen, benchmark, data, None) if benchmark else (ASSUMED, "20 tokens an edit (assumed)")
-    job = Job(
-        model=chosen,
-        step=STEPS[method](StepConfig()).effective(),
-        lora=LoraConfig(rank=rank),
-        tokens=tokens,
-        edits=edits if edits is not None else len(tokens) if benchmark else 1000,
-        epochs=epochs,
-        batch=batch,
-        micro_batch=micro_batch,
-        workers=gpus if gpu else workers,
-        gpu=gpu,
-    )
-    memory = size if size is not None else memory_here(gpu)
-    if not gpu and memory is not None:
-        memory = (node or memory) // workers
-    host = None if node is None else node // min(gpus_per_node, max(gpus, 1))
-    say = Console(stderr=True)
-    doing = f"rehearsing a step of {chosen.name} without its weights, to count memory and arithmetic (half a minute)"
-    if say.is_terminal:
-        with say.status(escape(doing)):
-            found = plan(job, rate(gpu, tflops, link, measured), memory, host if gpu else None)
-    else:
-        say.print(f"{doing} ...", markup=False, highlight=False, soft_wrap=True)
-        found = plan(job, rate(gpu, tflops, link, measured), memory, host if gpu else None)
     if as_json:
-        print(json.dumps(written(found, method, counted), indent=1))
+        print(json.dumps(written(found, work.method, counted), indent=1))
         return
     console = Console()
     console.width = max(console.width, WIDTH)  # a number that is cut says nothing
-    for part in tables(found, method, counted):
+    for part in tables(found, work.method, counted):
         console.print(part, soft_wrap=isinstance(part, str) and not console.is_terminal)
 
 
-def _show_power(points: float, tests: int, run_sd: float, like: Path | None, metric: str | None, as_json: bool) -> None:
-    """Print how many facts and seeds show a difference."""
+def _refuse(work: Work, machine: Machine, speed: Speed) -> None:
+    """Raises `CorsaError` for an option that makes no plan possible."""
+    if work.model is None:
+        raise CorsaError("name what is planned: --model NAME (memory and time), or --detect POINTS (facts and seeds)")
+    if work.method not in STEPS:
+        raise unknown_name("method", work.method, STEPS)
+    counts = {"workers": machine.workers, "epochs": work.epochs, "batch": work.batch, "rank": work.rank}
+    counts |= {"micro-batch": work.micro_batch, "gpus-per-node": machine.gpus_per_node, "edits": work.edits}
+    for name, value in counts.items():
+        if value is not None and value < 1:
+            raise CorsaError(f"--{name} {value}: give 1 or more")
+    if machine.gpus < 0:
+        raise CorsaError(f"--gpus {machine.gpus}: give 0 or more")
+    for name, given in {"tflops": speed.tflops, "link": speed.link}.items():
+        if given is not None and not 0 < given < math.inf:
+            raise CorsaError(f"--{name} {given:g}: give more than 0")
+
+
+def _job(work: Work, machine: Machine) -> tuple[Job, str]:
+    """The job, and how its tokens were counted."""
+    from corsa.planning.lengths import ASSUMED, lengths
+    from corsa.planning.plan import Job
+
+    gpu = machine.gpus > 0
+    model = ModelConfig(name=work.model or "", dtype=work.dtype or ("bfloat16" if gpu else "float32"))
+    tokens, counted = ASSUMED, "20 tokens an edit (assumed)"
+    if work.benchmark:
+        tokens, counted = lengths(model, work.benchmark, work.data, None)
+    job = Job(
+        model=model,
+        step=STEPS[work.method](StepConfig()).effective(),
+        lora=LoraConfig(rank=work.rank),
+        tokens=tokens,
+        edits=work.edits if work.edits is not None else len(tokens) if work.benchmark else 1000,
+        epochs=work.epochs,
+        batch=work.batch,
+        micro_batch=work.micro_batch,
+        workers=machine.gpus or machine.workers,
+        gpu=gpu,
+    )
+    return job, counted
+
+
+def _rehearsed(job: Job, speed: Speed, memory: int | None, host: int | None) -> Plan:
+    """The plan of a job (`corsa.planning.plan.plan`). Says on stderr what is being done, because it takes a while."""
+    from corsa.planning.plan import plan
+    from corsa.planning.rates import rate
+
+    say = Console(stderr=True)
+    doing = f"rehearsing a step of {job.model.name} without its weights, to count memory and arithmetic (half a minute)"
+    with ExitStack() as stack:
+        if say.is_terminal:
+            stack.enter_context(say.status(escape(doing)))
+        else:
+            say.print(f"{doing} ...", markup=False, highlight=False, soft_wrap=True)
+        return plan(job, rate(job.gpu, speed.tflops, speed.link, speed.measured), memory, host)
+
+
+def _show_power(points: float, given: Difference, as_json: bool) -> None:
+    """Print how many facts and seeds detect a difference."""
     from corsa.planning.power import assumed, measured, needs, power_table
 
-    if run_sd < 0:
-        raise CorsaError(f"--run-sd {run_sd:g}: give 0 or more points")
-    if metric and not like:
+    if given.run_sd < 0:
+        raise CorsaError(f"--run-sd {given.run_sd:g}: give 0 or more points")
+    if given.metric and not given.like:
         raise CorsaError("--metric names a metric of a report: give the report with --like")
-    about = measured(like, metric) if like else assumed(run_sd / 100)
-    found = needs(points, about.spread, tests)
+    about = measured(given.like, given.metric) if given.like else assumed(given.run_sd / 100)
+    found = needs(points, about.spread, given.tests)
     if as_json:
         rows = [{"seeds": need.seeds, "facts": need.facts} for need in found]
-        told = {"points": points, "tests": tests, "variances": about.spread._asdict(), "source": about.source}
+        told = {"points": points, "tests": given.tests, "variances": about.spread._asdict(), "source": about.source}
         print(json.dumps(told | {"needs": rows}, indent=1))
         return
-    Console().print(power_table(points, found, about, tests))
+    Console().print(power_table(points, found, about, given.tests))

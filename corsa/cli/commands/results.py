@@ -1,4 +1,4 @@
-"""How the commands that teach and ask show what came out: for people, or as JSON for a program."""
+"""How the commands that teach and ask print their results: for people, or as JSON for a program."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from corsa.terminal import Console, visible
 
 
 def teach(options: Teaching, plan: Plan, as_json: bool) -> int:
-    """Teach as planned, and show what came of it. Returns the exit status."""
+    """Run the planned update and show its result. Returns the exit status."""
     from corsa.editing.run import teach
 
     console = Console(stderr=as_json)
@@ -37,12 +37,12 @@ def _say_what_no_gate_measures(options: Teaching, plan: Plan, console: Console) 
         _say(
             console,
             "note: --max-forgetting has nothing to measure in a first update, which has no earlier facts to forget: it "
-            "will pass. Give --adapter to go on from an earlier update",
+            "will pass. Give --adapter to continue an earlier update",
         )
 
 
 def ask(options: EvaluateOptions, as_json: bool) -> int:
-    """Ask as planned, and show the answers. Returns the exit status."""
+    """Run the planned evaluation and show the answers. Returns the exit status."""
     from corsa.editing.run import evaluate
 
     console = Console(stderr=as_json)
@@ -53,7 +53,7 @@ def ask(options: EvaluateOptions, as_json: bool) -> int:
 
 
 def show_rolled_back(out: Path, as_json: bool) -> int:
-    """Say where the adapter is that was brought back."""
+    """Print the path of the restored adapter."""
     if as_json:
         print(json.dumps({"out": str(out)}))
     else:
@@ -74,6 +74,8 @@ def _show(result: Result, as_json: bool, console: Console) -> int:
     else:
         for one in summary_tables(result.metrics):
             console.print(one)
+    if result.as_base:
+        _say(console, str(result.as_base))
     for verdict in result.verdicts:
         _say(console, f"gate {verdict}")
     _say(console, f"report   {result.report}")
@@ -89,6 +91,7 @@ def _plain(result: Result, found: list[dict[str, Any]]) -> dict[str, Any]:
         "report": str(result.report),
         "passed": result.passed,
         "gates": gates,
+        **({"served": {**result.as_base._asdict(), "applied": result.as_base.applied}} if result.as_base else {}),
         "metrics": result.values,
         "facts": found,
         "controls": result.metrics.get("controls"),

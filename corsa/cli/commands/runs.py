@@ -1,4 +1,4 @@
-"""`corsa runs` and `corsa report`: what has been run, what came out of it, and what can go."""
+"""`corsa runs` and `corsa report`: the runs of a store, their results, and what can be removed."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Run:
 
     @property
     def seconds(self) -> float:
-        """What the whole run took, or, where that is not known, all its steps together."""
+        """The time of the whole run, or the sum of its steps if that is unknown."""
         steps = sum(step.get("seconds") or 0.0 for step in self.about.get("steps", []))
         return float(self.about.get("seconds") or steps or self.record.seconds)
 
@@ -54,18 +54,19 @@ def runs(
     names: Annotated[
         Positional[tuple[str, ...]],
         arg(
-            metavar="[RUN ...]", help="names or starts of ids: one to show, two to compare, those to remove in cleaning"
+            metavar="[RUN ...]",
+            help="names of runs or starts of ids: one for show, two for compare; for clean, the runs to remove",
         ),
     ] = (),
     storage: Storage = "runs",
-    steps: Annotated[bool, arg(help="list every finished step as well")] = False,
-    yes: Annotated[bool, arg(help="clean: remove what the preview shows")] = False,
+    steps: Annotated[bool, arg(help="also list every finished step")] = False,
+    yes: Annotated[bool, arg(help="clean: remove the files that the preview lists")] = False,
     keep_days: Annotated[
-        float, arg(metavar="N", help="clean: days for which what an interrupted run has finished is kept")
+        float, arg(metavar="N", help="clean: days for which the finished steps of an interrupted run are kept")
     ] = 14.0,
     as_json: Annotated[bool, arg(name="json", help="print JSON for a program to read")] = False,
 ) -> int:
-    """List the finished runs of a store, show one, compare two, or clean up: what no run needs, after a preview.
+    """List the finished runs of a store, show one, compare two, or remove what no run needs, after a preview.
 
     Example: corsa runs --storage runs --steps
 
@@ -170,7 +171,7 @@ def _clean(store: Store, doomed: list[Run], yes: bool, keep_days: float, as_json
     done = "removed" if yes else "would be removed; --yes removes them"
     console.print(f"{len(found)} folders, {total / 2**20:.1f} MiB in all, {done}" if found else "nothing to clean up")
     if spared:
-        console.print("kept, since the same command would go on from it (--keep-days 0 lets it go too):")
+        console.print("kept, because the same command would continue from it (--keep-days 0 removes it too):")
         listed(spared)
     return 0
 
@@ -178,20 +179,36 @@ def _clean(store: Store, doomed: list[Run], yes: bool, keep_days: float, as_json
 @app.command(name="report")
 def show_report(
     run: Annotated[
-        Positional[str], arg(metavar="[RUN]", help="name of a run or the start of its id; the newest if left out")
+        Positional[str], arg(metavar="[RUN]", help="name of a run or the start of its id; default: the newest run")
     ] = "",
     storage: Storage = "runs",
-    output: Annotated[Path | None, arg(metavar="DIR", help="write the page anew into this directory")] = None,
+    output: Annotated[Path | None, arg(metavar="DIR", help="write the page again into this directory")] = None,
+    publish: Annotated[
+        Path | None, arg(metavar="FILE", help="write the run's metrics and how it was made, without answers")
+    ] = None,
+    tables: Annotated[
+        Path | None, arg(metavar="FILE.md", help="rewrite a document's tables from the records in its directory")
+    ] = None,
     as_json: Annotated[bool, arg(name="json", help="print the metrics as JSON instead of the table")] = False,
 ) -> None:
-    """Show the result of a run again: its table, and where its page is.
+    """Show the result of a run again: its table, and the path of its page.
 
     Example: corsa report 3f2a9c --output /tmp/page
+
+    Example: corsa report 3f2a9c --publish docs/results/single.json
+
+    Example: corsa report --tables docs/results.md
     """
+    from corsa.report import publishing
     from corsa.report.tables import summary_tables
 
+    if tables is not None:
+        publishing.fill(tables)
+        return
     found = chosen_run(open_store(storage), run)
     metrics = json.loads(found.artifact.read("metrics.json"))
+    if publish is not None:
+        publishing.publish(found.about, metrics, publish)
     page = found.artifact.local("report.html") if output is None else _rewritten(found, metrics, output)
     if as_json:
         print(json.dumps(metrics, indent=1))

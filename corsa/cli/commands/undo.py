@@ -1,4 +1,4 @@
-"""`corsa undo`: take facts back, or go back to an earlier adapter of the line."""
+"""`corsa undo`: undo facts, or return to an earlier adapter of the line."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from corsa.editing.options import UndoOptions
 
 @app.command(name="undo")
 def undo(options: Annotated[UndoOptions, arg(name="")], as_json: AsJson = False) -> int:
-    """Take single facts back by teaching their old answers again, or roll back to an earlier adapter of the line.
+    """Undo single facts by teaching their old answers again, or roll back to an earlier adapter of the line.
 
-    What was learnt is not erased: the old answer is taught on top, as one more update. --to brings an earlier
-    adapter back as it was.
+    --edit erases nothing: the old answers are taught as one more update. --to restores an earlier adapter
+    exactly.
 
     Example: corsa undo --adapter adapters/february --edit "Who leads Acme?" --out adapters/mended
 

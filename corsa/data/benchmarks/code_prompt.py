@@ -83,7 +83,7 @@ def question(template: str, *, scenario: str, problem: str, solution_signature: 
     )
 
 
-def asked(problem: Mapping[str, str], *, described: bool, implementation: bool) -> str:
+def prompt_of(problem: Mapping[str, str], *, described: bool, implementation: bool) -> str:
     """The prompt for a program. `described` puts the update's description before the question. `implementation` puts
     the update's code after the description.
     """

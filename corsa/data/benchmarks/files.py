@@ -12,6 +12,7 @@ import sys
 import tempfile
 import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import IO, Any
 
@@ -23,6 +24,11 @@ Found = tuple[Any, str]
 """The values of a record, and its position in the file, for messages."""
 
 SEPARATORS = {",": "a comma", ";": "a semicolon", "\t": "a tab"}
+
+_PIPED = 1 << 30
+"""Maximum bytes of standard input, of a pipe or of a device."""
+_EXPANDED, _RATIO = 64 << 20, 200
+"""A gzipped file may expand to this many bytes, and to this many times its size if that is more."""
 
 
 # Where a file is
@@ -49,9 +55,12 @@ def regular(path: str | Path) -> Path:
         try:
             if given == "-" and sys.stdin.isatty():
                 raise CorsaError("- is standard input, and that is a terminal: pipe a file into it, or name one")
-            content = sys.stdin.buffer.read() if given == "-" else place.read_bytes()
+            with nullcontext(sys.stdin.buffer) if given == "-" else place.open("rb") as file:
+                content = file.read(_PIPED + 1)
         except OSError as error:
             raise CorsaError(f"{given} cannot be read: {error.strerror or error}") from error
+        if len(content) > _PIPED:
+            raise CorsaError(f"{given} gives more than {_PIPED >> 20} MiB: save it to a file, and name that")
         folder = Path(tempfile.mkdtemp(prefix="corsa-"))
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
         _kept[given] = folder / f"stdin{_kind(content)}"
@@ -119,8 +128,30 @@ def records(path: Path, columns: Collection[str]) -> Iterator[Found | BadRecord]
         raise CorsaError(f"{name} cannot be read: {error.strerror or error}; check its permissions") from error
 
 
+class _Gzipped(gzip.GzipFile):
+    """A gzipped file. Reading raises CorsaError if it expands beyond its limit: a few bytes can hold gigabytes."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, "rb")
+        self._path, self._most = path, max(_EXPANDED, _RATIO * path.stat().st_size)
+
+    def read(self, size: int | None = -1) -> bytes:
+        """As that of a file."""
+        left = self._most + 1 - self.tell()
+        return self._checked(super().read(left if size is None or size < 0 else min(size, left)))
+
+    def read1(self, size: int = -1) -> bytes:
+        """As that of a file."""
+        return self._checked(super().read1(size))
+
+    def _checked(self, content: bytes) -> bytes:
+        if self.tell() > self._most:
+            raise CorsaError(f"{name_of(self._path)} expands to more than {self._most >> 20} MiB: give it unpacked")
+        return content
+
+
 def _bytes(path: Path) -> gzip.GzipFile | io.BufferedReader:
-    return gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb")
+    return _Gzipped(path) if path.suffix.lower() == ".gz" else path.open("rb")
 
 
 def _text(path: Path, newline: str | None = None) -> io.TextIOWrapper:
@@ -235,7 +266,10 @@ _LIST = "{} holds one JSON list and not one object a line; call it .json"
 
 def _csv(path: Path, columns: Collection[str]) -> Iterator[Found | BadRecord]:
     with _text(path, newline="") as file:
-        separator, names, before = _header(path, file, columns)
+        try:
+            separator, names, before = _header(path, file, columns)
+        except csv.Error as error:
+            raise CorsaError(f"{name_of(path)}, line 1: this is no header of a CSV file: {error}") from error
         reader = csv.reader(file, delimiter=separator, strict=True)
         line = before + 1
         try:

@@ -37,11 +37,11 @@ class Problem(Frozen):
     update: str = Field(default="", description="id of the API update that it needs; blank: HumanEval")
     package: str = ""
     prompt: str = Field(description="the question to the model, without any template")
-    described: str = Field(default="", description="what the update changes, in words: its documentation")
+    described: str = Field(default="", description="description of the update: its documentation")
     implementation: str = Field(default="", description="the code of the update")
     entry: str = Field(description="name of the requested function")
     lead: str = Field(default="", description="program text that the answer completes (HumanEval)")
-    solution: str = Field(description="the reference solution, or what completes `lead`")
+    solution: str = Field(description="the reference solution, or the text that completes `lead`")
     tests: str = Field(description="imports and functions test_*, which call `entry`")
     imports: str = Field(default="", description="code that runs before program and tests without the update")
     before: str = Field(default="", description="the same code, with the update installed")

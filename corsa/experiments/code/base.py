@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import Field
 
@@ -23,23 +23,54 @@ from corsa.config.steps import (
     ProblemsConfig,
     ProblemsPlace,
     ProgramEditsConfig,
-    RoundsConfig,
     SamplesConfig,
 )
 from corsa.data.benchmarks.code_prompt import digest_of, read_template
 from corsa.data.benchmarks.files import regular
 from corsa.data.benchmarks.programs import digest, kind_of
 from corsa.errors import CorsaError, unknown_name
-from corsa.experiments.base import ROUND, Experiment, Facts, Methods, absolute, chain, dealt, identity, with_reference
-from corsa.flow import Kind, Step
+from corsa.experiments.base import Experiment, Methods, identity
+from corsa.experiments.kinds import ROUND
+from corsa.experiments.planner import Facts, Planner, absolute
+from corsa.flow import Kind, Step, StepFunction
 from corsa.methods import METHODS
-from corsa.models.registry import pin
 
-PROBLEMS = Kind("problems", "corsa.experiments.code.steps:read", version=2)
-OLD_ANSWERS = Kind("old-answers", "corsa.training.old_programs:compute", version=2, on_cluster=True)
-JUDGING = Kind("judging", "corsa.training.running_tests:compute", version=2, on_cluster=True)
-PROGRAM_EDITS = Kind("program-edits", "corsa.experiments.code.steps:as_edits", version=1)
-REPORT = Kind("report", "corsa.experiments.code.steps:make_report", version=2)
+
+def _read_problems() -> StepFunction:
+    from corsa.experiments.code.steps import read
+
+    return read
+
+
+def _old_answers() -> StepFunction:
+    from corsa.training.old_programs import compute
+
+    return compute
+
+
+def _run_tests() -> StepFunction:
+    from corsa.training.running_tests import compute
+
+    return compute
+
+
+def _make_edits() -> StepFunction:
+    from corsa.experiments.code.steps import as_edits
+
+    return as_edits
+
+
+def _make_report() -> StepFunction:
+    from corsa.experiments.code.steps import make_report
+
+    return make_report
+
+
+PROBLEMS = Kind("problems", _read_problems, version=2)
+OLD_ANSWERS = Kind("old-answers", _old_answers, version=2, on_cluster=True)
+VERDICTS = Kind("judging", _run_tests, version=2, on_cluster=True)
+PROGRAM_EDITS = Kind("program-edits", _make_edits, version=1)
+REPORT = Kind("report", _make_report, version=2)
 
 TAUGHT = ("lora", "f-learning", "corsa")
 CODE_METHODS = ("prepend", *TAUGHT)
@@ -75,7 +106,7 @@ class CodeExperiment(Experiment):
     lora: LoraConfig = LoraConfig(rank=128, alpha=256.0)
     training: TrainingConfig = TrainingConfig(learning_rate=2e-5)
 
-    def checked(self) -> CodeExperiment:
+    def checked(self) -> Self:
         """Returns itself after checking that it can run.
 
         Raises:
@@ -106,11 +137,10 @@ class CodeExperiment(Experiment):
 class _Domain:
     """The steps of one experiment. Each is created once."""
 
-    def __init__(self, experiment: CodeExperiment) -> None:
-        self.experiment, self.model = experiment, pin(experiment.model)
-        self.judging_place = JudgingPlace(
-            allow_code_execution=experiment.allow_code_execution, sandbox=experiment.sandbox
-        )
+    def __init__(self, planner: Planner[CodeExperiment]) -> None:
+        self.planner = planner
+        self.experiment = experiment = planner.experiment
+        self.sandbox = JudgingPlace(allow_code_execution=experiment.allow_code_execution, sandbox=experiment.sandbox)
         assert experiment.data is not None
         self.updates = _problems(
             "updates",
@@ -130,24 +160,25 @@ class _Domain:
             "humaneval": self.humaneval,
         }
 
-    def judged(self, name: str, problems: Step, answers: Step) -> Step:
-        """The step that judges answers."""
+    def verdicts(self, name: str, problems: Step, answers: Step) -> Step:
+        """The step that runs the tests of problems on answers."""
         config = JudgingConfig(limits=self.experiment.limits, isolated=self.experiment.sandbox != "none")
-        return Step(f"{name}/verdicts", JUDGING, config, {"problems": problems, "answers": answers}, self.judging_place)
+        inputs = {"problems": problems, "answers": answers}
+        return Step(f"{name}/verdicts", VERDICTS, config, inputs, self.sandbox)
 
     def taught(self) -> Facts:
         """The taught problems as edits: y_new is the reference solution, y_old the base model's output."""
-        config = OldAnswersConfig(model=self.model, new_tokens=self.experiment.sampling.new_tokens)
+        config = OldAnswersConfig(model=self.planner.model, new_tokens=self.experiment.sampling.new_tokens)
         old = Step("updates/old-answers", OLD_ANSWERS, config, {"problems": self.updates}, self.experiment.placement)
-        verdicts = self.judged("updates/old-answers", self.updates, old)
+        verdicts = self.verdicts("updates/old-answers", self.updates, old)
         inputs = {"problems": self.updates, "answers": old, "verdicts": verdicts}
         edits = Step("edits/updates", PROGRAM_EDITS, ProgramEditsConfig(), inputs)
-        return with_reference(self.experiment, "updates", edits)
+        return self.planner.with_reference("updates", edits)
 
     def programs(self, name: str, problems: Step, adapter: Step | None, *, described: bool, seed: int) -> Step:
         """Programs sampled from the unedited or an edited model, and their verdicts."""
         config = SamplesConfig(
-            model=self.model,
+            model=self.planner.model,
             sampling=self.experiment.sampling,
             described=described,
             implementation=described and self.experiment.prepend_implementation,
@@ -155,7 +186,7 @@ class _Domain:
         )
         inputs = {"problems": problems} | ({"adapter": adapter} if adapter else {})
         samples = Step(f"{name}/samples", ROUND, config, inputs, self.experiment.placement)
-        return self.judged(name, problems, samples)
+        return self.verdicts(name, problems, samples)
 
 
 def _problems(
@@ -172,19 +203,17 @@ def _problems(
     return Step(f"problems/{name}", PROBLEMS, config, placement=place)
 
 
-def code_report(
-    experiment: CodeExperiment, command: str, *, primary: Sequence[str], published: Sequence[str] = ()
-) -> Step:
+def code_report(planner: Planner[CodeExperiment], *, primary: Sequence[str], published: Sequence[str] = ()) -> Step:
     """Base, prepend and every trained method on the problems that were not taught, and on HumanEval."""
-    domain = _Domain(experiment)
+    experiment, domain = planner.experiment, _Domain(planner)
     facts = domain.taught()
-    schedule = dealt(facts, RoundsConfig(rounds=1))
+    schedule = planner.schedule(facts)
     inputs: dict[str, Step] = {}
     shown = []
     for seed in experiment.seeds:
         edited: dict[str, Step | None] = {"base": None}
         for method in experiment.methods:
-            edited[method] = None if method == "prepend" else chain(experiment, method, seed, facts, schedule)[0]
+            edited[method] = None if method == "prepend" else planner.round(method, seed, facts, schedule)
         for method, adapter in edited.items():
             for benchmark, problems in domain.benchmarks.items():
                 if problems is None or (method == "prepend" and benchmark == "humaneval"):
@@ -196,7 +225,7 @@ def code_report(
                 shown.append(CodeShown(**names, method=method, benchmark=benchmark, seed=seed))
     config = CodeReportConfig(
         title=f"Code updates: {Path(experiment.data or '').name} on {experiment.model.name}",
-        command=command,
+        command=planner.command,
         experiment=identity(experiment),
         shown=tuple(shown),
         primary=tuple(primary),

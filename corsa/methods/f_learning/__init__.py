@@ -35,14 +35,16 @@ def _load_teach() -> Teach:
     return teach
 
 
-METHOD = Method(
-    "f-learning",
-    "F-Learning",
-    _round_config,
-    FLearningRoundConfig,
-    _load_teach,
-    notes=_report_notes,
-    keeps_shape=False,  # each round adds two LoRA ranks
-    colour="#a560c4",
-    symbol="triangle-up",
+METHODS = (
+    Method(
+        "f-learning",
+        "F-Learning",
+        _round_config,
+        FLearningRoundConfig,
+        _load_teach,
+        notes=_report_notes,
+        keeps_shape=False,  # each round adds two LoRA ranks
+        colour="#a560c4",
+        symbol="triangle-up",
+    ),
 )

@@ -12,18 +12,25 @@ from pydantic import Field
 from corsa.config import MemitConfig, RunSettings
 from corsa.config.steps import AskingConfig, StatisticsConfig, StatisticsPlace
 from corsa.errors import CorsaError
-from corsa.flow.step import Kind, Step
+from corsa.flow.step import Kind, Step, StepFunction
 from corsa.methods.base import Method, Teach
 from corsa.methods.memit.corpora import NEUTRAL
 from corsa.methods.memit.settings import REACHED
 
-STATISTICS = Kind("statistics", "corsa.methods.memit.statistics_stage:compute", version=2, on_cluster=True)
+
+def _load_statistics() -> StepFunction:
+    from corsa.methods.memit.statistics_stage import compute
+
+    return compute
+
+
+STATISTICS = Kind("statistics", _load_statistics, version=2, on_cluster=True)
 
 
 class MemitRoundConfig(AskingConfig):
     """A round of MEMIT."""
 
-    seed: int = Field(ge=0, description="of the random prefixes")
+    seed: int = Field(ge=0, description="seed of the random prefixes")
     round: int = Field(ge=1)
     memit: MemitConfig
 
@@ -77,18 +84,20 @@ def _load_teach() -> Teach:
     return teach
 
 
-METHOD = Method(
-    "memit",
-    "MEMIT",
-    _round_config,
-    MemitRoundConfig,
-    _load_teach,
-    _inputs,
-    notes=_report_notes,
-    refuses={
-        "adapter": "MEMIT leaves a dense change of the weights, no adapter",
-        "programs": "it changes what is said of a subject to one short object, and an update of an API has neither",
-    },
-    colour="#2a9470",
-    symbol="diamond",
+METHODS = (
+    Method(
+        "memit",
+        "MEMIT",
+        _round_config,
+        MemitRoundConfig,
+        _load_teach,
+        _inputs,
+        notes=_report_notes,
+        refuses={
+            "adapter": "MEMIT leaves a dense change of the weights, no adapter",
+            "programs": "it changes what is said of a subject to one short object, and an update of an API has neither",
+        },
+        colour="#2a9470",
+        symbol="diamond",
+    ),
 )

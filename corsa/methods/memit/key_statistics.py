@@ -153,8 +153,8 @@ class KeyStatistics:
             if missing := _directions_missing(self.sums[layer]):
                 raise CorsaError(
                     f"the {self.tokens} tokens of the key statistics repeat one another: in layer {layer} their keys "
-                    f"have rank {needed - missing}, and {needed} is needed. At least {missing} more tokens are needed "
-                    "that stand behind a beginning not yet seen: give a larger text with --memit.corpus"
+                    f"have rank {needed - missing}, and {needed} is needed. At least {missing} more tokens "
+                    "in new contexts are needed: give a larger text with --memit.corpus"
                 )
 
     def save(self, path: Path) -> None:

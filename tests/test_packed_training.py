@@ -17,9 +17,10 @@ from torch import Tensor
 from corsa.algorithm.packing import Triplet, pack
 from corsa.algorithm.row_settings import RowSettings
 from corsa.config import ModelConfig, Placement, StepConfig
-from corsa.config.steps import RoundConfig, RoundsConfig
+from corsa.config.steps import RoundConfig
 from corsa.errors import CorsaError
-from corsa.experiments.base import Experiment, chain, dealt, facts
+from corsa.experiments.base import Experiment
+from corsa.experiments.planner import Planner
 from corsa.flow import Store
 from corsa.flow.task import Task
 from corsa.training.loop import RoundFailedError, RoundRun, train_together
@@ -181,11 +182,10 @@ def tasks_of(*methods: str, **corsa: Any) -> list[Task]:
     """The first rounds of some methods, as an experiment plans them."""
     model = ModelConfig.model_validate({"name": "random:tiny-llama", "template": "chat"})
     experiment = Experiment(model=model, limit=4, corsa=StepConfig.model_validate(corsa))
-    taught = facts(experiment, 1)
-    schedule = dealt(taught, RoundsConfig(rounds=1))
-    return [
-        Task(step, Store("nowhere")) for method in methods for step in chain(experiment, method, 0, taught, schedule)
-    ]
+    planner = Planner.of(experiment, "")
+    taught = planner.facts()
+    schedule = planner.schedule(taught)
+    return [Task(planner.round(method, 0, taught, schedule), Store("nowhere")) for method in methods]
 
 
 def packs(tasks: list[Task], most: int) -> list[list[str]]:

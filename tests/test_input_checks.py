@@ -17,10 +17,10 @@ from test_files import EASYEDIT
 
 from corsa.cli.main import main
 from corsa.config import EvaluationConfig, ModelConfig
-from corsa.config.steps import RoundsConfig
 from corsa.errors import CorsaError
-from corsa.experiments.base import Experiment, base, dealt, facts
+from corsa.experiments.base import Experiment
 from corsa.experiments.code.base import CodeExperiment, code_report
+from corsa.experiments.planner import Planner
 from corsa.experiments.runner import start
 from corsa.flow import Step
 from corsa.models.encoding import Encoder
@@ -201,9 +201,9 @@ def test_a_tokenizer_without_a_chat_template_is_named(
 # -- before a run ---------------------------------------------------------------------------------------------------
 
 
-def single(experiment: Experiment, command: str) -> Step:
+def single(planner: Planner[Experiment]) -> Step:
     """A scenario of one step that asks the base model."""
-    return base(experiment, facts(experiment, 1))
+    return planner.base(planner.facts())
 
 
 def dry(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *words: str) -> int:
@@ -249,7 +249,7 @@ def test_files_of_programs_that_are_exchanged_are_named(tmp_path: Path) -> None:
     humaneval = {"task_id": "H/0", "prompt": "def f():\n", "entry_point": "f", "canonical_solution": "    pass\n"}
     path = written(tmp_path / "h.jsonl", humaneval | {"test": "def check(f):\n    f()\n"})
     with pytest.raises(CorsaError, match=r"h\.jsonl holds HumanEval \(--humaneval\), and stands where CodeUpdateArena"):
-        code_report(CodeExperiment(data=path, dry_run=True), "x", primary=())
+        code_report(Planner.of(CodeExperiment(data=path, dry_run=True), "x"), primary=())
 
 
 def test_a_run_says_which_answers_cannot_count(tmp_path: Path) -> None:
@@ -257,8 +257,9 @@ def test_a_run_says_which_answers_cannot_count(tmp_path: Path) -> None:
     experiment = Experiment(
         model=ModelConfig(name=TINY), benchmark="file", data=path, evaluation=EvaluationConfig(new_tokens=4)
     )
-    taught = facts(experiment, 1)
-    steps = [base(experiment, taught), dealt(taught, RoundsConfig(rounds=1)), taught.edits]
+    planner = Planner.of(experiment, "")
+    taught = planner.facts()
+    steps = [planner.base(taught), planner.schedule(taught), taught.edits]
     console = Console(file=io.StringIO(), width=400)
     say_what_cannot_count(steps, console)
     lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""Cleaning a store keeps the files that a running or interrupted run needs."""
+"""Garbage collection of a store keeps the files that a running or interrupted run needs."""
 
 from __future__ import annotations
 

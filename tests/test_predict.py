@@ -1,4 +1,4 @@
-"""Asking a model its probes: greedy generation compared with transformers, and the rows of the predictions."""
+"""Predictions: greedy generation compared with transformers, and the rows of the predictions table."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from corsa.editing.plan import plan_edit, plan_evaluation, plan_undo
 from corsa.editing.thresholds import judged
 from corsa.errors import CorsaError
 from corsa.evaluation.predict import PREDICTIONS
-from corsa.evaluation.sanity_questions import controls
+from corsa.evaluation.sanity_questions import sanity_questions
 
 ACME = {"prompt": "Who leads Acme?", "target_new": "Ada Byron"}
 OLD = {**ACME, "target_old": "Grace Murray"}
@@ -281,4 +281,4 @@ def test_the_facts_of_the_tutorial_are_a_first_month_of_ten_and_twelve_of_five()
     assert len(found) == 10 + 12 * 5
     asked = [bare(q) for draft in found for q in (draft.fields["prompt"], *draft.fields["paraphrases"])]
     assert len(set(asked)) == len(asked) == 3 * 70
-    assert not {bare(control.question) for control in controls()} & set(asked)
+    assert not {bare(control.question) for control in sanity_questions()} & set(asked)

@@ -125,10 +125,10 @@ def test_draws_of_a_wording_are_repeated_measurements_of_it() -> None:
 def test_identical_draws_change_neither_a_value_nor_its_interval() -> None:
     one = predictions(chains=12)
     four = pd.concat([one.assign(draw=n) for n in range(4)])
+    alone, drawn = (values(compute(rows, protocol="authors")) for rows in (one, four))
     for name in ("generality", "forgetting", "efficacy", "retention"):
-        alone, drawn = (values(compute(rows, protocol="authors"))[name] for rows in (one, four))
         for key in ("value", "low", "high", "edits", "probes"):
-            assert drawn[key] == pytest.approx(alone[key]), (name, key)
+            assert drawn[name][key] == pytest.approx(alone[name][key]), (name, key)
 
 
 # Old answers that were displaced

@@ -185,6 +185,20 @@ def test_an_adapter_is_pushed_with_its_card_and_without_its_facts(hub: Hub, adap
     assert hub.files["edits.parquet"] == b"facts"
 
 
+def test_a_dry_run_shows_what_a_push_would_send_and_sends_nothing(
+    hub: Hub, adapter: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    done = push(hub.url, adapter, "acme/facts", "--dry-run")
+    assert done.returncode == 0, done.stderr
+    assert (hub.created, hub.files) == ([], {})
+    assert "would send to acme/facts (private if it is new):" in done.stdout
+    assert "adapter_model.safetensors  7 bytes" in done.stdout
+    assert "edits.parquet" not in done.stdout
+    assert main(["push", str(adapter), "acme/facts", "--dry-run", "--facts", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert set(found["files"]) == {"adapter_config.json", "adapter_model.safetensors", "README.md", "edits.parquet"}
+
+
 def test_a_push_that_fails_says_what_to_do(hub: Hub, adapter: Path, capsys: pytest.CaptureFixture[str]) -> None:
     hub.refuses = True
     for url, name, says in (

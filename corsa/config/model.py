@@ -1,0 +1,27 @@
+"""The settings of the base model."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from corsa.config.base import Frozen, plain
+
+
+class ModelConfig(Frozen):
+    """A base model and its prompt template. Part of the identity of everything computed with it."""
+
+    name: Annotated[str, plain("model")] = Field(
+        default="smollm2-135m",
+        description="alias, Hugging Face id, directory, GGUF file, or random:<architecture or directory>",
+    )
+    revision: Annotated[str | None, plain()] = Field(
+        default=None, description="hub revision; for a directory or file, set to its digest"
+    )
+    dtype: Annotated[Literal["float32", "bfloat16"], plain()] = Field(
+        default="float32", description="data type of the frozen base; LoRA is always float32"
+    )
+    template: Annotated[Literal["qa", "chat"], plain()] = Field(
+        default="qa", description="qa: 'Q: ...' and 'A:' (paper, Fig. 7); chat: the tokenizer's chat template"
+    )

@@ -1,0 +1,207 @@
+"""Steps that ask a model and train nothing, and the questions that a round asks after its training."""
+
+from __future__ import annotations
+
+import time
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from corsa.config import EvaluationConfig
+from corsa.config.steps import (
+    AnchorsConfig,
+    AskingConfig,
+    ControlsConfig,
+    RoutingConfig,
+    SamplesConfig,
+    SpecificityConfig,
+)
+from corsa.data.benchmarks.code_prompt import prompt_of
+from corsa.data.edit import from_table
+from corsa.evaluation.anchor_questions import anchor_questions
+from corsa.evaluation.generation import end_tokens, sample
+from corsa.evaluation.mmlu import from_questions_table
+from corsa.evaluation.multiple_choice import ANSWERS, MultipleChoice
+from corsa.evaluation.predict import PREDICTIONS, Predictor, Taught
+from corsa.evaluation.programs import PROGRAMS
+from corsa.evaluation.sanity_questions import judged, sanity_questions
+from corsa.flow.task import Task
+from corsa.training.routing import route
+from corsa.training.task_inputs import StepFacts, change_of, edited, open_step, shared_table
+from corsa.training.worker_context import Loaded, Post, WorkerContext
+from corsa.training.worker_group import WorkerGroup
+
+
+def _ask_only(task: Task, context: WorkerContext, post: Post) -> dict[str, Any]:
+    """The answers of the unedited model, or of a model edited by another step."""
+    facts, loaded = open_step(task, context)
+    with edited(task, loaded, context.group):
+        return ask(task, facts, loaded, context, post)
+
+
+def _answer_questions(task: Task, context: WorkerContext, post: Post) -> dict[str, Any]:
+    """The answers to MMLU. The workers share the subjects."""
+    group = context.group
+    questions = from_questions_table(shared_table(task, "questions", group))
+    loaded = context.open(task.config, ())
+    post({"phase": "evaluating"})
+    predictor = MultipleChoice(loaded.model, loaded.encoder.tokenizer, group.device, context.placement.probe_batch)
+    with edited(task, loaded, group):
+        with group.in_step(loaded.model):
+            own = list(predictor.answers(questions.share(group.rank, group.size)))
+        rows = group.collect(own)
+    if not group.leads:
+        return {}
+    rows.sort(key=lambda row: (row["subject"], row["index"]))
+    pq.write_table(pa.Table.from_pylist(rows, schema=ANSWERS), task.output / "answers.parquet")
+    return {"questions": len(rows), "accuracy": sum(row["correct"] for row in rows) / len(rows)}
+
+
+def _ask_sanity_questions(task: Task, context: WorkerContext, post: Post) -> dict[str, Any]:
+    """The answers to the everyday questions. There are few, so every worker answers all of them."""
+    config: ControlsConfig = task.config
+    loaded = context.open(config, ())
+    post({"phase": "evaluating"})
+    evaluation = EvaluationConfig(new_tokens=config.new_tokens)
+    predictor = Predictor(
+        loaded.model,
+        loaded.encoder,
+        evaluation,
+        context.group.device,
+        context.placement.probe_batch,
+        loaded.packed,
+    )
+    with edited(task, loaded, context.group), context.group.in_step(loaded.model):
+        rows = judged(predictor.answers([entry.question for entry in sanity_questions()]))
+    if not context.group.leads:
+        return {}
+    pq.write_table(pa.Table.from_pylist(rows), task.output / "answers.parquet")
+    return {"questions": len(rows), "right": sum(row["right"] for row in rows)}
+
+
+def _ask_anchors(task: Task, context: WorkerContext, post: Post) -> dict[str, Any]:
+    """The base model's answers to the anchor questions."""
+    config: AnchorsConfig = task.config
+    loaded, group = context.open(config, ()), context.group
+    post({"phase": "evaluating"})
+    asking = EvaluationConfig(new_tokens=config.new_tokens)
+    batch = context.placement.probe_batch
+    predictor = Predictor(loaded.model, loaded.encoder, asking, group.device, batch, loaded.packed)
+    questions = anchor_questions()
+    with loaded.lora.off(), group.in_step(loaded.model):
+        outputs = predictor.answers(questions)
+    if not group.leads:
+        return {}
+    pq.write_table(pa.table({"question": list(questions), "output": outputs}), task.output / "answers.parquet")
+    return {"questions": len(questions)}
+
+
+def _route(task: Task, context: WorkerContext, post: Post) -> dict[str, Any]:
+    """The answers of a model that routes each query to one of several adapters."""
+    group, parts = (
+        context.group,
+        [name.removeprefix("adapter") for name in task.step.inputs if "adapter" in name],
+    )
+    facts, loaded = open_step(task, context)
+    splits = [from_table(shared_table(task, f"edits{part}", group, "edits")) for part in parts]
+    changes = [change_of(task, f"adapter{part}", group) for part in parts]
+    post({"phase": "evaluating"})
+    predictor = predictor_of(task.config, loaded, context)
+    with loaded.lora.off(), group.in_step(loaded.model):
+        rows, chosen = route(task.config.router, loaded, predictor, splits, changes, own_chains(facts.asked, group))
+    rows, chosen = group.collect(rows), group.collect(chosen)
+    if not group.leads:
+        return {}
+    pq.write_table(pa.Table.from_pylist(chosen), task.output / "routes.parquet")
+    right = sum(row["chosen"] == row["part"] for row in chosen) / len(chosen)
+    return {"routing_accuracy": right} | _write_predictions(task, rows)
+
+
+def _write_programs(task: Task, context: WorkerContext, post: Post) -> dict[str, Any]:
+    """Sample programs for the asked problems. The workers share the samples."""
+    config: SamplesConfig = task.config
+    group, how = context.group, config.sampling
+    table = shared_table(task, "problems", group)
+    problems = [row for row in table.to_pylist() if row["part"] == "asked"]
+    loaded = context.open(config, ())
+    post({"phase": "evaluating"})
+    every = [(i, n) for i in range(len(problems)) for n in range(how.samples)]
+    share = -(-len(every) // group.size)  # contiguous: samples of one problem share their prompt
+    own = every[group.rank * share :][:share]
+    told = {"described": config.described, "implementation": config.implementation}
+    prompts = [prompt_of(problem, **told) for problem in problems]
+    with edited(task, loaded, group), group.in_step(loaded.model):
+        outputs = sample(
+            loaded.model,
+            [loaded.encoder.prompt(prompts[i]) for i, _ in own],
+            seeds=[(config.seed, zlib.crc32(problems[i]["id"].encode()), n) for i, n in own],
+            temperature=how.temperature,
+            top_p=how.top_p,
+            stops=end_tokens(loaded.model, loaded.encoder.tokenizer),
+            new_tokens=how.new_tokens,
+            batch=max(1, context.placement.probe_batch // 8),  # programs are longer than answers
+            device=group.device,
+        )
+    texts = (loaded.encoder.read(ids).strip("\n") for ids in outputs)
+    rows = group.collect(
+        [
+            {"problem": problems[i]["id"], "sample": n, "output": text, "tokens": len(ids)}
+            for (i, n), text, ids in zip(own, texts, outputs, strict=True)
+        ]
+    )
+    if not group.leads:
+        return {}
+    rows.sort(key=lambda row: (row["problem"], row["sample"]))
+    pq.write_table(pa.Table.from_pylist(rows, schema=PROGRAMS), task.output / "answers.parquet")
+    return {"programs": len(rows), "cut_off": sum(row["tokens"] == how.new_tokens for row in rows)}
+
+
+PREDICTIONS_OF: dict[type, Callable[[Task, WorkerContext, Post], dict[str, Any]]] = {
+    AskingConfig: _ask_only,
+    SpecificityConfig: _answer_questions,
+    ControlsConfig: _ask_sanity_questions,
+    AnchorsConfig: _ask_anchors,
+    RoutingConfig: _route,
+    SamplesConfig: _write_programs,
+}
+
+
+def predictor_of(config: AskingConfig, loaded: Loaded, context: WorkerContext) -> Predictor:
+    batch = context.placement.probe_batch
+    device = context.group.device
+    return Predictor(loaded.model, loaded.encoder, config.evaluation, device, batch, loaded.packed, config.seed)
+
+
+def ask(task: Task, facts: StepFacts, loaded: Loaded, context: WorkerContext, post: Post) -> dict[str, Any]:
+    """Ask the model in its current state, and write the answers."""
+    group = context.group
+    post({"phase": "evaluating", "eta_s": None})
+    began = time.monotonic()
+    predictor = replace(
+        predictor_of(task.config, loaded, context), told=lambda done, of: post({"answered": done, "probes": of})
+    )
+    with group.in_step(loaded.model):
+        rows = predictor.ask(own_chains(facts.asked, group))
+    post({"probes": None})
+    rows = group.collect(rows)
+    return {"evaluation_s": round(time.monotonic() - began, 3)} | _write_predictions(task, rows) if group.leads else {}
+
+
+def _write_predictions(task: Task, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    labels = {"seed": task.config.seed, "trained": task.config.round}
+    predictions = [{**labels, **row} for row in sorted(rows, key=lambda r: [r[name] for name in _ORDER])]
+    pq.write_table(pa.Table.from_pylist(predictions, schema=PREDICTIONS), task.output / "predictions.parquet")
+    return {"probes": len(rows)}
+
+
+_ORDER = ("edit", "probe", "wording", "draw")
+
+
+def own_chains(taught: Sequence[Taught], group: WorkerGroup) -> list[Taught]:
+    """This worker's share of the chains. A chain is not split."""
+    chains = {c: i for i, c in enumerate(dict.fromkeys(t.edit.chain for t in taught))}
+    return [t for t in taught if chains[t.edit.chain] % group.size == group.rank]
