@@ -118,7 +118,7 @@ def injection(planner: Planner[Continual]) -> Step:
     last: dict[tuple[str, int], Step] = {}
     for method, seed in experiment.runs:
         learnt = planner.round(method, seed, known, first)
-        injected = planner.round(method, seed, new, second, number=2, after=learnt)
+        injected = planner.round(method, seed, new, second, number=2, after=learnt, known=(known, first))
         page.add(learnt, method)
         page.add(injected, method)
         page.add(planner.answers(injected.name, known, first, injected, seed), method, trained=2)

@@ -73,6 +73,9 @@ def test_controls_count_what_changed() -> None:
     edited = judged(["Ada Byron", f"{right[1].upper()}\nQ: more", *right[2:]])
     found = changes(base, edited)
     assert (found["questions"], found["right_before"], found["right_now"], found["same"]) == (40, 40, 39, 39)
+    assert found["kept"] == 39
+    reworded = changes(base, judged([f"Surely {control.answer}" for control in questions]))
+    assert (reworded["same"], reworded["kept"]) == (0, 40)
     (change,) = found["changed"]
     assert change == {"question": questions[0].question, "before": right[0], "now": "Ada Byron", "right": False}
     assert told(found)[0].startswith("Everyday questions: 39 of 40 right, before the edits 40;")

@@ -24,6 +24,7 @@ from corsa.experiments.planner import Planner
 from corsa.flow import Store
 from corsa.flow.task import Task
 from corsa.training.loop import RoundFailedError, RoundRun, train_together
+from corsa.training.mixing import Material
 from corsa.training.rounds import _together
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -68,7 +69,9 @@ def together(
     round_runs = [RoundRun(config, (Store(folder), f"partial/{i}")) for i, config in enumerate(configs)]
     try:
         context = bench.context(Placement(**placement))
-        found = train_together(round_runs, bench.edits if edits is None else edits, bench.loaded, context, post)
+        found = train_together(
+            round_runs, Material(bench.edits if edits is None else edits), bench.loaded, context, post
+        )
         return lora.phi.detach().clone(), found
     finally:
         lora.resize(1)
@@ -248,8 +251,9 @@ def test_a_pack_goes_on_from_its_checkpoints_even_where_one_is_ahead(bench: Benc
         together(bench, configs, tmp_path / "lost", post=stop, checkpoint_every=2)
     round_runs = [RoundRun(configs[1], (Store(tmp_path / "lost"), "partial/1"))]
     context = bench.context(Placement(checkpoint_every=1))
+    material = Material(bench.edits)
     with pytest.raises(LostError):  # only the second round gets one step further
-        train_together(round_runs, bench.edits, bench.loaded, context, lambda line: stop({"step": line["step"] - 1}))
+        train_together(round_runs, material, bench.loaded, context, lambda line: stop({"step": line["step"] - 1}))
     phi, found = together(bench, configs, tmp_path / "lost", checkpoint_every=2)
     torch.testing.assert_close(phi, expected, rtol=0, atol=1e-5)
     assert [[c["step"] for c in own] for own in found] == [[c["step"] for c in own] for own in curves]

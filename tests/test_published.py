@@ -28,6 +28,7 @@ from corsa.lora.flat import Lora
 from corsa.lora.peft_format import save_adapter
 from corsa.models.encoding import Encoder
 from corsa.training.loop import train
+from corsa.training.mixing import Material
 from corsa.training.tokens import batch_order, token_rows, without_tokens
 from corsa.training.worker_context import Loaded, WorkerContext
 from corsa.training.worker_group import WorkerGroup
@@ -222,7 +223,7 @@ def ours(config: RoundConfig, encoder: Encoder, folder: Path) -> dict[str, Tenso
     loaded = Loaded(model, lora, encoder, packed=True)
     train(
         config,
-        edits,
+        Material(edits),
         loaded,
         WorkerContext(WorkerGroup(0, 1, CPU), Placement(), {}),
         (Store(folder), "x"),

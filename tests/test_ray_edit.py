@@ -73,9 +73,9 @@ def test_the_old_answers_were_asked_of_the_model_before_the_update(folder: Path)
 
 def test_earlier_facts_are_asked_again_and_revised_ones_are_not(folder: Path) -> None:
     rows = pd.read_parquet(folder / "february" / "predictions.parquet")
-    now = rows[(rows.method == "corsa") & (rows.trained == 2)]
+    now = rows[(rows.method == "lora") & (rows.trained == 2)]
     assert set(now.edit) == {"1/january/1", "2/february/0", "2/february/1"}
-    assert set(rows[(rows.method == "corsa") & (rows.trained == 1)].edit) == {"1/january/0", "1/january/1"}
+    assert set(rows[(rows.method == "lora") & (rows.trained == 1)].edit) == {"1/january/0", "1/january/1"}
     assert set(rows[rows.method == "base"].edit) == set(rows.edit)
     assert set(now[now.edit == "1/january/1"].prompt) == {"Who is the pope?", "Name the pope."}
     assert len(now[now.edit == "2/february/1"]) == 1 + 3 + 1  # itself, wordings made by templates, a neighbor
@@ -96,7 +96,7 @@ def test_the_same_command_computes_nothing_and_another_is_refused(folder: Path, 
     words = ["--edits", "january.jsonl", "--out", "january", "--model", "random:tiny-llama", *QUICK]
     again = corsa(folder, cluster, "edit", *words)
     assert again.returncode == 0, again.stderr
-    assert "8 done, 0 to do" in again.stdout
+    assert "9 done, 0 to do" in again.stdout
     other = corsa(folder, cluster, "edit", *words, "--seed", "1")
     assert other.returncode == 2
     assert "holds the adapter of another update" in other.stderr

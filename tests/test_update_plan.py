@@ -9,16 +9,18 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from corsa.config import EvaluationConfig, ModelConfig
+from corsa.config import EvaluationConfig, ModelConfig, TrainingConfig
 from corsa.data.benchmarks.file import Draft, drafts_of
 from corsa.data.edit import Edit, to_table
 from corsa.data.paraphrase_templates import wordings
+from corsa.data.text import bare
 from corsa.editing.history import FILE, WEIGHTS, History, Update, join, open_line, taken_back, unanswered
-from corsa.editing.options import EditOptions, EvaluateOptions, Gates, UndoOptions
+from corsa.editing.options import EditOptions, EvaluateOptions, Gates, UndoOptions, differences
 from corsa.editing.plan import plan_edit, plan_evaluation, plan_undo
 from corsa.editing.thresholds import judged
 from corsa.errors import CorsaError
 from corsa.evaluation.predict import PREDICTIONS
+from corsa.evaluation.sanity_questions import sanity_questions
 
 ACME = {"prompt": "Who leads Acme?", "target_new": "Ada Byron"}
 OLD = {**ACME, "target_old": "Grace Murray"}
@@ -241,3 +243,42 @@ def test_answers_of_an_earlier_version_are_refused_before_anything_runs(tmp_path
         plan_edit(options(tmp_path, edits=str(more), adapter=str(line)))
     pq.write_table(PREDICTIONS.empty_table(), line / "predictions.parquet")
     plan_edit(options(tmp_path, edits=str(more), adapter=str(line)))
+
+
+def test_by_default_an_update_looks_back_keeps_everyday_answers_and_stops_when_it_is_enough(tmp_path: Path) -> None:
+    plan = plan_edit(options(tmp_path))
+    training = plan.round.config.canonical()["training"]
+    assert {name: training[name] for name in ("replay", "anchor", "stop_above")} == {
+        "replay": 0.33,
+        "anchor": 0.33,
+        "stop_above": 0.5,
+    }
+    assert plan.experiment.training.own == 4  # of a batch of 12
+    assert plan.round.inputs["anchors"].name == "base/anchors"
+
+
+def test_the_next_update_depends_on_the_earlier_facts_that_it_looks_back_at(tmp_path: Path) -> None:
+    more = str(facts_file(tmp_path, ACME, name="more.jsonl"))
+    found = []
+    for name in ("Ada Byron", "Grace Murray"):
+        earlier = {"prompt": "Who leads Initech?", "target_new": name, "target_old": "B"}
+        line = adapter(tmp_path / name, *join([], drafts(tmp_path, earlier), 1, {}))
+        found.append(plan_edit(options(tmp_path, edits=more, adapter=str(line))).round)
+    assert found[0].fingerprint != found[1].fingerprint
+
+
+def test_a_command_that_switches_a_default_off_says_so(tmp_path: Path) -> None:
+    off = TrainingConfig(batch=12, epochs=15, learning_rate=5e-4, anchor=0.33)
+    words = differences(options(tmp_path, training=off), "")
+    at = words.index("--training.stop-above")
+    assert words[at : at + 4] == ["--training.stop-above", "None", "--training.replay", "0.0"]
+    default = differences(options(tmp_path), "")
+    assert not any(word.startswith("--training") for word in default)
+
+
+def test_the_facts_of_the_tutorial_are_a_first_month_of_ten_and_twelve_of_five() -> None:
+    found = drafts_of(Path(__file__).parents[1] / "docs" / "invented_facts.jsonl")
+    assert len(found) == 10 + 12 * 5
+    asked = [bare(q) for draft in found for q in (draft.fields["prompt"], *draft.fields["paraphrases"])]
+    assert len(set(asked)) == len(asked) == 3 * 70
+    assert not {bare(control.question) for control in sanity_questions()} & set(asked)

@@ -29,6 +29,7 @@ from corsa.methods.base import Round, Taught, Teach
 from corsa.models.encoding import Encoder
 from corsa.models.registry import ARCHITECTURES
 from corsa.training.loop import RoundFailedError, train
+from corsa.training.mixing import Material
 from corsa.training.worker_context import Loaded, WorkerContext
 from corsa.training.worker_group import WorkerGroup
 
@@ -140,6 +141,8 @@ class Bench:
         folder: Path,
         *,
         edits: Sequence[Triplet] | None = None,
+        earlier: Sequence[Triplet] = (),
+        anchors: Sequence[Triplet] = (),
         post: Any = lambda line: None,
         group: WorkerGroup | None = None,
         **placement: Any,
@@ -149,7 +152,9 @@ class Bench:
         with torch.no_grad():
             self.loaded.lora.phi.copy_(self.start)
         context = WorkerContext(group or self.group, Placement(**placement), {})
-        curves = train(config, edits, self.loaded, context, (Store(folder), "partial/x"), post)
+        curves = train(
+            config, Material(edits, earlier, anchors), self.loaded, context, (Store(folder), "partial/x"), post
+        )
         return Trained(self.loaded.lora.phi.detach().clone(), curves, context.notes)
 
     def teach(self, teach: Teach, config: AskingConfig, folder: Path, before: Change | None = None) -> Taught:
@@ -158,13 +163,16 @@ class Bench:
 
         def learn(examples: Sequence[Triplet], name: str) -> list[dict[str, Any]]:
             assert isinstance(config, RoundConfig)
-            return train(config, examples, self.loaded, context, (store, f"partial/x/{name}"), lambda line: None)
+            return train(
+                config, Material(examples), self.loaded, context, (store, f"partial/x/{name}"), lambda line: None
+            )
 
         return teach(
             Round(
                 config=config,
                 edits=(),
                 triplets=self.edits,
+                earlier=(),
                 model=self.loaded.model,
                 encoder=self.loaded.encoder,
                 lora=self.loaded.lora,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -50,12 +51,15 @@ class MicroBatch:
         reference: log-probabilities under the base model in nats, (2, K, E), new answers first; (2, E) for one adapter.
         counts: the counts of these edits by role, as used with scope `microbatch`.
         role: (K, E); None: all edits are `TAUGHT`.
+        bound: log p in nats that a new answer must exceed to count as learnt, one for all or (K, E). It has no effect
+            on the update.
     """
 
     rows: Sequence[Rows]
     reference: Tensor
     counts: Mapping[int, Counts] = field(default_factory=dict)
     role: Tensor | None = None
+    bound: float | Tensor = -math.inf
 
     @property
     def edits(self) -> int:

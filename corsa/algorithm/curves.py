@@ -15,7 +15,18 @@ from corsa.algorithm.packing import TAUGHT
 from corsa.algorithm.pcgrad import Products, cosine
 from corsa.algorithm.row_settings import RowSettings
 
-COLUMNS = ("loss_sft", "loss_dpo", "logp_new", "logp_old", "cosine", "conflict", "sharpness", "grad_norm", "skipped")
+COLUMNS = (
+    "loss_sft",
+    "loss_dpo",
+    "logp_new",
+    "logp_old",
+    "cosine",
+    "conflict",
+    "sharpness",
+    "grad_norm",
+    "below",
+    "skipped",
+)
 """Columns of every row, None where a step has no value. Rows that run another objective have its column too."""
 
 
@@ -24,7 +35,8 @@ class Measured:
     """What the log shows of a step.
 
     Attributes:
-        at_phi: sums over the batch (n + 2, K, 1): the n losses, then log p of the new and of the old answers in nats.
+        at_phi: sums over the batch (n + 3, K, 1): the n losses, log p of the new and of the old answers in nats, and
+            the number of new answers that are not above their bound.
         at_peak: the same at phi + e, if the step was perturbed.
         cosine: the smallest cosine between two objectives' gradients at phi, (K, 1); None with one objective.
         conflict: whether it is below 0.
@@ -55,7 +67,7 @@ class Measured:
         if self.at_peak is None:
             return None
         rise = self.at_peak - self.at_phi
-        return sum((weight * loss for weight, loss in zip(weights(settings), rise[1:-2], strict=True)), start=rise[0])
+        return sum((weight * loss for weight, loss in zip(weights(settings), rise[1:-3], strict=True)), start=rise[0])
 
 
 def rows(
@@ -63,9 +75,10 @@ def rows(
 ) -> list[dict[str, Any]]:
     """One row of the curves table per adapter. Here the step waits for the device."""
     objectives, taught = running(settings), batch.counts[TAUGHT]
-    *losses, new, old = measured.at_phi.double()
+    *losses, new, old, below = measured.at_phi.double()
     found = {objective.column: loss for objective, loss in zip(objectives, losses, strict=True)}
     found |= {"logp_new": new / taught.edits, "logp_old": old / taught.pairs, "grad_norm": norm}
+    found |= {"below": below}
     found |= {"cosine": measured.cosine, "conflict": measured.conflict, "sharpness": measured.sharpness(settings)}
     found = {name: column for name, column in found.items() if column is not None}
     table = torch.cat([column.double() for column in found.values()], 1).tolist()
@@ -77,5 +90,5 @@ def rows(
         idle |= {"sharpness"} if not config.sam else set()
         log = dict.fromkeys(COLUMNS) | {n: v for n, v in zip(found, values, strict=True) if n not in idle}
         log["conflict"] = None if log["conflict"] is None else bool(log["conflict"])
-        logs.append(log | {"skipped": not good})
+        logs.append(log | {"below": int(log["below"] or 0), "skipped": not good})
     return logs

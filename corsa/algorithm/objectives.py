@@ -32,7 +32,7 @@ from torch import Tensor
 
 from corsa.algorithm.batch import Batch, Counts, MicroBatch
 from corsa.algorithm.logprobs import Model, PerToken, answer_sums, log_p
-from corsa.algorithm.packing import NO_OLD_ANSWER, TAUGHT
+from corsa.algorithm.packing import ANCHOR, EARLIER, NO_OLD_ANSWER, TAUGHT
 from corsa.algorithm.row_settings import RowSettings
 from corsa.config import StepConfig
 
@@ -119,6 +119,8 @@ def dpo(answers: Answers, settings: RowSettings) -> Tensor:
 OBJECTIVES = (
     Objective("sft", sft),
     Objective("dpo", dpo, weight="lambda_"),
+    Objective("replay", sft, weight="replay", role=EARLIER),
+    Objective("anchor", sft, weight="anchor", role=ANCHOR),
 )
 """All objectives. The first has weight 1."""
 
@@ -136,8 +138,8 @@ def weights(settings: RowSettings) -> list[float | Tensor]:
 def losses(model: Model, part: MicroBatch, batch: Batch, settings: RowSettings) -> tuple[Tensor, Tensor]:
     """One forward pass over a part of a batch.
 
-    Returns the part's share of each loss that runs (n, K, 1), and log p of the new and old answers summed over the
-    edits that the round teaches (2, K, 1).
+    Returns the part's share of each loss that runs (n, K, 1), and sums (3, K, 1): log p of the new and of the old
+    answers over the edits that the round teaches, and the number of new answers of any role not above their bound.
     """
     objectives, shape = running(settings), (2, len(settings.rows), part.edits)
     readers = {objective: objective.per_token for objective in objectives if objective.per_token}
@@ -151,8 +153,9 @@ def losses(model: Model, part: MicroBatch, batch: Batch, settings: RowSettings) 
         answers = Answers(_cut(logp, mask), values, part, counts, mask)
         found.append(objective.loss(answers, settings))
     taught = part.of_role(TAUGHT)
+    below = logp[:1] <= part.bound
     logp = logp if taught is None else torch.where(taught, logp, 0.0)
-    return torch.stack(found), logp.sum(-1, keepdim=True)
+    return torch.stack(found), torch.cat([logp, below]).sum(-1, keepdim=True)
 
 
 def update_loss(config: StepConfig, log: Mapping[str, Any]) -> float:

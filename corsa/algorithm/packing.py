@@ -33,12 +33,16 @@ and its gradient are exactly 0: L_SFT alone teaches the edit."""
 TAUGHT = 0
 """The role of the edits that the round teaches. Edits of another role are read by objectives of that role."""
 
+EARLIER, ANCHOR = 1, 2
+"""The roles of earlier rounds' facts and of everyday questions where they are objectives of their own."""
+
 
 @dataclass(frozen=True)
 class Triplet:
     """One edit as token ids (DESIGN: (x, y_old, y_new)) with its reference log-probabilities in nats.
 
     Answers end with the tokenizer's end-of-text token. `reference` is (logp_ref(y_new|x), logp_ref(y_old|x)).
+    `kept`: the new answer is the base model's own, taught so that it stays; nothing has to be learnt.
     `role` says which objectives read the edit (`corsa.algorithm.objectives`).
     """
 
@@ -46,6 +50,7 @@ class Triplet:
     new: Sequence[int]
     old: Sequence[int]
     reference: tuple[float, float] = (0.0, 0.0)
+    kept: bool = False
     role: int = TAUGHT
 
     def __len__(self) -> int:

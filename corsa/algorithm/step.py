@@ -114,17 +114,17 @@ def gradients(model: Model, phi: Tensor, batch: Batch, settings: RowSettings, re
     """The objectives' gradients over the global batch at the current phi, from one forward pass of each micro-batch."""
     objectives, adapters = len(running(settings)), len(settings.rows)
     g: Tensor | None = None
-    sums = phi.new_zeros(objectives + 2, adapters, 1)
+    sums = phi.new_zeros(objectives + 3, adapters, 1)
     # Row k of phi affects only the losses of adapter k, so the gradient of the sum holds each adapter's gradient.
     directions = torch.eye(objectives, device=phi.device)[:, :, None, None].expand(-1, -1, adapters, 1)
     for part in batch.parts:
-        found, logp = losses(model, part, batch, settings)
+        found, counted = losses(model, part, batch, settings)
         # One exact backward for all (a batch of vector-Jacobian products) walks the graph once.
         # It is also the only way with a sharded base: a kept graph fails under ZeRO-3.
         (own,) = torch.autograd.grad([found], [phi], grad_outputs=[directions], is_grads_batched=True)
         g = own.contiguous() if g is None else g.add_(own)
         del own  # otherwise it stays in memory during the next forward pass
-        sums += torch.cat([found, logp]).detach()
+        sums += torch.cat([found, counted]).detach()
     if g is None:  # a worker without edits in this batch
         g = phi.new_zeros(objectives, *phi.shape)
     reduce(g)
@@ -141,7 +141,7 @@ def _microbatch_sharp_gradient(
     """
     objectives, adapters = len(running(settings)), len(settings.rows)
     g, angles = torch.zeros_like(phi), phi.new_zeros(2, adapters, 1)
-    sums = phi.new_zeros(2, objectives + 2, adapters, 1)
+    sums = phi.new_zeros(2, objectives + 3, adapters, 1)
     for part in batch.parts:
         alone, share = Batch([part], part.edits, part.counts), part.edits / batch.edits
         own, found = sharp_gradient(

@@ -11,6 +11,7 @@ from pydantic import Field, field_validator, model_validator
 from tyro.conf import arg
 
 from corsa.config.base import Frozen
+from corsa.config.training import TrainingConfig
 
 SEEDS = 2**31 - 1
 """The largest seed: the tables of answers hold it in 32 bits."""
@@ -39,14 +40,11 @@ class LoraConfig(Frozen):
 PCGrad = Literal["symmetric", "algorithm1", "authors", "off"]
 """How the gradients of the objectives become one (`corsa.algorithm.pcgrad.merge`)."""
 
-AnswerEnd = Literal["end_token", "turn"]
-"""What follows a taught answer (`corsa.models.encoding.Encoder`)."""
-
 
 class StepConfig(Frozen):
     """The step of Algorithm 1. Plain LoRA and the ablations of Table 9 are settings of it (`STEPS`)."""
 
-    weights: ClassVar[tuple[str, ...]] = ("lambda_",)
+    weights: ClassVar[tuple[str, ...]] = ("lambda_", "replay", "anchor")
     """The fields that are weights of objectives (`corsa.algorithm.objectives`). Weight 0 runs without the objective."""
 
     lambda_: Annotated[float, arg(name="lambda")] = Field(
@@ -85,6 +83,20 @@ class StepConfig(Frozen):
         ge=0,
         exclude_if=lambda alpha: alpha == 0.7,
         description="LookSAM's alpha: length of the reused change, in norms of the gradient (exact steps: no effect)",
+    )
+
+    replay: float = Field(
+        default=0.0,
+        ge=0,
+        exclude_if=lambda weight: weight == 0,
+        description="weight of L_SFT on the facts of earlier rounds (`training.replay`) as an objective of its own, "
+        "reconciled with the others; 0: they are edits like the round's own",
+    )
+    anchor: float = Field(
+        default=0.0,
+        ge=0,
+        exclude_if=lambda weight: weight == 0,
+        description="the same for everyday questions (`training.anchor`)",
     )
 
     @field_validator("pcgrad", mode="before")
@@ -144,33 +156,6 @@ class StepConfig(Frozen):
         pack only with steps that have it too.
         """
         return self.effective().model_copy(update={name: getattr(type(self)(), name) for name in self.per_row()})
-
-
-class TrainingConfig(Frozen):
-    """One round of training. A fresh optimizer and schedule each round."""
-
-    epochs: int = Field(default=10, ge=1, description="passes over the round's edits")
-    batch: int = Field(default=16, ge=1, description="edits per optimizer step, over all workers")
-    learning_rate: float = Field(default=2e-4, gt=0, description="peak learning rate of AdamW")
-    warmup: int = Field(default=5, ge=0, description="steps of linear warm-up; linear decay to 0 afterwards")
-    first_rate: Literal["above_zero", "zero"] = Field(
-        default="above_zero",
-        description="above_zero: the first step of the warm-up learns; zero: its rate is 0, as transformers' linear "
-        "schedule has it (the authors' trainer)",
-    )
-    answer_end: AnswerEnd = Field(
-        default="end_token",
-        description="end of a taught answer: the end token; or, in the chat template, the text that closes a turn and "
-        "then the end token (the authors' trainer; no effect in the template qa)",
-    )
-    clip: float = Field(default=1.0, gt=0, description="the merged gradient is clipped to this norm")
-    max_skipped: int = Field(
-        default=5, ge=0, description="steps with a non-finite gradient that are skipped before the round stops"
-    )
-
-    def effective(self, template: Literal["qa", "chat"]) -> TrainingConfig:
-        """The same training, with fields that have no effect in this template set to their defaults."""
-        return self if template == "chat" else self.model_copy(update={"answer_end": "end_token"})
 
 
 class FLearningConfig(Frozen):
@@ -246,18 +231,14 @@ class MethodSettings(Frozen):
 
 
 def _lora(step: StepConfig) -> StepConfig:
-    return StepConfig.model_validate({"lambda": 0.0, "rho": 0.0, "pcgrad": "off", "reduction": step.reduction})
+    kept = {"reduction": step.reduction, "replay": step.replay, "anchor": step.anchor}
+    return StepConfig.model_validate({"lambda": 0.0, "rho": 0.0, "pcgrad": "off"} | kept)
 
 
 def published_trainer(step: StepConfig) -> StepConfig:
     """The step of the authors' trainer; `published_training` has its other differences."""
     theirs = {"pcgrad": "authors", "scope": "microbatch", "reduction": "token", "perturb_every": 1}
     return step.model_copy(update=theirs)
-
-
-def published_training(training: TrainingConfig) -> TrainingConfig:
-    """The schedule of the authors' trainer, and how its answers end in the chat template."""
-    return training.model_copy(update={"first_rate": "zero", "answer_end": "turn"})
 
 
 STEPS = {
@@ -267,8 +248,8 @@ STEPS = {
     "corsa-no-dpo": lambda step: step.model_copy(update={"lambda_": 0.0}),
     "corsa-no-pcgrad": lambda step: step.model_copy(update={"pcgrad": "off"}),
     "corsa-published": published_trainer,
+    "replay": _lora,
+    "corsa-replay": lambda step: step,
+    "replay-pcgrad": lambda step: _lora(step).model_copy(update={"pcgrad": "symmetric", "replay": step.replay or 1.0}),
 }
 """Methods that are settings of the one step: each is made from the configured CoRSA step (Table 9)."""
-
-TRAININGS = {"corsa-published": published_training}
-"""Methods with their own training settings: each is made from the configured training."""

@@ -190,6 +190,10 @@ class ControlsConfig(Frozen):
     new_tokens: int = Field(ge=1)
 
 
+class AnchorsConfig(ControlsConfig):
+    """What the base model's answers to the anchor questions depend on."""
+
+
 class LineConfig(Frozen):
     """An adapter from outside the store, and what it was taught."""
 

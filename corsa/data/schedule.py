@@ -73,6 +73,11 @@ def taught_in(schedule: pa.Table, round_: int) -> list[str]:
     return [row["edit"] for row in schedule.to_pylist() if row["learnt"] == round_]
 
 
+def held_before(schedule: pa.Table, round_: int) -> list[dict[str, Any]]:
+    """The facts that earlier rounds taught and that a round does not revise: what it must not lose."""
+    return [row for row in valid_after(schedule, round_) if row["learnt"] < round_]
+
+
 def valid_after(schedule: pa.Table, round_: int) -> list[dict[str, Any]]:
     """The facts that are valid after a round: for each chain, the row of its latest edit so far."""
     latest: dict[str, dict[str, Any]] = {}

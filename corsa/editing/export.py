@@ -95,7 +95,7 @@ def _card(options: Teaching, plan: Plan, aside: Path, history: History) -> str:
         "rule": metrics["rule"],
         "LoRA": f"rank {plan.experiment.lora.rank}, alpha {plan.experiment.lora.alpha:g}, every linear layer",
         "optimizer": f"AdamW, peak learning rate {training.learning_rate:g}, {training.epochs} epochs, batches of "
-        f"{training.batch} facts",
+        f"{training.batch}, {training.own} of them the update's own facts",
     }
     if options.method.startswith("corsa"):
         settings["CoRSA"] = f"lambda {step.lambda_:g}, beta {step.beta:g}, rho {step.rho:g}"

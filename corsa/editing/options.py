@@ -66,9 +66,11 @@ class Options(Frozen):
 
 
 class Teaching(Options, MethodSettings):
-    """How an update is trained. An update has few facts, so batches are smaller than in the paper, with more epochs."""
+    """How an update is trained. An update has few facts, so a batch has few of them, and the rate is higher than in the
+    paper. Beside them it holds facts of earlier updates and everyday questions, and it ends when all are learnt.
+    """
 
-    method: str = Field(default="corsa", description=f"one of {', '.join(TEACHING)}")
+    method: str = Field(default="lora", description=f"one of {', '.join(TEACHING)}")
     seed: int = Field(
         default=0, ge=0, le=SEEDS, description="seed of LoRA's initial values and of the order of the facts"
     )
@@ -76,7 +78,9 @@ class Teaching(Options, MethodSettings):
         default=LoraConfig(), description="shape of the adapter; a line keeps that of its first adapter"
     )
     memit: Annotated[MemitConfig, Suppress] = MemitConfig()  # leaves no adapter
-    training: TrainingConfig = TrainingConfig(batch=4, epochs=15, learning_rate=5e-4)
+    training: TrainingConfig = TrainingConfig(
+        batch=12, replay=0.33, anchor=0.33, epochs=15, stop_above=0.5, learning_rate=5e-4
+    )
     gates: Gates = Gates()
     out: str = Field(description="directory of the new adapter and its report; must be new")
 
@@ -143,13 +147,13 @@ def differences(options: Frozen, prefix: str = "") -> list[str]:
                 w for gate, bound in value if bound is not None for w in (f"--{gate.replace('_', '-')}", str(bound))
             ]
         elif isinstance(value, Frozen):
-            mine, default = value.canonical(), field.default.canonical()
-            changed = {key: item for key, item in mine.items() if item != default[key]}
-            found += [w for key, item in changed.items() for w in (f"--{option}.{key.replace('_', '-')}", _word(item))]
+            for key, inner in type(value).model_fields.items():  # `canonical` leaves out some that are at their default
+                if (item := getattr(value, key)) != getattr(field.default, key):
+                    found += [f"--{option}.{(inner.alias or key).replace('_', '-')}", _word(item)]
         else:
             found += [f"--{option}", ",".join(map(str, value)) if isinstance(value, tuple) else str(value)]
     return found
 
 
 def _word(value: object) -> str:
-    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
+    return ",".join(map(str, value)) if isinstance(value, tuple | list) else str(value)

@@ -49,17 +49,20 @@ def judged(outputs: list[str]) -> list[dict[str, Any]]:
 
 
 def changes(base: list[dict[str, Any]], edited: list[dict[str, Any]]) -> dict[str, Any]:
-    """How an edit changed the answers: {questions, right_before, right_now, same, changed: rows that lost or gained the
-    right answer}. `same` counts answers equal to the base model's (rule `exact`).
+    """How an edit changed the answers: {questions, right_before, right_now, same, kept, changed}.
+
+    `same` counts answers equal to the base model's (rule `exact`), `kept` those and others that were right and still
+    are. `changed`: rows that lost or gained the right answer.
     """
     pairs = list(zip(base, edited, strict=True))
+    same = [before["output"] == now["output"] or exact(now["output"], before["output"]) for before, now in pairs]
+    right = [before["right"] and now["right"] for before, now in pairs]
     return {
         "questions": len(pairs),
         "right_before": sum(before["right"] for before, _ in pairs),
         "right_now": sum(now["right"] for _, now in pairs),
-        "same": sum(
-            before["output"] == now["output"] or exact(now["output"], before["output"]) for before, now in pairs
-        ),
+        "same": sum(same),
+        "kept": sum(one or other for one, other in zip(same, right, strict=True)),
         "changed": [
             {"question": now["question"], "before": before["output"], "now": now["output"], "right": now["right"]}
             for before, now in pairs
@@ -76,7 +79,7 @@ def told(found: dict[str, Any] | None) -> list[str]:
         return []
     lines = [
         f"Everyday questions: {found['right_now']} of {found['questions']} right, before the edits "
-        f"{found['right_before']}; {found['same']} answered as before."
+        f"{found['right_before']}; {found['same']} answered as before, {found['kept']} as before or still right."
     ]
     if 2 * found["right_now"] < found["right_before"]:
         lines.append(

@@ -13,6 +13,7 @@ from typing import Any, Generic, Literal, TypeVar
 
 from corsa.config import AnswerEnd, EvaluationConfig, ModelConfig
 from corsa.config.steps import (
+    AnchorsConfig,
     AskingConfig,
     EditsConfig,
     EditsPlace,
@@ -28,7 +29,7 @@ from corsa.config.steps import (
 )
 from corsa.data.benchmarks import BENCHMARKS, contradiction_rule, locate
 from corsa.errors import CorsaError, unknown_name
-from corsa.evaluation import mmlu
+from corsa.evaluation import anchor_questions, mmlu
 from corsa.experiments.base import Experiment
 from corsa.experiments.kinds import EDITS, MERGE, PART, QUESTIONS, REFERENCE, ROUND, SCHEDULE
 from corsa.flow import Step
@@ -37,6 +38,9 @@ from corsa.models.registry import pin
 
 E = TypeVar("E", bound=Experiment)
 E_co = TypeVar("E_co", bound=Experiment, covariant=True)
+
+ANCHOR_TOKENS = 32
+"""Most tokens of an answer to an anchor question."""
 
 ROUTERS = ("prompt", "embedding", "oracle")
 
@@ -173,17 +177,25 @@ class Planner(Generic[E_co]):
         *,
         number: int = 1,
         after: Step | None = None,
+        known: tuple[Facts, Step] | None = None,
         name: str | None = None,
     ) -> Step:
         """One round of a method and seed. It continues from the adapter of `after`, or starts a new one.
 
+        `known`: other facts that `after` was taught, with their schedule; a round that looks back depends on them.
         `name` replaces the method in the name of the step, if one method is trained with several settings.
         """
         record = METHODS[method]
         settings = self.experiment.model_copy(update={"model": self.model})
         config = record.round_config(settings, seed, number)
         own = taught.ending(config.training.answer_end) if isinstance(config, RoundConfig) else taught
-        inputs = {**own.tables, "schedule": schedule} | ({"previous": after} if after else {})
+        inputs = {**own.tables, "schedule": schedule} | ({"previous": after} if after and record.continues else {})
+        if known and record.looks_back(config):
+            before, when = known
+            ending = config.training.answer_end if isinstance(config, RoundConfig) else "end_token"
+            inputs |= {"known_reference": before.ending(ending).reference, "known_schedule": when}
+        if isinstance(config, RoundConfig) and config.training.anchor:
+            inputs["anchors"] = self.anchors()
         title = f"{taught.name}/{name or method}/seed{seed}/round{number}"
         return Step(title, ROUND, config, inputs | record.inputs(settings), self.experiment.placement)
 
@@ -210,6 +222,11 @@ class Planner(Generic[E_co]):
         return Step(name, MERGE, config, {f"adapter{i}": step for i, step in enumerate(adapters, start=1)})
 
     # Answers
+
+    def anchors(self) -> Step:
+        """The unedited model's answers to the anchor questions (`training.anchor`). All runs of a model share them."""
+        config = AnchorsConfig(model=self.model, digest=anchor_questions.digest(), new_tokens=ANCHOR_TOKENS)
+        return Step("base/anchors", ROUND, config, placement=self.experiment.placement)
 
     def base(self, taught: Facts) -> Step:
         """The answers of the unedited model."""

@@ -20,6 +20,7 @@ from corsa.config.steps import (
     MergeConfig,
     PartConfig,
     ReportConfig,
+    RoundConfig,
     Shown,
 )
 from corsa.data.benchmarks import read
@@ -30,12 +31,13 @@ from corsa.data.splits import describe, split
 from corsa.evaluation import mmlu, sanity_questions
 from corsa.evaluation.metrics import compute
 from corsa.evaluation.prepared_predictions import BASE
-from corsa.flow.step import topological
+from corsa.flow.step import Step, topological
 from corsa.flow.store import Artifact
 from corsa.flow.task import Task
-from corsa.methods import method_of
+from corsa.methods import looks_back, method_of
 from corsa.report.facts import told_forgotten
 from corsa.report.page import Scenario, write_paper, write_report
+from corsa.report.training import told_training
 
 
 def read_edits(task: Task) -> dict[str, Any]:
@@ -215,6 +217,8 @@ def measured(task: Task, config: ReportConfig, predictions: pd.DataFrame) -> dic
         before, now = (pq.read_table(task.inputs[s.answers].local("answers.parquet")) for s in config.controls)
         metrics["controls"] = sanity_questions.changes(before.to_pylist(), now.to_pylist())
     metrics |= {
+        "training": [text for _, text in _trained(task)],
+        "looks_back": sorted({s.method for s in config.shown if _looks_back(task.step.inputs[s.answers])}),
         "headlines": list(config.headlines),
         "axes": [axis.canonical() for axis in config.axes],
         "published": list(config.published),
@@ -259,9 +263,26 @@ def _as_scheduled(predictions: pd.DataFrame, schedule: pd.DataFrame) -> pd.DataF
     return pd.concat([base, predictions[predictions.method != BASE]], ignore_index=True)
 
 
+def _trained(task: Task) -> list[tuple[str, str]]:
+    """What the training of each round did, as (name of its step, a sentence without its stop)."""
+    rounds = [(step, step.config) for step in topological([task.step])[:-1]]
+    return [
+        (step.name, text)
+        for step, config in rounds
+        if isinstance(config, RoundConfig)
+        for text in told_training(config.training, task.store.artifact(step.fingerprint).metrics)
+    ]
+
+
+def _looks_back(answers: Step) -> bool:
+    """Whether these answers are of a model that was taught earlier facts again."""
+    adapter = answers.inputs.get("adapter", answers)
+    return looks_back(adapter.config)
+
+
 def _notes(task: Task) -> list[str]:
     """Notes that a reader needs to interpret the numbers."""
-    notes = []
+    notes = [f"{name}: {text}." for name, text in _trained(task)]
     for step in topological([task.step])[:-1]:
         found = task.store.artifact(step.fingerprint).metrics
         notes += [f"{step.name}: {text}." for text in found.get("notes", ())]

@@ -32,6 +32,11 @@ def known_method(name: str) -> Method:
     return METHODS[name]
 
 
+def looks_back(config: Frozen) -> bool:
+    """Whether a round with this configuration is taught facts of earlier rounds again."""
+    return any(m.looks_back(config) for m in METHODS.values() if m.config is type(config))
+
+
 def method_of(config: Frozen) -> Method | None:
     """The method with this configuration type and its own teaching function; None if there is none."""
     return next((m for m in METHODS.values() if m.config is type(config) and m.load_teach), None)

@@ -31,6 +31,7 @@ class Round:
     Attributes:
         config: the round's configuration, of the type that the method's `round_config` returns.
         edits: the edits of the round; `triplets`: the same as token ids, with their reference.
+        earlier: the facts that earlier rounds taught and that still hold, as `triplets`.
         model: the frozen base model, with `lora` attached to it; `encoder` makes its prompts and answers.
         before: the change of the base model by the earlier rounds; None in the first round.
         leads: whether this worker is the leader, which does the work that is done once for all workers.
@@ -43,6 +44,7 @@ class Round:
     config: Any
     edits: Sequence[Edit]
     triplets: Sequence[Triplet]
+    earlier: Sequence[Triplet]
     model: PreTrainedModel
     encoder: Encoder
     lora: Lora
@@ -76,6 +78,10 @@ def _no_notes(name: str, metrics: Mapping[str, Any]) -> list[str]:
     return []
 
 
+def _at_nothing(config: Any) -> bool:
+    return False
+
+
 @dataclass(frozen=True)
 class Method:
     """One method.
@@ -93,6 +99,8 @@ class Method:
         refuses: purposes that the method cannot serve, each with the reason: "adapter" (leaving a PEFT adapter),
             "programs" (learning updates of APIs).
         keeps_shape: whether an update leaves the rank of the adapter as it was.
+        continues: whether a round goes on from the previous round's adapter.
+        looks_back: whether a round with this configuration is taught earlier rounds' facts again. Reports mark it.
         colour, symbol: its look in figures, by plotly's names; an unused one by default.
     """
 
@@ -103,7 +111,9 @@ class Method:
     load_teach: Callable[[], Teach] | None = None
     inputs: Callable[[RunSettings], dict[str, Step]] = _no_inputs
     notes: Callable[[str, Mapping[str, Any]], list[str]] = _no_notes
+    looks_back: Callable[[Any], bool] = _at_nothing
     refuses: Mapping[str, str] = field(default_factory=dict)
     keeps_shape: bool = True
+    continues: bool = True
     colour: str | None = None
     symbol: str | None = None

@@ -16,6 +16,9 @@ _LABELS = {
     "corsa-no-dpo": "CoRSA without DPO",
     "corsa-no-pcgrad": "CoRSA without PCGrad",
     "corsa-published": "CoRSA, published trainer",
+    "replay": "LoRA with replay",
+    "corsa-replay": "CoRSA with replay",
+    "replay-pcgrad": "LoRA with replay and PCGrad",
 }
 _LOOKS = {"lora": ("#c2681d", "square"), "corsa": ("#2f7fd6", "circle")}
 
@@ -34,10 +37,15 @@ def round_config(name: str, settings: RunSettings, seed: int, number: int) -> Ro
     )
 
 
+def replays(config: RoundConfig) -> bool:
+    """Whether batches of the round hold facts of earlier ones."""
+    return config.training.replay > 0
+
+
 def _method(name: str) -> Method:
     colour, symbol = _LOOKS.get(name, (None, None))
     make: Callable[[RunSettings, int, int], RoundConfig] = partial(round_config, name)
-    return Method(name, _LABELS[name], make, RoundConfig, colour=colour, symbol=symbol)
+    return Method(name, _LABELS[name], make, RoundConfig, looks_back=replays, colour=colour, symbol=symbol)
 
 
 METHODS = tuple(_method(name) for name in STEPS)

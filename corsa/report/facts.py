@@ -76,7 +76,8 @@ def told_forgotten(metrics: dict[str, Any]) -> Iterator[str]:
 
 
 def summary(metrics: dict[str, Any], predictions: pd.DataFrame) -> Iterator[str]:
-    """One sentence each on: facts that took, generality, earlier facts, and side effects."""
+    """One sentence each on: what the training did, facts that took, generality, earlier facts, and side effects."""
+    yield from metrics.get("training", ())
     row = metrics["rows"][-1]["metrics"]
     found = facts(predictions, metrics["rule"])
     if found:

@@ -43,6 +43,15 @@ def label(method: str) -> str:
     return f"{METHODS[name].label if name in METHODS else name}{blank}{setting}"
 
 
+LOOKS_BACK = "* looks back: its rounds are taught facts of earlier rounds again. Compare it with methods marked alike."
+"""What the mark of `marked` says."""
+
+
+def marked(method: str, metrics: dict[str, Any]) -> str:
+    """A method's display name, with a mark if its rounds are taught facts of earlier rounds again."""
+    return label(method) + " *" * (method in metrics.get("looks_back", ()))
+
+
 def shown(entry: dict[str, Any], unit: str) -> tuple[str, str]:
     """A value and its interval as text: shares in percent, points as pt; ("–", "") if there is no value."""
     if entry["value"] is None:

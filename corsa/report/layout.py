@@ -18,7 +18,7 @@ from jinja2 import ChoiceLoader, Environment, FileSystemLoader, PackageLoader, S
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from corsa.report.findings import difference, drawn, label, shown, undecided
+from corsa.report.findings import LOOKS_BACK, difference, drawn, label, marked, shown, undecided
 from corsa.report.published import differs
 
 BUNDLE = "plotly-basic.min.js.gz"
@@ -108,9 +108,9 @@ def _environment(loaders: list[FileSystemLoader]) -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"label": label, "duration": duration, "pairs": _pairs}
+    environment.filters |= {"label": label, "marked": marked, "duration": duration, "pairs": _pairs}
     environment.globals |= {"shown": shown, "drawn": drawn, "difference": difference, "undecided": undecided}
-    environment.globals |= {"differs": differs}
+    environment.globals |= {"differs": differs, "looks_back": LOOKS_BACK}
     return environment
 
 

@@ -8,7 +8,7 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from corsa.report.findings import drawn, findings, headlines, label, shown
+from corsa.report.findings import LOOKS_BACK, drawn, findings, headlines, marked, shown
 
 _LINES = 12
 _ARROWS = {"high": "↑", "low": "↓"}
@@ -39,15 +39,15 @@ def summary_table(metrics: dict[str, Any]) -> Table:
         cells = [shown(row["metrics"][name], definitions[name]["unit"]) for name in chosen]
         if specific:
             cells.append(shown(specific[row["method"]]["overall"], "share") if row["method"] in specific else ("–", ""))
-        table.add_row(
-            escape(label(row["method"])), *(f"{value}\n[dim]{ends}[/dim]" if ends else value for value, ends in cells)
-        )
+        words = (f"{value}\n[dim]{ends}[/dim]" if ends else value for value, ends in cells)
+        table.add_row(escape(marked(row["method"], metrics)), *words)
     key = f"{_ARROWS['high']} higher is better, {_ARROWS['low']} lower is better"
     sentences = findings(metrics)
     if len(sentences) > _LINES:
         sentences = [f"{len(sentences)} sentences on what can and cannot be told apart are in the report."]
     intervals = f"{100 * metrics['level']:.0f} % intervals over {drawn(metrics)}. {key}."
-    table.caption = escape("\n".join([intervals, *sentences]))
+    back = [LOOKS_BACK] if metrics.get("looks_back") else []
+    table.caption = escape("\n".join([intervals, *back, *sentences]))
     table.caption_style = ""
     return table
 

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from corsa.algorithm.learning_rate import learning_rate
 from corsa.algorithm.objectives import update_loss
-from corsa.algorithm.packing import Triplet
 from corsa.algorithm.row_settings import RowSettings
 from corsa.algorithm.sam import LookSam
 from corsa.algorithm.step import corsa_step
@@ -25,8 +24,8 @@ from corsa.errors import CorsaError
 from corsa.flow.store import Store
 from corsa.training.adamw import Moments, PackedAdamW, Stepping
 from corsa.training.checkpoint import Position, WithLook, load_checkpoint, save_checkpoint
+from corsa.training.mixing import Material
 from corsa.training.preemption import PreemptionWatch
-from corsa.training.tokens import batch_order
 from corsa.training.worker_context import Loaded, Share, WorkerContext
 from corsa.training.worker_group import WorkerGroup
 
@@ -49,6 +48,8 @@ CURVES = pa.schema(
         # L_Update(phi + e) - L_Update(phi); null if the step was not perturbed. Scope microbatch: each micro-batch has
         # its own e; mean weighted by edits.
         ("sharpness", pa.float64()),
+        # Edits of the batch whose new answer was not above `training.stop_above`, at phi; null without that setting.
+        ("below", pa.int32()),
         ("grad_norm", pa.float64()),
         ("learning_rate", pa.float64()),
         ("seconds", pa.float64()),
@@ -83,14 +84,14 @@ AtEpoch = Callable[[int], None]
 
 def train(
     config: RoundConfig,
-    triplets: Sequence[Triplet],
+    material: Material,
     loaded: Loaded,
     context: WorkerContext,
     checkpoint: tuple[Store, str],
     post: Callable[[dict[str, Any]], None],
 ) -> list[dict[str, Any]]:
     """Train one round, as `train_together`. Returns its curves, or raises the error that stopped it."""
-    (found,) = train_together([RoundRun(config, checkpoint)], triplets, loaded, context, post)
+    (found,) = train_together([RoundRun(config, checkpoint)], material, loaded, context, post)
     if isinstance(found, RoundFailedError):
         raise found
     return found
@@ -98,7 +99,7 @@ def train(
 
 def train_together(
     round_runs: Sequence[RoundRun],
-    triplets: Sequence[Triplet],
+    material: Material,
     loaded: Loaded,
     context: WorkerContext,
     post: Callable[[dict[str, Any]], None],
@@ -108,7 +109,7 @@ def train_together(
 
     Args:
         round_runs: one round per row of phi. They may differ only in seed, lambda, beta, rho and learning rate.
-        triplets: the edits to teach, with their reference.
+        material: the edits to teach, with their reference, and those to teach again beside them.
         loaded: the model; its `lora.phi` is trained in place.
         context: this worker's context.
         post: called with a line for the progress display.
@@ -123,7 +124,7 @@ def train_together(
         CorsaError: the rounds differ in a setting that rounds trained together must share.
     """
     group, phi = context.group, loaded.lora.phi
-    if not triplets:
+    if not material.own:
         raise RoundFailedError(
             f"round {round_runs[0].config.round} has no edits to teach: lower --rounds, "
             "or give chains with as many updates"
@@ -139,7 +140,7 @@ def train_together(
             _RowState(round_run, row, state, load_checkpoint(*round_run.checkpoint, row, state, group))
             for round_run, row, state in zip(round_runs, rows, kept, strict=True)
         ]
-        _learn(row_states, triplets, loaded, context, optimizer, look, post, at_epoch)
+        _learn(row_states, material, loaded, context, optimizer, look, post, at_epoch)
     context.notes += [note for row_state in row_states for note in row_state.position.notes]
     return [row_state.outcome for row_state in row_states]
 
@@ -163,7 +164,7 @@ def _optimizer(phi: nn.Parameter, group: WorkerGroup, rows: int) -> tuple[Steppi
 
 def _learn(
     row_states: Sequence[_RowState],
-    triplets: Sequence[Triplet],
+    material: Material,
     loaded: Loaded,
     context: WorkerContext,
     optimizer: Stepping,
@@ -178,20 +179,24 @@ def _learn(
         [row_state.config for row_state in row_states],
     )
     config, training = configs[0], configs[0].training
-    per_epoch = -(-len(triplets) // training.batch)
+    triplets, own_edits = material.all, len(material.own)
+    per_epoch = -(-own_edits // training.own)
     steps = per_epoch * training.epochs
     unit = config.step.microbatch if config.step.scope == "microbatch" else 1
     preemption = PreemptionWatch()
     settings = RowSettings.of([config.step for config in configs], phi.device)
-    began, resumed_at = time.monotonic(), min(row_state.position.step for row_state in row_states)
+    for row_state in row_states:  # an interrupted round may have had enough already
+        row_state.stop_if_enough(row_state.position.step // per_epoch, per_epoch)
+    running = [row_state.position.step for row_state in row_states if not row_state.ended]
+    began, resumed_at = time.monotonic(), min(running, default=steps)
     for epoch in range(resumed_at // per_epoch, training.epochs):
         seen = np.zeros((len(row_states), len(triplets)), dtype=np.int64)  # by this worker
-        orders = [batch_order(len(triplets), training.batch, seed=c.seed, round_=c.round, epoch=epoch) for c in configs]
+        orders = [material.batches(config, epoch) for config in configs]
         for number, chosen in enumerate(zip(*orders, strict=True), start=epoch * per_epoch + 1):
             own = [_own_parts(whole, config.step, group) for whole in chosen]
             for counts, parts in zip(seen, own, strict=True):
                 for part in parts:
-                    counts[part] += 1
+                    np.add.at(counts, part, 1)
             if number <= resumed_at:
                 continue
             start = time.monotonic()
@@ -203,7 +208,7 @@ def _learn(
                 Share([triplets[i] for i in whole], [[triplets[i] for i in part] for part in parts])
                 for whole, parts in zip(chosen, own, strict=True)
             ]
-            batch = context.batch(loaded, shares, unit)
+            batch = context.batch(loaded, shares, unit, training.stop_above)
             if look:
                 look.begin(number)
             logs = corsa_step(loaded.model, phi, batch, settings, optimizer, training.clip, group.sum, look)
@@ -211,13 +216,15 @@ def _learn(
             for row_state, log, param_group in zip(row_states, logs, optimizer.param_groups, strict=True):
                 if not param_group["waits"]:
                     more = {"epoch": epoch + 1, "learning_rate": param_group["lr"], "seconds": seconds}
+                    if training.stop_above is None:
+                        more["below"] = None
                     row_state.learnt({"step": number} | log | more)
-            if all(row_state.failed for row_state in row_states):
+            if all(row_state.ended for row_state in row_states):
                 return
             warned = preemption.new_warning()
             if warned or number % context.placement.checkpoint_every == 0 or number == steps:
                 for row_state in row_states:
-                    if row_state.position.step == number and not row_state.failed:
+                    if row_state.position.step == number and not row_state.ended:
                         if warned:
                             row_state.position.notes.append(f"{warned}: checkpoint taken after step {number}")
                         with context.timed("checkpoints"):
@@ -234,8 +241,12 @@ def _learn(
                     {"epoch": epoch + 1, "epochs": training.epochs, "step": number, "steps": steps}
                     | {"loss": _mean_loss(configs, logs), "eta_s": pace * (steps - number)}
                 )
-        _check_every_edit_once(seen, group, epoch + 1)
+        _check_every_edit_once(seen[:, :own_edits], group, epoch + 1)
         at_epoch(epoch + 1)
+        for row_state in row_states:
+            row_state.stop_if_enough(epoch + 1, per_epoch)
+        if all(row_state.ended for row_state in row_states):
+            return
 
 
 @dataclass
@@ -247,6 +258,7 @@ class _RowState:
     state: Moments
     position: Position
     failed: RoundFailedError | None = None
+    enough: bool = False  # the last epoch found every answer learnt
 
     @property
     def config(self) -> RoundConfig:
@@ -256,9 +268,20 @@ class _RowState:
     def outcome(self) -> list[dict[str, Any]] | RoundFailedError:
         return self.failed or self.position.curves
 
+    @property
+    def ended(self) -> bool:
+        """Whether the round takes no more steps: it failed, or stopped early."""
+        return self.failed is not None or self.enough
+
     def waits(self, number: int) -> bool:
-        """Whether this row skips step `number`: its round failed, or its checkpoint already includes the step."""
-        return self.failed is not None or number <= self.position.step
+        """Whether this row skips step `number`: its round has ended, or its checkpoint already includes the step."""
+        return self.ended or number <= self.position.step
+
+    def stop_if_enough(self, epoch: int, per_epoch: int) -> None:
+        """End the round if every new answer was above `stop_above` when epoch `epoch` (from 1) taught it."""
+        if self.config.training.stop_above is not None:
+            rows = [c for c in self.position.curves if c["epoch"] == epoch]
+            self.enough |= len(rows) == per_epoch and not any(c["below"] or c["skipped"] for c in rows)
 
     def learnt(self, log: dict[str, Any]) -> None:
         """Record one finished step."""

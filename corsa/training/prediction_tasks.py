@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 
 from corsa.config import EvaluationConfig
 from corsa.config.steps import (
+    AnchorsConfig,
     AskingConfig,
     ControlsConfig,
     RoutingConfig,
@@ -21,6 +22,7 @@ from corsa.config.steps import (
 )
 from corsa.data.benchmarks.code_prompt import prompt_of
 from corsa.data.edit import from_table
+from corsa.evaluation.anchor_questions import anchor_questions
 from corsa.evaluation.generation import end_tokens, sample
 from corsa.evaluation.mmlu import from_questions_table
 from corsa.evaluation.multiple_choice import ANSWERS, MultipleChoice
@@ -79,6 +81,23 @@ def _ask_sanity_questions(task: Task, context: WorkerContext, post: Post) -> dic
         return {}
     pq.write_table(pa.Table.from_pylist(rows), task.output / "answers.parquet")
     return {"questions": len(rows), "right": sum(row["right"] for row in rows)}
+
+
+def _ask_anchors(task: Task, context: WorkerContext, post: Post) -> dict[str, Any]:
+    """The base model's answers to the anchor questions."""
+    config: AnchorsConfig = task.config
+    loaded, group = context.open(config, ()), context.group
+    post({"phase": "evaluating"})
+    asking = EvaluationConfig(new_tokens=config.new_tokens)
+    batch = context.placement.probe_batch
+    predictor = Predictor(loaded.model, loaded.encoder, asking, group.device, batch, loaded.packed)
+    questions = anchor_questions()
+    with loaded.lora.off(), group.in_step(loaded.model):
+        outputs = predictor.answers(questions)
+    if not group.leads:
+        return {}
+    pq.write_table(pa.table({"question": list(questions), "output": outputs}), task.output / "answers.parquet")
+    return {"questions": len(questions)}
 
 
 def _route(task: Task, context: WorkerContext, post: Post) -> dict[str, Any]:
@@ -145,6 +164,7 @@ PREDICTIONS_OF: dict[type, Callable[[Task, WorkerContext, Post], dict[str, Any]]
     AskingConfig: _ask_only,
     SpecificityConfig: _answer_questions,
     ControlsConfig: _ask_sanity_questions,
+    AnchorsConfig: _ask_anchors,
     RoutingConfig: _route,
     SamplesConfig: _write_programs,
 }

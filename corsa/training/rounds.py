@@ -28,7 +28,7 @@ def run(tasks: list[Task], progress: Progress) -> dict[str, str]:
         CorsaError: the group failed more often than `placement.max_failures` (with the worker's own error), or the
             cluster had no room for it within `placement.start_timeout`.
     """
-    inputs = [t.inputs["reference"] for t in tasks if "reference" in t.step.inputs]
+    inputs = [t.inputs[name] for t in tasks for name in ("reference", "known_reference") if name in t.step.inputs]
     tables = {artifact.fingerprint: str(artifact.local("reference.parquet")) for artifact in inputs}
     config = {"tasks": tasks, "progress": progress, "tables": list(tables)}
     return in_group(work, config, tasks[0].placement, tasks[0].store.url, tables)

@@ -4,32 +4,43 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from corsa.algorithm.packing import Triplet
-from corsa.config.steps import AskingConfig
+from corsa.algorithm.packing import ANCHOR, EARLIER, TAUGHT, Triplet
+from corsa.config.steps import AnchorsConfig, AskingConfig, RoundConfig
 from corsa.data.edit import Edit, from_table
-from corsa.data.schedule import taught_in, valid_after
+from corsa.data.schedule import held_before, taught_in, valid_after
 from corsa.evaluation.predict import Taught
 from corsa.flow.task import Task
 from corsa.lora.attached import Change, attached
 from corsa.lora.peft_format import read_factors
 from corsa.lora.weight_deltas import load_delta
+from corsa.training.mixing import Material, anchored, in_role
 from corsa.training.worker_context import Loaded, WorkerContext
 from corsa.training.worker_group import WorkerGroup
 
 
 @dataclass(frozen=True)
 class StepFacts:
-    """What a step teaches (`taught_now`, and as `triplets`) and asks (`asked`)."""
+    """What a step teaches (`taught_now`, and as `triplets`) and asks (`asked`). `earlier`: the facts that earlier
+    rounds taught and that still hold, so without those that this one revises. `anchors`: everyday questions.
+    """
 
     taught_now: list[Edit]
     triplets: list[Triplet]
+    earlier: list[Triplet]
     asked: list[Taught]
+    anchors: list[Triplet]
+
+    def material(self, config: RoundConfig) -> Material:
+        """What the batches of the round are drawn from, with the roles that its objectives read."""
+        earlier = in_role(self.earlier, EARLIER if config.step.replay else TAUGHT)
+        anchors = in_role(self.anchors, ANCHOR if config.step.anchor else TAUGHT)
+        return Material(self.triplets, earlier if config.training.replay else (), anchors)
 
 
 def open_step(task: Task, context: WorkerContext, adapters: int = 1) -> tuple[StepFacts, Loaded]:
@@ -41,12 +52,29 @@ def open_step(task: Task, context: WorkerContext, adapters: int = 1) -> tuple[St
         sample = sorted(map(table.triplet, edits), key=len)[-4:]  # sliding windows have an effect in long rows
     loaded = context.open(config, sample, adapters)
     if "schedule" not in task.step.inputs:  # then the scenario decides which round teaches an edit
-        return StepFacts([], [], [Taught(edit, edit.round, "") for edit in edits.values()]), loaded
+        return StepFacts([], [], [], [Taught(edit, edit.round, "") for edit in edits.values()], []), loaded
     schedule = shared_table(task, "schedule", context.group)
     now = [id_ for id_ in taught_in(schedule, config.round) if id_ in edits]
     facts = [fact for fact in valid_after(schedule, config.round) if fact["edit"] in edits]
     asked = [Taught(edits[fact["edit"]], fact["learnt"], fact["part"]) for fact in facts]
-    return StepFacts([edits[id_] for id_ in now], [table.triplet(id_) for id_ in now], asked), loaded
+    before = [table.triplet(fact["edit"]) for fact in held_before(schedule, config.round) if fact["edit"] in edits]
+    if "known_schedule" in task.step.inputs:  # the chain began with facts of another table
+        known = context.tables[task.step.inputs["known_reference"].fingerprint]
+        first = held_before(shared_table(task, "known_schedule", context.group, "schedule"), config.round)
+        before = [known.triplet(fact["edit"]) for fact in first if fact["edit"] in known] + before
+    own = [table.triplet(id_) for id_ in now]
+    return StepFacts([edits[id_] for id_ in now], own, before, asked, _anchors(task, loaded, context.group)), loaded
+
+
+def _anchors(task: Task, loaded: Loaded, group: WorkerGroup) -> list[Triplet]:
+    """The everyday questions of a round that is taught some."""
+    if "anchors" not in task.step.inputs:
+        return []
+    asking, config = task.step.inputs["anchors"].config, task.config
+    assert isinstance(asking, AnchorsConfig)
+    assert isinstance(config, RoundConfig)
+    encoder = replace(loaded.encoder, answer_end=config.training.answer_end)
+    return anchored(encoder, shared_table(task, "anchors", group, "answers").to_pylist(), asking.new_tokens)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from typing import Any
 import pandas as pd
 import pyarrow.parquet as pq
 
+from corsa.config import TrainingConfig
 from corsa.config.steps import TrialPlace
 from corsa.errors import CorsaError
 from corsa.evaluation.metrics import measure
@@ -21,6 +22,7 @@ from corsa.lora.weight_deltas import save_delta
 from corsa.methods import method_of
 from corsa.methods.base import Round
 from corsa.training.loop import AtEpoch, RoundRun, curves_table, train, train_together
+from corsa.training.mixing import Material
 from corsa.training.prediction_tasks import ask, own_chains, predictor_of
 from corsa.training.task_inputs import StepFacts, change_of, open_step
 from corsa.training.worker_context import Loaded, Post, WorkerContext
@@ -40,7 +42,7 @@ def teach_lora(tasks: Sequence[Task], context: WorkerContext, post: Post) -> dic
     post({"phase": "training"})
     round_runs = [RoundRun(task.config, (task.store, f"partial/{task.fingerprint[:16]}/checkpoint")) for task in tasks]
     scored = _scores(tasks, facts, loaded, context)
-    found = train_together(round_runs, facts.triplets, loaded, context, post, scored)
+    found = train_together(round_runs, facts.material(tasks[0].config), loaded, context, post, scored)
     failed = {t.fingerprint: str(cause) for t, cause in zip(tasks, found, strict=True) if isinstance(cause, CorsaError)}
     shared = (time.monotonic() - started) / len(tasks)
     for row, (task, curves) in enumerate(zip(tasks, found, strict=True)):
@@ -51,7 +53,7 @@ def teach_lora(tasks: Sequence[Task], context: WorkerContext, post: Post) -> dic
             if group.leads:
                 with context.timed("checkpoints"):
                     save_adapter(lora, task.output / "adapter", task.config.model.name, row)
-                metrics |= _write_curves(task, curves) | {"packed": len(tasks)} | context.how_it_ran(len(tasks))
+                metrics |= _write_curves(task, curves, facts) | {"packed": len(tasks)} | context.how_it_ran(len(tasks))
                 task.commit(metrics, shared + time.monotonic() - began)
     return failed
 
@@ -100,14 +102,15 @@ def teach_method(task: Task, context: WorkerContext, post: Post) -> dict[str, An
             config=config,
             edits=facts.taught_now,
             triplets=facts.triplets,
+            earlier=facts.earlier,
             model=loaded.model,
             encoder=loaded.encoder,
             lora=loaded.lora,
             before=change_of(task, "previous", group) if "previous" in task.step.inputs else None,
             leads=group.leads,
             share=group.share,
-            train=lambda triplets, name: train(
-                config, triplets, loaded, context, (task.store, f"partial/{task.fingerprint[:16]}/{name}"), post
+            train=lambda own, name: train(
+                config, Material(own), loaded, context, (task.store, f"partial/{task.fingerprint[:16]}/{name}"), post
             ),
             input_file=lambda name, file: task.inputs[name].local(file),
             post=post,
@@ -117,7 +120,7 @@ def teach_method(task: Task, context: WorkerContext, post: Post) -> dict[str, An
         metrics = dict(taught.metrics) | ask(task, facts, loaded, context, post)
     if group.leads:
         _write_change(taught.change, task)
-        metrics |= {} if taught.curves is None else _write_curves(task, taught.curves)
+        metrics |= {} if taught.curves is None else _write_curves(task, taught.curves, facts)
     return metrics
 
 
@@ -132,10 +135,16 @@ def _write_change(change: Change, task: Task) -> None:
         save_delta(dense, task.output / "delta", base)
 
 
-def _write_curves(task: Task, curves: list[dict[str, Any]]) -> dict[str, Any]:
+def _write_curves(task: Task, curves: list[dict[str, Any]], facts: StepFacts) -> dict[str, Any]:
     pq.write_table(curves_table(curves), task.output / "curves.parquet")
-    return {
+    training: TrainingConfig = task.config.training
+    planned = len(curves) // curves[-1]["epoch"] * training.epochs  # every epoch has the same number of steps
+    beside = {"replayed_from": len(facts.earlier)} if training.replay else {}
+    beside |= {"anchored_on": len(facts.anchors)} if training.anchor else {}
+    return beside | {
         "steps": len(curves),
+        "steps_planned": planned,
+        "stopped": "learnt" if len(curves) < planned else "epochs",
         "skipped": sum(c["skipped"] for c in curves),
         "loss_sft": curves[-1]["loss_sft"],
         "training_s": round(sum(c["seconds"] for c in curves), 3),

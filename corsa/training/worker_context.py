@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -9,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from corsa.algorithm.batch import Batch, MicroBatch, counts
@@ -136,24 +138,25 @@ class WorkerContext:
             print(f"warning: {config.model.name} treats packed rows differently: running unpacked, slower, same result")
         return packed
 
-    def batch(self, loaded: Loaded, shares: Sequence[Share], unit: int) -> Batch:
+    def batch(self, loaded: Loaded, shares: Sequence[Share], unit: int, bound: float | None = None) -> Batch:
         """This worker's part of a global batch, sorted by length and cut into micro-batches.
 
         Args:
             loaded: the model.
             shares: one per adapter; several if adapters are trained together.
             unit: parts of at most this many edits are not cut: a perturbation is computed from a whole part.
+            bound: probability above which a new answer counts as learnt.
         """
         size = max(self.placement.micro_batch, unit)
         micro = []
         for parts in zip(*(share.parts for share in shares), strict=True):  # the same number of edits for every adapter
             ordered = [sorted(part, key=len) for part in parts]
             cuts = range(0, len(ordered[0]), size)
-            micro += [self._micro_batch(loaded, [part[i : i + size] for part in ordered]) for i in cuts]
+            micro += [self._micro_batch(loaded, [part[i : i + size] for part in ordered], bound) for i in cuts]
         whole = [share.whole for share in shares]
         return Batch(self.group.pad_passes(micro), len(whole[0]), counts(whole, self.group.device))
 
-    def _micro_batch(self, loaded: Loaded, adapters: Sequence[Sequence[Triplet]]) -> MicroBatch:
+    def _micro_batch(self, loaded: Loaded, adapters: Sequence[Sequence[Triplet]], bound: float | None) -> MicroBatch:
         device, flat = self.group.device, [t for own in adapters for t in own]
         packed = pack(flat, dtype=loaded.model.dtype, packed=loaded.packed, adapters=len(adapters))
         reference = torch.tensor([t.reference for t in flat], dtype=torch.float32, device=device).T
@@ -165,4 +168,12 @@ class WorkerContext:
             reference.reshape(2, len(adapters), -1),
             counts(adapters, device),
             role,
+            self._bounds(adapters, bound),
         )
+
+    def _bounds(self, adapters: Sequence[Sequence[Triplet]], bound: float | None) -> float | Tensor:
+        """Log p that each new answer must exceed, (K, E), nats. An answer that is kept has no bound."""
+        if bound is None:
+            return -math.inf
+        bounds = [[-math.inf if t.kept else math.log(bound) for t in own] for own in adapters]
+        return torch.tensor(bounds, device=self.group.device)

@@ -41,4 +41,8 @@ def pack_key(task: Task) -> tuple[RoundConfig, tuple[tuple[str, str | None], ...
     if type(task.config) is not RoundConfig or task.config.step.effective().perturb_every > 1:
         return None
     inputs = {name: None if name == "previous" else step.fingerprint for name, step in task.step.inputs.items()}
-    return task.config.shared, tuple(sorted(inputs.items()))
+    step, shared = task.config.step, task.config.shared
+    # Edits have one role in all rows: a weight may differ, but not whether it is 0.
+    roles = {name: float(getattr(step, name) > 0) for name in ("replay", "anchor")}
+    shared = shared.model_copy(update={"step": shared.step.model_copy(update=roles)})
+    return shared, tuple(sorted(inputs.items()))

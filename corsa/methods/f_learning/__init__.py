@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from corsa.config import FLearningConfig, RunSettings
+from corsa.config import ALONE, FLearningConfig, RunSettings
 from corsa.config.steps import RoundConfig
 from corsa.methods import step_methods
 from corsa.methods.base import Method, Teach
@@ -19,7 +19,8 @@ class FLearningRoundConfig(RoundConfig):
 
 def _round_config(settings: RunSettings, seed: int, number: int) -> FLearningRoundConfig:
     plain = step_methods.round_config("lora", settings, seed, number)
-    return FLearningRoundConfig(**dict(plain), f_learning=settings.f_learning)
+    training = plain.training.model_copy(update=ALONE)
+    return FLearningRoundConfig(**dict(plain.model_copy(update={"training": training})), f_learning=settings.f_learning)
 
 
 def _report_notes(name: str, found: Mapping[str, Any]) -> list[str]:
