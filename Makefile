@@ -8,12 +8,12 @@ BIN = $(VENV)/bin
 INSTALL = requirements/install.sh $(BIN)/python
 LOCKS = torch cuda base dev harness model
 
-.PHONY: demo test check test-fast test-process test-ray test-long links results lock audit clean
+.PHONY: demo test check test-fast test-model test-process test-ray test-long links results lock audit clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python pipelines/continual.py
 
-test: check test-fast test-process test-ray
+test: check test-fast test-model test-process test-ray
 
 check: $(VENV)/.test
 	$(BIN)/ruff check .
@@ -22,8 +22,11 @@ check: $(VENV)/.test
 
 SPREAD = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
-test-fast: $(VENV)/.test   ## in one process each, without Ray: about a minute on 2 cores
-	$(SPREAD) -m "not process and not ray and not long"
+test-fast: $(VENV)/.test   ## without models, processes and Ray: about a minute on 2 cores
+	$(SPREAD) -m "not model and not process and not ray and not long"
+
+test-model: $(VENV)/.test  ## computing with torch on tiny models, in one process each: about two minutes
+	$(SPREAD) -m "model and not process and not ray and not long"
 
 test-process: $(VENV)/.test   ## with servers, drivers, browsers, sandboxes and commands, without Ray: about a minute
 	$(SPREAD) -m "process and not ray and not long"

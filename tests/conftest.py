@@ -20,6 +20,14 @@ sys.path.append(str(ROOT / "pipelines"))  # its files import each other by name
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks the tests that compute with models, before `-m` chooses among all."""
+    for item in items:
+        if "one_thread" in getattr(item, "fixturenames", ()):
+            item.add_marker("model")
+
+
 @pytest.fixture(scope="session")
 def encoder() -> Encoder:
     """The embedded model's tokenizer, with the paper's template."""
