@@ -92,24 +92,24 @@ def test_a_gradient_of_zero_in_one_row_leaves_that_row_to_the_others() -> None:
 # A third objective, over edits of another role
 
 
-EARLIER = 1
+OTHER = 9
 
 
-def replay(answers: Answers, settings: RowSettings) -> Tensor:
-    """L_SFT over the edits of earlier rounds."""
+def extra(answers: Answers, settings: RowSettings) -> Tensor:
+    """L_SFT over the edits of the other role."""
     return answers.sum(-answers.logp[0]) / answers.counts.tokens
 
 
 class Step(StepConfig):
     """A step with a third objective."""
 
-    replay: float = Field(default=0.0, ge=0, exclude_if=lambda weight: weight == 0)
-    weights: ClassVar[tuple[str, ...]] = (*StepConfig.weights, "replay")
+    extra: float = Field(default=0.0, ge=0, exclude_if=lambda weight: weight == 0)
+    weights: ClassVar[tuple[str, ...]] = (*StepConfig.weights, "extra")
 
 
 @pytest.fixture
 def third(monkeypatch: pytest.MonkeyPatch) -> None:
-    added = Objective("replay", replay, weight="replay", role=EARLIER)
+    added = Objective("extra", extra, weight="extra", role=OTHER)
     monkeypatch.setattr(objectives, "OBJECTIVES", (*OBJECTIVES, added))
 
 
@@ -135,15 +135,15 @@ def gradients_of(bench: Bench, groups: Sequence[Sequence[Triplet]], *steps: Step
 
 
 def mixed(edits: Sequence[Triplet]) -> list[Triplet]:
-    """Every third edit is one of an earlier round."""
-    return [replace(t, role=EARLIER) if i % 3 == 1 else t for i, t in enumerate(edits)]
+    """Every third edit has another role."""
+    return [replace(t, role=OTHER) if i % 3 == 1 else t for i, t in enumerate(edits)]
 
 
 @pytest.mark.usefixtures("third")
 @pytest.mark.parametrize("micro_batch", [2, 16])
 def test_objectives_read_the_edits_of_their_role_from_one_pass(bench: Bench, micro_batch: int) -> None:
     edits = mixed(bench.edits)
-    found = gradients_of(bench, [edits], Step(replay=0.5), micro_batch=micro_batch)
+    found = gradients_of(bench, [edits], Step(extra=0.5), micro_batch=micro_batch)
     taught = gradients_of(bench, [[t for t in bench.edits if t in edits]], Step())
     earlier = [t for t in bench.edits if t not in edits]
     assert len(earlier) == 2
@@ -158,7 +158,7 @@ def test_objectives_read_the_edits_of_their_role_from_one_pass(bench: Bench, mic
 @pytest.mark.parametrize("scope", ["step", "microbatch"])
 def test_the_step_takes_three_objectives_and_logs_them(bench: Bench, scope: str) -> None:
     edits = mixed(bench.edits)
-    config = Step.model_validate({"replay": 0.5, "rho": 0.2, "lambda": 2.0, "scope": scope})
+    config = Step.model_validate({"extra": 0.5, "rho": 0.2, "lambda": 2.0, "scope": scope})
     batch = together(bench, [edits])
     phi = bench.loaded.lora.phi
     optimizer = torch.optim.SGD([phi], lr=1.0)
@@ -176,13 +176,13 @@ def test_the_step_takes_three_objectives_and_logs_them(bench: Bench, scope: str)
     high, at_peak = merged(bench.start + torch.from_numpy(0.2 * low / np.linalg.norm(low)).float())
     np.testing.assert_allclose(moved, high, rtol=2e-2, atol=1e-3 * np.abs(high).max())
     losses = at_phi.sums[:3, 0, 0].tolist()
-    assert [log[f"loss_{name}"] for name in ("sft", "dpo", "replay")] == pytest.approx(losses, rel=1e-4)
+    assert [log[f"loss_{name}"] for name in ("sft", "dpo", "extra")] == pytest.approx(losses, rel=1e-4)
     rise = (at_peak.sums - at_phi.sums)[:3, 0, 0].tolist()
     assert log["sharpness"] == pytest.approx(rise[0] + 2.0 * rise[1] + 0.5 * rise[2], rel=1e-2, abs=1e-3)
     cosines = [float(F.cosine_similarity(a, b)) for a, b in combinations(at_phi.g, 2)]
     assert log["cosine"] == pytest.approx(min(cosines), abs=1e-4)
     assert log["conflict"] is (min(cosines) < 0)
-    assert curves_table([log]).column_names == [*CURVES.names, "loss_replay"]
+    assert curves_table([log]).column_names == [*CURVES.names, "loss_extra"]
     batch, phi = together(bench, [edits]), bench.loaded.lora.phi
     (log,) = corsa_step(bench.loaded.model, phi, batch, RowSettings.of([Step()], CPU), optimizer, 1e9, alone)
     assert curves_table([log]).column_names == CURVES.names
@@ -191,7 +191,7 @@ def test_the_step_takes_three_objectives_and_logs_them(bench: Bench, scope: str)
 @pytest.mark.usefixtures("third")
 def test_a_row_without_the_objective_is_as_it_is_alone(bench: Bench) -> None:
     edits = mixed(bench.edits)
-    steps = Step(replay=0.5), Step()
+    steps = Step(extra=0.5), Step()
     found = gradients_of(bench, [edits, edits], *steps)
     settings = RowSettings.of(steps, CPU)
     for row, step in enumerate(steps):
@@ -208,15 +208,15 @@ def test_a_row_without_the_objective_is_as_it_is_alone(bench: Bench) -> None:
 
 def test_forms_for_two_objectives_refuse_a_third() -> None:
     with pytest.raises(ValidationError, match="pcgrad authors is for two objectives, not 3: set symmetric"):
-        Step(replay=1.0, pcgrad="authors")
-    rows = [Step.model_validate({"replay": 1.0, "lambda": 0.0, "pcgrad": "algorithm1"}), Step(pcgrad="algorithm1")]
+        Step(extra=1.0, pcgrad="authors")
+    rows = [Step.model_validate({"extra": 1.0, "lambda": 0.0, "pcgrad": "algorithm1"}), Step(pcgrad="algorithm1")]
     with pytest.raises(CorsaError, match="pcgrad algorithm1 is for two objectives, not 3"):
         RowSettings.of(rows, CPU)
 
 
 def test_a_weight_of_zero_changes_no_identity() -> None:
     assert Step().canonical() == StepConfig().canonical()
-    assert Step(replay=0.5).canonical() == StepConfig().canonical() | {"replay": 0.5}
+    assert Step(extra=0.5).canonical() == StepConfig().canonical() | {"extra": 0.5}
 
 
 # An objective from the logits
@@ -234,9 +234,9 @@ def test_an_objective_can_read_all_logits_at_answer_tokens(bench: Bench, monkeyp
         assert answers.lengths[0, 0].tolist() == [len(t.new) for t in sorted(bench.edits, key=len)]
         return answers.sum(answers.own[0]) / answers.counts.tokens
 
-    added = Objective("certainty", loss, weight="replay", per_token=certainty)
+    added = Objective("certainty", loss, weight="extra", per_token=certainty)
     monkeypatch.setattr(objectives, "OBJECTIVES", (*OBJECTIVES, added))
-    found = gradients_of(bench, [bench.edits], Step(replay=1.0))
+    found = gradients_of(bench, [bench.edits], Step(extra=1.0))
     total, model, phi = torch.zeros(()), bench.loaded.model, bench.loaded.lora.phi
     for edit in bench.edits:  # one plain row each
         logits = model(input_ids=torch.tensor([[*edit.prompt, *edit.new]]), use_cache=False).logits[0]

@@ -140,7 +140,8 @@ def train_together(
             _RowState(round_run, row, state, load_checkpoint(*round_run.checkpoint, row, state, group))
             for round_run, row, state in zip(round_runs, rows, kept, strict=True)
         ]
-        _learn(row_states, material, loaded, context, optimizer, look, post, at_epoch)
+        settings = RowSettings.of([row_state.config.step for row_state in row_states], phi.device)
+        _Learning(row_states, material, loaded, context, optimizer, look, settings, post).run(at_epoch)
     context.notes += [note for row_state in row_states for note in row_state.position.notes]
     return [row_state.outcome for row_state in row_states]
 
@@ -162,91 +163,113 @@ def _optimizer(phi: nn.Parameter, group: WorkerGroup, rows: int) -> tuple[Steppi
     return packed, packed.rows, [packed.of(row) for row in range(rows)]
 
 
-def _learn(
-    row_states: Sequence[_RowState],
-    material: Material,
-    loaded: Loaded,
-    context: WorkerContext,
-    optimizer: Stepping,
-    look: LookSam | None,
-    post: Callable[[dict[str, Any]], None],
-    at_epoch: AtEpoch,
-) -> None:
-    """Run all remaining steps."""
-    group, phi, configs = (
-        context.group,
-        loaded.lora.phi,
-        [row_state.config for row_state in row_states],
-    )
-    config, training = configs[0], configs[0].training
-    triplets, own_edits = material.all, len(material.own)
-    per_epoch = -(-own_edits // training.own)
-    steps = per_epoch * training.epochs
-    unit = config.step.microbatch if config.step.scope == "microbatch" else 1
-    preemption = PreemptionWatch()
-    settings = RowSettings.of([config.step for config in configs], phi.device)
-    for row_state in row_states:  # an interrupted round may have had enough already
-        row_state.stop_if_enough(row_state.position.step // per_epoch, per_epoch)
-    running = [row_state.position.step for row_state in row_states if not row_state.ended]
-    began, resumed_at = time.monotonic(), min(running, default=steps)
-    for epoch in range(resumed_at // per_epoch, training.epochs):
-        seen = np.zeros((len(row_states), len(triplets)), dtype=np.int64)  # by this worker
-        orders = [material.batches(config, epoch) for config in configs]
-        for number, chosen in enumerate(zip(*orders, strict=True), start=epoch * per_epoch + 1):
-            own = [_own_parts(whole, config.step, group) for whole in chosen]
+@dataclass
+class _Learning:
+    """The steps of the rounds that are trained together. `settings` are those of the step, one row a round."""
+
+    row_states: Sequence[_RowState]
+    material: Material
+    loaded: Loaded
+    context: WorkerContext
+    optimizer: Stepping
+    look: LookSam | None
+    settings: RowSettings
+    post: Callable[[dict[str, Any]], None]
+
+    def __post_init__(self) -> None:
+        self.configs = [row_state.config for row_state in self.row_states]
+        self.training = self.configs[0].training
+        self.per_epoch = -(-len(self.material.own) // self.training.own)
+        self.steps = self.per_epoch * self.training.epochs
+        self._preemption = PreemptionWatch()
+        for row_state in self.row_states:  # an interrupted round may have had enough already
+            row_state.stop_if_enough(row_state.position.step // self.per_epoch, self.per_epoch)
+        running = [row_state.position.step for row_state in self.row_states if not row_state.ended]
+        self._began, self._resumed_at = time.monotonic(), min(running, default=self.steps)
+
+    @property
+    def over(self) -> bool:
+        """Whether every round has ended."""
+        return all(row_state.ended for row_state in self.row_states)
+
+    def run(self, at_epoch: AtEpoch) -> None:
+        """Run all remaining steps."""
+        for epoch in range(self._resumed_at // self.per_epoch, self.training.epochs):
+            self._epoch(epoch)
+            if self.over:  # all rounds failed
+                return
+            at_epoch(epoch + 1)
+            for row_state in self.row_states:
+                row_state.stop_if_enough(epoch + 1, self.per_epoch)
+            if self.over:
+                return
+
+    def _epoch(self, epoch: int) -> None:
+        """Run the steps of an epoch that no checkpoint includes, until every round has failed."""
+        group, edits = self.context.group, self.material.all
+        seen = np.zeros((len(self.row_states), len(edits)), dtype=np.int64)  # by this worker
+        orders = [self.material.batches(config, epoch) for config in self.configs]
+        for number, chosen in enumerate(zip(*orders, strict=True), start=epoch * self.per_epoch + 1):
+            own = [_own_parts(whole, self.configs[0].step, group) for whole in chosen]
             for counts, parts in zip(seen, own, strict=True):
                 for part in parts:
                     np.add.at(counts, part, 1)
-            if number <= resumed_at:
+            if number <= self._resumed_at:
                 continue
-            start = time.monotonic()
-            for row_state, param_group in zip(row_states, optimizer.param_groups, strict=True):
-                peak = row_state.config.training.learning_rate
-                param_group["lr"] = learning_rate(peak, number - 1, steps, training.warmup, training.first_rate)
-                param_group["waits"] = row_state.waits(number)
             shares = [
-                Share([triplets[i] for i in whole], [[triplets[i] for i in part] for part in parts])
+                Share([edits[i] for i in whole], [[edits[i] for i in part] for part in parts])
                 for whole, parts in zip(chosen, own, strict=True)
             ]
-            batch = context.batch(loaded, shares, unit, training.stop_above)
-            if look:
-                look.begin(number)
-            logs = corsa_step(loaded.model, phi, batch, settings, optimizer, training.clip, group.sum, look)
-            seconds = (time.monotonic() - start) / len(row_states)
-            for row_state, log, param_group in zip(row_states, logs, optimizer.param_groups, strict=True):
-                if not param_group["waits"]:
-                    more = {"epoch": epoch + 1, "learning_rate": param_group["lr"], "seconds": seconds}
-                    if training.stop_above is None:
-                        more["below"] = None
-                    row_state.learnt({"step": number} | log | more)
-            if all(row_state.ended for row_state in row_states):
+            logs = self._step(number, epoch, shares)
+            if self.over:
                 return
-            warned = preemption.new_warning()
-            if warned or number % context.placement.checkpoint_every == 0 or number == steps:
-                for row_state in row_states:
-                    if row_state.position.step == number and not row_state.ended:
-                        if warned:
-                            row_state.position.notes.append(f"{warned}: checkpoint taken after step {number}")
-                        with context.timed("checkpoints"):
-                            save_checkpoint(
-                                *row_state.round_run.checkpoint,
-                                row_state.row,
-                                row_state.state,
-                                row_state.position,
-                                group,
-                            )
+            self._save(number)
             if group.leads:
-                pace = (time.monotonic() - began) / (number - resumed_at)
-                post(
-                    {"epoch": epoch + 1, "epochs": training.epochs, "step": number, "steps": steps}
-                    | {"loss": _mean_loss(configs, logs), "eta_s": pace * (steps - number)}
-                )
-        _check_every_edit_once(seen[:, :own_edits], group, epoch + 1)
-        at_epoch(epoch + 1)
-        for row_state in row_states:
-            row_state.stop_if_enough(epoch + 1, per_epoch)
-        if all(row_state.ended for row_state in row_states):
+                self._report(number, epoch, logs)
+        _check_every_edit_once(seen[:, : len(self.material.own)], group, epoch + 1)
+
+    def _step(self, number: int, epoch: int, shares: Sequence[Share]) -> list[dict[str, Any]]:
+        """Take step `number` and record it. Returns one row of the learning curves per round."""
+        start, training, step = time.monotonic(), self.training, self.configs[0].step
+        for row_state, param_group in zip(self.row_states, self.optimizer.param_groups, strict=True):
+            rate = row_state.config.training.learning_rate
+            param_group["lr"] = learning_rate(rate, number - 1, self.steps, training.warmup, training.first_rate)
+            param_group["waits"] = row_state.waits(number)
+        unit = step.microbatch if step.scope == "microbatch" else 1
+        batch = self.context.batch(self.loaded, shares, unit, training.stop_above)
+        if self.look:
+            self.look.begin(number)
+        model, phi, add = self.loaded.model, self.loaded.lora.phi, self.context.group.sum
+        logs = corsa_step(model, phi, batch, self.settings, self.optimizer, training.clip, add, self.look)
+        seconds = (time.monotonic() - start) / len(self.row_states)
+        for row_state, log, param_group in zip(self.row_states, logs, self.optimizer.param_groups, strict=True):
+            if not param_group["waits"]:
+                more = {"epoch": epoch + 1, "learning_rate": param_group["lr"], "seconds": seconds}
+                if training.stop_above is None:
+                    more["below"] = None
+                row_state.learnt({"step": number} | log | more)
+        return logs
+
+    def _save(self, number: int) -> None:
+        """Save a checkpoint of each round at every few steps, at the last, and when the node is to be preempted."""
+        warned = self._preemption.new_warning()
+        if not (warned or number % self.context.placement.checkpoint_every == 0 or number == self.steps):
             return
+        for row_state in self.row_states:
+            if row_state.position.step == number and not row_state.ended:
+                if warned:
+                    row_state.position.notes.append(f"{warned}: checkpoint taken after step {number}")
+                saved = row_state.row, row_state.state, row_state.position
+                with self.context.timed("checkpoints"):
+                    save_checkpoint(*row_state.round_run.checkpoint, *saved, self.context.group)
+
+    def _report(self, number: int, epoch: int, logs: Sequence[dict[str, Any]]) -> None:
+        """Post the line of the progress display."""
+        per_step = (time.monotonic() - self._began) / (number - self._resumed_at)
+        self.post(
+            {"epoch": epoch + 1, "epochs": self.training.epochs, "step": number, "steps": self.steps}
+            | {"loss": _mean_loss(self.configs, logs), "eta_s": per_step * (self.steps - number)}
+        )
 
 
 @dataclass
