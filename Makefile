@@ -47,13 +47,15 @@ $(VENV)/.demo: pyproject.toml requirements/base.txt requirements/torch.txt
 
 $(VENV)/.test: $(VENV)/.demo requirements/dev.txt
 	$(INSTALL) base dev
-	$(BROWSER)
+	$(PACKAGES)
 	touch $@
 
-# The tests of the report page use Chromium. Without it, and without the right to install it, they are skipped with a message.
-BROWSER = command -v chromedriver >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null \
-	&& apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq chromium chromium-driver >/dev/null; } \
-	|| echo "no Chromium: the tests of the page in a browser will be skipped"
+# The tests of the report page use Chromium; bubblewrap is the second engine of the sandbox. Without them, and without the
+# right to install them, the tests that use them are skipped with a message.
+PACKAGES = { command -v chromedriver && command -v bwrap; } >/dev/null || { [ "$$(id -u)" = 0 ] \
+	&& command -v apt-get >/dev/null && apt-get update -qq \
+	&& DEBIAN_FRONTEND=noninteractive apt-get install -y -qq chromium chromium-driver bubblewrap >/dev/null; } \
+	|| echo "no Chromium or no bubblewrap: the tests that use it will be skipped"
 
 links: $(VENV)/.test       ## corrects the line numbers in the documents
 	$(BIN)/python tests/documents.py

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from code_files import update, write_lines
 
-from corsa.config.steps import SamplesConfig
+from corsa.config.code_steps import SamplesConfig
 from corsa.data.benchmarks.code_prompt import TEMPLATE, prompt_of, read_template
 from corsa.data.benchmarks.programs import read_problems
 from corsa.errors import CorsaError

@@ -12,7 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from corsa.config.steps import CodeReportConfig, EditsConfig, ReportConfig, Shown
+from corsa.config.code_steps import CodeReportConfig
+from corsa.config.steps import EditsConfig, ReportConfig, Shown
 from corsa.data.edit import Edit, to_table
 from corsa.evaluation.metrics import METRICS
 from corsa.experiments.code.steps import RATES

@@ -16,8 +16,8 @@ import torch
 from code_files import task, update, write_lines
 from tiny import tiny_model
 
+from corsa.config.code_steps import CodeReportConfig, CodeShown
 from corsa.config.sandbox import Limits
-from corsa.config.steps import CodeReportConfig, CodeShown
 from corsa.data.benchmarks.programs import program_in, read_problems
 from corsa.data.edit import from_table
 from corsa.errors import CorsaError

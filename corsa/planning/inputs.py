@@ -12,6 +12,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from corsa.config import ModelConfig
+from corsa.config.code_steps import ProblemsConfig, ProblemsPlace
 from corsa.config.steps import (
     AskingConfig,
     EditsConfig,
@@ -19,8 +20,6 @@ from corsa.config.steps import (
     FactsConfig,
     FactsPlace,
     PartConfig,
-    ProblemsConfig,
-    ProblemsPlace,
     QuestionsConfig,
     QuestionsPlace,
 )

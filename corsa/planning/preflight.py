@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from corsa.config import ModelConfig, Placement
 from corsa.config.amounts import as_bytes
-from corsa.config.steps import EditsConfig, EditsPlace, ProblemsConfig, ProblemsPlace, ProgramEditsConfig, RoundConfig
+from corsa.config.code_steps import ProblemsConfig, ProblemsPlace, ProgramEditsConfig
+from corsa.config.steps import EditsConfig, EditsPlace, RoundConfig
 from corsa.data.benchmarks.code_prompt import read_template
 from corsa.errors import CorsaError
 from corsa.models.registry import ARCHITECTURES

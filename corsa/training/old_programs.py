@@ -12,7 +12,7 @@ import ray.data
 import torch
 
 from corsa.config import ModelConfig, Placement
-from corsa.config.steps import OldAnswersConfig
+from corsa.config.code_steps import OldAnswersConfig
 from corsa.evaluation.generation import end_tokens, generate
 from corsa.evaluation.programs import PROGRAMS
 from corsa.flow.ray_data import as_dataset, map_with_model, retried

@@ -12,14 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from corsa.config import EvaluationConfig
-from corsa.config.steps import (
-    AnchorsConfig,
-    AskingConfig,
-    ControlsConfig,
-    RoutingConfig,
-    SamplesConfig,
-    SpecificityConfig,
-)
+from corsa.config.code_steps import SamplesConfig
+from corsa.config.steps import AnchorsConfig, AskingConfig, ControlsConfig, RoutingConfig, SpecificityConfig
 from corsa.data.benchmarks.code_prompt import prompt_of
 from corsa.data.edit import from_table
 from corsa.evaluation.anchor_questions import anchor_questions

@@ -10,8 +10,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from corsa.config.code_steps import JudgingConfig
 from corsa.config.sandbox import Limits
-from corsa.config.steps import JudgingConfig
 from corsa.data.benchmarks.mutants import mutants
 from corsa.data.benchmarks.programs import Problem, program_in
 from corsa.errors import CorsaError

@@ -17,7 +17,8 @@ from corsa.algorithm.batch import Batch, MicroBatch, counts
 from corsa.algorithm.logprobs import packing_is_exact
 from corsa.algorithm.packing import TAUGHT, Triplet, pack
 from corsa.config import LoraConfig, ModelConfig, Placement
-from corsa.config.steps import AskingConfig, ControlsConfig, RoundConfig, SamplesConfig, SpecificityConfig
+from corsa.config.code_steps import SamplesConfig
+from corsa.config.steps import AskingConfig, ControlsConfig, RoundConfig, SpecificityConfig
 from corsa.lora.flat import Lora
 from corsa.models.encoding import Encoder
 from corsa.models.loading import load_tokenizer

@@ -13,8 +13,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field
 
 from corsa.config import LoraConfig, SamplingConfig, TrainingConfig, plain
-from corsa.config.sandbox import Limits
-from corsa.config.steps import (
+from corsa.config.code_steps import (
     CodeReportConfig,
     CodeShown,
     JudgingConfig,
@@ -25,6 +24,7 @@ from corsa.config.steps import (
     ProgramEditsConfig,
     SamplesConfig,
 )
+from corsa.config.sandbox import Limits
 from corsa.data.benchmarks.code_prompt import digest_of, read_template
 from corsa.data.benchmarks.files import regular
 from corsa.data.benchmarks.programs import digest, kind_of

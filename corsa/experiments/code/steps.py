@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from corsa.config.steps import CodeReportConfig, ProblemsConfig
+from corsa.config.code_steps import CodeReportConfig, ProblemsConfig
 from corsa.data.benchmarks.code_prompt import read_template
 from corsa.data.benchmarks.programs import program_in, read_problems
 from corsa.data.edit import Edit, to_table
