@@ -24,6 +24,8 @@ from corsa.models.registry import Source, locate, pin
 from corsa.models.shapes import architecture
 from corsa.models.templates import render
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 FAMILIES = ("llama", "qwen2", "qwen3", "gemma3")
 IDS = torch.tensor([[7, 300, 12, 410, 33, 5, 280, 281, 90, 400, 8, 301]])
 TEXTS = (

@@ -159,6 +159,7 @@ def test_a_model_is_loaded_in_the_type_that_is_asked_for() -> None:
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_a_saved_model_and_tokenizer_are_loaded_from_their_directory(tmp_path: Path, encoder: Encoder) -> None:
     model = tiny_model("qwen3")
     model.save_pretrained(tmp_path)

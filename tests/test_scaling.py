@@ -158,6 +158,7 @@ def test_adapters_that_are_trained_together_are_counted(rehearsed: Footprint, mo
     assert seen[0] == (3 * seen[-1][0], 3 * seen[-1][1])
 
 
+@pytest.mark.usefixtures("one_thread")
 def test_a_small_model_that_learns_long_programs_is_planned(tmp_path: Path) -> None:
     arena = write_lines(tmp_path / "arena.jsonl", [update("sin", 2), update("cos", 2)])
     asked = CodeExperiment.model_validate({"data": str(arena), "methods": ("corsa",), "allow_code_execution": True})
