@@ -15,7 +15,7 @@ from corsa.evaluation.metrics import compute
 from corsa.evaluation.prepared_predictions import check_columns
 from corsa.report.facts import summary, told_forgotten
 from corsa.report.findings import findings
-from corsa.report.published import differs
+from corsa.report.paper_figures import differs
 
 PROBES = {"edit": 0, "paraphrase": 1, "neighbor": 2}
 

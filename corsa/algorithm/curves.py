@@ -77,8 +77,7 @@ def rows(
     objectives, taught = running(settings), batch.counts[TAUGHT]
     *losses, new, old, below = measured.at_phi.double()
     found = {objective.column: loss for objective, loss in zip(objectives, losses, strict=True)}
-    found |= {"logp_new": new / taught.edits, "logp_old": old / taught.pairs, "grad_norm": norm}
-    found |= {"below": below}
+    found |= {"logp_new": new / taught.edits, "logp_old": old / taught.pairs, "grad_norm": norm, "below": below}
     found |= {"cosine": measured.cosine, "conflict": measured.conflict, "sharpness": measured.sharpness(settings)}
     found = {name: column for name, column in found.items() if column is not None}
     table = torch.cat([column.double() for column in found.values()], 1).tolist()

@@ -100,18 +100,8 @@ def plan_evaluation(options: EvaluateOptions) -> tuple[Experiment, Step]:
     if options.baseline:
         raise CorsaError("--baseline is a name on a server: give --endpoint with it")
     line = open_line(options.adapter) if options.adapter else None
-    experiment = Experiment(
-        model=base_model(options, line),
-        benchmark=options.benchmark or "file",
-        data=options.data,
-        limit=options.limit,
-        methods=("edited",),
-        storage=options.storage,
-        dry_run=options.dry_run,
-        evaluation=options.evaluation,
-        placement=options.placement,
-    )
-    planner = Planner.of(experiment, shlex.join(["corsa", "evaluate", *differences(options)]))
+    planner = evaluation_planner(options, base_model(options, line))
+    experiment = planner.experiment
     experiment.evaluation.checked(experiment.model)
     check_trackers(options.track)
     taught, rounds, adapter = asked_facts(planner, options, line)
@@ -127,6 +117,22 @@ def plan_evaluation(options: EvaluateOptions) -> tuple[Experiment, Step]:
         f" with {Path(options.adapter or '').name}" if adapter else ""
     )
     return experiment, reported(planner, taught, schedule, title, shown, answers, adapter)
+
+
+def evaluation_planner(options: EvaluateOptions, model: ModelConfig) -> Planner[Experiment]:
+    """The planner of an evaluation of this base model, here or on a server."""
+    experiment = Experiment(
+        model=model,
+        benchmark=options.benchmark or "file",
+        data=options.data,
+        limit=options.limit,
+        methods=("edited",),
+        storage=options.storage,
+        dry_run=options.dry_run,
+        evaluation=options.evaluation,
+        placement=options.placement,
+    )
+    return Planner.of(experiment, shlex.join(["corsa", "evaluate", *differences(options)]))
 
 
 def asked_facts(planner: Planner, options: EvaluateOptions, line: Line | None) -> tuple[Facts, int, Step | None]:

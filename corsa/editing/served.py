@@ -6,7 +6,6 @@ moment, so they are never taken from an earlier run.
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -16,7 +15,7 @@ import pyarrow.parquet as pq
 
 from corsa.config.steps import RoundsConfig, ServedConfig, ServedPlace, Shown
 from corsa.editing.kinds import SERVED
-from corsa.editing.options import EvaluateOptions, differences
+from corsa.editing.options import EvaluateOptions
 from corsa.errors import CorsaError
 from corsa.flow import Step
 from corsa.flow.task import Task
@@ -36,10 +35,9 @@ def plan_served(options: EvaluateOptions) -> tuple[Experiment, Step]:
         CorsaError: a file, a name or the address is wrong, or the base model cannot be asked.
     """
     from corsa.editing.history import open_line
-    from corsa.editing.plan import asked_facts, base_model, reported
+    from corsa.editing.plan import asked_facts, base_model, evaluation_planner, reported
     from corsa.evaluation.endpoint import checked_address
-    from corsa.experiments.base import Experiment, check_trackers
-    from corsa.experiments.planner import Planner
+    from corsa.experiments.base import check_trackers
 
     if options.model is None:
         raise CorsaError("--endpoint needs --model NAME: the model's name on the server")
@@ -54,18 +52,7 @@ def plan_served(options: EvaluateOptions) -> tuple[Experiment, Step]:
     if line and not options.edits and not options.benchmark and not line.edits:
         raise CorsaError("nothing would be asked: give --edits FILE or --benchmark NAME")
     model = base_model(options.model_copy(update={"model": None}), line)
-    experiment = Experiment(
-        model=model,
-        benchmark=options.benchmark or "file",
-        data=options.data,
-        limit=options.limit,
-        methods=("edited",),
-        storage=options.storage,
-        dry_run=options.dry_run,
-        evaluation=options.evaluation,
-        placement=options.placement,
-    )
-    planner = Planner.of(experiment, shlex.join(["corsa", "evaluate", *differences(options)]))
+    planner = evaluation_planner(options, model)
     check_trackers(options.track)
     taught, rounds, adapter = asked_facts(planner, options, line)
     if taught.edits.kind.on_cluster and not options.adapter:
@@ -95,7 +82,7 @@ def plan_served(options: EvaluateOptions) -> tuple[Experiment, Step]:
     answers = [*([adapter] if own and adapter else []), step]
     title = f"{taught.name} asked of {options.model} at {known['address']}"
     shown = [Shown(answers=one.name, method="edited") for one in answers]
-    return experiment, reported(planner, taught, schedule, title, shown, answers, None, before)
+    return planner.experiment, reported(planner, taught, schedule, title, shown, answers, None, before)
 
 
 def answer(task: Task) -> dict[str, Any]:
@@ -104,7 +91,7 @@ def answer(task: Task) -> dict[str, Any]:
     from corsa.data.schedule import valid_after
     from corsa.evaluation.endpoint import Endpoint
     from corsa.evaluation.predict import PREDICTIONS, Taught
-    from corsa.evaluation.served import ServedPredictor
+    from corsa.evaluation.served_predictor import ServedPredictor
 
     config: ServedConfig = task.config
     edits = {edit.id: edit for edit in from_table(pq.read_table(task.inputs["edits"].local("edits.parquet")))}

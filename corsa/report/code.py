@@ -11,7 +11,7 @@ import yaml
 from corsa.report.dag import Dag
 from corsa.report.findings import findings
 from corsa.report.layout import write_page
-from corsa.report.published import with_measured
+from corsa.report.paper_figures import with_measured
 
 
 def write_code_report(directory: Path, *, metrics: dict[str, Any], run: Mapping[str, Any]) -> Path:

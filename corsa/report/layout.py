@@ -19,7 +19,7 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from corsa.report.findings import LOOKS_BACK, difference, drawn, label, marked, shown, undecided
-from corsa.report.published import differs
+from corsa.report.paper_figures import differs
 
 BUNDLE = "plotly-basic.min.js.gz"
 """From the npm package plotly.js-basic-dist-min (MIT), in the same version as the full bundle in the plotly package."""

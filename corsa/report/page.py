@@ -17,7 +17,7 @@ from corsa.report.examples import examples
 from corsa.report.figures import figures
 from corsa.report.findings import findings, headlines, summary
 from corsa.report.layout import write_page
-from corsa.report.published import with_measured
+from corsa.report.paper_figures import with_measured
 
 _DIRECTIONS = {"high": "higher is better", "low": "lower is better"}
 
