@@ -23,7 +23,7 @@ check: $(VENV)/.test
 SPREAD = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
 test-fast: $(VENV)/.test   ## without models, processes and Ray: about a minute on 2 cores
-	$(SPREAD) -m "not model and not process and not ray and not long"
+	$(SPREAD) -m "not model and not process and not ray and not long" --ignore tests/model
 
 test-model: $(VENV)/.test  ## computing with torch on tiny models, in one process each: about two minutes
 	$(SPREAD) -m "model and not process and not ray and not long"

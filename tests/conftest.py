@@ -22,9 +22,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks the tests that compute with models, before `-m` chooses among all."""
+    """Marks the tests of tests/model, before `-m` chooses among all, and those elsewhere that compute with models."""
     for item in items:
-        if "one_thread" in getattr(item, "fixturenames", ()):
+        if item.path.parent.name == "model" or "one_thread" in getattr(item, "fixturenames", ()):
             item.add_marker("model")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +50,17 @@ def blocks() -> list[Block]:
             line = text.count("\n", 0, match.start()) + 1
             found.append(Block(str(path.relative_to(ROOT)), line, match["language"], match["text"]))
     return found
+
+
+def example(start: str) -> str:
+    """The Python block of extending.md that begins with this comment."""
+    (found,) = [
+        block.text
+        for block in blocks()
+        if block.document == "docs/extending.md" and textwrap.dedent(block.text).startswith(f"# {start}\n")
+    ]
+    assert len(found.splitlines()) < 60
+    return textwrap.dedent(found)
 
 
 def inline_commands() -> Iterator[tuple[str, list[str]]]:

@@ -42,3 +42,17 @@ def table(path: Path, *rows: dict[str, str], separator: str = ",") -> str:
 
 def wordings(edit: Edit, kind: str = "paraphrase") -> list[str]:
     return [wording for probe in edit.probes if probe.kind == kind for wording in probe.prompts]
+
+
+def one_counterfact_record(folder: Path) -> Path:
+    """A counterfact.json of one record."""
+    rewrite = {
+        "prompt": "{} is led by",
+        "subject": "Acme",
+        "target_new": {"str": "Ada Byron"},
+        "target_true": {"str": "Grace Murray"},
+    }
+    record = {"case_id": 7, "requested_rewrite": rewrite, "paraphrase_prompts": [], "neighborhood_prompts": []}
+    file = folder / "counterfact.json"
+    file.write_text(json.dumps([record]))
+    return file

@@ -11,8 +11,8 @@ from typing import Any
 
 import pandas as pd
 import pytest
+from fact_files import one_counterfact_record
 from ray_cluster import LIMIT, PIPELINE, ROOT, Cluster, corsa, plain_environment, records, run
-from test_perf import one_counterfact_record
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]  # the first test waits for the cluster and the shared run
 pytest_plugins = ["ray_fixtures"]

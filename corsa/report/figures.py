@@ -180,11 +180,12 @@ def _diagnostics(curves: pd.DataFrame) -> Figure:
     figure = Figure(
         "diagnostics",
         "Inside the step",
-        "Cosine between the gradients of L_SFT and L_DPO (below 0 they conflict and are projected), and sharpness: "
+        "Cosine between the gradients of two objectives, the smallest of all pairs (CoRSA: L_SFT and L_DPO; below 0 "
+        "they conflict and are projected), and sharpness: "
         f"how far the loss rises at the worst nearby point, L(phi + e) - L(phi). "
         f"{_conflict(curves)}{_unit(curves).capitalize()}.",
     )
-    for column, heading in (("cosine", "Cosine of the two gradients"), ("sharpness", "Sharpness")):
+    for column, heading in (("cosine", "Smallest cosine of two gradients"), ("sharpness", "Sharpness")):
         if plot := _through_training(curves, column, "cosine" if column == "cosine" else "nats"):
             figure.plots.append((heading, plot))
     return figure if figure.plots else _without(figure, "Plain LoRA computes neither gradient cosine nor sharpness.")

@@ -33,7 +33,7 @@ from corsa.evaluation.multiple_choice import ANSWERS, MultipleChoice
 from corsa.lora.flat import Lora
 from corsa.models.encoding import Encoder
 
-PUBLISHED = Path(__file__).parents[2] / "shared" / "data" / "mmlu"
+PUBLISHED = Path(__file__).parents[3] / "shared" / "data" / "mmlu"
 VOCABULARY = 49152
 SUBJECTS = ("anatomy", "high_school_us_history")
 

@@ -38,7 +38,7 @@ from corsa.models.encoding import Encoder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-PUBLISHED_DATA = Path(__file__).parents[2] / "shared" / "data"
+PUBLISHED_DATA = Path(__file__).parents[3] / "shared" / "data"
 VOCABULARY = 49152  # the embedded tokenizer's
 CONFIG = MemitConfig(layers=(1, 2), weight=1e-3, clamp_norm_factor=0.75, weight_decay=0.5, prefixes=2, prefix_tokens=3)
 EDITS = [

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from fact_files import one_counterfact_record
 from tiny import CPU, LORA, shaken, tiny_model, triplets, with_reference
 
 from corsa.algorithm.batch import Batch, MicroBatch, counts
@@ -115,20 +116,6 @@ def test_mmlu_is_answered_alike_with_the_worked_examples_computed_once(
     assert found["largest_difference"] < 1e-4
     assert found["tokens"] < 0.5 * found["recomputed_tokens"]  # four questions share their examples
     assert found["speedup"] == pytest.approx(found["questions_per_s"] / found["recomputed_questions_per_s"])
-
-
-def one_counterfact_record(folder: Path) -> Path:
-    """A counterfact.json of one record."""
-    rewrite = {
-        "prompt": "{} is led by",
-        "subject": "Acme",
-        "target_new": {"str": "Ada Byron"},
-        "target_true": {"str": "Grace Murray"},
-    }
-    record = {"case_id": 7, "requested_rewrite": rewrite, "paraphrase_prompts": [], "neighborhood_prompts": []}
-    file = folder / "counterfact.json"
-    file.write_text(json.dumps([record]))
-    return file
 
 
 @pytest.mark.process
