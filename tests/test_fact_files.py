@@ -31,6 +31,10 @@ from corsa.errors import CorsaError
         ("A is led by |Who heads A?|", ["A is led by", "Who heads A?"]),
         ("[sic] Who heads A?", ["[sic] Who heads A?"]),
         ("The head (of A)", ["The head (of A)"]),
+        ("A is led by\uff5cWho heads A?", ["A is led by", "Who heads A?"]),
+        ('"A is led by"', ["A is led by"]),  # json.dumps of a string, of None and of pandas' missing value
+        ("null", []),
+        ("NaN", []),
         ("[]", []),
         ("", []),
     ],
@@ -76,6 +80,85 @@ def test_neighbors_as_python_writes_them_are_refused_by_name(tmp_path: Path) -> 
     path = table(tmp_path / "f.csv", fact(neighbors="[{'prompt': 'Who?', 'answer': 'x'}]"))
     with pytest.raises(CorsaError, match=r"neighbors: is a Python list.*json\.dumps"):
         read("file", path)
+
+
+@pytest.mark.parametrize(
+    ("column", "cell", "reason"),
+    [
+        ("neighbors", '[{"prompt": "Who?", "answer": "x", "answer": "y"}]', "answer is given twice"),
+        ("paraphrases", '[{"a": 1, "a": 2}]', "a is given twice"),
+        ("aliases_new", '{"a": "b"}', "is not a list"),
+        ("paraphrases", "[\"a\", \"['b', 'c']\"]", r"paraphrases\[1\]: is a list in a list"),
+    ],
+)
+def test_a_cell_of_json_is_checked_as_a_file_is(tmp_path: Path, column: str, cell: str, reason: str) -> None:
+    with pytest.raises(CorsaError, match=reason):
+        read("file", table(tmp_path / "f.csv", fact(**{column: cell})))
+
+
+def test_missing_values_that_json_dumps_writes_are_no_questions(tmp_path: Path) -> None:
+    """pandas: df[column].map(json.dumps), the remedy for a Python list, writes NaN for a missing value."""
+    near = '[{"prompt": "Who?", "answer": "x"}]'
+    rows = [fact(neighbors=near, paraphrases='["p"]'), fact(prompt="2?", neighbors="NaN", paraphrases="NaN")]
+    one, two = read("file", table(tmp_path / "f.csv", *rows)).edits
+    assert (len(one.probes), len(two.probes)) == (3, 1)
+
+
+FOREIGN = {
+    "easyedit": {"prompt": "Who?", "target_new": "Bo", "ground_truth": "Cy", "rephrase_prompt": "Whom?"},
+    "unke": {"question": "Who?", "answer": "Bo", "para_question": "Whom?", "sub_question": "Why?"},
+    "wikibigedit": {"update": "Who?", "subject": "A", "ans": "Bo", "rephrase": "Whom?", "loc": "Near?", "loc_ans": "x"},
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "column", "field"),
+    [
+        ("easyedit", "target_new", "target_new"),
+        ("easyedit", "ground_truth", "target_old"),
+        ("easyedit", "rephrase_prompt", "paraphrases"),
+        ("unke", "answer", "target_new"),
+        ("unke", "para_question", "paraphrases"),
+        ("wikibigedit", "ans", "target_new"),
+        ("wikibigedit", "rephrase", "paraphrases"),
+        ("wikibigedit", "loc_ans", "neighbors"),
+    ],
+)
+def test_cells_of_foreign_formats_are_lists_too(tmp_path: Path, name: str, column: str, field: str) -> None:
+    with pytest.raises(CorsaError, match=rf"{column}: is a Python list.*df\['{column}'\]"):
+        drafts_of(table(tmp_path / "f.csv", {**FOREIGN[name], column: "['one', 'two']"}))
+    (draft,) = drafts_of(table(tmp_path / "f.csv", {**FOREIGN[name], column: '["one", "two"]'}))
+    found = draft.fields[field]
+    if field == "paraphrases":
+        assert found[:2] == ["one", "two"]
+    elif field == "neighbors":
+        assert found == [("Near?", "one", ["two"])]
+    else:
+        assert (found, draft.fields[f"aliases{field.removeprefix('target')}"]) == ("one", ["two"])
+
+
+def test_localities_of_easyedit_in_a_cell(tmp_path: Path) -> None:
+    row = {**FOREIGN["easyedit"], "portability": "{'a': 1}"}
+    cell = '{"near": [{"prompt": "Near?", "ground_truth": ["x"]}]}'
+    (draft,) = drafts_of(table(tmp_path / "f.csv", {**row, "locality": cell}))
+    assert draft.fields["neighbors"] == [("Near?", "x", [])]
+    with pytest.raises(CorsaError, match="locality: is a Python list"):
+        drafts_of(table(tmp_path / "f.csv", {**row, "locality": cell.replace('"', "'")}))
+
+
+def test_answers_of_zsre_in_a_cell(tmp_path: Path) -> None:
+    row = {
+        "src": "Who?",
+        "alt": "Bo",
+        "answers": '["Cy", "C. M."]',
+        "rephrase": "Whom?",
+        "loc": "Near?",
+        "loc_ans": "x",
+    }
+    (edit,) = read("zsre", table(tmp_path / "z.csv", row)).edits
+    assert (edit.target_old, edit.aliases_old) == ("Cy", ("C. M.",))
+    with pytest.raises(CorsaError, match="answers: is a Python list"):
+        read("zsre", table(tmp_path / "z.csv", row | {"answers": "['Cy', 'C. M.']"}))
 
 
 @pytest.mark.parametrize("separator", [",", ";", "\t"])
