@@ -459,7 +459,7 @@ def test_default_ids_and_chains(tmp_path: Path) -> None:
         ([mine(neighbors=[{"prompt": "Who?"}])], r"line 1: neighbors\[0\].answer: is missing"),
         ([mine(neighbors=["Who?"])], r"line 1: neighbors\[0\]: is not an object"),
         ([mine(neighbors=[{"prompt": "Who?", "anser": "x"}])], r"line 1: neighbors\[0\]: is not an object with prompt"),
-        ([mine(neighbors="[{")], "line 1: neighbors: is not JSON"),
+        ([mine(neighbors="[{")], "line 1: neighbors: is not JSON that can be read"),
         ([["Who?", "Bo", "Al"]], "line 1: record: is not an object but"),
     ],
 )

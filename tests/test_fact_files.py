@@ -5,6 +5,7 @@ The files are invented. Those of ../shared/cases are read if they are available.
 
 from __future__ import annotations
 
+import time
 import unicodedata
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from corsa.data.benchmarks.file import drafts_of
 from corsa.data.edit import Edit, FieldError
 from corsa.data.text import bare, composed, fault, folded, same_text, templated
 from corsa.errors import CorsaError
+from corsa.evaluation.matching import matches
 
 # -- cells of a table -----------------------------------------------------------------------------------------------
 
@@ -31,6 +33,10 @@ from corsa.errors import CorsaError
         ("A is led by |Who heads A?|", ["A is led by", "Who heads A?"]),
         ("[sic] Who heads A?", ["[sic] Who heads A?"]),
         ("The head (of A)", ["The head (of A)"]),
+        ("A is led by\uff5cWho heads A?", ["A is led by", "Who heads A?"]),
+        ('"A is led by"', ["A is led by"]),  # json.dumps of a string, of None and of pandas' missing value
+        ("null", []),
+        ("NaN", []),
         ("[]", []),
         ("", []),
     ],
@@ -76,6 +82,85 @@ def test_neighbors_as_python_writes_them_are_refused_by_name(tmp_path: Path) -> 
     path = table(tmp_path / "f.csv", fact(neighbors="[{'prompt': 'Who?', 'answer': 'x'}]"))
     with pytest.raises(CorsaError, match=r"neighbors: is a Python list.*json\.dumps"):
         read("file", path)
+
+
+@pytest.mark.parametrize(
+    ("column", "cell", "reason"),
+    [
+        ("neighbors", '[{"prompt": "Who?", "answer": "x", "answer": "y"}]', "answer is given twice"),
+        ("paraphrases", '[{"a": 1, "a": 2}]', "a is given twice"),
+        ("aliases_new", '{"a": "b"}', "is not a list"),
+        ("paraphrases", "[\"a\", \"['b', 'c']\"]", r"paraphrases\[1\]: is a list in a list"),
+    ],
+)
+def test_a_cell_of_json_is_checked_as_a_file_is(tmp_path: Path, column: str, cell: str, reason: str) -> None:
+    with pytest.raises(CorsaError, match=reason):
+        read("file", table(tmp_path / "f.csv", fact(**{column: cell})))
+
+
+def test_missing_values_that_json_dumps_writes_are_no_questions(tmp_path: Path) -> None:
+    """pandas: df[column].map(json.dumps), the remedy for a Python list, writes NaN for a missing value."""
+    near = '[{"prompt": "Who?", "answer": "x"}]'
+    rows = [fact(neighbors=near, paraphrases='["p"]'), fact(prompt="2?", neighbors="NaN", paraphrases="NaN")]
+    one, two = read("file", table(tmp_path / "f.csv", *rows)).edits
+    assert (len(one.probes), len(two.probes)) == (3, 1)
+
+
+FOREIGN = {
+    "easyedit": {"prompt": "Who?", "target_new": "Bo", "ground_truth": "Cy", "rephrase_prompt": "Whom?"},
+    "unke": {"question": "Who?", "answer": "Bo", "para_question": "Whom?", "sub_question": "Why?"},
+    "wikibigedit": {"update": "Who?", "subject": "A", "ans": "Bo", "rephrase": "Whom?", "loc": "Near?", "loc_ans": "x"},
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "column", "field"),
+    [
+        ("easyedit", "target_new", "target_new"),
+        ("easyedit", "ground_truth", "target_old"),
+        ("easyedit", "rephrase_prompt", "paraphrases"),
+        ("unke", "answer", "target_new"),
+        ("unke", "para_question", "paraphrases"),
+        ("wikibigedit", "ans", "target_new"),
+        ("wikibigedit", "rephrase", "paraphrases"),
+        ("wikibigedit", "loc_ans", "neighbors"),
+    ],
+)
+def test_cells_of_foreign_formats_are_lists_too(tmp_path: Path, name: str, column: str, field: str) -> None:
+    with pytest.raises(CorsaError, match=rf"{column}: is a Python list.*df\['{column}'\]"):
+        drafts_of(table(tmp_path / "f.csv", {**FOREIGN[name], column: "['one', 'two']"}))
+    (draft,) = drafts_of(table(tmp_path / "f.csv", {**FOREIGN[name], column: '["one", "two"]'}))
+    found = draft.fields[field]
+    if field == "paraphrases":
+        assert found[:2] == ["one", "two"]
+    elif field == "neighbors":
+        assert found == [("Near?", "one", ["two"])]
+    else:
+        assert (found, draft.fields[f"aliases{field.removeprefix('target')}"]) == ("one", ["two"])
+
+
+def test_localities_of_easyedit_in_a_cell(tmp_path: Path) -> None:
+    row = {**FOREIGN["easyedit"], "portability": "{'a': 1}"}
+    cell = '{"near": [{"prompt": "Near?", "ground_truth": ["x"]}]}'
+    (draft,) = drafts_of(table(tmp_path / "f.csv", {**row, "locality": cell}))
+    assert draft.fields["neighbors"] == [("Near?", "x", [])]
+    with pytest.raises(CorsaError, match="locality: is a Python list"):
+        drafts_of(table(tmp_path / "f.csv", {**row, "locality": cell.replace('"', "'")}))
+
+
+def test_answers_of_zsre_in_a_cell(tmp_path: Path) -> None:
+    row = {
+        "src": "Who?",
+        "alt": "Bo",
+        "answers": '["Cy", "C. M."]',
+        "rephrase": "Whom?",
+        "loc": "Near?",
+        "loc_ans": "x",
+    }
+    (edit,) = read("zsre", table(tmp_path / "z.csv", row)).edits
+    assert (edit.target_old, edit.aliases_old) == ("Cy", ("C. M.",))
+    with pytest.raises(CorsaError, match="answers: is a Python list"):
+        read("zsre", table(tmp_path / "z.csv", row | {"answers": "['Cy', 'C. M.']"}))
 
 
 @pytest.mark.parametrize("separator", [",", ";", "\t"])
@@ -134,6 +219,11 @@ def test_text_is_read_composed_and_compared_folded(tmp_path: Path) -> None:
         ("\uff11\uff12", "12"),
         ("Stra\u00dfe", "STRASSE"),
         ("co\u2011op", "co-op"),
+        ("1990\u20132000", "1990-2000"),
+        ("\u22125 degrees", "-5 degrees"),
+        ("Bo Lind.", "Bo Lind"),
+        ("\u201cUp\u201d", "Up"),
+        ("\u300c\u6771\u4eac\u300d", "\u6771\u4eac"),
     ],
 )
 def test_answers_that_differ_in_form_only_are_equal(tmp_path: Path, first: str, second: str) -> None:
@@ -143,6 +233,26 @@ def test_answers_that_differ_in_form_only_are_equal(tmp_path: Path, first: str, 
         with pytest.raises(CorsaError, match="line 1: target_old: is the same as target_new"):
             reader(path)
     assert not same_text(first, second + "x")
+    # Otherwise each output with the one would count as giving the other too.
+    assert matches(first, (first, ()), (second, ()))[4:] == (True, True)
+
+
+@pytest.mark.parametrize(("new", "old"), [("C", "C++"), (".NET", "NET"), ("5", "-5"), ("A+", "A"), ("10 km", "10 m")])
+def test_answers_that_differ_in_more_than_form_are_taken(tmp_path: Path, new: str, old: str) -> None:
+    path = written(tmp_path / "f.jsonl", fact(target_new=new, target_old=old))
+    assert read("file", path).edits[0].target_old == old
+
+
+def test_an_alias_that_is_the_other_answer_in_another_form_is_left_out() -> None:
+    edit = Edit.build(
+        id="a",
+        prompt="Who?",
+        target_new="Bo Lind",
+        target_old="Cy Moss",
+        aliases_new=["\u201cCy Moss\u201d", "B. L."],
+        aliases_old=["B. L", "C. M."],
+    )
+    assert (edit.aliases_new, edit.aliases_old) == ((), ("C. M.",))
 
 
 @pytest.mark.parametrize(
@@ -204,6 +314,17 @@ def test_text_that_is_sound_stays(tmp_path: Path) -> None:
         "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nWho?",
         "### Instruction:\nWho leads Acme?\n\n### Response:",
         "Human: Who leads Acme?\n\nAssistant:",
+        "Q\uff1aWho leads Acme?",
+        "Q1: Who leads Acme?",
+        "Q. Who leads Acme? A.",
+        "**Q:** Who leads Acme? **A:**",
+        "Who leads Acme?\n**Answer:**",
+        "### Question:\nWho leads Acme?\n### Answer:",
+        "Below is an instruction.\n\n### Instruction:\nWho leads Acme?\n\n### Response:",
+        "Frage: Wer leitet Acme?\nAntwort:",
+        "\u95ee\uff1a\u8c01\uff1f\u7b54\uff1a",
+        "\u8c01\uff1f\u7b54\uff1a",
+        "Who leads Acme? [/INST]",
     ],
 )
 def test_a_prompt_in_a_template_is_refused(tmp_path: Path, prompt: str) -> None:
@@ -218,7 +339,28 @@ def test_a_prompt_in_a_template_is_refused(tmp_path: Path, prompt: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "prompt", ["Who wrote Q & A?", "Vitamin A:", "The user: who is it?", "Acme was founded in", "Q"]
+    "prompt",
+    [
+        "Who wrote Q & A?",
+        "Vitamin A:",
+        "The user: who is it?",
+        "Acme was founded in",
+        "Q",
+        "Q. T. Smith was born in",
+        "What does [INST] mean?",
+        "What does <|im_start|> mean?",
+        "Who leads Acme? The answer is",
+        "Users: how many has Acme?",
+        "Q1 2024 revenue was",
+    ],
 )
 def test_a_prompt_that_is_none_stays(prompt: str) -> None:
     assert not templated(prompt)
+
+
+def test_a_long_prompt_is_looked_at_in_little_time() -> None:
+    """No part of the pattern takes time that grows with the square of the length."""
+    started = time.monotonic()
+    for text in ("a ", "\n", "? ", "*", "\n* ", "### "):
+        assert not templated(text * (100_000 // len(text)) + "b")
+    assert time.monotonic() - started < 3

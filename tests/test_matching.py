@@ -100,7 +100,13 @@ def test_all_rules_are_decided_at_once() -> None:
         ("about 1,000 men", "1", False),
         ("about 1,000 men", "000", False),
         ("about 1,000 men", "1,000", True),
+        ("about 1\u202f000 men", "1", False),
+        ("about 1 000 men", "000", False),
+        ("about 1 000 men", "1 000", True),
+        ("in 2004 100 men", "2004", True),
         ("rounds 1, 2, 3", "2", True),
+        ("\u22125 degrees", "-5", True),
+        ("\u22125 degrees", "5", False),
         ("-5 degrees", "5", False),
         ("from 1990-1995", "1995", True),
         ("(4)", "4", True),
@@ -141,6 +147,16 @@ def test_all_rules_are_decided_at_once() -> None:
         ("東京都です", "東京", True),
         ("2004年", "2004", True),
         ("2004年", "4", False),
+        ("彼は「東京」に住む", "「東京」", True),
+        ("彼は東京に住む", "「東京」", True),
+        ("ຢູ່ວຽງຈັນ", "ວຽງຈັນ", True),
+        ("ភ្នំពេញជារាជធានី", "ភ្នំពេញ", True),
+        ("서울에서", "서울", True),
+        # scripts with spaces
+        ("في القاهرة", "القاهرة", True),
+        ("والقاهرة", "القاهرة", False),
+        ("दिल्ली में", "दिल्ली", True),
+        ("दिल्लीवासी", "दिल्ली", False),
         ("AppleのCEO", "Apple", True),
         ("เมืองหลวงคือกรุงเทพมหานคร", "กรุงเทพ", True),
         ("Москвас", "Москва", False),
@@ -154,7 +170,7 @@ def test_words_are_whole(output: str, target: str, expected: bool) -> None:
     assert words("nothing", "none", (target,)) is False
     assert words(output, "none", (target,)) is expected
     if expected:
-        assert contains(output, target) or target.endswith(".")
+        assert contains(output, target) or contains(output, normalise(target))
 
 
 def test_words_are_those_of_unicode_in_plain_text() -> None:
@@ -173,6 +189,8 @@ FORMS = [
     ("New York", "New\u202fYork"),
     ("Strasse", "STRA\u00dfE"),
     ("file2", "\ufb01le\u00b2"),
+    ("1990-2000", "1990\u20132000"),
+    ("-5", "\u22125"),
 ]
 
 

@@ -14,7 +14,7 @@ from pydantic import AfterValidator, Field, StringConstraints, ValidationError, 
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from corsa.config import Frozen
-from corsa.data.text import composed, fault, folded, same_text, shown, templated, visible
+from corsa.data.text import bare, composed, fault, folded, same_text, shown, templated, visible
 from corsa.errors import CorsaError
 
 
@@ -145,10 +145,10 @@ def _aliases(
     aliases_new: Sequence[str], target_new: str, aliases_old: Sequence[str], target_old: str
 ) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The aliases of the new and of the old answer that name only this answer."""
-    new = _distinct(aliases_new, target_new, target_old)
-    old = _distinct(aliases_old, target_old, target_new)
-    both = {folded(alias) for alias in new} & {folded(alias) for alias in old}
-    return tuple(a for a in new if folded(a) not in both), tuple(a for a in old if folded(a) not in both)
+    new = [alias for alias in _distinct(aliases_new, target_new) if not same_text(alias, target_old)]
+    old = [alias for alias in _distinct(aliases_old, target_old) if not same_text(alias, target_new)]
+    both = {bare(alias) for alias in new} & {bare(alias) for alias in old}
+    return tuple(a for a in new if bare(a) not in both), tuple(a for a in old if bare(a) not in both)
 
 
 def _probes(
@@ -179,11 +179,11 @@ def _readable(field: str, texts: Sequence[str], *, question: bool = False) -> No
             raise FieldError(field, reason, "give the question alone, the template is added to it")
 
 
-def _distinct(names: Sequence[str], *taken: str) -> list[str]:
-    """The names in their order, without blank ones and those whose folded form is in `taken` or repeated."""
+def _distinct(names: Sequence[str], taken: str) -> list[str]:
+    """The names in their order, without blank ones and those whose folded form is that of `taken` or repeated."""
     if not names:  # fast path: most are empty, and a benchmark has about 10 neighbors per edit
         return []
-    seen = {"", *map(folded, taken)}
+    seen = {"", folded(taken)}
     kept = []
     for name in names:
         if (normal := folded(name)) not in seen:

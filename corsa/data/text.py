@@ -9,8 +9,8 @@ from __future__ import annotations
 import re
 import unicodedata
 
-_QUOTES = str.maketrans(dict.fromkeys("‘’‚‛ʼ‹›′`´", "'") | dict.fromkeys("“”„‟«»″", '"') | {"‐": "-", "‑": "-"})
-"""Maps typographic quotes and hyphens to plain characters."""
+_QUOTES = str.maketrans(dict.fromkeys("‘’‚‛ʼ‹›′`´", "'") | dict.fromkeys("“”„‟«»″", '"') | dict.fromkeys("‐‑‒–−", "-"))
+"""Maps typographic quotes, hyphens, the en dash (1990–2000) and the minus sign to plain characters."""
 
 _INVISIBLE_LETTERS = "\u034f\u115f\u1160\u2800\u3164\uffa0"
 """Invisible characters that Unicode classifies as letters, marks or symbols."""
@@ -18,7 +18,9 @@ _INVISIBLE_LETTERS = "\u034f\u115f\u1160\u2800\u3164\uffa0"
 LONGEST = 100_000
 """Maximum number of characters of a question or an answer, checked before tokenization."""
 
-_SURROUNDING = " \t\n.,;:!?\"'()[]…。、，！？：；"
+_MARKS = r"""\s,;:!?"'()\[\]…。、，！？：；¿¡「」『』《》〈〉【】"""
+_AROUND = re.compile(rf"^(?:[{_MARKS}]|\.{{2,}}|\.(?!\w))+|[{_MARKS}.]+$")
+"""A single dot before a word belongs to it: .5, .NET."""
 
 
 def composed(text: str) -> str:
@@ -44,6 +46,8 @@ def folded(text: str) -> str:
 
     >>> folded("  Zoe\u0308\u00a0 L\u2019Or ")
     "zoë l'or"
+    >>> folded("1990\u20132000")
+    '1990-2000'
     """
     if not text.isascii():
         text = unicodedata.normalize("NFKC", text.translate(_QUOTES))
@@ -52,22 +56,25 @@ def folded(text: str) -> str:
 
 
 def same_text(first: str, second: str) -> bool:
-    r"""Whether two texts differ in form only.
+    r"""Whether two texts differ in form only. No rule of matching can tell the two from each other.
 
-    >>> same_text("Zoe\u0308", "ZO\u00cb"), same_text("10 km", "10 m")
+    >>> same_text("Zoe\u0308", "ZO\u00cb."), same_text("10 km", "10 m")
     (True, False)
     """
-    return folded(first) == folded(second)
+    return bare(first) == bare(second)
 
 
 def bare(text: str) -> str:
-    """The folded text without surrounding punctuation. Wordings with the same bare text are the same question.
+    """The folded text without surrounding punctuation and quotes. A text of punctuation only is not changed. Wordings
+    with the same bare text are the same question.
 
     >>> bare("Who leads Acme?") == bare("who leads  Acme")
     True
+    >>> bare(' "Tim  COOK".'), bare(".NET"), bare("?")
+    ('tim cook', '.net', '?')
     """
     text = folded(text)
-    return text.strip(_SURROUNDING) or text
+    return _AROUND.sub("", text) or text
 
 
 def fault(text: str) -> str | None:
@@ -121,14 +128,22 @@ def _blank(character: str) -> bool:
 _BLANK = ("Cc", "Cf", "Cn", "Cs", "Zs", "Zl", "Zp", "Mn")
 """Categories of characters that are invisible alone, such as combining marks without a letter."""
 
-_TEMPLATE = re.compile(
-    r"""\s* (?: (?:Q|Question|Human|User|Input) \s* :                                   # the beginning of a template
-              | (?:<s>|<bos>|<\|begin_of_text\|>)? \s* (?:\[INST\]|<start_of_turn>|<\|(?:im_start|user|system)\|>
-              | <\|start_header_id\|>|\#\#\#\ Instruction) )
-        | .* (?: \n\s*|[.?!]["”’]?\s+ ) (?:A|Answer|Assistant|Response) \s* : \s* \Z    # or its end
-    """,
-    re.VERBOSE | re.DOTALL | re.IGNORECASE,
+_ASKED = "Q|Question|Human|User|Input|Instruction|Frage|Pregunta|Вопрос|问|問|问题|問題|質問"
+_ANSWERED = "A|Answer|Assistant|Response|Antwort|Respuesta|Réponse|Ответ|答|回答|答案"
+_BEGINNING = re.compile(
+    rf"""[*_\#]* \s* (?:{_ASKED}) \s* \d* \s* [*_]* \s* :
+         | (?:<s>|<bos>|<\|begin_of_text\|>)? \s* (?:\[INST\]|<start_of_turn>|<\|(?:im_start|user|system)\|>
+                                                 | <\|start_header_id\|>)""",
+    re.VERBOSE | re.IGNORECASE,
 )
+_HEADING = re.compile(rf"^\#\#\#\ (?:{_ASKED})\s*:", re.VERBOSE | re.IGNORECASE | re.MULTILINE)
+_END = re.compile(
+    rf"""(?: \n | [.?!]["”’]?[\s*_\#]+ | [。?](?=[答回]) ) [\s*_\#]* (?:{_ANSWERED}) \s* [*_]* \s* : [\s*_]* \Z
+         | (?: \[/INST\] | <start_of_turn>model | <\|assistant\|> ) \Z""",
+    re.VERBOSE | re.IGNORECASE,
+)
+_EDGE = 100
+"""Characters at each end of a prompt that can belong to a template."""
 
 
 def templated(prompt: str) -> bool:
@@ -137,4 +152,10 @@ def templated(prompt: str) -> bool:
     >>> [templated(text) for text in ("Q: Who leads Acme?\nA:", "Who leads Acme? Answer:", "Who leads Vitamin A:")]
     [True, True, False]
     """
-    return _TEMPLATE.match(prompt) is not None
+    text = unicodedata.normalize("NFKC", prompt).strip()
+    start, end = text[:_EDGE], text[-_EDGE:]
+    if _BEGINNING.match(start) or _END.search(end) or _HEADING.search(text):
+        return True
+    return (
+        re.match(r"Q\.\s", start, re.IGNORECASE) is not None and re.search(r"\sA\.\Z", end, re.IGNORECASE) is not None
+    )

@@ -190,7 +190,7 @@ def file_digest(path: Path) -> str:
 def matched(before: Sequence[Edit], draft: Draft) -> Edit | None:
     """The current edit that a draft revises: the one with the same chain, else with the same question."""
     chain, prompt = draft.fields["chain"], bare(draft.fields["prompt"])
-    named = [e for e in before if chain is not None and same_text(e.chain, chain)]
+    named = [e for e in before if chain is not None and folded(e.chain) == folded(chain)]
     return next(iter(named or [e for e in before if bare(e.prompt) == prompt]), None)
 
 

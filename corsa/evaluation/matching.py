@@ -126,18 +126,8 @@ def folded(text: str) -> str:
 
 @lru_cache(maxsize=4096)
 def normalise(text: str) -> str:
-    """The folded text without surrounding punctuation and quotes. A text of punctuation only is not changed.
-
-    >>> normalise(' "Tim  COOK".'), normalise(".NET"), normalise("?")
-    ('tim cook', '.net', '?')
-    """
-    text = folded(text)
-    return _AROUND.sub("", text) or text
-
-
-_MARKS = r"""\s,;:!?"'()\[\]…。、，！？：；"""
-_AROUND = re.compile(rf"^(?:[{_MARKS}]|\.{{2,}}|\.(?!\w))+|[{_MARKS}.]+$")
-"""A single dot before a word belongs to it: .5, .NET."""
+    """The text as the rules compare a whole answer (`corsa.data.text.bare`)."""
+    return forms.bare(text)
 
 
 def _exact(output: str, names: Sequence[str], whole: bool) -> bool:
@@ -182,7 +172,7 @@ def _as_words(text: str, name: str) -> bool:
 
 _NUMBER = re.compile(r"\d{1,3}(?:[,.' ]\d{3})+(?:[.,]\d+)?|\d+[.,]\d+")
 """A number with decimals or groups of thousands. A date such as 12.05.2004 does not match."""
-_DIGITS = re.compile(r"\d+(?:[.,']\d+)*")
+_DIGITS = re.compile(r"\d+(?:[.,']\d+| \d{3}(?!\d))*")
 _CONTRACTED = frozenset({"s", "t", "d", "m", "re", "ve", "ll"})
 """What follows the apostrophe in "Acme's" and "don't"."""
 
@@ -237,4 +227,4 @@ def _inside_a_number(text: str, start: int, end: int) -> bool:
         if first < end and start < last and _NUMBER.fullmatch(number[0]) and (first < start or end < last):
             return True
     sign = text[start - 1 : start]
-    return bool(text[start].isdigit() and sign and sign in "-+−" and not text[: start - 1][-1:].strip())
+    return bool(text[start].isdigit() and sign and sign in "-+" and not text[: start - 1][-1:].strip())

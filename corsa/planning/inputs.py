@@ -6,12 +6,13 @@ Imports nothing heavy unless an answer is so long that a tokenizer must count it
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from corsa.config import ModelConfig
+from corsa.config import EvaluationConfig, ModelConfig
 from corsa.config.code_steps import ProblemsConfig, ProblemsPlace
 from corsa.config.steps import (
     AskingConfig,
@@ -24,18 +25,39 @@ from corsa.config.steps import (
     QuestionsPlace,
 )
 from corsa.data.benchmarks import Reading, read
+from corsa.data.benchmarks.cells import lists
 from corsa.data.benchmarks.programs import read_problems
 from corsa.data.text import folded, invisible, shown
 from corsa.errors import CorsaError
+from corsa.evaluation.matching import several_lines
+from corsa.models.encoding import CLOSE, OPEN, without_thoughts
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from corsa.data.edit import Edit
     from corsa.flow import Step
     from corsa.models.encoding import Encoder
 
 Fact = Mapping[str, Any]
-"""`id`, `prompt`, `target_new` and `target_old` ("": unknown), as in a draft or an edit."""
+"""As in a draft: `id`, `prompt`, `target_new`, `target_old` ("": unknown), and optional `aliases_new`, `aliases_old`,
+`paraphrases` and `neighbors` (questions with their answers and aliases). `fact_of` makes it from an edit.
+"""
+
+
+def fact_of(edit: Edit) -> dict[str, Any]:
+    """An edit as a fact."""
+    names = ("id", "prompt", "target_new", "target_old", "aliases_new", "aliases_old")
+    return {
+        **{name: getattr(edit, name) for name in names},
+        "paraphrases": [text for probe in edit.probes if probe.kind == "paraphrase" for text in probe.prompts],
+        "neighbors": [
+            (text, probe.answer, probe.aliases)
+            for probe in edit.probes
+            if probe.kind == "neighbor"
+            for text in probe.prompts
+        ],
+    }
 
 
 def check_files(steps: Iterable[Step]) -> None:
@@ -68,15 +90,14 @@ def _read(config: str, data: str | None) -> Reading:
 
 def say_what_cannot_count(pending: Iterable[Step], console: Console) -> None:
     """Print which new answers are longer than the generated output or have several lines, for all pending questions."""
-    asked: dict[tuple[str, ModelConfig, int], tuple[Step, AskingConfig]] = {}
+    asked: dict[tuple[str, ModelConfig, EvaluationConfig], tuple[Step, AskingConfig]] = {}
     for step in pending:
         if isinstance(step.config, AskingConfig) and "edits" in step.inputs:
             edits, config = step.inputs["edits"], step.config
-            asked[edits.fingerprint, config.model, config.evaluation.answer_tokens] = (edits, config)
+            asked[edits.fingerprint, config.model, config.evaluation] = (edits, config)
     for edits, config in asked.values():
         with suppress(CorsaError):  # errors in data or tokenizer are reported where they are read
-            tokens = config.evaluation.answer_tokens
-            for line in too_long(_facts(edits), tokens, lambda config=config: _encoder(config.model)):
+            for line in cannot_count(_facts(edits), config.evaluation, lambda config=config: _encoder(config.model)):
                 console.print(f"{edits.name}: {line}", markup=False, highlight=False, soft_wrap=True)
 
 
@@ -86,15 +107,12 @@ def _facts(step: Step) -> list[Fact]:
     if isinstance(config, PartConfig):
         return _facts(step.inputs["edits"])
     if isinstance(config, EditsConfig) and isinstance(place, EditsPlace):
-        return [edit.model_dump(include=_FIELDS) for edit in _reading(config, place.data).edits]
+        return [fact_of(edit) for edit in _reading(config, place.data).edits]
     if isinstance(config, FactsConfig) and isinstance(place, FactsPlace):
         from corsa.data.benchmarks.file import drafts_of
 
         return [draft.fields for draft in drafts_of(place.data)]
     return []
-
-
-_FIELDS = {"id", "prompt", "target_new", "target_old"}
 
 
 def _encoder(model: ModelConfig) -> Encoder:
@@ -104,45 +122,106 @@ def _encoder(model: ModelConfig) -> Encoder:
     return Encoder(load_tokenizer(model), model.template)
 
 
-def too_long(facts: Sequence[Fact], new_tokens: int, encoder: Callable[[], Encoder]) -> list[str]:
-    """Messages on new answers that outputs match rarely or never: longer than `new_tokens`, or of several lines.
+class _Answers(NamedTuple):
+    """The answers of one kind: what they are called, what happens to one that no output gives, and (id, names)."""
 
-    `encoder` is called only if an answer has at least `new_tokens` bytes: no tokenizer makes more tokens than bytes.
+    what: str
+    fate: str
+    given: list[tuple[str, tuple[str, ...]]]
+
+
+def _answers(facts: Sequence[Fact], evaluation: EvaluationConfig) -> list[_Answers]:
+    """The answers that outputs are compared with, by kind."""
+
+    def names(answer: str, aliases: Sequence[str]) -> tuple[str, ...]:
+        return (answer, *([] if evaluation.protocol == "authors" else aliases))
+
+    new = [(f["id"], names(f["target_new"], f.get("aliases_new", ()))) for f in facts]
+    old = [(f["id"], names(f["target_old"], f.get("aliases_old", ()))) for f in facts if f.get("target_old")]
+    near = [(f["id"], names(answer, more)) for f in facts for _, answer, more in f.get("neighbors", ())]
+    return [
+        _Answers("new answers", "cannot count as right", new),
+        _Answers("old answers", "are never found", old),
+        _Answers("answers of neighbor questions", "cannot count as right", near * ("neighbor" in evaluation.kinds)),
+    ]
+
+
+def cannot_count(facts: Sequence[Fact], evaluation: EvaluationConfig, encoder: Callable[[], Encoder]) -> list[str]:
+    """Messages on answers that outputs match rarely or never: longer than the generated tokens, of several lines, or
+    with thoughts in them.
+
+    `encoder` is called only if an answer has at least as many bytes as tokens are generated: no tokenizer makes more
+    tokens than bytes.
     """
-    lines = []
-    long = [fact["target_new"] for fact in facts if len(fact["target_new"].encode()) >= new_tokens]
-    lengths = [len(ids) for ids in encoder().answers(long)] if long else []  # the end token included
-    over = [length for length in lengths if length - 1 > new_tokens]
-    if over:
-        lines.append(
-            f"{len(over)} of {len(facts)} new answers are longer than the {new_tokens} tokens that are generated, and "
-            f"cannot count as right: set --evaluation.new-tokens {max(over)}"
-        )
-    several = [fact for fact in facts if "\n" in fact["target_new"]]
-    if several:
-        lines.append(
-            f"{len(several)} of {len(facts)} new answers have several lines ({several[0]['id']}): an output is right "
-            "only if it gives all of them"
-        )
+    tokens, lines = evaluation.answer_tokens, []
+
+    def long(name: str) -> bool:
+        return len(name.encode()) >= tokens
+
+    for what, fate, given in _answers(facts, evaluation):
+        names = list(dict.fromkeys(own[0] for _, own in given if all(map(long, own))))
+        names += [alias for _, own in given if all(map(long, own)) for alias in own[1:]]
+        lengths = dict(zip(names, map(len, encoder().answers(names)), strict=True)) if names else {}  # with the end
+        over = [lengths[own[0]] for _, own in given if all(lengths.get(name, 0) - 1 > tokens for name in own)]
+        if over:
+            lines.append(
+                f"{len(over)} of {len(given)} {what} are longer than the {tokens} tokens that are generated, and {fate}"
+                + (f": set --evaluation.new-tokens {max(over)}" if not evaluation.sampled else "")
+            )
+        if several := [id_ for id_, own in given if several_lines(own[:1])]:
+            lines.append(
+                f"{len(several)} of {len(given)} {what} have several lines ({several[0]}): an output is right only if "
+                "it gives all of them"
+            )
+        if thoughts := [id_ for id_, own in given if all(without_thoughts(name) != name for name in own)]:
+            lines.append(
+                f"{len(thoughts)} of {len(given)} {what} hold {OPEN} or {CLOSE} ({thoughts[0]}), and {fate}: what a "
+                "model writes there is never read as its answer"
+            )
     return lines
 
 
-def remarks(facts: Sequence[Fact], encoder: Encoder, new_tokens: int) -> list[str]:
+def remarks(facts: Sequence[Fact], encoder: Encoder, evaluation: EvaluationConfig) -> list[str]:
     """Messages on valid facts that a person should know; empty if there are none."""
-    lines = too_long(facts, new_tokens, lambda: encoder)
+    lines = cannot_count(facts, evaluation, lambda: encoder)
 
-    def say(found: Sequence[Fact], what: str) -> None:
-        if found:
+    def say(fits: Callable[[Sequence[str], Sequence[str]], bool], what: str) -> None:
+        if found := [fact for fact, (answers, texts) in given if fits(answers, texts)]:
             few = ", ".join(shown(str(fact["id"])) for fact in found[:3]) + ", ..." * (len(found) > 3)
             lines.append(f"{len(found)} of {len(facts)} facts {what} ({few})")
 
-    short = [f for f in facts if any(0 < len(folded(f[side])) <= 2 for side in ("target_new", "target_old"))]
-    say(short, "have an answer of one or two characters, which `contains` finds inside of other words")
-    texts = [(fact, [fact[name] for name in ("prompt", "target_new", "target_old")]) for fact in facts]
-    special = [fact for fact, own in texts if any(token in text for text in own for token in encoder.special)]
-    say(special, "hold the text of a special token of this tokenizer, which is read as plain text")
-    say([fact for fact, own in texts if any(map(invisible, own))], "hold invisible characters")
+    given = [(fact, _texts(fact)) for fact in facts]
+    say(
+        lambda answers, _: any(0 < len(folded(answer)) <= 2 for answer in answers),
+        "have an answer of one or two characters, which `contains` finds inside of other words",
+    )
+    say(
+        lambda answers, _: any(lists(answer) or _BAR.search(answer) for answer in answers),
+        "have an answer that looks like a list, and it is one answer: other names belong in the aliases",
+    )
+    say(
+        lambda answers, _: any(folded(answer) in _ABSENT for answer in answers),
+        "have the answer nan, none or null, which stands for an empty cell in some tables",
+    )
+    say(
+        lambda answers, texts: any(token in text for text in (*answers, *texts) for token in encoder.special),
+        "hold the text of a special token of this tokenizer, which is read as plain text",
+    )
+    say(lambda answers, texts: any(map(invisible, (*answers, *texts))), "hold invisible characters")
     return lines
+
+
+_BAR = re.compile(r"(?<!<)[|\uff5c](?!>)")
+"""A bar between items, and none of a special token such as <|im_end|>."""
+_ABSENT = ("nan", "none", "null", "<na>")
+
+
+def _texts(fact: Fact) -> tuple[list[str], list[str]]:
+    """The answers and their aliases, and the questions of a fact."""
+    near = fact.get("neighbors", ())
+    answers = [fact["target_new"], fact["target_old"], *fact.get("aliases_new", ()), *fact.get("aliases_old", ())]
+    answers += [name for _, answer, names in near for name in (answer, *names)]
+    return answers, [fact["prompt"], *fact.get("paraphrases", ()), *(question for question, _, _ in near)]
 
 
 def beyond_context(facts: Sequence[Fact], encoder: Encoder, context: int | None) -> list[tuple[Fact, int]]:

@@ -24,7 +24,7 @@ from corsa.experiments.planner import Planner
 from corsa.experiments.runner import start
 from corsa.flow import Step
 from corsa.models.encoding import Encoder
-from corsa.planning.inputs import beyond_context, remarks, say_what_cannot_count, too_long
+from corsa.planning.inputs import beyond_context, cannot_count, remarks, say_what_cannot_count
 
 pytestmark = pytest.mark.usefixtures("encoder", "one_thread")
 
@@ -46,7 +46,7 @@ def test_answers_longer_than_what_is_generated_are_counted_with_the_number_to_se
     for new_tokens in (1, 2, 4, 7):
         lengths = [len(encoder.tokenizer(" " + row["target_new"])["input_ids"]) for row in rows]
         over = [length for length in lengths if length > new_tokens]
-        lines = too_long(rows, new_tokens, lambda: encoder)
+        lines = cannot_count(rows, EvaluationConfig(new_tokens=new_tokens), lambda: encoder)
         if not over:
             assert lines == []
             continue
@@ -56,7 +56,7 @@ def test_answers_longer_than_what_is_generated_are_counted_with_the_number_to_se
     def refuse() -> Encoder:
         raise AssertionError("no tokenizer is needed for short answers")
 
-    assert too_long([{"id": "a", "target_new": "Bo"}], 32, refuse) == []
+    assert cannot_count([{"id": "a", "target_new": "Bo"}], EvaluationConfig(), refuse) == []
 
 
 @pytest.mark.parametrize("name", ["answer_longer_than_32_tokens/facts.jsonl", "answer_with_newline/facts.jsonl"])
@@ -283,7 +283,60 @@ def test_corsa_edit_says_it_too(tmp_path: Path) -> None:
     assert "set --evaluation.new-tokens 7" in console.file.getvalue()  # type: ignore[attr-defined]
 
 
+def test_answers_of_every_kind_that_cannot_count_are_named(tmp_path: Path, capsys: Capture) -> None:
+    long = "a b c d e f g h i j k l"
+    rows = [
+        fact(target_old=long),
+        fact(prompt="1?", target_new=long, aliases_new=["short"]),
+        fact(prompt="2?", neighbors=[{"prompt": "near?", "answer": long}]),
+        fact(prompt="3?", neighbors=[{"prompt": "far?", "answer": "two\nlines"}], target_new="Bo\u2028Lind"),
+        fact(prompt="4?", target_new="<think>Bo</think>Ada"),
+    ]
+    path = written(tmp_path / "f.jsonl", *rows)
+    lines = json.loads(shown(capsys, path, "--new-tokens", "11", "--json"))["remarks"]
+    too_long = "longer than the 11 tokens that are generated, and"
+    assert lines == [
+        "1 of 5 new answers have several lines (f/3): an output is right only if it gives all of them",
+        "1 of 5 new answers hold <think> or </think> (f/4), and cannot count as right: what a model writes there is "
+        "never read as its answer",
+        f"1 of 5 old answers are {too_long} are never found: set --evaluation.new-tokens 13",
+        f"1 of 2 answers of neighbor questions are {too_long} cannot count as right: set --evaluation.new-tokens 13",
+        "1 of 2 answers of neighbor questions have several lines (f/3): an output is right only if it gives all of "
+        "them",
+    ]
+
+
+def test_without_aliases_and_neighbors_only_the_target_can_count(encoder: Encoder) -> None:
+    long = " ".join("abcdefgh" * 20)
+    row = {"id": "a", **fact(target_new=long, aliases_new=["short"]), "neighbors": [("near?", long, ())]}
+    assert "neighbor" in " ".join(cannot_count([row], EvaluationConfig(), lambda: encoder))
+    (line,) = cannot_count([row], EvaluationConfig(protocol="authors"), lambda: encoder)
+    assert line == "1 of 1 new answers are longer than the 128 tokens that are generated, and cannot count as right"
+
+
+def test_remarks_look_at_every_text_of_a_fact(encoder: Encoder) -> None:
+    """Not only at the question and the two answers."""
+    near = ("Who leads Zeta?", "Zed Lind", ())
+    for changed, said in (
+        ({"paraphrases": ["Who <|im_end|> leads it?"]}, "special token"),
+        ({"aliases_new": ["Bo<|im_end|>"]}, "special token"),
+        ({"neighbors": [("Who</s> leads?", "Zed Lind", ())]}, "special token"),
+        ({"aliases_old": ["X"]}, "one or two characters"),
+        ({"neighbors": [("Who leads?", "Z", ())]}, "one or two characters"),
+        ({"paraphrases": ["Who\u200bleads it?"]}, "invisible"),
+        ({"target_new": "Ada | A. Lind"}, "looks like a list"),
+        ({"target_old": '["Ada", "A. Lind"]'}, "looks like a list"),
+        ({"target_old": "nan"}, "empty cell"),
+        ({}, ""),
+    ):
+        lines = remarks([{"id": "a", **fact(neighbors=[near]), **changed}], encoder, EvaluationConfig())
+        special = [token for token in ("<|im_end|>", "</s>") if token in str(changed)]
+        if special and special[0] not in encoder.special:
+            continue
+        assert [said in line for line in lines] == [True] * bool(said), changed
+
+
 def test_remarks_count_old_answers_of_one_letter_too(encoder: Encoder) -> None:
     row = {"id": "a", **fact(target_old="\uff38")}
-    assert "one or two characters" in remarks([row], encoder, 32)[0]
-    assert remarks([{"id": "a", **fact(target_old="")}], encoder, 32) == []
+    assert "one or two characters" in remarks([row], encoder, EvaluationConfig())[0]
+    assert remarks([{"id": "a", **fact(target_old="")}], encoder, EvaluationConfig()) == []

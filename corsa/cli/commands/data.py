@@ -124,7 +124,7 @@ class Found:
 
     Attributes:
         counts: for a program to read.
-        records: of each fact `id`, `prompt`, `target_new`, `target_old` or "", aliases and `paraphrases`.
+        records: the facts, as `corsa.planning.inputs` reads them.
         remarks: what a person should know of it.
         bad: what happens to a fact that cannot be used: "stop" or "skip".
         converted: the facts in the project's own form, one record each.
@@ -181,6 +181,7 @@ def _own(file: str | None, limit: int | None) -> Found:
 def _published(file: str | None, benchmark: str, limit: int | None) -> Found:
     from corsa.data.benchmarks import BENCHMARKS, read
     from corsa.data.benchmarks.conversion import from_edit, left_out
+    from corsa.planning.inputs import fact_of
 
     reading = read(benchmark, file, limit=limit)
     edits = reading.edits
@@ -196,7 +197,7 @@ def _published(file: str | None, benchmark: str, limit: int | None) -> Found:
         "without_column": left_out(edits),
     }
     bad, converted = BENCHMARKS[benchmark].on_bad_record, [from_edit(edit) for edit in edits]
-    return Found(counts, [_record(edit) for edit in edits], bad=bad, converted=converted)
+    return Found(counts, [fact_of(edit) for edit in edits], bad=bad, converted=converted)
 
 
 def _kinds(edits: Sequence[Edit]) -> dict[str, int]:
@@ -205,12 +206,6 @@ def _kinds(edits: Sequence[Edit]) -> dict[str, int]:
 
 
 _SHOWN = {"wording": "paraphrase", "neighbor": "neighbor"}
-
-
-def _record(edit: Edit) -> dict[str, Any]:
-    names = ("id", "prompt", "target_new", "target_old", "aliases_new", "aliases_old")
-    paraphrases = [text for probe in edit.probes if probe.kind == "paraphrase" for text in probe.prompts]
-    return {**{name: getattr(edit, name) for name in names}, "paraphrases": paraphrases}
 
 
 def _encoder(model: ModelConfig) -> Encoder:
@@ -225,7 +220,10 @@ def _remarks(found: Found, encoder: Encoder, new_tokens: int) -> list[str]:
     from corsa.planning.inputs import remarks
 
     asked_once = told(found.counts)
-    return [*([asked_once] if asked_once else []), *remarks(found.records, encoder, new_tokens)]
+    return [
+        *([asked_once] if asked_once else []),
+        *remarks(found.records, encoder, EvaluationConfig(new_tokens=new_tokens)),
+    ]
 
 
 def _refuse_what_no_context_holds(found: Found, encoder: Encoder, model: ModelConfig) -> None:

@@ -40,11 +40,11 @@ class _Claim(NamedTuple):
 
 def _claims(edit: Edit) -> Iterator[_Claim]:
     """The claims about the question that the edit teaches, and about the multi-hop questions of its case."""
-    names = frozenset((folded(edit.target_new),))
+    names = frozenset((bare(edit.target_new),))
     yield _Claim((bare(edit.prompt), edit.round, True), names, edit.prompt, edit.target_new)
     for probe in edit.probes:
         if probe.kind == "multihop":
-            names = frozenset(map(folded, (probe.answer, *probe.aliases)))
+            names = frozenset(map(bare, (probe.answer, *probe.aliases)))
             for wording in probe.prompts:
                 yield _Claim((bare(wording), edit.round, False), names, wording, probe.answer)
 
@@ -61,7 +61,7 @@ def contradictions(edits: Sequence[Edit]) -> list[Contradiction]:
             if not claim.names & before.names:
                 answers = (before.answer, claim.answer)
                 found.setdefault(
-                    (claim.key, folded(claim.answer)),
+                    (claim.key, bare(claim.answer)),
                     Contradiction(known, edit, claim.question, answers, taught=claim.key[2]),
                 )
     return list(found.values())

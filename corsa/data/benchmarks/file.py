@@ -18,15 +18,13 @@ the errors of a file, for every command that reads it.
 
 from __future__ import annotations
 
-import ast
-import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from corsa.data.benchmarks import BENCHMARKS, COLUMNS, REQUIRED, BadRecord, Source, refused
 from corsa.data.benchmarks.cases import contradictions
+from corsa.data.benchmarks.cells import structured, texts
 from corsa.data.benchmarks.files import regular, stem
 from corsa.data.benchmarks.foreign import Format
 from corsa.data.benchmarks.rows import Row, rows_of
@@ -182,13 +180,13 @@ def _chain_fault(members: list[tuple[str, Edit]]) -> BadRecord | None:
 def _fields(row: Row, prefix: str, required: Sequence[str]) -> dict[str, Any]:
     """The arguments of `Edit.build` from a record. Columns that are not required may be absent."""
     _known(row.values, required)
-    texts = {column: row.optional(column) for column in REQUIRED}
-    texts |= {column: row.text(column, _REMEDIES[column]) for column in required}
+    taught = {column: row.optional(column) for column in REQUIRED}
+    taught |= {column: row.text(column, _REMEDIES[column]) for column in required}
     chain = _name(row, "chain")
     if not chain and row.get("round") is not None:
         raise FieldError("chain", "is missing, though there is a round", "say which chain the round belongs to")
     return {
-        **texts,
+        **taught,
         "id": _name(row, "id") or f"{prefix}/{row.index}",
         "chain": chain or None,
         "round": _round(row) if chain else 1,
@@ -214,43 +212,8 @@ def _known(values: Mapping[str, Any], required: Sequence[str]) -> None:
 
 
 def _texts(row: Row, column: str) -> list[str]:
-    """A list of strings. A single string is a cell of a table: a JSON list, or items separated by bars."""
-    value = row.get(column)
-    if isinstance(value, str):
-        items = _json_list(value, column)
-        if items is None and value.strip()[:1] == "[" and value.strip()[-1:] == "]":
-            raise FieldError(column, f"stands in brackets, but is no JSON list: {shown(value)}", _PYTHON.format(column))
-        cells = [text for item in value.split("|") if (text := item.strip())] if items is None else items
-        row = Row({column: cells}, row.index, row.where)
-    return row.texts(column)
-
-
-def _json_list(cell: str, column: str) -> list[Any] | None:
-    """The JSON list in a cell; None if there is none. Raises FieldError for a list that is not JSON."""
-    cell = cell.strip()
-    try:
-        value = json.loads(cell) if cell.startswith("[") else None
-        if isinstance(value, list):
-            return value
-    except (ValueError, RecursionError):
-        pass
-    if _is_python(cell):
-        raise FieldError(column, f"is a Python list, no JSON: {shown(cell)}", _PYTHON.format(column))
-    return None
-
-
-_PYTHON = "write JSON (pandas: df[{0!r}] = df[{0!r}].map(json.dumps) before to_csv), or put a bar between items: a | b"
-
-
-def _is_python(cell: str) -> bool:
-    """Whether a cell is the printed form of a list, tuple or set of strings in Python, NumPy or pandas."""
-    if (cell[:1], cell[-1:]) not in (("[", "]"), ("(", ")"), ("{", "}")):
-        return re.match(r"\w+\([\[({].*\)$", cell, re.DOTALL) is not None  # array([...]), deque([...])
-    try:
-        value = ast.literal_eval(cell)
-    except (ValueError, SyntaxError, MemoryError, RecursionError, TypeError):
-        return re.match(r"""\[\s*['"]""", cell) is not None  # a truncated list, or a printed NumPy array
-    return isinstance(value, list | tuple | set)
+    """A list of strings. A single string is a cell of a table (`corsa.data.benchmarks.cells`)."""
+    return Row({column: texts(row.get(column), column)}, row.index, row.where).texts(column)
 
 
 def _name(row: Row, column: str) -> str:
@@ -272,18 +235,12 @@ def _round(row: Row) -> int:
 
 
 def _neighbors(row: Row) -> list[Question]:
-    value: Any = row.get("neighbors")
-    if isinstance(value, str):
-        items = _json_list(value, "neighbors")
-        try:
-            value = json.loads(value) if items is None else items
-        except json.JSONDecodeError as error:
-            raise FieldError("neighbors", f"is not JSON: {error.msg} at character {error.pos + 1}") from None
-        except (ValueError, RecursionError):
-            raise FieldError("neighbors", f"is not JSON that can be read: {shown(value)}") from None
+    value = structured(row.get("neighbors"), "neighbors")
     if value is None:
         return []
     example = 'give a list such as [{"prompt": "...", "answer": "..."}]'
+    if isinstance(value, str):
+        raise FieldError("neighbors", f"is not JSON that can be read: {shown(value)}", example)
     if not isinstance(value, list):
         raise FieldError("neighbors", f"is not a list but {shown(repr(value))}", example)
     questions = []

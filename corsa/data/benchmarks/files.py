@@ -178,7 +178,7 @@ class _Repeated(dict[str, Any]):
     key: str
 
 
-def _parsed(text: str) -> tuple[Any, bool]:
+def parsed(text: str) -> tuple[Any, bool]:
     """A JSON value, and whether an object in it repeats a key.
 
     Raises:
@@ -210,18 +210,18 @@ def _parsed(text: str) -> tuple[Any, bool]:
 def _checked(values: Any, where: str, repeated: bool) -> Found | BadRecord:
     if not isinstance(values, Mapping):
         return BadRecord(where, "record", f"is not an object but {shown(repr(values))}")
-    twice = _twice(values) if repeated else None
+    twice = key_given_twice(values) if repeated else None
     return (
         BadRecord(where, shown(twice), "is given twice", "give each key once") if twice is not None else (values, where)
     )
 
 
-def _twice(value: Any) -> str | None:
-    """A key that occurs twice in an object of the value, at any depth; None if there is none."""
+def key_given_twice(value: Any) -> str | None:
+    """A key that occurs twice in an object of a value from `parsed`, at any depth; None if there is none."""
     if isinstance(value, _Repeated):
         return value.key
     inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
-    return next((key for item in inner if (key := _twice(item)) is not None), None)
+    return next((key for item in inner if (key := key_given_twice(item)) is not None), None)
 
 
 def _json(path: Path) -> Iterator[Found | BadRecord]:
@@ -230,7 +230,7 @@ def _json(path: Path) -> Iterator[Found | BadRecord]:
     if not text.strip():
         return
     try:
-        found, repeated = _parsed(text)
+        found, repeated = parsed(text)
     except json.JSONDecodeError as error:
         hint = "is the file whole? one object a line belongs into a .jsonl file"
         raise CorsaError(f"{name_of(path)}, line {error.lineno}: this is not JSON: {error.msg}; {hint}") from error
@@ -249,7 +249,7 @@ def _jsonl(path: Path) -> Iterator[Found | BadRecord]:
                 continue
             where = f"line {number}"
             try:
-                values, repeated = _parsed(line)
+                values, repeated = parsed(line)
                 if number == 1 and isinstance(values, list) and any(isinstance(item, Mapping) for item in values):
                     raise CorsaError(_LIST.format(name_of(path)))
                 yield _checked(values, where, repeated)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from corsa.data.benchmarks import COLUMNS
+from corsa.data.benchmarks.cells import lists, structured
 
 Values = Mapping[str, Any]
 
@@ -22,7 +23,10 @@ class Format(NamedTuple):
     mapping: str
     """How its columns map to the project's, in words."""
     convert: Callable[[Values], dict[str, Any]] | None = None
-    """Converts a record to the project's columns. Values that are not strings stay unchanged and are refused later."""
+    """Converts a record to the project's columns. Values that are not strings stay unchanged and are refused later.
+
+    Raises FieldError for a list as Python prints it.
+    """
 
 
 def strings(value: Any) -> list[str]:
@@ -43,8 +47,16 @@ def _own(values: Values) -> dict[str, Any]:
     return {name: values[name] for name in COLUMNS if name in values}
 
 
-def _answer(value: Any, target: str, aliases: str) -> dict[str, Any]:
+def _got(values: Values, column: str) -> Any:
+    """The value of a column, which may be JSON in a cell of a table."""
+    return structured(values.get(column), column)
+
+
+def _answer(values: Values, column: str, target: str, aliases: str) -> dict[str, Any]:
     """The first of several answers is the target, the others are its aliases."""
+    value = values.get(column)
+    if isinstance(value, str) and lists(value):
+        value = structured(value, column)
     first, *others = strings(value) or [None]
     if first is None and not isinstance(value, str | list | tuple | None):
         return {target: value}
@@ -76,12 +88,12 @@ def _localities(groups: Any) -> list[dict[str, Any]]:
 
 
 def _easyedit(values: Values) -> dict[str, Any]:
-    neighbors = _questions(values.get("locality_prompt"), values.get("locality_ground_truth"))
-    row = _own(values) | _answer(values.get("target_new"), "target_new", "aliases_new")
+    neighbors = _questions(_got(values, "locality_prompt"), _got(values, "locality_ground_truth"))
+    row = _own(values) | _answer(values, "target_new", "target_new", "aliases_new")
     if "target_old" not in values:
-        row |= _answer(values.get("ground_truth"), "target_old", "aliases_old")
-    row["paraphrases"] = strings([values.get(name) for name in ("paraphrases", "rephrase_prompt", "rephrase")])
-    row["neighbors"] = neighbors + _localities(values.get("locality"))
+        row |= _answer(values, "ground_truth", "target_old", "aliases_old")
+    row["paraphrases"] = strings([_got(values, name) for name in ("paraphrases", "rephrase_prompt", "rephrase")])
+    row["neighbors"] = neighbors + _localities(_got(values, "locality"))
     return row
 
 
@@ -89,8 +101,8 @@ def _unke(values: Values) -> dict[str, Any]:
     return {
         **_own(values),
         "prompt": values.get("question"),
-        **_answer(values.get("answer"), "target_new", "aliases_new"),
-        "paraphrases": strings(values.get("para_question")),
+        **_answer(values, "answer", "target_new", "aliases_new"),
+        "paraphrases": strings(_got(values, "para_question")),
     }
 
 
@@ -98,9 +110,9 @@ def _wikibigedit(values: Values) -> dict[str, Any]:
     return {
         **_own(values),
         "prompt": values.get("update"),
-        **_answer(values.get("ans"), "target_new", "aliases_new"),
-        "paraphrases": strings([values.get("rephrase"), values.get("personas")]),
-        "neighbors": _questions(values.get("loc"), values.get("loc_ans")),
+        **_answer(values, "ans", "target_new", "aliases_new"),
+        "paraphrases": strings([_got(values, name) for name in ("rephrase", "personas")]),
+        "neighbors": _questions(_got(values, "loc"), _got(values, "loc_ans")),
     }
 
 

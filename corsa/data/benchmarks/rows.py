@@ -8,6 +8,7 @@ from itertools import chain, islice
 from typing import Any, NamedTuple
 
 from corsa.data.benchmarks import BENCHMARKS, COLUMNS, BadRecord, Hub, Source
+from corsa.data.benchmarks.cells import structured
 from corsa.data.benchmarks.files import Found, records
 from corsa.data.benchmarks.foreign import FORMATS, Format
 from corsa.data.edit import Edit, FieldError
@@ -43,18 +44,19 @@ class Row:
         return "" if value is None or value == "" else _string(value, path)
 
     def texts(self, path: str) -> list[str]:
-        """The strings of a list at a path. A single string gives a list of one, an absent value an empty list.
+        """The strings of a list at a path, which may be JSON in a string. A single string gives a list of one, an
+        absent value an empty list.
 
         Raises FieldError if an item is blank or not a string.
         """
-        value = self.get(path)
+        value = structured(self.get(path), path)
         if isinstance(value, str):
             return [_text(value, path)]
         return [_text(item, f"{path}[{i}]") for i, item in enumerate(_list(value, path))]
 
     def names(self, path: str) -> list[str]:
         """Like `texts`, but without blank items and nulls, which published lists of aliases contain."""
-        value = self.get(path)
+        value = structured(self.get(path), path)
         items = [value] if isinstance(value, str) else _list(value, path)
         strings = (_string(item, f"{path}[{i}]") for i, item in enumerate(items) if item is not None)
         return [string for string in strings if string]
@@ -134,7 +136,10 @@ def _rows(found: Iterable[Found | BadRecord], known: Format | None) -> Iterator[
             yield item
         else:
             values, where = item
-            yield Row(known.convert(values) if known and known.convert else values, index, where)
+            try:
+                yield Row(known.convert(values) if known and known.convert else values, index, where)
+            except FieldError as error:
+                yield BadRecord(where, error.field, error.reason, error.remedy)
 
 
 def _columns() -> frozenset[str]:
