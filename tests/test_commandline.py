@@ -80,6 +80,37 @@ def test_an_option_that_makes_no_sense_is_one_line_before_anything_runs(
     assert len(found) < 300
 
 
+UNPARSED = {
+    "text for a number": (["edit", "--training.epochs", "abc"], "error: --training.epochs needs a whole number (found"),
+    "a number too long": (["edit", "--training.epochs", "1" * 5000], "error: --training.epochs needs a whole number"),
+    "a comma": (["edit", "--training.learning-rate", "1,5"], "error: --training.learning-rate needs a number (found "),
+    "text for numbers": (["edit", "--lora.layers", "a"], "error: --lora.layers needs whole numbers (found 'a')"),
+    "no value": (["data", "--limit"], "error: --limit needs a whole number"),
+    "a choice": (["data", "--dtype", "x"], "error: unknown option --dtype: corsa data --help lists them all"),
+    "misspelt choice": (["edit", "--corsa.pcgrad", "symetric"], "error: --corsa.pcgrad needs one of symmetric, algo"),
+    "misspelt option": (["edit", "--training.epoch", "3"], "error: unknown option --training.epoch: did you mean --tr"),
+    "group left out": (["edit", "--epochs", "3"], "error: unknown option --epochs: did you mean --training.epochs? "),
+    "control characters": (["edit", "--\x1b[31m", "3"], r"error: unknown option --\x1b[31m: corsa edit --help lists"),
+    "a word too many": (["edit", "more"], "error: 'more' belongs to no option of corsa edit; see corsa edit --help"),
+    "command of commands": (["perf"], "error: corsa perf needs a command: gpu, sandbox, step, evaluate, "),
+    "misspelt action": (["runs", "cleen"], "error: action needs one of list, show, compare, clean, not 'cleen' (did"),
+    "required options": (["undo"], "error: corsa undo needs --out and --adapter; see corsa undo --help"),
+    "required option, misspelt": (
+        ["undo", "--adaptor", "x"],
+        "error: unknown option --adaptor: did you mean --adapter",
+    ),
+}
+
+
+@pytest.mark.parametrize(("words", "line"), UNPARSED.values(), ids=UNPARSED)
+def test_a_command_line_that_cannot_be_parsed_is_one_line(
+    edit: list[str | Path], words: list[str], line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = said([*edit, *words[1:]] if words[0] == "edit" else words, capsys)
+    assert found.startswith(line)
+    assert len(found) < 300
+
+
 def test_places_that_an_adapter_cannot_be_written_to_are_refused(
     edit: list[str | Path], facts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

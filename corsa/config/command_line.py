@@ -45,14 +45,18 @@ def listed(kind: type, metavar: str) -> PrimitiveConstructorSpec[Any]:
 def configure(default: C, arguments: Sequence[str], *, program: str, description: str) -> C:
     """`default` changed by `--config FILE` and the other options; the options override the file.
 
-    Prints help or the parser's own error and exits if the arguments ask for help or are wrong.
+    Prints help and exits if the arguments ask for it.
 
     Raises:
-        CorsaError: the file cannot be read, or has a field that does not exist or a value that is not allowed.
+        CorsaError: the file cannot be read, or the file or an option has a field that does not exist or a value that is
+            not allowed.
     """
-    file = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    file = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     file.add_argument("--config")
-    path = file.parse_known_args(arguments)[0].config
+    try:
+        path = file.parse_known_args(arguments)[0].config
+    except argparse.ArgumentError as error:
+        raise CorsaError("--config needs a file") from error
     if path is not None:
         default = _from_file(type(default), Path(path))
     with options_explained():
