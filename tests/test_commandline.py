@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ from corsa.errors import nearest
 ROOT = Path(__file__).parents[1]
 
 
-def said(words: list[str | Path], capsys: pytest.CaptureFixture[str]) -> str:
+def said(words: Sequence[str | Path], capsys: pytest.CaptureFixture[str]) -> str:
     """The single line of output of a refused command."""
     assert main([str(word) for word in words]) == 2
     found = capsys.readouterr()
@@ -65,6 +66,12 @@ REFUSED = {
     "gate": (["--max-forgetting", "3"], "error: --max-forgetting: Input should be less than or equal to 1"),
     "memory": (["--placement.gpu-memory", "48parsecs"], "error: --placement.gpu-memory: 48parsecs: give an amount of"),
     "both": (["--corsa.perturb-every", "2", "--corsa.scope", "microbatch"], "error: --corsa: perturb_every 2 uses one"),
+    "infinite": (["--lora.alpha", "inf"], "error: --lora.alpha: Input should be a finite number"),
+    "too large": (["--training.learning-rate", "1e999"], "error: --training.learning-rate: Input should be a finite n"),
+    "storage in a file": (["--storage", "/dev/null/x"], "error: cannot write to /dev/null/x: Not a directory. Choo"),
+    "no bucket": (["--storage", "s3://"], "error: storage 's3://' names no bucket: write s3://BUCKET/FOLDER"),
+    "one slash": (["--storage", "s3:/BUCKET"], "error: storage 's3:/BUCKET' names no bucket: write s3://BUCKET/F"),
+    "no bucket on Google's": (["--storage", "gs:///"], "error: storage 'gs:///' names no bucket"),
     "tracker": (["--track", "tensorbord:x"], "error: unknown tracker 'tensorbord': did you mean 'tensorboard'?"),
 }
 
@@ -144,6 +151,19 @@ def test_a_gate_that_has_nothing_to_measure_is_named_before(
 ) -> None:
     assert main([*map(str, edit), "--max-forgetting", "0.1"]) == 0
     assert "note: --max-forgetting has nothing to measure in a first update" in capsys.readouterr().out
+
+
+def test_a_library_that_fails_when_it_is_interrupted_is_no_error_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted() -> None:
+        try:
+            raise KeyboardInterrupt
+        finally:
+            raise RuntimeError("the state is lost")
+
+    assert answered(interrupted) == 128 + signal.SIGINT
+    assert capsys.readouterr() == ("", "")
+    with pytest.raises(ZeroDivisionError):
+        answered(lambda: 1 // 0)
 
 
 def test_commands_are_suggested(capsys: pytest.CaptureFixture[str]) -> None:

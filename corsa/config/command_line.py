@@ -111,22 +111,36 @@ def answered(command: Callable[[], int | None]) -> int:
                 sys.stdout.flush()  # a closed pipe or a full disk shows here, not at exit
     except CorsaError as error:
         return _complain(str(error), error.status)
-    except Terminated:
-        return 128 + signal.SIGTERM
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
-    except BrokenPipeError:
+    except BaseException as error:
+        return _ended(error)
+    return status or 0
+
+
+def _ended(error: BaseException) -> int:
+    """The status after an error that is no `CorsaError`, as after a signal or with unwritable output. Raises one that
+    only a programmer can mend.
+    """
+    stopped = _interruption(error)
+    if stopped is not None:
+        return 128 + (signal.SIGTERM if isinstance(stopped, Terminated) else signal.SIGINT)
+    if isinstance(error, BrokenPipeError):
         _write_no_more()
         return 1
-    except OSError as error:
+    if isinstance(error, OSError):
         if error.errno in _NO_FILE and error.filename is not None:
             name = str(error.filename)
             return _complain(f"{name[:200]}{'...' * (len(name) > 200)}: {error.strerror}", 2)
-        if error.errno not in _NO_PLACE:
-            raise
-        _write_no_more()
-        return _complain(f"the output cannot be written: {error.strerror}. Free some space, or write elsewhere", 2)
-    return status or 0
+        if error.errno in _NO_PLACE:
+            _write_no_more()
+            return _complain(f"the output cannot be written: {error.strerror}. Free some space, or write elsewhere", 2)
+    raise error
+
+
+def _interruption(error: BaseException | None) -> KeyboardInterrupt | None:
+    """The signal that an error comes from: one that stops a library in the middle may leave it as another error."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__context__
+    return error
 
 
 NARROWEST = 20

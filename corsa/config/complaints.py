@@ -118,7 +118,7 @@ def _unrecognized(program: str, words: Sequence[str], known: Sequence[tuple[str,
         return CorsaError(f"{_shown(word)} belongs to no option of {program}; see {program} --help")
     own = [option for option, owner in known if owner == program]
     last = {option.strip("-").rpartition(".")[2]: option for option in own}
-    like = get_close_matches(word.strip("-").rpartition(".")[2], list(last), n=1, cutoff=0.6)
+    like = get_close_matches(word.strip("-").rpartition(".")[2], list(last), n=1, cutoff=2 / 3)
     hint = f"did you mean {last[like[0]]}? " if like else ""
     return CorsaError(f"unknown option {_shown(word)[1:-1]}: {hint}{program} --help lists them all")
 
