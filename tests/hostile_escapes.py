@@ -135,6 +135,8 @@ ESCAPES = {
     "socket.create_connection(s.getsockname(), 1)",
     "looks up a name": "import socket\nsocket.getaddrinfo('pypi.org', 443)",
     "asks the kernel for its interfaces": "import socket\nsocket.socket(16, 3, 0)",
+    "a pair of sockets of the network": "import errno, socket\ntry:\n    socket.socketpair(socket.AF_INET)\nexcept OSError as error:\n"
+    "    if error.errno == errno.EAFNOSUPPORT:  # any other answer comes from the sockets, which the kernel has made\n        raise",
     "a raw socket": "import socket\nsocket.socket(socket.AF_PACKET, socket.SOCK_RAW)",
     "a socket to the host's machine": "import socket\nsocket.socket(40, 1)",
     "a socket of the kernel's ciphers": "import socket\nsocket.socket(38, 5)",

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ from corsa.errors import nearest
 ROOT = Path(__file__).parents[1]
 
 
-def said(words: list[str | Path], capsys: pytest.CaptureFixture[str]) -> str:
+def said(words: Sequence[str | Path], capsys: pytest.CaptureFixture[str]) -> str:
     """The single line of output of a refused command."""
     assert main([str(word) for word in words]) == 2
     found = capsys.readouterr()
@@ -65,6 +66,12 @@ REFUSED = {
     "gate": (["--max-forgetting", "3"], "error: --max-forgetting: Input should be less than or equal to 1"),
     "memory": (["--placement.gpu-memory", "48parsecs"], "error: --placement.gpu-memory: 48parsecs: give an amount of"),
     "both": (["--corsa.perturb-every", "2", "--corsa.scope", "microbatch"], "error: --corsa: perturb_every 2 uses one"),
+    "infinite": (["--lora.alpha", "inf"], "error: --lora.alpha: Input should be a finite number"),
+    "too large": (["--training.learning-rate", "1e999"], "error: --training.learning-rate: Input should be a finite n"),
+    "storage in a file": (["--storage", "/dev/null/x"], "error: cannot write to /dev/null/x: Not a directory. Choo"),
+    "no bucket": (["--storage", "s3://"], "error: storage 's3://' names no bucket: write s3://BUCKET/FOLDER"),
+    "one slash": (["--storage", "s3:/BUCKET"], "error: storage 's3:/BUCKET' names no bucket: write s3://BUCKET/F"),
+    "no bucket on Google's": (["--storage", "gs:///"], "error: storage 'gs:///' names no bucket"),
     "tracker": (["--track", "tensorbord:x"], "error: unknown tracker 'tensorbord': did you mean 'tensorboard'?"),
 }
 
@@ -77,6 +84,37 @@ def test_an_option_that_makes_no_sense_is_one_line_before_anything_runs(
     assert found.startswith(line)
     assert "tyro" not in found
     assert "pydantic" not in found
+    assert len(found) < 300
+
+
+UNPARSED = {
+    "text for a number": (["edit", "--training.epochs", "abc"], "error: --training.epochs needs a whole number (found"),
+    "a number too long": (["edit", "--training.epochs", "1" * 5000], "error: --training.epochs needs a whole number"),
+    "a comma": (["edit", "--training.learning-rate", "1,5"], "error: --training.learning-rate needs a number (found "),
+    "text for numbers": (["edit", "--lora.layers", "a"], "error: --lora.layers needs whole numbers (found 'a')"),
+    "no value": (["data", "--limit"], "error: --limit needs a whole number"),
+    "a choice": (["data", "--dtype", "x"], "error: unknown option --dtype: corsa data --help lists them all"),
+    "misspelt choice": (["edit", "--corsa.pcgrad", "symetric"], "error: --corsa.pcgrad needs one of symmetric, algo"),
+    "misspelt option": (["edit", "--training.epoch", "3"], "error: unknown option --training.epoch: did you mean --tr"),
+    "group left out": (["edit", "--epochs", "3"], "error: unknown option --epochs: did you mean --training.epochs? "),
+    "control characters": (["edit", "--\x1b[31m", "3"], r"error: unknown option --\x1b[31m: corsa edit --help lists"),
+    "a word too many": (["edit", "more"], "error: 'more' belongs to no option of corsa edit; see corsa edit --help"),
+    "command of commands": (["perf"], "error: corsa perf needs a command: gpu, sandbox, step, evaluate, "),
+    "misspelt action": (["runs", "cleen"], "error: action needs one of list, show, compare, clean, not 'cleen' (did"),
+    "required options": (["undo"], "error: corsa undo needs --out and --adapter; see corsa undo --help"),
+    "required option, misspelt": (
+        ["undo", "--adaptor", "x"],
+        "error: unknown option --adaptor: did you mean --adapter",
+    ),
+}
+
+
+@pytest.mark.parametrize(("words", "line"), UNPARSED.values(), ids=UNPARSED)
+def test_a_command_line_that_cannot_be_parsed_is_one_line(
+    edit: list[str | Path], words: list[str], line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = said([*edit, *words[1:]] if words[0] == "edit" else words, capsys)
+    assert found.startswith(line)
     assert len(found) < 300
 
 
@@ -113,6 +151,19 @@ def test_a_gate_that_has_nothing_to_measure_is_named_before(
 ) -> None:
     assert main([*map(str, edit), "--max-forgetting", "0.1"]) == 0
     assert "note: --max-forgetting has nothing to measure in a first update" in capsys.readouterr().out
+
+
+def test_a_library_that_fails_when_it_is_interrupted_is_no_error_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted() -> None:
+        try:
+            raise KeyboardInterrupt
+        finally:
+            raise RuntimeError("the state is lost")
+
+    assert answered(interrupted) == 128 + signal.SIGINT
+    assert capsys.readouterr() == ("", "")
+    with pytest.raises(ZeroDivisionError):
+        answered(lambda: 1 // 0)
 
 
 def test_commands_are_suggested(capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,9 +9,11 @@ from tyro.conf import arg
 
 
 class Frozen(BaseModel):
-    """Base of every configuration: immutable, unknown keys refused, defaults validated."""
+    """Base of every configuration: immutable, unknown keys and infinite numbers refused, defaults validated."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, populate_by_name=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", validate_default=True, populate_by_name=True, allow_inf_nan=False
+    )
 
     def canonical(self) -> dict[str, Any]:
         """The configuration as plain JSON values, under the names a configuration file uses."""

@@ -45,14 +45,18 @@ def listed(kind: type, metavar: str) -> PrimitiveConstructorSpec[Any]:
 def configure(default: C, arguments: Sequence[str], *, program: str, description: str) -> C:
     """`default` changed by `--config FILE` and the other options; the options override the file.
 
-    Prints help or the parser's own error and exits if the arguments ask for help or are wrong.
+    Prints help and exits if the arguments ask for it.
 
     Raises:
-        CorsaError: the file cannot be read, or has a field that does not exist or a value that is not allowed.
+        CorsaError: the file cannot be read, or the file or an option has a field that does not exist or a value that is
+            not allowed.
     """
-    file = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    file = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     file.add_argument("--config")
-    path = file.parse_known_args(arguments)[0].config
+    try:
+        path = file.parse_known_args(arguments)[0].config
+    except argparse.ArgumentError as error:
+        raise CorsaError("--config needs a file") from error
     if path is not None:
         default = _from_file(type(default), Path(path))
     with options_explained():
@@ -107,22 +111,36 @@ def answered(command: Callable[[], int | None]) -> int:
                 sys.stdout.flush()  # a closed pipe or a full disk shows here, not at exit
     except CorsaError as error:
         return _complain(str(error), error.status)
-    except Terminated:
-        return 128 + signal.SIGTERM
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
-    except BrokenPipeError:
+    except BaseException as error:
+        return _ended(error)
+    return status or 0
+
+
+def _ended(error: BaseException) -> int:
+    """The status after an error that is no `CorsaError`, as after a signal or with unwritable output. Raises one that
+    only a programmer can mend.
+    """
+    stopped = _interruption(error)
+    if stopped is not None:
+        return 128 + (signal.SIGTERM if isinstance(stopped, Terminated) else signal.SIGINT)
+    if isinstance(error, BrokenPipeError):
         _write_no_more()
         return 1
-    except OSError as error:
+    if isinstance(error, OSError):
         if error.errno in _NO_FILE and error.filename is not None:
             name = str(error.filename)
             return _complain(f"{name[:200]}{'...' * (len(name) > 200)}: {error.strerror}", 2)
-        if error.errno not in _NO_PLACE:
-            raise
-        _write_no_more()
-        return _complain(f"the output cannot be written: {error.strerror}. Free some space, or write elsewhere", 2)
-    return status or 0
+        if error.errno in _NO_PLACE:
+            _write_no_more()
+            return _complain(f"the output cannot be written: {error.strerror}. Free some space, or write elsewhere", 2)
+    raise error
+
+
+def _interruption(error: BaseException | None) -> KeyboardInterrupt | None:
+    """The signal that an error comes from: one that stops a library in the middle may leave it as another error."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__context__
+    return error
 
 
 NARROWEST = 20

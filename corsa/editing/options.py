@@ -101,7 +101,7 @@ class EvaluateOptions(Options):
     edits: str | None = Field(
         default=None, description="file of facts; default: the benchmark, else all facts that the adapter was taught"
     )
-    benchmark: str | None = Field(default=None, description="a benchmark in place of --edits, see `corsa data`")
+    benchmark: str | None = Field(default=None, description="a benchmark instead of --edits, see `corsa data`")
     data: str | None = Field(
         default=None, description="file of the benchmark; default: its rows on the hub, or the shipped file"
     )
@@ -130,7 +130,7 @@ class UndoOptions(Teaching):
         default=(), description="ids, chains or questions of the facts to undo"
     )
     to: int | None = Field(
-        default=None, ge=1, description="roll back to the adapter after this update, in place of --edit"
+        default=None, ge=1, description="roll back to the adapter after this update, instead of --edit; writes to --out"
     )
 
 

@@ -43,7 +43,9 @@ class Files:
         self.patience = patience
         if filesystem is not None:
             self.system, self.root = filesystem, self.url
-        elif "://" in self.url:
+        elif "://" in self.url or re.match("(s3|gs|file):", self.url):
+            if "://" not in self.url:
+                raise CorsaError(f"storage {str(root)!r} names no bucket: write s3://BUCKET/FOLDER")
             _refuse_credentials(self.url)
             try:
                 self.system, self.root = fs.FileSystem.from_uri(self.url)
@@ -51,10 +53,13 @@ class Files:
                 where = self.url.partition("?")[0]
                 raise CorsaError(f"storage {where!r}: {error}. Give a local path, s3://... or gs://...") from error
         else:
-            self.system, self.root = fs.LocalFileSystem(), str(Path(self.url).expanduser().absolute())
+            self.system, self.root = fs.LocalFileSystem(), str(Path(root).expanduser().absolute())
         self.local = isinstance(self.system, fs.LocalFileSystem)
         if self.local:
             self.url = self.root
+            above = next(place for place in (Path(self.root), *Path(self.root).parents) if place.exists())
+            if not above.is_dir():
+                raise CorsaError(f"cannot write to {self.root}: Not a directory. {_CLOSED}")
 
     def hasty(self) -> Files:
         """The same files without retries, for operations that are repeated soon anyway."""

@@ -102,7 +102,11 @@ _DENIED = {
 """Calls that fail with EPERM, with their numbers on x86_64 and aarch64."""
 _NEWEST = 449
 """The last call considered here (futex_waitv, Linux 5.16). Later ones fail with ENOSYS, as on an older kernel."""
-_CLONE, _CLONE3, _SOCKET, _MMAP, _FCNTL, _FLOCK = (56, 220), (435, 435), (41, 198), (9, 222), (72, 25), (73, 32)
+_CLONE, _CLONE3, _MMAP, _FCNTL, _FLOCK = (56, 220), (435, 435), (9, 222), (72, 25), (73, 32)
+_SOCKETS = (
+    (41, 198),
+    (53, 199),
+)  # socket, and socketpair, which makes two before it finds that their family has no pairs
 _LOCKS = {"F_SETLK": 6, "F_SETLKW": 7, "F_OFD_SETLK": 37, "F_OFD_SETLKW": 38, "F_SETLEASE": 1024, "F_NOTIFY": 1026}
 """Commands of fcntl that take memory which no limit counts, and affect files that other processes use."""
 _NAMESPACES = 0x7E020000
@@ -141,7 +145,8 @@ def _instructions(machine: str) -> list[tuple[int, int, int, int]]:
     found += denied((_EQUAL, _CLONE3[column]), errno.ENOSYS)
     found += of_call(_CLONE[column], [(_LOAD, 0, 0, _ARGUMENTS), *denied((_ANY_BIT, _NAMESPACES), errno.EPERM)])
     is_unix = [(_LOAD, 0, 0, _ARGUMENTS), (_EQUAL, 1, 0, _AF_UNIX), (_RETURN, 0, 0, _ERROR | errno.EAFNOSUPPORT)]
-    found += of_call(_SOCKET[column], is_unix)
+    for call in _SOCKETS:
+        found += of_call(call[column], is_unix)
     found += denied((_EQUAL, _FLOCK[column]), errno.ENOLCK)
     locks = [(_LOAD, 0, 0, _ARGUMENTS + 8)]
     for command in _LOCKS.values():
