@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -19,11 +19,14 @@ from corsa.cli.main import main
 from corsa.config import STEPS, StepConfig, published_trainer
 from corsa.flow.store import Record
 from corsa.lora.flat import Lora
+from corsa.models.encoding import Encoder
 from corsa.perf.literal import literal_step
 from corsa.perf.overhead import itemised
+from corsa.perf.rounding import DROWNED, measure_rounding
 from corsa.perf.timeline import Timeline, clock
 from corsa.training.adamw import PlainAdamW
 from corsa.training.tokens import batch_order
+from corsa.training.worker_context import Loaded
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -76,12 +79,38 @@ def measured(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, A
 def test_a_step_is_measured_as_one_json_object(capsys: pytest.CaptureFixture[str]) -> None:
     found = measured(capsys, "step", "--model", "random:tiny-llama", "--batch", "4", "--steps", "1", "--threads", "1")
     assert found["max_update_error"] <= 1e-5
+    assert found["rounding"] is None  # float32 has nothing to compare
     assert 1.0 <= found["padding_ratio"] <= 1.08
     assert found["tokens_processed"] == pytest.approx(found["padding_ratio"] * found["tokens_needed"], abs=1)
     assert 0 < found["overhead_fraction"] < 1
     assert sum(found["breakdown_s"].values()) == pytest.approx(found["corsa_s"])
     assert found["corsa_over_lora"] == pytest.approx(found["corsa_s"] / found["lora_s"])
     assert found["literal_over_corsa"] == pytest.approx(found["literal_s"] / found["corsa_s"])
+
+
+@pytest.mark.parametrize(("dtype", "rho"), [(torch.float32, 0.05), (torch.bfloat16, 3.0), (torch.bfloat16, 1e-5)])
+def test_the_change_of_the_gradient_is_compared_with_that_in_float32(dtype: torch.dtype, rho: float) -> None:
+    """In float32 nothing is lost. In bfloat16 a large perturbation survives and a tiny one does not."""
+    model = tiny_model().to(dtype)  # type: ignore[arg-type]
+    lora, edits = shaken(Lora(model, LORA), 0.02), triplets(4)
+    loaded = Loaded(model, lora, cast(Encoder, None), packed=True)
+    settings = RowSettings.of([StepConfig(rho=rho)], CPU)
+
+    def batch() -> Batch:
+        part = MicroBatch(pack(edits, dtype=model.dtype), torch.full((2, 4), -5.0), counts([edits], CPU))
+        return Batch([part], 4, counts([edits], CPU))
+
+    before = lora.phi.detach().clone()
+    found = measure_rounding(loaded, batch, settings)
+    assert torch.equal(lora.phi, before)
+    assert model.dtype == torch.float32
+    if dtype == torch.float32:
+        assert found.change == found.change_float32 > 0
+        assert found.cosine == pytest.approx(1.0)
+    else:
+        assert (found.cosine > DROWNED) == (rho == 3.0)
+        assert ("survives" in found.told) == (rho == 3.0)
+        assert found.change > found.change_float32 * (rho == 1e-5)
 
 
 def test_a_batch_larger_than_the_benchmark_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
