@@ -55,7 +55,7 @@ class WorkerGroup:
     def place(self, model: ModelConfig) -> PreTrainedModel:
         """The frozen base model, ready for forward passes: whole on this worker, or sharded among all (stage 3).
 
-        Float32 products are float32 from now on, never TF32: its ten bits round off a third of SAM's perturbation at 8B.
+        Float32 products are float32 from now on, never TF32: its ten bits lose a part of SAM's perturbation.
         """
         torch.set_float32_matmul_precision("highest")
         if self.sharding.zero_stage == 3:
