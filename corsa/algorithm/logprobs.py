@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from corsa.algorithm.packing import Rows, Triplet, pack
 
@@ -15,12 +16,48 @@ Model = Callable[..., Any]
 
 
 PerToken = Callable[[Tensor, Rows], Tensor]
-"""A number for each answer token of some rows, (A,), from the logits (n, V) of their kept positions."""
+"""A number for each answer token of some rows, (A,) float32, from the logits (n, V) of their kept positions, which have
+the model's data type."""
+
+BLOCK = 256
+"""Kept positions whose logits are float32 at once: 156 MB with a vocabulary of 151,936."""
 
 
 def log_p(logits: Tensor, rows: Rows) -> Tensor:
-    """Log p of each answer token in nats, (A,)."""
-    return logits[rows.index, rows.target] - logits.logsumexp(-1)[rows.index]
+    """Log p of each answer token in nats, (A,) float32."""
+    return _LogP.apply(logits, rows.index, rows.target)
+
+
+class _LogP(torch.autograd.Function):
+    """`logits.float().log_softmax(-1)[index, target]`, in blocks of positions.
+
+    Autograd alone would keep all logits in float32, and make several more tensors of this size for the gradients. Here
+    the backward pass casts each block again. A block's gradient is rounded to the logits' data type as a whole: where
+    p is near 1, the softmax and the 1 of the target nearly cancel.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, index: Tensor, target: Tensor) -> Tensor:
+        sums = torch.cat([block.float().logsumexp(-1) for block in logits.split(BLOCK)])
+        ctx.save_for_backward(logits, sums, index, target)
+        return logits[index, target].float() - sums[index]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
+        logits, sums, index, target = ctx.saved_tensors
+        positions = torch.zeros_like(sums).index_add(0, index, -g)
+        blocks, start = [], 0
+        for block, of_softmax, total in zip(
+            logits.split(BLOCK), positions.split(BLOCK), sums.split(BLOCK), strict=True
+        ):
+            softmax = of_softmax[:, None] * (block.float() - total[:, None]).exp()
+            here = (index >= start) & (index < start + len(block))  # tokens of other blocks add 0 to its first logit
+            at = torch.where(here, (index - start) * block.shape[1] + target, 0)
+            own = sums.new_zeros(block.numel()).index_add(0, at, torch.where(here, g, 0.0))
+            blocks.append((softmax + own.view(block.shape)).to(logits.dtype))
+            start += len(block)
+        return torch.cat(blocks), None, None
 
 
 def answer_sums(model: Model, rows: Sequence[Rows], edits: int, per_token: Sequence[PerToken]) -> list[Tensor]:
@@ -36,9 +73,9 @@ def answer_sums(model: Model, rows: Sequence[Rows], edits: int, per_token: Seque
             position_ids=r.position_ids,
             logits_to_keep=r.keep,
             use_cache=False,
-        ).logits.float()  # (n, V)
+        ).logits  # (n, V)
         found = [read(logits, r) for read in per_token]
-        totals = totals or [values.new_zeros(2 * edits) for values in found]
+        totals = totals or [values.new_zeros(2 * edits, dtype=torch.float32) for values in found]
         totals = [total.index_add(0, r.slot, values) for total, values in zip(totals, found, strict=True)]
     assert totals, "no rows"
     return [total.view(2, edits) for total in totals]

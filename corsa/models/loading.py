@@ -16,6 +16,7 @@ from corsa.config import ModelConfig
 from corsa.errors import CorsaError
 from corsa.models.embedded import embedded_model, embedded_tokenizer
 from corsa.models.gguf_file import converted, described
+from corsa.models.recomputed_norms import recompute_norms
 from corsa.models.registry import ARCHITECTURES, Source, gguf_revision, locate
 from corsa.models.shapes import first_line, read_architecture
 
@@ -85,6 +86,7 @@ def load_model(config: ModelConfig, device: torch.device | str = "cpu", whole: W
         except Exception as e:  # ImportError of a quantization library, RuntimeError of sizes, and more
             raise _not_loaded("weights", config, e) from e
     model.requires_grad_(False).eval()
+    recompute_norms(model)
     return model if whole else model.to(device)  # type: ignore[arg-type]
 
 

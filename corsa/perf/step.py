@@ -23,6 +23,7 @@ from corsa.lora.flat import Lora
 from corsa.models.encoding import Encoder
 from corsa.models.loading import load_model, load_tokenizer
 from corsa.perf.literal import literal_step
+from corsa.perf.rounding import Rounding, measure_rounding
 from corsa.perf.timeline import Timeline, clock
 from corsa.training.adamw import PlainAdamW
 from corsa.training.tokens import batch_order
@@ -48,6 +49,7 @@ class StepFigures:
     tokens_needed: int
     max_update_error: float  # largest difference in phi after one update, packed against literal
     breakdown_s: dict[str, float]  # of the CoRSA step
+    rounding: Rounding | None  # of a base that is not float32
     peak_memory_gib: float  # of the process, all three kinds of step together
     steps: int
     batch: int
@@ -133,6 +135,15 @@ def measure_step(
         lambda whole: fast(corsa, whole),
         literal,
     )
+    peak = _peak_memory(group.device)
+    rounding = None
+    if base.dtype != torch.float32:
+        whole = _with_reference(loaded, [edits[i] for i in batches[-1]])
+        rounding = measure_rounding(
+            loaded,
+            lambda: context.batch(loaded, [Share(whole, [whole])], unit=1),
+            RowSettings.of([corsa], phi.device),
+        )
     middle = {kind: median(found) for kind, found in seconds.items()}
     return StepFigures(
         lora_s=middle["lora"],
@@ -148,7 +159,8 @@ def measure_step(
         tokens_needed=round(sum(needed) / steps),
         max_update_error=error,
         breakdown_s={name: median(p.get(name, 0.0) for p in parts) for name in parts[0]},
-        peak_memory_gib=_peak_memory(group.device),
+        rounding=rounding,
+        peak_memory_gib=peak,
         steps=steps,
         batch=batch,
         micro_batch=placement.micro_batch,

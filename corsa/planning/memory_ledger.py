@@ -7,11 +7,12 @@ A dispatch mode sees each tensor that torch creates, real or fake, and is notifi
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -20,6 +21,9 @@ from torch.utils.flop_counter import flop_registry
 ITEMS = ("base", "lora", "optimizer", "sam", "gradients", "activations", "logits", "working")
 """Purposes of memory. sam: the copy that restores phi; gradients: all other tensors of phi's size (g_SFT and g_DPO of
 both phases, e, the merged gradient); activations: saved for the backward pass; working: short-lived tensors."""
+
+KINDS = ("LoRA", "norms", "attention", "MLP", "other layers", "losses")
+"""Kinds of layers that keep tensors for the backward pass. LoRA: inputs of linear layers, and its narrow products."""
 
 _aten = torch.ops.aten
 
@@ -41,6 +45,9 @@ class Ledger(TorchDispatchMode):
         self.live: dict[str, int] = dict.fromkeys(ITEMS, 0)
         self.flops = 0
         self.saved = 0
+        self.kept: dict[str, list[int]] = {kind: [0, 0] for kind in KINDS}
+        """What `saved` consists of, by the kind of the layer that keeps it: bytes, and bytes if every tensor had the
+        base's data type."""
         self.series: list[tuple[int, ...]] = []
         """Live bytes by item (in the order of `ITEMS`) after every operation."""
         self.backward: list[bool] = []
@@ -48,6 +55,31 @@ class Ledger(TorchDispatchMode):
         self._phi, self._vocabulary, self._kept = phi, vocabulary, kept
         self._factors = {tuple(shape) for shape in factors} | {tuple(reversed(shape)) for shape in factors}
         self._entries: dict[int, _Entry] = {}
+        self._inside: list[str] = []
+        self._element = 4
+
+    @contextmanager
+    def watching(self, model: nn.Module, sites: Collection[str]) -> Iterator[None]:
+        """Note inside the block which kind of layer keeps a tensor. sites: names of the layers with LoRA."""
+        self._element = next(model.parameters()).element_size()
+        handles = []
+        for name, module in model.named_modules():
+            kind = _kind(module, name in sites)
+            handles += [
+                module.register_forward_pre_hook(lambda *_, kind=kind: self._enter(kind)),
+                module.register_forward_hook(lambda *_: self._leave()),
+            ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _enter(self, kind: str | None) -> None:
+        self._inside.append(kind or (self._inside or [KINDS[-2]])[-1])
+
+    def _leave(self) -> None:
+        self._inside.pop()
 
     def hold(self, item: str, tensors: Iterable[Tensor]) -> None:
         """Count tensors that already exist."""
@@ -111,7 +143,14 @@ class Ledger(TorchDispatchMode):
         entry = self._entries.get(id(tensor.untyped_storage()))
         if entry is not None and not entry.saved and entry.item not in ("base", "lora"):
             entry.saved = True
-            self.saved += entry.bytes * (True not in self.backward)  # only the first forward pass
+            if True not in self.backward:  # only the first forward pass
+                size = (
+                    min(tensor.element_size(), self._element) if tensor.is_floating_point() else tensor.element_size()
+                )
+                kept = self.kept[(self._inside or [KINDS[-1]])[-1]]
+                self.saved += entry.bytes
+                kept[0] += entry.bytes
+                kept[1] += entry.bytes // tensor.element_size() * size
             if entry.item == "working":
                 self.live["working"] -= entry.bytes
                 self.live["activations"] += entry.bytes
@@ -125,6 +164,15 @@ class _Entry:
     def __init__(self, item: str, bytes_: int) -> None:
         self.item, self.bytes, self.saved = item, bytes_, False
         self.ends: Any = None
+
+
+def _kind(module: nn.Module, site: bool) -> str | None:
+    """The kind of a layer, by the names of transformers' classes; None: that of the layer around it."""
+    name = type(module).__name__
+    return "LoRA" if site else next((k for k, part in _PARTS.items() if part in name), None)
+
+
+_PARTS = {"norms": "Norm", "attention": "Attention", "MLP": "MLP"}
 
 
 def as_items(row: Sequence[int]) -> Mapping[str, int]:

@@ -48,8 +48,8 @@ class Plan:
     """All settings of a job.
 
     parameters, trained: number in the base and in LoRA. activations, logits: maximum bytes of each, without
-    checkpointing. memory, host: bytes of each GPU (or of a worker's share of the machine), and of CPU memory in
-    addition, if known.
+    checkpointing. kept: what autograd keeps of a forward pass, by kind of layer (`Footprint.kept`). memory, host: bytes
+    of each GPU (or of a worker's share of the machine), and of CPU memory in addition, if known.
     """
 
     job: Job
@@ -57,6 +57,7 @@ class Plan:
     trained: int
     activations: int
     logits: int
+    kept: dict[str, tuple[int, int]]
     choices: list[Choice]
     memory: int | None
     host: int | None
@@ -147,7 +148,7 @@ def plan(job: Job, rate: Rate, memory: int | None, host: int | None) -> Plan:
             holding = hold(footprint, chosen, workers=job.workers, gpu=job.gpu, element=dtype.itemsize, passes=passes)
             seconds = share * holding.flops / (rate.tflops * 1e12) + holding.gathers / (rate.link * 1e9)
             choices.append(Choice(holding, _fits(holding, memory, host), seconds))
-    about = (plain.parameters, plain.trained, plain.activations, plain.logits)
+    about = (plain.parameters, plain.trained, plain.activations, plain.logits, plain.kept)
     return Plan(job, *about, choices, memory, host, rate)
 
 

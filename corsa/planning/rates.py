@@ -44,7 +44,7 @@ def rate(gpu: bool, tflops: float | None, link: float | None, measured: Path | N
         return Rate(STATED, link, "stated: a third of an A100's peak; better --tflops or --measured")
     device = torch.device("cuda" if gpu else "cpu")
     what = torch.cuda.get_device_name() if gpu else f"this CPU, {torch.get_num_threads()} threads"
-    return Rate(_matrix_product(device), link, f"measured: a matrix product on {what}, an upper bound")
+    return Rate(matrix_product(device), link, f"measured: a matrix product on {what}, an upper bound")
 
 
 def _from_file(path: Path) -> float:
@@ -58,7 +58,7 @@ def _from_file(path: Path) -> float:
     return sorted(found)[len(found) // 2]
 
 
-def _matrix_product(device: torch.device, seconds: float = 0.3) -> float:
+def matrix_product(device: torch.device, seconds: float = 0.3) -> float:
     """TFLOP/s of matrix products with shapes typical for a step: a few hundred tokens times a weight."""
     size, dtype = (4096, torch.bfloat16) if device.type == "cuda" else (1024, torch.float32)
     a, b = (torch.ones(n, size, dtype=dtype, device=device) for n in (320, size))

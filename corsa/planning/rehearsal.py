@@ -26,6 +26,7 @@ from corsa.algorithm.step import corsa_step
 from corsa.config import LoraConfig, StepConfig
 from corsa.lora.flat import Lora
 from corsa.models.activation_checkpointing import recompute_activations
+from corsa.models.recomputed_norms import recompute_norms
 from corsa.planning.memory_ledger import Ledger, as_items
 
 
@@ -36,7 +37,8 @@ class Footprint:
     items: bytes by purpose (`corsa.planning.memory_ledger.ITEMS`). saved: bytes that autograd keeps from one forward
     pass to its backward pass. flops: floating-point operations of the step (a multiplication and an addition are two).
     parameters, trained: number in the base and in LoRA. activations, logits: maximum bytes of each, not necessarily at
-    the peak.
+    the peak. kept: the parts of `saved` by kind of layer (`corsa.planning.memory_ledger.KINDS`): bytes, and bytes if
+    every tensor had the base's data type.
     """
 
     items: dict[str, int]
@@ -46,6 +48,7 @@ class Footprint:
     trained: int
     activations: int
     logits: int
+    kept: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     @property
     def total(self) -> int:
@@ -125,7 +128,8 @@ class _Course:
 
     peaks: list[tuple[int, ...]]
     counts: dict[str, int]
-    """The fields of `Footprint` other than the items."""
+    """The numbers of a `Footprint`."""
+    kept: dict[str, tuple[int, int]]
 
     def continued(self, other: _Course, more: int) -> _Course:
         """Extrapolates by `more` units of depth; `other` is one unit deeper than this."""
@@ -134,11 +138,15 @@ class _Course:
             return a + (b - a) * more
 
         peaks = [tuple(map(line, a, b)) for a, b in zip(self.peaks, other.peaks, strict=True)]
-        return _Course(peaks, {name: line(count, other.counts[name]) for name, count in self.counts.items()})
+        counts = {name: line(count, other.counts[name]) for name, count in self.counts.items()}
+        kept = {
+            kind: (line(a, other.kept[kind][0]), line(b, other.kept[kind][1])) for kind, (a, b) in self.kept.items()
+        }
+        return _Course(peaks, counts, kept)
 
 
 def _footprint(course: _Course) -> Footprint:
-    return Footprint(dict(as_items(max(course.peaks, key=sum))), **course.counts)
+    return Footprint(dict(as_items(max(course.peaks, key=sum))), **course.counts, kept=course.kept)
 
 
 def _take(
@@ -157,6 +165,7 @@ def _take(
             model = AutoModelForCausalLM.from_config(architecture, dtype=dtype, attn_implementation="sdpa")
         model.tie_weights()
         model.requires_grad_(False).eval()
+        recompute_norms(model)
         if checkpointing:
             recompute_activations(model)
         shadows = [Rows(*(None if t is None else fake.from_tensor(t) for t in vars(r).values())) for r in rows]  # type: ignore[arg-type]
@@ -165,7 +174,8 @@ def _take(
         sizes = {"parameters": sum(p.numel() for p in model.parameters()), "trained": lora.phi.numel()}
         ledger = observed(model, lora, shadows, triplets, step, kept)
     largest = {name: max(as_items(row)[name] for row in ledger.series) for name in ("activations", "logits")}
-    return _Course(peaks(ledger), {"saved": ledger.saved, "flops": ledger.flops} | sizes | largest)
+    kept = {kind: (bytes_, least) for kind, (bytes_, least) in ledger.kept.items()}
+    return _Course(peaks(ledger), {"saved": ledger.saved, "flops": ledger.flops} | sizes | largest, kept)
 
 
 def observed(
@@ -190,7 +200,7 @@ def observed(
     reference = torch.zeros(2, len(triplets), device=phi.device)
     batch = Batch([MicroBatch(rows, reference)], len(triplets), counts([triplets], phi.device))
     settings = RowSettings.of([step], phi.device)
-    with ledger, ledger.saving():
+    with ledger.watching(model, {site.name for site in lora.sites}), ledger, ledger.saving():
         corsa_step(model, phi, batch, settings, optimizer, 1.0, lambda tensor: tensor)
     return ledger
 

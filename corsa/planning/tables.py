@@ -27,6 +27,7 @@ def tables(plan: Plan, method: str, counted: str) -> list[Table | str]:
         settings_table(plan),
         purposes_table(plan),
         "Columns: the stage; B: with the base offloaded to CPU memory, A: with AdamW's state.",
+        kept_table(plan),
         f"At their largest, before the way back: activations {gib(plan.activations)} GiB, logits {gib(plan.logits)} "
         "GiB; the peak may be later.",
         f"{'take' if plan.recommended else 'error'}: {plan.why}",
@@ -64,6 +65,20 @@ def purposes_table(plan: Plan) -> Table:
     for name, shown in COLUMNS.items():
         if name in ("activations", "logits") or any(c.holding.items[name] >= MIB for c in plan.choices):
             table.add_row(shown, *(gib(holding.items[name]) for holding in holdings))
+    return table
+
+
+def kept_table(plan: Plan) -> Table:
+    """One row per kind of layer: what autograd keeps of a forward pass without checkpointing, its share, and the least
+    that these layers can keep: the same with every tensor in the base's data type.
+    """
+    table = _table("kept for the backward pass")
+    for name in ("GiB", "share", f"all in {plan.job.model.dtype}, GiB"):
+        table.add_column(name, justify="right", no_wrap=True)
+    whole = sum(bytes_ for bytes_, _ in plan.kept.values())
+    for kind, (bytes_, least) in sorted(plan.kept.items(), key=lambda item: -item[1][0]):
+        table.add_row(kind, gib(bytes_), f"{100 * bytes_ / whole:.0f} %", gib(least))
+    table.add_row("together", gib(whole), "", gib(sum(least for _, least in plan.kept.values())))
     return table
 
 
@@ -131,6 +146,7 @@ def as_json(plan: Plan, method: str, counted: str) -> dict[str, Any]:
             }
             for c in plan.choices
         ],
+        "kept": {kind: {"bytes": bytes_, "least": least} for kind, (bytes_, least) in plan.kept.items()},
         "recommended": chosen and chosen.holding.sharding.canonical(),
         "why": plan.why,
         "options": options(plan, chosen) if chosen else None,

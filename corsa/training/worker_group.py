@@ -53,7 +53,11 @@ class WorkerGroup:
         return self.rank == 0
 
     def place(self, model: ModelConfig) -> PreTrainedModel:
-        """The frozen base model, ready for forward passes: whole on this worker, or sharded among all (stage 3)."""
+        """The frozen base model, ready for forward passes: whole on this worker, or sharded among all (stage 3).
+
+        Float32 products are float32 from now on, never TF32: its ten bits lose a part of SAM's perturbation.
+        """
+        torch.set_float32_matmul_precision("highest")
         if self.sharding.zero_stage == 3:
             from corsa.training.sharding import load_sharded
 

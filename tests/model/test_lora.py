@@ -14,11 +14,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import FAMILIES, LORA, shaken, tiny_model
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 
 from corsa.config import LoraConfig
 from corsa.errors import CorsaError
+from corsa.lora.branch import LoraBranch
 from corsa.lora.flat import Lora, linear_layers
 from corsa.lora.peft_format import PREFIX, load_adapter, save_adapter
+from corsa.models.recomputed_norms import recompute_norms
 
 pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore::FutureWarning")]
 
@@ -128,6 +131,61 @@ def test_factors_stay_float32_on_a_half_precision_base() -> None:
     assert lora.phi.grad.dtype == torch.float32
     assert lora.phi.grad.isfinite().all()
     assert float((lora.phi.grad != 0).float().mean()) > 0.99
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_derivative_is_autograd_s_of_the_written_formula_bit_for_bit(dtype: torch.dtype) -> None:
+    """Also for two cotangents in one batched backward pass, and for two adapters."""
+    draw = torch.Generator().manual_seed(0)
+    x, output, a, b = (torch.randn(shape, generator=draw) for shape in ((4, 3, 8), (4, 3, 6), (2, 2, 8), (2, 6, 2)))
+    leaves = [t.to(dtype).requires_grad_() for t in (x, output)] + [t.requires_grad_() for t in (a, b)]
+    x, output, a, b = leaves
+    narrow = 0.5 * torch.bmm(x.float().reshape(2, 6, 8), a.mT)
+    written = (output + torch.bmm(narrow, b.mT).view(4, 3, 6)).to(dtype)
+    found = LoraBranch.apply(x, output, a, b, 0.5)
+    assert torch.equal(found, written)
+    cotangents = torch.randn(2, 4, 3, 6, generator=draw).to(dtype)
+    for one, other in zip(
+        torch.autograd.grad(found, leaves, cotangents, is_grads_batched=True),
+        torch.autograd.grad(written, leaves, cotangents, is_grads_batched=True),
+        strict=True,
+    ):
+        assert one.dtype == other.dtype
+        assert torch.equal(one, other)
+
+
+def test_a_half_precision_base_keeps_no_float32_copy_of_its_activations(family: str) -> None:
+    """Sites with the same input (q, k, v; gate, up) keep one tensor; norms keep their input alone."""
+    plain, model = (tiny_model(family).to(torch.bfloat16) for _ in range(2))  # type: ignore[arg-type]
+    recompute_norms(model)
+    kept: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    out, loras = [], [shaken(Lora(m, LORA)) for m in (plain, model)]
+    for m in (plain, model):
+        kept.clear()
+        with saved_tensors_hooks(keep, lambda tensor: tensor):
+            out.append(m(input_ids=IDS, use_cache=False).logits)
+    assert torch.equal(*out)
+    base = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *model.buffers(), loras[1].phi)}
+    own = {t.untyped_storage().data_ptr(): t for t in kept if t.untyped_storage().data_ptr() not in base}
+    hidden = IDS.numel() * model.config.hidden_size
+    assert max(t.numel() for t in own.values() if t.dtype == torch.float32) < hidden
+    inputs = [
+        t for t in own.values() if t.dtype == torch.bfloat16 and t.shape == (*IDS.shape, model.config.hidden_size)
+    ]
+    norms = sum("Norm" in type(m).__name__ for m in model.modules())
+    assert len(inputs) <= norms + 3 * model.config.num_hidden_layers  # and the inputs of q, k, v; of gate, up; of o
+    cotangents = torch.randn(2, *out[0].shape, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    one, other = (
+        torch.autograd.grad(o, lora.phi, cotangents, is_grads_batched=True)[0]
+        for o, lora in zip(out, loras, strict=True)
+    )
+    assert torch.equal(one, other)
+    assert float(one.norm()) > 0
 
 
 def test_a_model_without_linear_layers_is_refused() -> None:

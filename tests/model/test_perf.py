@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -18,13 +18,19 @@ from corsa.algorithm.row_settings import RowSettings
 from corsa.algorithm.step import corsa_step
 from corsa.cli.main import main
 from corsa.config import STEPS, StepConfig, published_trainer
+from corsa.errors import CorsaError
 from corsa.flow.store import Record
 from corsa.lora.flat import Lora
+from corsa.models.encoding import Encoder
+from corsa.perf import accelerator
+from corsa.perf.accelerator import CHECKED, Case, cases, markdown, measure, measure_all
 from corsa.perf.literal import literal_step
 from corsa.perf.overhead import itemised
+from corsa.perf.rounding import DROWNED, measure_rounding
 from corsa.perf.timeline import Timeline, clock
 from corsa.training.adamw import PlainAdamW
 from corsa.training.tokens import batch_order
+from corsa.training.worker_context import Loaded
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -77,12 +83,38 @@ def measured(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, A
 def test_a_step_is_measured_as_one_json_object(capsys: pytest.CaptureFixture[str]) -> None:
     found = measured(capsys, "step", "--model", "random:tiny-llama", "--batch", "4", "--steps", "1", "--threads", "1")
     assert found["max_update_error"] <= 1e-5
+    assert found["rounding"] is None  # float32 has nothing to compare
     assert 1.0 <= found["padding_ratio"] <= 1.08
     assert found["tokens_processed"] == pytest.approx(found["padding_ratio"] * found["tokens_needed"], abs=1)
     assert 0 < found["overhead_fraction"] < 1
     assert sum(found["breakdown_s"].values()) == pytest.approx(found["corsa_s"])
     assert found["corsa_over_lora"] == pytest.approx(found["corsa_s"] / found["lora_s"])
     assert found["literal_over_corsa"] == pytest.approx(found["literal_s"] / found["corsa_s"])
+
+
+@pytest.mark.parametrize(("dtype", "rho"), [(torch.float32, 0.05), (torch.bfloat16, 3.0), (torch.bfloat16, 1e-5)])
+def test_the_change_of_the_gradient_is_compared_with_that_in_float32(dtype: torch.dtype, rho: float) -> None:
+    """In float32 nothing is lost. In bfloat16 a large perturbation survives and a tiny one does not."""
+    model = tiny_model().to(dtype)  # type: ignore[arg-type]
+    lora, edits = shaken(Lora(model, LORA), 0.02), triplets(4)
+    loaded = Loaded(model, lora, cast(Encoder, None), packed=True)
+    settings = RowSettings.of([StepConfig(rho=rho)], CPU)
+
+    def batch() -> Batch:
+        part = MicroBatch(pack(edits, dtype=model.dtype), torch.full((2, 4), -5.0), counts([edits], CPU))
+        return Batch([part], 4, counts([edits], CPU))
+
+    before = lora.phi.detach().clone()
+    found = measure_rounding(loaded, batch, settings)
+    assert torch.equal(lora.phi, before)
+    assert model.dtype == torch.float32
+    if dtype == torch.float32:
+        assert found.change == found.change_float32 > 0
+        assert found.cosine == pytest.approx(1.0)
+    else:
+        assert (found.cosine > DROWNED) == (rho == 3.0)
+        assert ("survives" in found.told) == (rho == 3.0)
+        assert found.change > found.change_float32 * (rho == 1e-5)
 
 
 def test_a_batch_larger_than_the_benchmark_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
@@ -200,6 +232,43 @@ def test_a_run_is_taken_twice_and_only_into_an_empty_folder(tmp_path: Path, caps
     assert "is not empty" in capsys.readouterr().err
 
 
+def test_a_case_is_checked_against_the_literal_algorithm(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case(CHECKED, "corsa", 0, "float32", edits=2, steps=1, gpu=False, rank=4, check=True)
+    monkeypatch.setattr("corsa.planning.rates.matrix_product", lambda device: 2.0)
+    found = measure(case)
+    assert found["matmul_tflops"] == 2.0
+    assert found["planned"] == sum(found["items"].values())
+    monkeypatch.setattr("corsa.perf.literal._project", lambda g, other, eps: g + g.abs())
+    with pytest.raises(CorsaError, match=r"away from the literal Algorithm 1, 0\.0001 is allowed"):
+        measure(case)
+
+
+def test_a_case_whose_check_fails_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fault of one method does not stop another, and the ratios are those of what was measured."""
+    asked: list[Case] = []
+
+    def run(case: Case, seconds: float) -> dict[str, Any]:
+        asked.append(case)
+        assert 0 < seconds <= 60 * 8
+        if case.check and case.stage == 3:
+            return {"error": "no module named deepspeed"}
+        sizes = {"peak": 3 * 2**30 if case.method == "corsa" else 2**30, "planned": 2**30}
+        return {"step_s": 0.6 if case.method == "corsa" else 0.3, "tflops": 5.0, "matmul_tflops": 20.0} | sizes
+
+    monkeypatch.setattr(accelerator, "_in_a_process", run)
+    chosen = list(cases(["random:a"], ["lora", "corsa"], [0, 3], edits=4, steps=2, gpu=False))
+    said: list[str] = []
+    found = measure_all(chosen, 8, said.append)
+    assert [case.check for case in asked] == [True] * 4 + [False] * 2
+    assert {case.model for case in asked if case.check} == {CHECKED}
+    assert found["ratios"] == [{"model": "random:a", "stage": 0, "method": "corsa", "step": 2.0, "peak": 3.0}]
+    assert [row["error"] for row in found["rows"] if "error" in row] == ["check failed: no module named deepspeed"] * 2
+    assert "check on random:tiny-llama, corsa, stage 3: no module named deepspeed" in said
+    shown = markdown(found)
+    assert "| random:a | corsa | 0 | 0.6 | 5 | 25 % | 3.00 | 1.00 | 0.33 |" in shown
+    assert "random:a, stage 0: corsa / lora 2.00 in time, 3.00 in memory" in shown
+
+
 @pytest.mark.long
 def test_the_command_for_a_machine_with_a_gpu_measures_beside_the_plan(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -213,6 +282,7 @@ def test_the_command_for_a_machine_with_a_gpu_measures_beside_the_plan(
     assert "none-such" in broken["error"]
     assert row["step_s"] > 0
     assert row["tflops"] > 0
+    assert row["matmul_tflops"] > 0
     assert row["peak"] > row["items"]["base"] > 4 * row["parameters"] - 1
     assert row["planned"] == sum(row["items"].values())
     assert f"| random:tiny-llama | corsa | 3 | {row['step_s']:.3g} |" in table

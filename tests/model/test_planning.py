@@ -64,6 +64,8 @@ def test_a_rehearsed_step_holds_what_a_real_one_holds(family: str, method: str, 
     assert tuple(found.items.values()) == max(peaks(ledger), key=sum)
     assert found.flops == ledger.flops
     assert found.saved == ledger.saved
+    assert found.kept == {kind: tuple(bytes_) for kind, bytes_ in ledger.kept.items()}
+    assert sum(bytes_ for bytes_, _ in found.kept.values()) == found.saved
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -118,6 +120,26 @@ def test_a_bfloat16_base_is_half_and_lora_remains_float32() -> None:
     assert half.items["lora"] == whole.items["lora"]
     assert half.items["base"] == pytest.approx(whole.items["base"] / 2, rel=0.01)
     assert whole.items["activations"] / 2 < half.items["activations"] < whole.items["activations"]
+
+
+def test_layers_of_a_bfloat16_base_keep_little_more_than_they_must() -> None:
+    """By arithmetic from the shapes: the inputs of norms and of linear layers, what the products of the MLP need, and
+    the narrow float32 products of LoRA.
+    """
+    edits = triplets(6)
+    found = rehearse(tiny_model("qwen3").config, torch.bfloat16, LORA, StepConfig(), edits)
+    shape = tiny_model("qwen3").config
+    tokens = pack(edits)[0].input_ids.numel()
+    heads = shape.head_dim * (shape.num_attention_heads + shape.num_key_value_heads)
+    layers, hidden, inner = shape.num_hidden_layers, shape.hidden_size, shape.intermediate_size
+    # the last norm is one more, and the first has no gradient: the embeddings are frozen
+    assert found.kept["norms"] == (2 * tokens * layers * (2 * hidden + heads),) * 2
+    assert found.kept["MLP"] == (2 * tokens * layers * 3 * inner,) * 2
+    bytes_, least = found.kept["LoRA"]
+    narrow = tokens * layers * 7 * LORA.rank
+    assert bytes_ - least == 2 * narrow  # float32 instead of bfloat16
+    attention = shape.head_dim * shape.num_attention_heads
+    assert least - 2 * narrow <= 2 * tokens * layers * (2 * hidden + attention + inner)
 
 
 @pytest.mark.long
@@ -279,9 +301,11 @@ def test_the_command_plans_a_model_that_is_nowhere(capsys: pytest.CaptureFixture
     }
     for setting in found["settings"]:
         assert setting["total"] == sum(setting["bytes"].values())
+    assert all(0 <= kept["least"] <= kept["bytes"] for kept in found["kept"].values())
     assert main([*words, "--tflops", "5"]) == 0
     shown = capsys.readouterr().out
     assert "stated: --tflops" in shown
+    assert "kept for the backward pass" in shown
     assert "take: stage 0" in shown
     assert main(["plan"]) == 2
     assert "--detect POINTS" in capsys.readouterr().err

@@ -22,12 +22,13 @@ def measure_accelerator(
     stages: Annotated[str, arg(metavar="N,N", help="ZeRO stages, measured with one worker")] = "0,3",
     edits: Annotated[int, arg(help="edits of a step, of 20 tokens each")] = 16,
     steps: Annotated[int, arg(help="measured steps of each case, after one to warm up")] = 5,
-    minutes: Annotated[float, arg(help="time limit; cases not measured by then are listed")] = 10.0,
+    minutes: Annotated[float, arg(help="time limit; cases not measured by then are listed")] = 8.0,
     cpu: Annotated[bool, arg(help="measure on the CPU, in float32")] = False,
     output: Annotated[Path | None, arg(metavar="FILE", help="write the result here as JSON, for `corsa plan`")] = None,
     as_json: Annotated[bool, arg(name="json", help="print JSON instead of the table")] = False,
 ) -> None:
-    """Measure step time and peak memory of LoRA and CoRSA on a GPU, and compare with the plan.
+    """Measure step time and peak memory of LoRA and CoRSA on a GPU, and compare with the plan. Checks each method on a
+    tiny model first.
 
     Example: corsa perf gpu --output gpu.json
     """

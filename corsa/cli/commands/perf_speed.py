@@ -72,6 +72,7 @@ def step(
         f"{found.tokens_processed} tokens processed, {found.tokens_needed} needed: {found.padding_ratio:.3f}; "
         f"outside forward and backward {100 * found.overhead_fraction:.1f} %",
         f"peak memory {found.peak_memory_gib:.2f} GiB; update within {found.max_update_error:.1e} of the literal",
+        *([found.rounding.told] if found.rounding else []),
         _table(
             ("part of the CoRSA step", "seconds", "share"),
             {
