@@ -1,4 +1,4 @@
-"""The settings of methods: LoRA, the step of Algorithm 1, the training of a round, F-Learning, MEMIT.
+"""The settings of methods: LoRA, the step of Algorithm 1, the training of a round, and those with code of their own.
 
 They enter the identity of the rounds that use them.
 """
@@ -175,21 +175,15 @@ class FLearningConfig(Frozen):
     )
 
 
-class MemitConfig(Frozen):
-    """MEMIT (Meng et al. 2023): a dense change of a few layers in closed form.
+class LocateThenEditConfig(Frozen):
+    """What the methods that change a few layers in closed form share: where they edit, and the search for the targets.
 
-    Fields that are None come from the table of published settings, by architecture and size
-    (`corsa.methods.memit.settings`).
+    Fields that are None come from a table of published settings, by architecture (`corsa.methods.memit.settings`,
+    `corsa.methods.alphaedit.settings`).
     """
 
     layers: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(
         default=None, min_length=1, description="edited layers, from 0; default: those published for the architecture"
-    )
-    weight: float | None = Field(
-        default=None,
-        gt=0,
-        description="lambda, the weight of the key statistics C in the solve; default: the published one, scaled to "
-        "the inputs of the model's down projections",
     )
     learning_rate: float | None = Field(
         default=None, gt=0, description="learning rate of Adam on the change of the residual; default: as published"
@@ -220,6 +214,31 @@ class MemitConfig(Frozen):
     )
 
 
+class MemitConfig(LocateThenEditConfig):
+    """MEMIT (Meng et al. 2023): a dense change of a few layers in closed form."""
+
+    weight: float | None = Field(
+        default=None,
+        gt=0,
+        description="lambda, the weight of the key statistics C in the solve; default: the published one, scaled to "
+        "the inputs of the model's down projections",
+    )
+
+
+class AlphaEditConfig(LocateThenEditConfig):
+    """AlphaEdit (Fang et al. 2025): MEMIT's change, projected on the null space of the preserved keys."""
+
+    threshold: float | None = Field(
+        default=None,
+        gt=0,
+        description="eigenvectors of the key statistics C with eigenvalues below this span the null space; default: as "
+        "published",
+    )
+    l2: float | None = Field(
+        default=None, gt=0, description="weight of the squared norm of the change in the solve; default: as published"
+    )
+
+
 class MethodSettings(Frozen):
     """The settings of every method."""
 
@@ -227,6 +246,7 @@ class MethodSettings(Frozen):
     corsa: StepConfig = StepConfig()
     f_learning: FLearningConfig = FLearningConfig()
     memit: MemitConfig = MemitConfig()
+    alphaedit: AlphaEditConfig = Field(default=AlphaEditConfig(), exclude_if=lambda config: config == AlphaEditConfig())
     training: TrainingConfig = TrainingConfig()
 
 

@@ -9,6 +9,7 @@ from tyro.conf import Suppress
 
 from corsa.config import (
     SEEDS,
+    AlphaEditConfig,
     EvaluationConfig,
     Frozen,
     LoraConfig,
@@ -77,7 +78,8 @@ class Teaching(Options, MethodSettings):
     lora: LoraConfig = Field(
         default=LoraConfig(), description="shape of the adapter; a line keeps that of its first adapter"
     )
-    memit: Annotated[MemitConfig, Suppress] = MemitConfig()  # leaves no adapter
+    memit: Annotated[MemitConfig, Suppress] = MemitConfig()  # this and the next leave no adapter
+    alphaedit: Annotated[AlphaEditConfig, Suppress] = AlphaEditConfig()
     training: TrainingConfig = TrainingConfig(
         batch=12, replay=0.33, anchor=0.33, epochs=15, stop_above=0.5, learning_rate=5e-4
     )

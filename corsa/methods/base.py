@@ -15,6 +15,7 @@ from corsa.config.steps import AskingConfig
 from corsa.flow.step import Step
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel
 
     from corsa.algorithm.packing import Triplet
@@ -56,15 +57,26 @@ class Round:
     post: Callable[[dict[str, Any]], None]
 
 
+STATE = "state.safetensors"
+"""The file of `Taught.state`, among those of a round."""
+
+
 @dataclass(frozen=True)
 class Taught:
-    """The result of teaching a round: the change of the base by all rounds so far, the metrics of the round, and its
-    curves if it has any (rows of `corsa.training.loop.CURVES`).
+    """The result of teaching a round.
+
+    Attributes:
+        change: the change of the base by all rounds so far.
+        metrics: of the round.
+        curves: rows of `corsa.training.loop.CURVES`, if it has any.
+        state: what the next round needs besides the change, on the leader; it reads the file `STATE` of its input
+            "previous". Empty: nothing.
     """
 
     change: Change
     metrics: Mapping[str, Any]
     curves: list[dict[str, Any]] | None = None
+    state: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 Teach = Callable[[Round], Taught]

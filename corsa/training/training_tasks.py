@@ -9,6 +9,7 @@ from typing import Any
 
 import pandas as pd
 import pyarrow.parquet as pq
+from safetensors.torch import save_file
 
 from corsa.config import TrainingConfig
 from corsa.config.steps import TrialPlace
@@ -20,7 +21,7 @@ from corsa.lora.factors import Factors
 from corsa.lora.peft_format import load_adapter, save_adapter, write_factors
 from corsa.lora.weight_deltas import save_delta
 from corsa.methods import method_of
-from corsa.methods.base import Round
+from corsa.methods.base import STATE, Round
 from corsa.training.loop import AtEpoch, RoundRun, curves_table, train, train_together
 from corsa.training.mixing import Material
 from corsa.training.prediction_tasks import ask, own_chains, predictor_of
@@ -90,7 +91,7 @@ def _scores(tasks: Sequence[Task], facts: StepFacts, loaded: Loaded, context: Wo
 
 
 def teach_method(task: Task, context: WorkerContext, post: Post) -> dict[str, Any]:
-    """A round of a method that has its own teach function: F-Learning, MEMIT."""
+    """A round of a method that has its own teach function."""
     config, group = task.config, context.group
     method = method_of(config)
     assert method is not None
@@ -120,6 +121,8 @@ def teach_method(task: Task, context: WorkerContext, post: Post) -> dict[str, An
         metrics = dict(taught.metrics) | ask(task, facts, loaded, context, post)
     if group.leads:
         _write_change(taught.change, task)
+        if taught.state:
+            save_file({name: part.contiguous() for name, part in taught.state.items()}, task.output / STATE)
         metrics |= {} if taught.curves is None else _write_curves(task, taught.curves, facts)
     return metrics
 
