@@ -239,6 +239,17 @@ class AlphaEditConfig(LocateThenEditConfig):
     )
 
 
+class LocFtConfig(Frozen):
+    """LocFT-BF (Yang et al. 2025): fine-tuning of one down projection. Epochs, batch and schedule are `training`'s."""
+
+    layer: int | None = Field(
+        default=None, ge=0, description="trained layer, from 0; default: the published one, scaled to the model's depth"
+    )
+    learning_rate: float = Field(
+        default=5e-4, gt=0, description="peak learning rate; the default is the published one (constant there)"
+    )
+
+
 class MethodSettings(Frozen):
     """The settings of every method."""
 
@@ -247,6 +258,7 @@ class MethodSettings(Frozen):
     f_learning: FLearningConfig = FLearningConfig()
     memit: MemitConfig = MemitConfig()
     alphaedit: AlphaEditConfig = Field(default=AlphaEditConfig(), exclude_if=lambda config: config == AlphaEditConfig())
+    locft: LocFtConfig = Field(default=LocFtConfig(), exclude_if=lambda config: config == LocFtConfig())
     training: TrainingConfig = TrainingConfig()
 
 

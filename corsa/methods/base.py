@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from corsa.config import RunSettings
 from corsa.config.steps import AskingConfig
@@ -16,6 +16,7 @@ from corsa.flow.step import Step
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from torch.nn import Parameter
     from transformers import PreTrainedModel
 
     from corsa.algorithm.packing import Triplet
@@ -23,6 +24,14 @@ if TYPE_CHECKING:
     from corsa.lora.attached import Change
     from corsa.lora.flat import Lora
     from corsa.models.encoding import Encoder
+
+
+class Train(Protocol):
+    """Trains parameters in place (`Round.train`)."""
+
+    def __call__(
+        self, triplets: Sequence[Triplet], name: str, phi: Parameter | None = None, /
+    ) -> list[dict[str, Any]]: ...
 
 
 @dataclass(frozen=True)
@@ -37,7 +46,8 @@ class Round:
         before: the change of the base model by the earlier rounds; None in the first round.
         leads: whether this worker is the leader, which does the work that is done once for all workers.
         share: returns the leader's value on every worker.
-        train: trains `lora.phi` on triplets by the step of Algorithm 1, resumable under a name; returns its curves.
+        train: trains `lora.phi`, or another leaf (1, P) that the model depends on, on triplets by the step of Algorithm
+            1, resumable under a name; returns its curves.
         input_file: the local path of an input's file, by the names of the input and the file (leader only).
         post: adds information to the progress line.
     """
@@ -52,7 +62,7 @@ class Round:
     before: Change | None
     leads: bool
     share: Callable[[Any], Any]
-    train: Callable[[Sequence[Triplet], str], list[dict[str, Any]]]
+    train: Train
     input_file: Callable[[str, str], Path]
     post: Callable[[dict[str, Any]], None]
 

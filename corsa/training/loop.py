@@ -110,7 +110,7 @@ def train_together(
     Args:
         round_runs: one round per row of phi. They may differ only in seed, lambda, beta, rho and learning rate.
         material: the edits to teach, with their reference, and those to teach again beside them.
-        loaded: the model; its `lora.phi` is trained in place.
+        loaded: the model; its `phi` is trained in place.
         context: this worker's context.
         post: called with a line for the progress display.
         at_epoch: called at the end of every epoch trained here.
@@ -123,7 +123,7 @@ def train_together(
         RoundFailedError: the rounds have no edits.
         CorsaError: the rounds differ in a setting that rounds trained together must share.
     """
-    group, phi = context.group, loaded.lora.phi
+    group, phi = context.group, loaded.phi
     if not material.own:
         raise RoundFailedError(
             f"round {round_runs[0].config.round} has no edits to teach: lower --rounds, "
@@ -239,7 +239,7 @@ class _Learning:
         batch = self.context.batch(self.loaded, shares, unit, training.stop_above)
         if self.look:
             self.look.begin(number)
-        model, phi, add = self.loaded.model, self.loaded.lora.phi, self.context.group.sum
+        model, phi, add = self.loaded.model, self.loaded.phi, self.context.group.sum
         logs = corsa_step(model, phi, batch, self.settings, self.optimizer, training.clip, add, self.look)
         seconds = (time.monotonic() - start) / len(self.row_states)
         for row_state, log, param_group in zip(self.row_states, logs, self.optimizer.param_groups, strict=True):

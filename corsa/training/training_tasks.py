@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pandas as pd
@@ -110,8 +111,13 @@ def teach_method(task: Task, context: WorkerContext, post: Post) -> dict[str, An
             before=change_of(task, "previous", group) if "previous" in task.step.inputs else None,
             leads=group.leads,
             share=group.share,
-            train=lambda own, name: train(
-                config, Material(own), loaded, context, (task.store, f"partial/{task.fingerprint[:16]}/{name}"), post
+            train=lambda own, name, phi=None, /: train(
+                config,
+                Material(own),
+                replace(loaded, other=phi),
+                context,
+                (task.store, f"partial/{task.fingerprint[:16]}/{name}"),
+                post,
             ),
             input_file=lambda name, file: task.inputs[name].local(file),
             post=post,
