@@ -40,8 +40,9 @@ def config_of(**training: Any) -> LocFtRoundConfig:
 
 def literal(bench: Bench, config: LocFtRoundConfig, start: torch.Tensor | None = None) -> torch.Tensor:
     """Fine-tunes the weight of an equal model on the loss of transformers, one edit a forward pass."""
-    training, model = config.training, tiny_model()
-    weight = model.get_submodule(NAME).weight.requires_grad_()
+    training = config.training
+    model: Any = tiny_model()
+    weight: torch.Tensor = model.get_submodule(NAME).weight.requires_grad_()
     if start is not None:
         weight.data += start
     before = weight.detach().clone()

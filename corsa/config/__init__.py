@@ -12,6 +12,7 @@ from corsa.config.method import SEEDS as SEEDS
 from corsa.config.method import STEPS as STEPS
 from corsa.config.method import AlphaEditConfig as AlphaEditConfig
 from corsa.config.method import FLearningConfig as FLearningConfig
+from corsa.config.method import InContextConfig as InContextConfig
 from corsa.config.method import LocateThenEditConfig as LocateThenEditConfig
 from corsa.config.method import LocFtConfig as LocFtConfig
 from corsa.config.method import LoraConfig as LoraConfig

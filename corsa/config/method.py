@@ -250,6 +250,12 @@ class LocFtConfig(Frozen):
     )
 
 
+class InContextConfig(Frozen):
+    """Retrieval: the taught facts that are nearest to a question stand before it."""
+
+    facts: int = Field(default=4, ge=1, description="facts put before a question")
+
+
 class MethodSettings(Frozen):
     """The settings of every method."""
 
@@ -259,6 +265,9 @@ class MethodSettings(Frozen):
     memit: MemitConfig = MemitConfig()
     alphaedit: AlphaEditConfig = Field(default=AlphaEditConfig(), exclude_if=lambda config: config == AlphaEditConfig())
     locft: LocFtConfig = Field(default=LocFtConfig(), exclude_if=lambda config: config == LocFtConfig())
+    in_context: InContextConfig = Field(
+        default=InContextConfig(), exclude_if=lambda config: config == InContextConfig()
+    )
     training: TrainingConfig = TrainingConfig()
 
 

@@ -274,7 +274,7 @@ _TOLD = (
     "methods",
     "seeds",
     "evaluation",
-    *(set(MethodSettings.model_fields) - {"memit", "alphaedit", "locft"}),
+    *(set(MethodSettings.model_fields) - {"memit", "alphaedit", "locft", "in_context"}),
 )
 
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from corsa.algorithm.packing import Triplet
     from corsa.data.edit import Edit
+    from corsa.evaluation.retrieval import Memory
     from corsa.lora.attached import Change
     from corsa.lora.flat import Lora
     from corsa.models.encoding import Encoder
@@ -81,12 +82,14 @@ class Taught:
         curves: rows of `corsa.training.loop.CURVES`, if it has any.
         state: what the next round needs besides the change, on the leader; it reads the file `STATE` of its input
             "previous". Empty: nothing.
+        memory: facts that stand before every question that the edited model is asked; None: none do.
     """
 
     change: Change
     metrics: Mapping[str, Any]
     curves: list[dict[str, Any]] | None = None
     state: Mapping[str, Tensor] = field(default_factory=dict)
+    memory: Memory | None = None
 
 
 Teach = Callable[[Round], Taught]
@@ -119,10 +122,11 @@ class Method:
         inputs: further inputs of each round, by name.
         notes: makes sentences for the report, from the name of a round's step and the metrics of the round.
         refuses: purposes that the method cannot serve, each with the reason: "adapter" (leaving a PEFT adapter),
-            "programs" (learning updates of APIs).
+            "programs" (learning updates of APIs), "routing" (being one of several parts that a router chooses from),
+            "specificity" (answering MMLU; the report leaves it out).
         keeps_shape: whether an update leaves the rank of the adapter as it was.
         continues: whether a round goes on from the previous round's adapter.
-        looks_back: whether a round with this configuration is taught earlier rounds' facts again. Reports mark it.
+        looks_back: whether a round with this configuration is given earlier rounds' facts again. Reports mark it.
         colour, symbol: its look in figures, by plotly's names; an unused one by default.
     """
 

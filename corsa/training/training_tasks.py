@@ -16,6 +16,7 @@ from corsa.config import TrainingConfig
 from corsa.config.steps import TrialPlace
 from corsa.errors import CorsaError
 from corsa.evaluation.metrics import measure
+from corsa.evaluation.retrieval import FACTS
 from corsa.flow.task import Task
 from corsa.lora.attached import Change, attached
 from corsa.lora.factors import Factors
@@ -124,11 +125,13 @@ def teach_method(task: Task, context: WorkerContext, post: Post) -> dict[str, An
         )
     )
     with loaded.lora.off(), attached(loaded.model, taught.change):
-        metrics = dict(taught.metrics) | ask(task, facts, loaded, context, post)
+        metrics = dict(taught.metrics) | ask(task, facts, loaded, context, post, taught.memory)
     if group.leads:
         _write_change(taught.change, task)
         if taught.state:
             save_file({name: part.contiguous() for name, part in taught.state.items()}, task.output / STATE)
+        if taught.memory:
+            taught.memory.save(task.output / FACTS)
         metrics |= {} if taught.curves is None else _write_curves(task, taught.curves, facts)
     return metrics
 
