@@ -458,6 +458,18 @@ def test_an_exact_step_has_the_identity_it_would_have_without_the_approximation(
         StepConfig(perturb_every=2, scope="microbatch")
 
 
+def test_other_perturbations_enter_the_identity_only_of_a_step_that_perturbs() -> None:
+    assert not {"radius", "perturbation"} & StepConfig().canonical().keys()
+    other = StepConfig(radius="adaptive", perturbation="random")
+    assert (other.canonical()["radius"], other.canonical()["perturbation"]) == ("adaptive", "random")
+    assert (StepConfig().passes, other.passes, StepConfig(rho=0.0).passes) == (2, 1, 1)
+    for name in ("lora", "corsa-no-sam", "corsa-published"):
+        assert STEPS[name](other).effective() == STEPS[name](StepConfig()).effective()
+    for clash in ({"scope": "microbatch"}, {"perturb_every": 2}):
+        with pytest.raises(ValidationError, match="set scope step and perturb_every 1"):
+            StepConfig.model_validate({"perturbation": "random", **clash})
+
+
 def test_the_key_statistics_depend_on_no_benchmark(tmp_path: Path) -> None:
     corpus = tmp_path / "corpus.txt"
     corpus.write_text("one text\n")

@@ -198,6 +198,7 @@ ROUNDS = {
     "authors, summed over tokens": round_config(step={"pcgrad": "authors", "reduction": "sequence"}),
     "lora": round_config(step={"lambda": 0.0, "rho": 0.0, "pcgrad": "off"}),
     "perturbed in every third step": round_config(batch=3, step={"perturb_every": 3}),
+    "perturbed at random": round_config(step={"perturbation": "random", "radius": "adaptive", "rho": 1.0}),
 }
 
 

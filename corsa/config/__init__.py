@@ -19,6 +19,7 @@ from corsa.config.method import LoraConfig as LoraConfig
 from corsa.config.method import MemitConfig as MemitConfig
 from corsa.config.method import MethodSettings as MethodSettings
 from corsa.config.method import PCGrad as PCGrad
+from corsa.config.method import Radius as Radius
 from corsa.config.method import StepConfig as StepConfig
 from corsa.config.method import published_trainer as published_trainer
 from corsa.config.model import ModelConfig as ModelConfig
