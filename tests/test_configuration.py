@@ -125,7 +125,8 @@ def test_a_configuration_cannot_be_changed() -> None:
 def test_names_that_are_not_known_are_refused_with_the_nearest() -> None:
     assert error_of("--methods", "crosa") == (
         "unknown method 'crosa': did you mean 'corsa'? Known: lora, corsa, corsa-no-sam, corsa-no-dpo, "
-        "corsa-no-pcgrad, corsa-published, replay, corsa-replay, replay-pcgrad, f-learning, joint, memit"
+        "corsa-no-pcgrad, corsa-published, replay, corsa-replay, replay-pcgrad, alphaedit, f-learning, "
+        "in-context, joint, locft, memit"
     )
     assert "unknown benchmark 'conterfact': did you mean 'counterfact'?" in error_of("--benchmark", "conterfact")
     for nothing in ("--methods", "--seeds"):
@@ -456,6 +457,18 @@ def test_an_exact_step_has_the_identity_it_would_have_without_the_approximation(
     assert STEPS["corsa-published"](approximate) == STEPS["corsa-published"](StepConfig())
     with pytest.raises(ValidationError, match="set scope step, or perturb_every 1"):
         StepConfig(perturb_every=2, scope="microbatch")
+
+
+def test_other_perturbations_enter_the_identity_only_of_a_step_that_perturbs() -> None:
+    assert not {"radius", "perturbation"} & StepConfig().canonical().keys()
+    other = StepConfig(radius="adaptive", perturbation="random")
+    assert (other.canonical()["radius"], other.canonical()["perturbation"]) == ("adaptive", "random")
+    assert (StepConfig().passes, other.passes, StepConfig(rho=0.0).passes) == (2, 1, 1)
+    for name in ("lora", "corsa-no-sam", "corsa-published"):
+        assert STEPS[name](other).effective() == STEPS[name](StepConfig()).effective()
+    for clash in ({"scope": "microbatch"}, {"perturb_every": 2}):
+        with pytest.raises(ValidationError, match="set scope step and perturb_every 1"):
+            StepConfig.model_validate({"perturbation": "random", **clash})
 
 
 def test_the_key_statistics_depend_on_no_benchmark(tmp_path: Path) -> None:

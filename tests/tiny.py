@@ -161,11 +161,12 @@ class Bench:
         """A round of a method with its own teach function. Its checkpoints are in `folder`."""
         context, store = self.context(), Store(folder)
 
-        def learn(examples: Sequence[Triplet], name: str) -> list[dict[str, Any]]:
+        def learn(
+            examples: Sequence[Triplet], name: str, phi: torch.nn.Parameter | None = None, /
+        ) -> list[dict[str, Any]]:
             assert isinstance(config, RoundConfig)
-            return train(
-                config, Material(examples), self.loaded, context, (store, f"partial/x/{name}"), lambda line: None
-            )
+            loaded, checkpoint = replace(self.loaded, other=phi), (store, f"partial/x/{name}")
+            return train(config, Material(examples), loaded, context, checkpoint, lambda line: None)
 
         return teach(
             Round(
@@ -197,6 +198,7 @@ ROUNDS = {
     "authors, summed over tokens": round_config(step={"pcgrad": "authors", "reduction": "sequence"}),
     "lora": round_config(step={"lambda": 0.0, "rho": 0.0, "pcgrad": "off"}),
     "perturbed in every third step": round_config(batch=3, step={"perturb_every": 3}),
+    "perturbed at random": round_config(step={"perturbation": "random", "radius": "adaptive", "rho": 1.0}),
 }
 
 

@@ -2,18 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from corsa.algorithm.pcgrad import dot, norm
+from corsa.config import Radius
 
 
 def perturbation(g: Tensor, rho: float | Tensor, eps: float) -> Tensor:
     """E = rho * g / (|g| + eps), with the norm over all of phi. Shapes (K, P), row by row; rho may be (K, 1)."""
     return g * (rho / (norm(g) + eps)).to(g.dtype)
+
+
+def perturbation_at(phi: Tensor, g: Tensor, rho: float | Tensor, eps: float, radius: Radius) -> Tensor:
+    """E in the direction of `g`, with a radius of one of these kinds. Shapes (K, P), row by row; rho may be (K, 1).
+
+    - absolute: rho itself.
+    - relative: rho |phi|.
+    - adaptive: ASAM (Kwon et al. 2021, arXiv 2102.11600, Eq. 8): e = rho T^2 g / (|T g| + eps) with T = diag(|phi_i|),
+      the worst point within |T^-1 e| <= rho. A value of phi that is zero is not perturbed.
+    """
+    if radius == "adaptive":
+        scale = phi.abs()
+        return scale * perturbation(scale * g, rho, eps)
+    return perturbation(g, rho * norm(phi) if radius == "relative" else rho, eps)
+
+
+def random_direction(phi: Tensor, seeds: Sequence[int]) -> Tensor:
+    """Independent normal values in the shape of phi (K, P), one seed a row. They depend on the seeds alone, not on the
+    device.
+    """
+    rows = [torch.randn(phi.shape[1], generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    return torch.stack(rows).to(phi.device)
 
 
 @contextmanager

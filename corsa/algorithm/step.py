@@ -22,7 +22,7 @@ from corsa.algorithm.logprobs import Model
 from corsa.algorithm.objectives import losses, running, weights
 from corsa.algorithm.pcgrad import Products, merge, norm, products
 from corsa.algorithm.row_settings import RowSettings
-from corsa.algorithm.sam import LookSam, perturbation, perturbed
+from corsa.algorithm.sam import LookSam, perturbation_at, perturbed
 
 Reduce = Callable[[Tensor], Tensor]
 """Sums a tensor over all workers, in place."""
@@ -65,6 +65,7 @@ def corsa_step(
     clip: float,
     reduce: Reduce,
     look: LookSam | None = None,
+    direction: Tensor | None = None,
 ) -> list[dict[str, Any]]:
     """Algorithm 1: one update of phi from one batch. Returns one row of the learning curves per row of phi.
 
@@ -77,9 +78,13 @@ def corsa_step(
         clip: the merged gradient is clipped to this norm.
         reduce: sums over workers.
         look: perturbs only every `perturb_every` steps. Needs scope `step` and one adapter.
+        direction: (K, P), of e if `perturbation` is random: then one gradient is computed, at phi + e. Needs scope
+            `step`.
     """
     if settings.shared.scope == "step":  # e comes from the whole effective batch, over all workers and micro-batches
-        g, measured = sharp_gradient(phi, lambda: gradients(model, phi, batch, settings, reduce), settings, look)
+        g, measured = sharp_gradient(
+            phi, lambda: gradients(model, phi, batch, settings, reduce), settings, look, direction
+        )
     else:  # e comes from each micro-batch, as in the authors' trainer; only the result is summed
         g, measured = _microbatch_sharp_gradient(model, phi, batch, settings, reduce)
     length = norm(g)  # (K, 1)
@@ -93,21 +98,37 @@ def corsa_step(
 
 
 def sharp_gradient(
-    phi: Tensor, gradients: Callable[[], Gradients], settings: RowSettings, look: LookSam | None = None
+    phi: Tensor,
+    gradients: Callable[[], Gradients],
+    settings: RowSettings,
+    look: LookSam | None = None,
+    direction: Tensor | None = None,
 ) -> tuple[Tensor, Measured]:
-    """g_PC (K, P) at phi + e (lines 3 to 9 of Algorithm 1), or at phi with rho = 0; and the measurements."""
+    """g_PC (K, P) at phi + e (lines 3 to 9 of Algorithm 1), or at phi with rho = 0; and the measurements.
+
+    With a `direction` given, e does not depend on the gradient, and the measurements are those at phi + e.
+    """
+    if direction is not None:
+        with perturbed(phi, _e(phi, direction, settings)):
+            there = gradients()
+        return there.merged(settings), there.measured(settings)
     at_phi = gradients()
     g, measured = at_phi.merged(settings), at_phi.measured(settings)
     if not settings.any("rho"):
         return g, measured
     if look is not None and not look.due:
         return look.sharpened(g), measured
-    with perturbed(phi, perturbation(g, settings.column("rho"), settings.shared.eps)):
+    with perturbed(phi, _e(phi, g, settings)):
         at_peak = gradients()
     sharp = at_peak.merged(settings)
     if look is not None:
         look.keep(g, sharp)
     return sharp, replace(measured, at_peak=at_peak.sums)
+
+
+def _e(phi: Tensor, direction: Tensor, settings: RowSettings) -> Tensor:
+    shared = settings.shared
+    return perturbation_at(phi.detach(), direction, settings.column("rho"), shared.eps, shared.radius)
 
 
 def gradients(model: Model, phi: Tensor, batch: Batch, settings: RowSettings, reduce: Reduce) -> Gradients:

@@ -10,11 +10,16 @@ from corsa.config.evaluation import EvaluationConfig as EvaluationConfig
 from corsa.config.evaluation import SamplingConfig as SamplingConfig
 from corsa.config.method import SEEDS as SEEDS
 from corsa.config.method import STEPS as STEPS
+from corsa.config.method import AlphaEditConfig as AlphaEditConfig
 from corsa.config.method import FLearningConfig as FLearningConfig
+from corsa.config.method import InContextConfig as InContextConfig
+from corsa.config.method import LocateThenEditConfig as LocateThenEditConfig
+from corsa.config.method import LocFtConfig as LocFtConfig
 from corsa.config.method import LoraConfig as LoraConfig
 from corsa.config.method import MemitConfig as MemitConfig
 from corsa.config.method import MethodSettings as MethodSettings
 from corsa.config.method import PCGrad as PCGrad
+from corsa.config.method import Radius as Radius
 from corsa.config.method import StepConfig as StepConfig
 from corsa.config.method import published_trainer as published_trainer
 from corsa.config.model import ModelConfig as ModelConfig

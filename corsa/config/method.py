@@ -1,4 +1,4 @@
-"""The settings of methods: LoRA, the step of Algorithm 1, the training of a round, F-Learning, MEMIT.
+"""The settings of methods: LoRA, the step of Algorithm 1, the training of a round, and those with code of their own.
 
 They enter the identity of the rounds that use them.
 """
@@ -41,6 +41,10 @@ PCGrad = Literal["symmetric", "algorithm1", "authors", "off"]
 """How the gradients of the objectives become one (`corsa.algorithm.pcgrad.merge`)."""
 
 
+Radius = Literal["absolute", "relative", "adaptive"]
+"""What rho is a radius of (`corsa.algorithm.sam.perturbation_at`)."""
+
+
 class StepConfig(Frozen):
     """The step of Algorithm 1. Plain LoRA and the ablations of Table 9 are settings of it (`STEPS`)."""
 
@@ -53,6 +57,19 @@ class StepConfig(Frozen):
     beta: float = Field(default=0.1, gt=0, description="inverse temperature of L_DPO")
     rho: float = Field(
         default=0.05, ge=0, description="radius of the SAM perturbation, as a norm over all of phi; 0: no perturbation"
+    )
+    # These two fields do not change the identity of SAM's own step.
+    radius: Radius = Field(
+        default="absolute",
+        exclude_if=lambda radius: radius == "absolute",
+        description="absolute: rho is the norm of e; relative: rho |phi| is; adaptive: ASAM (Kwon et al. 2021), each "
+        "value of phi is perturbed in proportion to its size",
+    )
+    perturbation: Literal["gradient", "random"] = Field(
+        default="gradient",
+        exclude_if=lambda perturbation: perturbation == "gradient",
+        description="gradient: e follows the gradient at phi (SAM); random: a new random direction in every step, so "
+        "one gradient instead of two (as in Flat-LoRA, Li et al. 2024)",
     )
     pcgrad: PCGrad = Field(
         default="symmetric",
@@ -116,6 +133,8 @@ class StepConfig(Frozen):
                 f"perturb_every {self.perturb_every} uses one perturbation again for whole steps, and scope microbatch "
                 "has one for each micro-batch: set scope step, or perturb_every 1"
             )
+        if self.perturbation == "random" and (self.scope == "microbatch" or self.perturb_every > 1):
+            raise ValueError("perturbation random costs one gradient a step: set scope step and perturb_every 1")
         self.refuse_pcgrad(self.objectives)
         return self
 
@@ -139,12 +158,17 @@ class StepConfig(Frozen):
         """Whether the gradient is taken at phi + e."""
         return self.rho > 0
 
+    @property
+    def passes(self) -> int:
+        """How many gradients a step computes."""
+        return 2 if self.sam and self.perturbation == "gradient" else 1
+
     def effective(self) -> StepConfig:
         """The same step, with fields without effect at their defaults: equal steps then have equal identities."""
         idle = {"beta"} if self.lambda_ == 0 else set()
         idle |= {"pcgrad"} if self.objectives == 1 else set()
         idle |= {"microbatch"} if self.scope == "step" else set()
-        idle |= {"perturb_every"} if self.rho == 0 else set()
+        idle |= {"perturb_every", "radius", "perturbation"} if self.rho == 0 else set()
         idle |= {"reuse"} if self.rho == 0 or self.perturb_every == 1 else set()
         return self.model_copy(update={name: getattr(type(self)(), name) for name in idle})
 
@@ -175,21 +199,15 @@ class FLearningConfig(Frozen):
     )
 
 
-class MemitConfig(Frozen):
-    """MEMIT (Meng et al. 2023): a dense change of a few layers in closed form.
+class LocateThenEditConfig(Frozen):
+    """What the methods that change a few layers in closed form share: where they edit, and the search for the targets.
 
-    Fields that are None come from the table of published settings, by architecture and size
-    (`corsa.methods.memit.settings`).
+    Fields that are None come from a table of published settings, by architecture (`corsa.methods.memit.settings`,
+    `corsa.methods.alphaedit.settings`).
     """
 
     layers: tuple[Annotated[int, Field(ge=0)], ...] | None = Field(
         default=None, min_length=1, description="edited layers, from 0; default: those published for the architecture"
-    )
-    weight: float | None = Field(
-        default=None,
-        gt=0,
-        description="lambda, the weight of the key statistics C in the solve; default: the published one, scaled to "
-        "the inputs of the model's down projections",
     )
     learning_rate: float | None = Field(
         default=None, gt=0, description="learning rate of Adam on the change of the residual; default: as published"
@@ -220,6 +238,48 @@ class MemitConfig(Frozen):
     )
 
 
+class MemitConfig(LocateThenEditConfig):
+    """MEMIT (Meng et al. 2023): a dense change of a few layers in closed form."""
+
+    weight: float | None = Field(
+        default=None,
+        gt=0,
+        description="lambda, the weight of the key statistics C in the solve; default: the published one, scaled to "
+        "the inputs of the model's down projections",
+    )
+
+
+class AlphaEditConfig(LocateThenEditConfig):
+    """AlphaEdit (Fang et al. 2025): MEMIT's change, projected on the null space of the preserved keys."""
+
+    threshold: float | None = Field(
+        default=None,
+        gt=0,
+        description="eigenvectors of the key statistics C with eigenvalues below this span the null space; default: as "
+        "published",
+    )
+    l2: float | None = Field(
+        default=None, gt=0, description="weight of the squared norm of the change in the solve; default: as published"
+    )
+
+
+class LocFtConfig(Frozen):
+    """LocFT-BF (Yang et al. 2025): fine-tuning of one down projection. Epochs, batch and schedule are `training`'s."""
+
+    layer: int | None = Field(
+        default=None, ge=0, description="trained layer, from 0; default: the published one, scaled to the model's depth"
+    )
+    learning_rate: float = Field(
+        default=5e-4, gt=0, description="peak learning rate; the default is the published one (constant there)"
+    )
+
+
+class InContextConfig(Frozen):
+    """Retrieval: the taught facts that are nearest to a question stand before it."""
+
+    facts: int = Field(default=4, ge=1, description="facts put before a question")
+
+
 class MethodSettings(Frozen):
     """The settings of every method."""
 
@@ -227,6 +287,11 @@ class MethodSettings(Frozen):
     corsa: StepConfig = StepConfig()
     f_learning: FLearningConfig = FLearningConfig()
     memit: MemitConfig = MemitConfig()
+    alphaedit: AlphaEditConfig = Field(default=AlphaEditConfig(), exclude_if=lambda config: config == AlphaEditConfig())
+    locft: LocFtConfig = Field(default=LocFtConfig(), exclude_if=lambda config: config == LocFtConfig())
+    in_context: InContextConfig = Field(
+        default=InContextConfig(), exclude_if=lambda config: config == InContextConfig()
+    )
     training: TrainingConfig = TrainingConfig()
 
 
@@ -238,6 +303,7 @@ def _lora(step: StepConfig) -> StepConfig:
 def published_trainer(step: StepConfig) -> StepConfig:
     """The step of the authors' trainer; `published_training` has its other differences."""
     theirs = {"pcgrad": "authors", "scope": "microbatch", "reduction": "token", "perturb_every": 1}
+    theirs |= {"radius": "absolute", "perturbation": "gradient"}
     return step.model_copy(update=theirs)
 
 

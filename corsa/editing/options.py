@@ -9,8 +9,11 @@ from tyro.conf import Suppress
 
 from corsa.config import (
     SEEDS,
+    AlphaEditConfig,
     EvaluationConfig,
     Frozen,
+    InContextConfig,
+    LocFtConfig,
     LoraConfig,
     MemitConfig,
     MethodSettings,
@@ -77,7 +80,10 @@ class Teaching(Options, MethodSettings):
     lora: LoraConfig = Field(
         default=LoraConfig(), description="shape of the adapter; a line keeps that of its first adapter"
     )
-    memit: Annotated[MemitConfig, Suppress] = MemitConfig()  # leaves no adapter
+    memit: Annotated[MemitConfig, Suppress] = MemitConfig()  # this and the next three leave no adapter
+    alphaedit: Annotated[AlphaEditConfig, Suppress] = AlphaEditConfig()
+    locft: Annotated[LocFtConfig, Suppress] = LocFtConfig()
+    in_context: Annotated[InContextConfig, Suppress] = InContextConfig()
     training: TrainingConfig = TrainingConfig(
         batch=12, replay=0.33, anchor=0.33, epochs=15, stop_above=0.5, learning_rate=5e-4
     )

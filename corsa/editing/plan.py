@@ -269,7 +269,13 @@ def reported(
     return Step(f"report/{taught.name}", REPORT, config, {step.name: step for step in inputs})
 
 
-_TOLD = ("model", "methods", "seeds", "evaluation", *(set(MethodSettings.model_fields) - {"memit"}))
+_TOLD = (
+    "model",
+    "methods",
+    "seeds",
+    "evaluation",
+    *(set(MethodSettings.model_fields) - {"memit", "alphaedit", "locft", "in_context"}),
+)
 
 
 def _sanity_answers(planner: Planner[Experiment], adapter: Step | None) -> Step:

@@ -72,7 +72,8 @@ class Taught:
 @dataclass
 class Predictor:
     """Asks one model on one worker. `batch`: most probes generated or scored together. `seed`: the seed of the draws if
-    the protocol samples. `told`: called with the number of answered prompts and their total.
+    the protocol samples. `told`: called with the number of answered prompts and their total. `context`: makes the texts
+    that the model is asked in place of questions (`corsa.evaluation.retrieval`).
     """
 
     model: Any
@@ -83,6 +84,7 @@ class Predictor:
     packed: bool = True
     seed: int = 0
     told: Callable[[int, int], None] = lambda answered, of: None
+    context: Callable[[Sequence[str]], list[str]] = list
 
     def __post_init__(self) -> None:
         self._stops: tuple[Tensor, Tensor] | None = None  # for answers of one line, and of several
@@ -155,7 +157,7 @@ class Predictor:
         if not questions:
             return []
         thinking = self.config.thinking
-        prompts = self.encoder.prompts(questions, thinking)
+        prompts = self.encoder.prompts(self.context(questions), thinking)
         how: dict[str, Any] = {
             "stops": self.stops(mode.lines or thinking),
             "new_tokens": mode.tokens + thinking * self.config.thinking_tokens,
@@ -182,13 +184,14 @@ class Predictor:
     def _scores(self, wordings: Sequence[tuple[Taught, int, int]]) -> dict[tuple[str, int, int], tuple[float, float]]:
         """Log p of both answers (nats), without thinking, for the edit wording and the first paraphrase."""
         scored = [(t, p, w) for t, p, w in wordings if w == 0 and t.edit.probes[p].kind in ("edit", "paraphrase")]
+        asked = self.context([t.edit.probes[p].prompts[w] for t, p, w in scored])
         triplets = [
             Triplet(
-                self.encoder.prompt(t.edit.probes[p].prompts[w]),
+                self.encoder.prompt(question),
                 self.encoder.answer(t.edit.target_new),
                 self.encoder.answer(t.edit.target_old),
             )
-            for t, p, w in scored
+            for question, (t, _, _) in zip(asked, scored, strict=True)
         ]
         order = sorted(range(len(scored)), key=lambda i: len(triplets[i].prompt))
         found = {}

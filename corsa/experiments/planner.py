@@ -254,6 +254,8 @@ class Planner(Generic[E_co]):
         """The answers of a model that sends each query about `taught` to the adapter of one of its parts."""
         if router not in ROUTERS:
             raise unknown_name("router", router, ROUTERS)
+        if why := METHODS[method].refuses.get("routing"):
+            raise CorsaError(f"{method} cannot be routed: {why}; leave it out of --methods")
         known = {"model": self.model, "evaluation": self._evaluation, "seed": seed, "round": 1, "router": router}
         inputs = {**taught.tables, "schedule": schedule}
         for number, (part, adapter) in enumerate(zip(parts, adapters, strict=True), start=1):
@@ -265,7 +267,7 @@ class Planner(Generic[E_co]):
         """The MMLU answers of the unedited model and of each edited one, {(method, seed): its adapter}; each with its
         method and seed.
 
-        Empty if the experiment names no MMLU files.
+        Empty if the experiment names no MMLU files. Without methods that cannot answer it.
         """
         experiment = self.experiment
         if experiment.mmlu is None:
@@ -276,6 +278,8 @@ class Planner(Generic[E_co]):
         config = SpecificityConfig(model=self.model)
         steps = [(Step("base/mmlu", ROUND, config, {"questions": questions}, experiment.placement), "base", 0)]
         for (method, seed), adapter in edited.items():
+            if "specificity" in METHODS[method].refuses:
+                continue
             inputs = {"questions": questions, "adapter": adapter}
             steps.append((Step(f"{adapter.name}/mmlu", ROUND, config, inputs, experiment.placement), method, seed))
         return steps

@@ -165,24 +165,23 @@ def show_plan(targets: Sequence[Step], store: Store, console: Console) -> None:
 
 def announce(experiment: Experiment, store: Store, console: Console) -> None:
     """Print the storage and the settings that differ from the defaults; with `show_config`, all settings."""
-    every, default = experiment.canonical(), type(experiment)().canonical()
-    told = {name: value for name, value in every.items() if name not in NOT_OF_THE_RESULT and value is not None}
-    shown = told if experiment.show_config else _changed(told, default)
-    text = yaml.safe_dump(shown | {"storage": store.url}, sort_keys=False, default_flow_style=None, width=110)
+    shown = experiment.canonical() if experiment.show_config else _changed(experiment, type(experiment)())
+    told = {name: value for name, value in shown.items() if name not in NOT_OF_THE_RESULT and value is not None}
+    text = yaml.safe_dump(told | {"storage": store.url}, sort_keys=False, default_flow_style=None, width=110)
     console.print(text.rstrip(), markup=False, highlight=False, style="dim", soft_wrap=True)
 
 
-def _changed(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """The values that differ from the defaults, by group."""
+def _changed(config: Frozen, default: Frozen) -> dict[str, Any]:
+    """The values that differ from the defaults, by group, under the names of a configuration file."""
     found: dict[str, Any] = {}
-    for name, value in values.items():
-        before = defaults.get(name)
-        if isinstance(value, Mapping) and isinstance(before, Mapping):
-            value = _changed(value, before)
-            if not value:
-                continue
-        if value != before:
-            found[name] = value
+    every = config.canonical()
+    for name, field in type(config).model_fields.items():
+        mine, theirs, shown = getattr(config, name), getattr(default, name), field.alias or name
+        if isinstance(mine, Frozen) and isinstance(theirs, Frozen):
+            if changed := _changed(mine, theirs):
+                found[shown] = changed
+        elif mine != theirs:
+            found[shown] = every[shown]
     return found
 
 

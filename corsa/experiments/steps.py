@@ -287,7 +287,7 @@ def _notes(task: Task) -> list[str]:
         found = task.store.artifact(step.fingerprint).metrics
         notes += [f"{step.name}: {text}." for text in found.get("notes", ())]
         if step.kind.name == "statistics":
-            notes.append(f"MEMIT's key statistics come from {found['tokens']:,} tokens of {found['corpus']}.")
+            notes.append(f"The key statistics come from {found['tokens']:,} tokens of {found['corpus']}.")
         if method := method_of(step.config):
             notes += [note for note in method.notes(step.name, found) if note not in notes]
         if found.get("contradictions"):

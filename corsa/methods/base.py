@@ -8,20 +8,31 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from corsa.config import RunSettings
 from corsa.config.steps import AskingConfig
 from corsa.flow.step import Step
 
 if TYPE_CHECKING:
+    from torch import Tensor
+    from torch.nn import Parameter
     from transformers import PreTrainedModel
 
     from corsa.algorithm.packing import Triplet
     from corsa.data.edit import Edit
+    from corsa.evaluation.retrieval import Memory
     from corsa.lora.attached import Change
     from corsa.lora.flat import Lora
     from corsa.models.encoding import Encoder
+
+
+class Train(Protocol):
+    """Trains parameters in place (`Round.train`)."""
+
+    def __call__(
+        self, triplets: Sequence[Triplet], name: str, phi: Parameter | None = None, /
+    ) -> list[dict[str, Any]]: ...
 
 
 @dataclass(frozen=True)
@@ -36,7 +47,8 @@ class Round:
         before: the change of the base model by the earlier rounds; None in the first round.
         leads: whether this worker is the leader, which does the work that is done once for all workers.
         share: returns the leader's value on every worker.
-        train: trains `lora.phi` on triplets by the step of Algorithm 1, resumable under a name; returns its curves.
+        train: trains `lora.phi`, or another leaf (1, P) that the model depends on, on triplets by the step of Algorithm
+            1, resumable under a name; returns its curves.
         input_file: the local path of an input's file, by the names of the input and the file (leader only).
         post: adds information to the progress line.
     """
@@ -51,20 +63,33 @@ class Round:
     before: Change | None
     leads: bool
     share: Callable[[Any], Any]
-    train: Callable[[Sequence[Triplet], str], list[dict[str, Any]]]
+    train: Train
     input_file: Callable[[str, str], Path]
     post: Callable[[dict[str, Any]], None]
 
 
+STATE = "state.safetensors"
+"""The file of `Taught.state`, among those of a round."""
+
+
 @dataclass(frozen=True)
 class Taught:
-    """The result of teaching a round: the change of the base by all rounds so far, the metrics of the round, and its
-    curves if it has any (rows of `corsa.training.loop.CURVES`).
+    """The result of teaching a round.
+
+    Attributes:
+        change: the change of the base by all rounds so far.
+        metrics: of the round.
+        curves: rows of `corsa.training.loop.CURVES`, if it has any.
+        state: what the next round needs besides the change, on the leader; it reads the file `STATE` of its input
+            "previous". Empty: nothing.
+        memory: facts that stand before every question that the edited model is asked; None: none do.
     """
 
     change: Change
     metrics: Mapping[str, Any]
     curves: list[dict[str, Any]] | None = None
+    state: Mapping[str, Tensor] = field(default_factory=dict)
+    memory: Memory | None = None
 
 
 Teach = Callable[[Round], Taught]
@@ -97,10 +122,11 @@ class Method:
         inputs: further inputs of each round, by name.
         notes: makes sentences for the report, from the name of a round's step and the metrics of the round.
         refuses: purposes that the method cannot serve, each with the reason: "adapter" (leaving a PEFT adapter),
-            "programs" (learning updates of APIs).
+            "programs" (learning updates of APIs), "routing" (being one of several parts that a router chooses from),
+            "specificity" (answering MMLU; the report leaves it out).
         keeps_shape: whether an update leaves the rank of the adapter as it was.
         continues: whether a round goes on from the previous round's adapter.
-        looks_back: whether a round with this configuration is taught earlier rounds' facts again. Reports mark it.
+        looks_back: whether a round with this configuration is given earlier rounds' facts again. Reports mark it.
         colour, symbol: its look in figures, by plotly's names; an unused one by default.
     """
 

@@ -136,7 +136,7 @@ def plan(job: Job, rate: Rate, memory: int | None, host: int | None) -> Plan:
     lora = job.lora.model_copy(update={"rank": job.lora.rank * job.pack})
     mean = sum(map(sum, job.tokens)) / len(job.tokens)
     share = own * job.pack * mean / sum(len(t) for t in triplets)  # work relative to the rehearsed step
-    phases = 2 if job.step.rho > 0 else 1
+    phases = job.step.passes
     choices = []
     plain, checkpointed = (
         rehearse(shape, dtype, lora, job.step, triplets, checkpointing=checkpointing) for checkpointing in (False, True)

@@ -43,12 +43,12 @@ def label(method: str) -> str:
     return f"{METHODS[name].label if name in METHODS else name}{blank}{setting}"
 
 
-LOOKS_BACK = "* looks back: its rounds are taught facts of earlier rounds again. Compare it with methods marked alike."
+LOOKS_BACK = "* looks back: it is given facts of earlier rounds again. Compare it with methods marked alike."
 """What the mark of `marked` says."""
 
 
 def marked(method: str, metrics: dict[str, Any]) -> str:
-    """A method's display name, with a mark if its rounds are taught facts of earlier rounds again."""
+    """A method's display name, with a mark if it is given facts of earlier rounds again."""
     return label(method) + " *" * (method in metrics.get("looks_back", ()))
 
 

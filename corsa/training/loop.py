@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from corsa.algorithm.learning_rate import learning_rate
 from corsa.algorithm.objectives import update_loss
 from corsa.algorithm.row_settings import RowSettings
-from corsa.algorithm.sam import LookSam
+from corsa.algorithm.sam import LookSam, random_direction
 from corsa.algorithm.step import corsa_step
 from corsa.config import StepConfig
 from corsa.config.steps import RoundConfig
@@ -110,7 +110,7 @@ def train_together(
     Args:
         round_runs: one round per row of phi. They may differ only in seed, lambda, beta, rho and learning rate.
         material: the edits to teach, with their reference, and those to teach again beside them.
-        loaded: the model; its `lora.phi` is trained in place.
+        loaded: the model; its `phi` is trained in place.
         context: this worker's context.
         post: called with a line for the progress display.
         at_epoch: called at the end of every epoch trained here.
@@ -123,7 +123,7 @@ def train_together(
         RoundFailedError: the rounds have no edits.
         CorsaError: the rounds differ in a setting that rounds trained together must share.
     """
-    group, phi = context.group, loaded.lora.phi
+    group, phi = context.group, loaded.phi
     if not material.own:
         raise RoundFailedError(
             f"round {round_runs[0].config.round} has no edits to teach: lower --rounds, "
@@ -239,8 +239,9 @@ class _Learning:
         batch = self.context.batch(self.loaded, shares, unit, training.stop_above)
         if self.look:
             self.look.begin(number)
-        model, phi, add = self.loaded.model, self.loaded.lora.phi, self.context.group.sum
-        logs = corsa_step(model, phi, batch, self.settings, self.optimizer, training.clip, add, self.look)
+        model, phi, add = self.loaded.model, self.loaded.phi, self.context.group.sum
+        where = self._direction(number) if step.sam and step.perturbation == "random" else None
+        logs = corsa_step(model, phi, batch, self.settings, self.optimizer, training.clip, add, self.look, where)
         seconds = (time.monotonic() - start) / len(self.row_states)
         for row_state, log, param_group in zip(self.row_states, logs, self.optimizer.param_groups, strict=True):
             if not param_group["waits"]:
@@ -249,6 +250,12 @@ class _Learning:
                     more["below"] = None
                 row_state.learnt({"step": number} | log | more)
         return logs
+
+    def _direction(self, number: int) -> Tensor:
+        """The random direction (K, P) of the perturbation in step `number`; it follows from seed, round and step."""
+        keys = [[config.seed, config.round, number] for config in self.configs]
+        seeds = [int(np.random.SeedSequence(key).generate_state(1)[0]) for key in keys]
+        return random_direction(self.loaded.phi, seeds)
 
     def _save(self, number: int) -> None:
         """Save a checkpoint of each round at every few steps, at the last, and when the node is to be preempted."""

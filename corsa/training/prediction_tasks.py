@@ -22,10 +22,11 @@ from corsa.evaluation.mmlu import from_questions_table
 from corsa.evaluation.multiple_choice import ANSWERS, MultipleChoice
 from corsa.evaluation.predict import PREDICTIONS, Predictor, Taught
 from corsa.evaluation.programs import PROGRAMS
+from corsa.evaluation.retrieval import Memory, Retrieval
 from corsa.evaluation.sanity_questions import judged, sanity_questions
 from corsa.flow.task import Task
 from corsa.training.routing import route
-from corsa.training.task_inputs import StepFacts, change_of, edited, open_step, shared_table
+from corsa.training.task_inputs import StepFacts, change_of, edited, memory_of, open_step, shared_table
 from corsa.training.worker_context import Loaded, Post, WorkerContext
 from corsa.training.worker_group import WorkerGroup
 
@@ -34,7 +35,7 @@ def _ask_only(task: Task, context: WorkerContext, post: Post) -> dict[str, Any]:
     """The answers of the unedited model, or of a model edited by another step."""
     facts, loaded = open_step(task, context)
     with edited(task, loaded, context.group):
-        return ask(task, facts, loaded, context, post)
+        return ask(task, facts, loaded, context, post, memory_of(task, "adapter", context.group))
 
 
 def _answer_questions(task: Task, context: WorkerContext, post: Post) -> dict[str, Any]:
@@ -170,14 +171,23 @@ def predictor_of(config: AskingConfig, loaded: Loaded, context: WorkerContext) -
     return Predictor(loaded.model, loaded.encoder, config.evaluation, device, batch, loaded.packed, config.seed)
 
 
-def ask(task: Task, facts: StepFacts, loaded: Loaded, context: WorkerContext, post: Post) -> dict[str, Any]:
-    """Ask the model in its current state, and write the answers."""
+def ask(
+    task: Task,
+    facts: StepFacts,
+    loaded: Loaded,
+    context: WorkerContext,
+    post: Post,
+    memory: Memory | None = None,
+) -> dict[str, Any]:
+    """Ask the model in its current state, and write the answers. Facts of the memory stand before each question."""
     group = context.group
     post({"phase": "evaluating", "eta_s": None})
     began = time.monotonic()
     predictor = replace(
         predictor_of(task.config, loaded, context), told=lambda done, of: post({"answered": done, "probes": of})
     )
+    if memory:
+        predictor.context = Retrieval(memory, loaded.model, loaded.encoder, predictor.batch)
     with group.in_step(loaded.model):
         rows = predictor.ask(own_chains(facts.asked, group))
     post({"probes": None})

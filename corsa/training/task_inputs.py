@@ -15,6 +15,7 @@ from corsa.config.steps import AnchorsConfig, AskingConfig, RoundConfig
 from corsa.data.edit import Edit, from_table
 from corsa.data.schedule import held_before, taught_in, valid_after
 from corsa.evaluation.predict import Taught
+from corsa.evaluation.retrieval import FACTS, Memory
 from corsa.flow.task import Task
 from corsa.lora.attached import Change, attached
 from corsa.lora.peft_format import read_factors
@@ -93,6 +94,14 @@ def change_of(task: Task, name: str, group: WorkerGroup) -> Change:
         low_rank = any(Path(file).parts[0] == "adapter" for file in artifact.record.files)
         change = read_factors(artifact.local("adapter"))[0] if low_rank else load_delta(artifact.local("delta"))
     return group.share(change)
+
+
+def memory_of(task: Task, name: str, group: WorkerGroup) -> Memory | None:
+    """The facts that stand before the questions to the model of the input `name`, on every worker; None: none do."""
+    memory = None
+    if group.leads and name in task.step.inputs and FACTS in task.inputs[name].record.files:
+        memory = Memory.load(task.inputs[name].local(FACTS))
+    return group.share(memory)
 
 
 def shared_table(task: Task, name: str, group: WorkerGroup, file: str | None = None) -> pa.Table:

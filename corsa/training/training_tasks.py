@@ -5,22 +5,25 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pandas as pd
 import pyarrow.parquet as pq
+from safetensors.torch import save_file
 
 from corsa.config import TrainingConfig
 from corsa.config.steps import TrialPlace
 from corsa.errors import CorsaError
 from corsa.evaluation.metrics import measure
+from corsa.evaluation.retrieval import FACTS
 from corsa.flow.task import Task
 from corsa.lora.attached import Change, attached
 from corsa.lora.factors import Factors
 from corsa.lora.peft_format import load_adapter, save_adapter, write_factors
 from corsa.lora.weight_deltas import save_delta
 from corsa.methods import method_of
-from corsa.methods.base import Round
+from corsa.methods.base import STATE, Round
 from corsa.training.loop import AtEpoch, RoundRun, curves_table, train, train_together
 from corsa.training.mixing import Material
 from corsa.training.prediction_tasks import ask, own_chains, predictor_of
@@ -90,7 +93,7 @@ def _scores(tasks: Sequence[Task], facts: StepFacts, loaded: Loaded, context: Wo
 
 
 def teach_method(task: Task, context: WorkerContext, post: Post) -> dict[str, Any]:
-    """A round of a method that has its own teach function: F-Learning, MEMIT."""
+    """A round of a method that has its own teach function."""
     config, group = task.config, context.group
     method = method_of(config)
     assert method is not None
@@ -109,17 +112,26 @@ def teach_method(task: Task, context: WorkerContext, post: Post) -> dict[str, An
             before=change_of(task, "previous", group) if "previous" in task.step.inputs else None,
             leads=group.leads,
             share=group.share,
-            train=lambda own, name: train(
-                config, Material(own), loaded, context, (task.store, f"partial/{task.fingerprint[:16]}/{name}"), post
+            train=lambda own, name, phi=None, /: train(
+                config,
+                Material(own),
+                replace(loaded, other=phi),
+                context,
+                (task.store, f"partial/{task.fingerprint[:16]}/{name}"),
+                post,
             ),
             input_file=lambda name, file: task.inputs[name].local(file),
             post=post,
         )
     )
     with loaded.lora.off(), attached(loaded.model, taught.change):
-        metrics = dict(taught.metrics) | ask(task, facts, loaded, context, post)
+        metrics = dict(taught.metrics) | ask(task, facts, loaded, context, post, taught.memory)
     if group.leads:
         _write_change(taught.change, task)
+        if taught.state:
+            save_file({name: part.contiguous() for name, part in taught.state.items()}, task.output / STATE)
+        if taught.memory:
+            taught.memory.save(task.output / FACTS)
         metrics |= {} if taught.curves is None else _write_curves(task, taught.curves, facts)
     return metrics
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from corsa.algorithm.batch import Batch, MicroBatch, counts
@@ -32,12 +32,23 @@ Post = Callable[[dict[str, Any]], None]
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model with LoRA attached, and its encoder. `packed`: its packed rows give the same log-probabilities."""
+    """A model with LoRA attached, and its encoder.
+
+    Attributes:
+        packed: whether its packed rows give the same log-probabilities.
+        other: a leaf (1, P) that is trained instead of LoRA's.
+    """
 
     model: PreTrainedModel
     lora: Lora
     encoder: Encoder
     packed: bool
+    other: nn.Parameter | None = None
+
+    @property
+    def phi(self) -> nn.Parameter:
+        """What is trained."""
+        return self.lora.phi if self.other is None else self.other
 
 
 @dataclass(frozen=True)

@@ -91,7 +91,7 @@ def test_the_update_satisfies_its_normal_equations() -> None:
     keys, residuals = (torch.randn(n, 5, generator=generator).double() for n in (32, 8))
     old = torch.randn(32, 200, generator=generator).double()
     mean = old @ old.mT / 200
-    delta = closed_form(mean, keys, residuals, 3.0)
+    delta = closed_form(3.0 * mean, keys, residuals)
     assert close(delta @ (3.0 * mean + keys @ keys.mT), residuals @ keys.mT, 1e-8)
     # so it minimises the squared error on old and new keys
     delta.requires_grad_()

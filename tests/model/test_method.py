@@ -27,7 +27,7 @@ from corsa.algorithm.objectives import Answers, dpo, sft
 from corsa.algorithm.packing import Triplet, pack
 from corsa.algorithm.pcgrad import dot, merge, norm, products, project
 from corsa.algorithm.row_settings import RowSettings
-from corsa.algorithm.sam import LookSam, perturbation, perturbed
+from corsa.algorithm.sam import LookSam, perturbation, perturbation_at, perturbed, random_direction
 from corsa.algorithm.step import corsa_step, gradients
 from corsa.config import STEPS, StepConfig, published_trainer
 from corsa.lora.flat import Lora
@@ -163,7 +163,13 @@ def literal_merge(g1: Tensor, g2: Tensor, c: StepConfig) -> Tensor:
 def literal_sharp_gradient(setting: Setting, phi: Tensor, edits: Sequence[Triplet], c: StepConfig) -> Tensor:
     """g_PC at phi + e."""
     g = literal_gradient(setting, phi, edits, c)
-    return literal_gradient(setting, phi + c.rho * g / g.norm(), edits, c)
+    if c.radius == "adaptive":  # ASAM: the worst point of a linear loss within |T^-1 e| <= rho
+        e = c.rho * phi**2 * g / (phi * g).norm()
+    elif c.radius == "relative":
+        e = c.rho * phi.norm() * g / g.norm()
+    else:
+        e = c.rho * g / g.norm()
+    return literal_gradient(setting, phi + e, edits, c)
 
 
 SETTINGS = {
@@ -174,6 +180,8 @@ SETTINGS = {
     "off": config(pcgrad="off", rho=0.3),
     "weighted": config(lam=2.5, beta=0.5, rho=0.3),
     "sequence": config(reduction="sequence", rho=0.3),
+    "relative": config(rho=0.05, radius="relative"),
+    "adaptive": config(rho=2.0, radius="adaptive"),
     "flat": config(rho=0),
 }
 
@@ -441,6 +449,62 @@ def test_perturbation_has_norm_rho_in_every_row() -> None:
     torch.testing.assert_close(e.norm(dim=1), torch.tensor([0.05, 0.05]))
     torch.testing.assert_close(F.cosine_similarity(e, g), torch.ones(2))
     assert torch.equal(perturbation(torch.zeros(1, 9), 0.05, 1e-12), torch.zeros(1, 9))
+
+
+def test_an_adaptive_perturbation_is_the_worst_point_of_its_ellipsoid() -> None:
+    """No point with |T^-1 e| = rho has a larger g.e, and a value of phi that is zero stays."""
+    generator = torch.Generator().manual_seed(0)
+    phi, g = (torch.randn(2, 50, generator=generator) for _ in range(2))
+    phi[:, 0] = 0.0
+    e = perturbation_at(phi, g, torch.tensor([[0.5], [2.0]]), 1e-12, "adaptive")
+    assert e[:, 0].tolist() == [0.0, 0.0]
+    torch.testing.assert_close((e[:, 1:] / phi[:, 1:]).norm(dim=1), torch.tensor([0.5, 2.0]))
+    for _ in range(200):
+        other = torch.randn(2, 50, generator=generator)
+        other = phi.abs() * other / other.norm(dim=1, keepdim=True) * torch.tensor([[0.5], [2.0]])
+        assert bool(((g * other).sum(1) < (g * e).sum(1)).all())
+
+
+def test_a_relative_perturbation_has_a_share_of_the_norm_of_phi() -> None:
+    phi, g = torch.ones(1, 16), torch.linspace(-1, 1, 16)[None]
+    e = perturbation_at(phi, g, 0.25, 1e-12, "relative")
+    assert float(e.norm()) == pytest.approx(1.0)
+    assert float(F.cosine_similarity(e, g)) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("radius", ["absolute", "relative", "adaptive"])
+def test_a_random_perturbation_costs_one_gradient(setting: Setting, radius: Any) -> None:
+    """The gradient at phi + e, with e in a direction that does not depend on the gradient."""
+    c = config(rho=0.3, radius=radius, perturbation="random")
+    z = random_direction(setting.start, [7])
+    e = {
+        "absolute": 0.3 * z / z.norm(),
+        "relative": 0.3 * setting.start.norm() * z / z.norm(),
+        "adaptive": 0.3 * setting.start**2 * z / (setting.start * z).norm(),
+    }[radius]
+    expected = literal_gradient(setting, setting.start + e, setting.edits, c)
+    passes = 0
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        nonlocal passes
+        passes += 1
+        return setting.model(*args, **kwargs)
+
+    optimizer = torch.optim.SGD([setting.lora.phi], lr=1.0)
+    batch = cut(setting.edits, 6)
+    (log,) = corsa_step(counted, setting.lora.phi, batch, rows(c), optimizer, 1e9, alone, direction=z)
+    found = setting.start - setting.phi
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5 * float(expected.norm()))
+    assert passes == c.passes == 1
+    assert log["sharpness"] is None
+
+
+def test_random_directions_follow_from_their_seeds_row_by_row() -> None:
+    phi = torch.zeros(2, 1000)
+    one = random_direction(phi, [1, 2])
+    assert torch.equal(one[1], random_direction(phi, [2, 3])[0])
+    assert abs(float(one.mean())) < 0.1
+    assert abs(float(one.std()) - 1.0) < 0.1
 
 
 def test_phi_is_restored_bit_for_bit_even_after_a_failure() -> None:

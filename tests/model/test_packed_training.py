@@ -155,6 +155,8 @@ def test_every_field_of_a_step_is_each_row_s_own_or_compared() -> None:
         "eps": 1e-8,
         "perturb_every": 2,
         "reuse": 0.5,
+        "radius": "adaptive",
+        "perturbation": "random",
     }
     assert {*other, *StepConfig.per_row()} == StepConfig.model_fields.keys()
     before = {"microbatch": {"scope": "microbatch"}, "reuse": {"perturb_every": 2}}  # they have no effect without these

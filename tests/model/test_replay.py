@@ -218,7 +218,8 @@ def test_joint_training_does_not_go_on_from_the_round_before(tmp_path: Path) -> 
 def test_reports_mark_methods_that_look_back() -> None:
     plain = experiment("x.jsonl")
     found = {name: looks_back(METHODS[name].round_config(plain, 0, 2)) for name in METHODS}
-    assert {name for name, back in found.items() if back} == {"replay", "corsa-replay", "replay-pcgrad", "joint"}
+    backwards = {"replay", "corsa-replay", "replay-pcgrad", "joint", "in-context"}
+    assert {name for name, back in found.items() if back} == backwards
     assert looks_back(METHODS["lora"].round_config(experiment("x.jsonl", replay=0.25), 0, 2))
     metrics = {"looks_back": ["replay"]}
     assert (marked("replay", metrics), marked("lora", metrics)) == ("LoRA with replay *", "LoRA")

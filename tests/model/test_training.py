@@ -338,10 +338,10 @@ def test_each_round_has_a_fresh_optimizer_with_the_stated_settings(
     seen: list[tuple[torch.optim.Optimizer, bool, float]] = []
 
     def spy(
-        model: Any, phi: Any, batch: Any, step: Any, optimizer: Any, clip: float, reduce: Any, look: Any
+        model: Any, phi: Any, batch: Any, step: Any, optimizer: Any, clip: float, reduce: Any, *more: Any
     ) -> list[dict[str, Any]]:
         seen.append((optimizer, bool(optimizer.state), clip))
-        return corsa_step(model, phi, batch, step, optimizer, clip, reduce, look)
+        return corsa_step(model, phi, batch, step, optimizer, clip, reduce, *more)
 
     monkeypatch.setattr("corsa.training.loop.corsa_step", spy)
     for name in ("first", "second"):

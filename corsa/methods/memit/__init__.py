@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import Field
 
-from corsa.config import MemitConfig, RunSettings
+from corsa.config import LocateThenEditConfig, MemitConfig, RunSettings
 from corsa.config.steps import AskingConfig, StatisticsConfig, StatisticsPlace
 from corsa.errors import CorsaError
 from corsa.flow.step import Kind, Step, StepFunction
@@ -36,33 +36,44 @@ class MemitRoundConfig(AskingConfig):
 
 
 def _round_config(settings: RunSettings, seed: int, number: int) -> MemitRoundConfig:
-    if settings.placement.sharding.zero_stage == 3:
-        raise CorsaError(
-            "memit reads and solves for the base's own weights, and under --sharding.zero-stage 3 no worker has "
-            "them whole: leave memit out of --methods, or use a stage below 3"
-        )
+    refuse_sharded("memit", settings)
     alone = settings.memit.model_copy(update={"corpus": None})  # the statistics identify it
     asking = {"model": settings.model, "evaluation": settings.evaluation.asking()}
     return MemitRoundConfig(**asking, seed=seed, round=number, memit=alone)
 
 
+def refuse_sharded(name: str, settings: RunSettings) -> None:
+    """Raises `CorsaError` if the workers do not have the weights whole."""
+    if settings.placement.sharding.zero_stage == 3:
+        raise CorsaError(
+            f"{name} reads and solves for the base's own weights, and under --sharding.zero-stage 3 no worker has "
+            f"them whole: leave {name} out of --methods, or use a stage below 3"
+        )
+
+
 def _inputs(settings: RunSettings) -> dict[str, Step]:
-    """The key statistics. They depend only on the model and the corpus, so all benchmarks share them."""
-    corpus = str(Path(settings.memit.corpus).expanduser().absolute()) if settings.memit.corpus else None
-    config = StatisticsConfig(
-        model=settings.model, layers=settings.memit.layers, corpus=_digest(corpus or str(NEUTRAL))
+    return statistics_input("memit", settings, settings.memit)
+
+
+def statistics_input(name: str, settings: RunSettings, config: LocateThenEditConfig) -> dict[str, Step]:
+    """The key statistics for a method. They depend only on model, layers and corpus: all benchmarks, and methods that
+    edit the same layers, share them.
+    """
+    corpus = str(Path(config.corpus).expanduser().absolute()) if config.corpus else None
+    of = StatisticsConfig(
+        model=settings.model, layers=config.layers, corpus=_digest(corpus or str(NEUTRAL), f"--{name}.corpus")
     )
     place = StatisticsPlace(**dict(settings.placement), corpus=corpus)
-    name = f"statistics/{Path(corpus).stem if corpus else 'neutral'}"
-    return {"statistics": Step(name, STATISTICS, config, placement=place)}
+    title = f"statistics/{Path(corpus).stem if corpus else 'neutral'}"
+    return {"statistics": Step(title, STATISTICS, of, placement=place)}
 
 
-def _digest(path: str) -> str:
+def _digest(path: str, option: str) -> str:
     try:
         with Path(path).open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as e:
-        raise CorsaError(f"--memit.corpus {path} cannot be read: {e.strerror}; give a text file") from e
+        raise CorsaError(f"{option} {path} cannot be read: {e.strerror}; give a text file") from e
 
 
 def _report_notes(name: str, found: Mapping[str, Any]) -> list[str]:
@@ -76,6 +87,10 @@ def _report_notes(name: str, found: Mapping[str, Any]) -> list[str]:
             f"{100 * REACHED:.0f} %: lower --memit.weight (here {found['weight']:g}) before you compare with MEMIT."
         )
     return notes
+
+
+NO_PROGRAMS = "it changes what is said of a subject to one short object, and an update of an API has neither"
+"""Why methods that edit facts cannot learn programs."""
 
 
 def _load_teach() -> Teach:
@@ -93,10 +108,7 @@ METHODS = (
         _load_teach,
         _inputs,
         notes=_report_notes,
-        refuses={
-            "adapter": "MEMIT leaves a dense change of the weights, no adapter",
-            "programs": "it changes what is said of a subject to one short object, and an update of an API has neither",
-        },
+        refuses={"adapter": "MEMIT leaves a dense change of the weights, no adapter", "programs": NO_PROGRAMS},
         colour="#2a9470",
         symbol="diamond",
     ),

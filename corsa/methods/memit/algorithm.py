@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from corsa.data.edit import Edit
 from corsa.lora.attached import attached
 from corsa.methods.memit.key_statistics import KeyStatistics, down_projections, watch
-from corsa.methods.memit.settings import Settings
+from corsa.methods.memit.settings import EditSettings, Settings
 from corsa.models.encoding import Encoder
 
 LOSS_REACHED = 0.05
@@ -121,7 +121,7 @@ class Target(NamedTuple):
     moved: bool
 
 
-def find_target(model: Any, wanted: Request, layer: int, settings: Settings) -> Target:
+def find_target(model: Any, wanted: Request, layer: int, settings: EditSettings) -> Target:
     """The target z = h + delta at the end of the subject in the output of `layer`, with delta found by Adam (Eq. 16).
 
     The loss is that of the published code: -log p of the new answer (mean over its tokens and over the wordings), plus
@@ -185,20 +185,19 @@ def _added(layer: nn.Module, places: Tensor, delta: Tensor) -> Iterator[list[Ten
         hook.remove()
 
 
-def closed_form(mean: Tensor, keys: Tensor, residuals: Tensor, weight: float) -> Tensor:
-    """Delta = R K^T (lambda C + K K^T)^-1 (Eq. 14, 15), in float64.
+def closed_form(cost: Tensor, keys: Tensor, residuals: Tensor) -> Tensor:
+    """Delta = R K^T (S + K K^T)^-1, in float64: it minimises |Delta K - R|^2 + tr(Delta S Delta^T).
 
     Args:
-        mean: C = E[k k^T], (inputs, inputs).
+        cost: S (inputs, inputs), positive definite: the cost of a change. MEMIT's is lambda C (Eq. 14, 15).
         keys: K, (inputs, E).
         residuals: R, (outputs, E): what to add to the layer's outputs.
-        weight: lambda.
 
     Returns:
         Delta (outputs, inputs), float64.
     """
     keys, residuals = keys.double(), residuals.double()
-    both = weight * mean.double() + keys @ keys.mT
+    both = cost.double() + keys @ keys.mT
     return torch.cholesky_solve(keys @ residuals.mT, torch.linalg.cholesky(both)).mT
 
 
@@ -212,29 +211,66 @@ def memit(
     seed: int,
     post: Post = lambda line: None,
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The change of the down projections for all `edits` at once. The model itself is unchanged, bit for bit.
+    """The change of the down projections for all `edits` at once, and its metrics (`write`, and the `weight`).
+
+    Raises:
+        CorsaError: the solve is not possible with these statistics.
+    """
+    statistics.check(settings.layers)
+
+    def solve(layer: int, keys: Tensor, residuals: Tensor) -> Tensor:
+        return closed_form(settings.weight * statistics.mean(layer).to(keys.device), keys, residuals)
+
+    written = write(model, encoder, edits, solve, settings, seed=seed, post=post)
+    return written.delta, {"weight": settings.weight, **written.metrics}
+
+
+Solve = Callable[[int, Tensor, Tensor], Tensor]
+"""Delta (outputs, inputs) of a layer from its number, the keys K (inputs, E) and the residuals R (outputs, E)."""
+
+
+class Written(NamedTuple):
+    """The result of `write`.
+
+    Attributes:
+        delta: module name -> (outputs, inputs) float32, on the CPU.
+        keys: layer -> (inputs, E) float32, on the CPU: the keys of the edits in the changed model.
+        metrics: `edits`; `without_subject`, edits whose prompt does not name their subject, so that its last token was
+            used instead; `target_loss`, -log p of the new answers with the residuals z (nats per token); `reached`, the
+            share of the distance from h to z that the changed weights cover (mean over the edits whose z is not h; None
+            without any); `clamp_norm_factor`, `weight_decay` and `layers` as used, and the `source` of settings not
+            configured.
+    """
+
+    delta: dict[str, Tensor]
+    keys: dict[int, Tensor]
+    metrics: dict[str, Any]
+
+
+def write(
+    model: Any,
+    encoder: Encoder,
+    edits: Sequence[Edit],
+    solve: Solve,
+    settings: EditSettings,
+    *,
+    seed: int,
+    post: Post = lambda line: None,
+) -> Written:
+    """Finds the targets of all `edits`, and changes the layers by `solve`, one after the other (MEMIT, Algorithm 1).
+
+    The model itself is unchanged, bit for bit.
 
     Args:
         model: frozen causal language model with the architecture of Llama, Qwen3 or Gemma.
         encoder: makes its prompts and answers.
         edits: the edits to write.
-        statistics: of the layers to edit (`settings.layers`).
-        settings: those of `settings_for` for the model.
+        solve: the change of one layer.
+        settings: for the model.
         seed: for the sampled prefixes.
         post: shows progress: step, steps (edits) and loss.
-
-    Returns:
-        The delta: module name -> (outputs, inputs) float32, on the CPU. And the metrics: `edits`;
-        `without_subject`, edits whose prompt does not name their subject, so that its last token was used instead;
-        `target_loss`, -log p of the new answers with the residuals z (nats per token); `reached`, the share of the
-        distance from h to z that the changed weights cover (mean over the edits whose z is not h; None without any);
-        `weight`, `clamp_norm_factor`, `weight_decay` and `layers` as used, and the `source` of settings not configured.
-
-    Raises:
-        CorsaError: the solve is not possible with these statistics.
     """
     layers = settings.layers
-    statistics.check(layers)
     prefixes = sample_prefixes(model, encoder.tokenizer, settings.prefixes, settings.prefix_tokens, seed)
     requests = [request(encoder, edit, prefixes) for edit in edits]
     targets: list[Target] = []
@@ -244,6 +280,7 @@ def memit(
 
     z = torch.stack([target.z for target in targets])  # (E, hidden)
     delta: dict[str, Tensor] = {}
+    keys: dict[int, Tensor] = {}
     ways: list[Tensor] = []  # |z - h|, before the change of each layer and after the last change
     with ExitStack() as stack:
         for i, layer in enumerate(layers):
@@ -252,22 +289,22 @@ def memit(
             residuals = (z - now.residual) / (len(layers) - i)  # Eq. 20
             if now.scale is not None:
                 residuals = residuals / now.scale
-            mean = statistics.mean(layer).to(model.device)
-            change = closed_form(mean, now.keys.mT, residuals.mT, settings.weight).float()
+            change = solve(layer, now.keys.mT, residuals.mT).float()
             name = down_projections(model)[layer][0]
-            delta[name] = change.cpu()
+            # No later change affects the inputs of this layer, so these keys are those of the changed model.
+            delta[name], keys[layer] = change.cpu(), now.keys.mT.cpu()
             stack.enter_context(attached(model, {name: change}))  # it affects the next layer's keys
         ways.append((z - _at_subjects(model, requests, layers[-1], layers[-1]).residual).norm(dim=1))
     moved = torch.tensor([target.moved for target in targets], device=z.device)
     measured = {
-        **{name: getattr(settings, name) for name in ("weight", "clamp_norm_factor", "weight_decay", "source")},
+        **{name: getattr(settings, name) for name in ("clamp_norm_factor", "weight_decay", "source")},
         "layers": list(layers),
         "edits": len(edits),
         "without_subject": sum(not wanted.located for wanted in requests),
         "target_loss": sum(target.loss for target in targets) / len(targets),
         "reached": float((1 - ways[-1][moved] / ways[0][moved]).mean()) if moved.any() else None,
     }
-    return delta, measured
+    return Written(delta, keys, measured)
 
 
 class _Subjects(NamedTuple):

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from corsa.config import MemitConfig
+from corsa.config import LocateThenEditConfig, MemitConfig
 from corsa.errors import CorsaError
 
 REACHED = 0.8
@@ -67,12 +67,11 @@ RELATED = {"qwen3": "qwen2"}
 """For families without a published file, the family whose settings they use. All others use Llama's."""
 
 
-@dataclass(frozen=True)
-class Settings:
-    """All settings of a MEMIT run: `MemitConfig` with the open values filled, and the source of those values."""
+@dataclass(frozen=True, kw_only=True)
+class EditSettings:
+    """The edited layers and the search for the targets, without open values, and the source of published ones."""
 
     layers: tuple[int, ...]
-    weight: float
     learning_rate: float
     gradient_steps: int
     weight_decay: float
@@ -81,6 +80,13 @@ class Settings:
     prefixes: int
     prefix_tokens: int
     source: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(EditSettings):
+    """All settings of a MEMIT run: `MemitConfig` with the open values filled."""
+
+    weight: float
 
 
 def settings_for(architecture: Any, config: MemitConfig) -> Settings:
@@ -100,24 +106,32 @@ def settings_for(architecture: Any, config: MemitConfig) -> Settings:
     text = architecture.get_text_config()
     exact, found = _published(text)
     scaled = found.weight if exact else float(round(found.weight * text.intermediate_size / found.inputs))
-    chosen = {
-        name: getattr(found, name) if value is None else value
-        for name in ("learning_rate", "gradient_steps", "weight_decay", "clamp_norm_factor", "kl_factor")
-        for value in [getattr(config, name)]
-    }
     return Settings(
-        layers=layers_for(architecture, config.layers),
         weight=scaled if config.weight is None else config.weight,
-        prefixes=config.prefixes,
-        prefix_tokens=config.prefix_tokens,
         source=found.source if exact else f"{found.source}, scaled to {text.intermediate_size} inputs",
-        **chosen,
+        **common_settings(architecture, config, found),
     )
 
 
+def common_settings(architecture: Any, config: LocateThenEditConfig, published: Any) -> dict[str, Any]:
+    """The fields of `EditSettings` but `source`: as configured, and those left open from a row of published settings.
+
+    Raises:
+        CorsaError: a chosen layer does not exist.
+    """
+    names = ("learning_rate", "gradient_steps", "weight_decay", "clamp_norm_factor", "kl_factor")
+    given = {name: getattr(config, name) for name in names}
+    return {
+        "layers": layers_for(architecture, config.layers),
+        "prefixes": config.prefixes,
+        "prefix_tokens": config.prefix_tokens,
+        **{name: getattr(published, name) if value is None else value for name, value in given.items()},
+    }
+
+
 def layers_for(architecture: Any, chosen: Sequence[int] | None = None) -> tuple[int, ...]:
-    """The layers that MEMIT edits, in ascending order: `chosen`, else the published ones of the model's family and
-    depth, else five layers that end at a quarter of the depth (for 32 layers the published 4 to 8).
+    """The layers that MEMIT and AlphaEdit edit, in ascending order: `chosen`, else the published ones of the model's
+    family and depth, else five layers that end at a quarter of the depth (for 32 layers the published 4 to 8).
 
     Args:
         architecture: configuration of the model (transformers).
@@ -131,8 +145,8 @@ def layers_for(architecture: Any, chosen: Sequence[int] | None = None) -> tuple[
     if chosen is not None:
         if strange := [layer for layer in chosen if not 0 <= layer < depth]:
             raise CorsaError(
-                f"layer {strange[0]} to be edited by MEMIT does not exist: the model has layers 0 to {depth - 1}; "
-                "correct --memit.layers, or leave it out"
+                f"layer {strange[0]} to be edited does not exist: the model has layers 0 to {depth - 1}; correct the "
+                "option layers of the method, or leave it out"
             )
         return tuple(sorted(set(chosen)))
     for row in PUBLISHED:
@@ -144,8 +158,8 @@ def layers_for(architecture: Any, chosen: Sequence[int] | None = None) -> tuple[
 
 def _published(text: Any) -> tuple[bool, Published]:
     """The published row for a model, and whether it is for exactly this size."""
-    rows = [row for row in PUBLISHED if row.family == RELATED.get(text.model_type, text.model_type)]
-    rows = rows or [row for row in PUBLISHED if row.family == "llama"]
+    family = RELATED.get(text.model_type, text.model_type)
+    rows = [row for row in PUBLISHED if row.family == family] or [row for row in PUBLISHED if row.family == "llama"]
     for row in rows:
         if (row.family, row.depth, row.inputs) == (text.model_type, text.num_hidden_layers, text.intermediate_size):
             return True, row
