@@ -35,9 +35,9 @@ from corsa.flow.step import Step, topological
 from corsa.flow.store import Artifact
 from corsa.flow.task import Task
 from corsa.methods import looks_back, method_of
-from corsa.report.facts import told_forgotten
 from corsa.report.page import Scenario, write_paper, write_report
 from corsa.report.training import told_training
+from corsa.report.update import told_forgotten
 
 
 def read_edits(task: Task) -> dict[str, Any]:
@@ -123,7 +123,8 @@ def make_report(task: Task) -> dict[str, Any]:
     metrics = measured(task, config, predictions)
     (task.output / "metrics.json").write_text(json.dumps(metrics, indent=1, allow_nan=False))
     run = described_run(task, config.title, config.command, config.experiment) | {
-        "notes": [*_notes(task), *told_forgotten(metrics), *sanity_questions.told(metrics.get("controls"))]
+        "scenario": config.scenario,
+        "notes": [*_notes(task), *told_forgotten(metrics), *sanity_questions.told(metrics.get("controls"))],
     }
     (task.output / "run.json").write_text(json.dumps(run, indent=1))
     write_report(task.output, metrics=metrics, predictions=predictions, curves=curves, run=run)
@@ -306,10 +307,9 @@ def _notes(task: Task) -> list[str]:
                 f"{found['templated']} of {found['edits']} facts came without other wordings: templates made theirs."
             )
         if found.get("asked"):
-            notes.append(
-                f"{found['asked']} old answers are the model's own"
-                + (f"; {found['known']} of these facts it knew already." if found["known"] else ".")
-            )
+            count = f"{found['asked']} fact{'s' if found['asked'] > 1 else ''} came without an old answer"
+            known = f" It already knew {found['known']} of them." if found["known"] else ""
+            notes.append(f"{count}: what the model said before the edit is used as the old answer.{known}")
         if found.get("without_subject"):
             notes.append(
                 f"{step.name}: {found['without_subject']} of {found['edits']} edits do not name their subject in the "

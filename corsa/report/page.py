@@ -18,8 +18,22 @@ from corsa.report.figures import figures
 from corsa.report.findings import findings, headlines, summary
 from corsa.report.layout import write_page
 from corsa.report.paper_figures import with_measured
+from corsa.report.update import update
 
 _DIRECTIONS = {"high": "higher is better", "low": "lower is better"}
+
+_TITLES = {
+    "neighbor": ("Neighbors", "Questions about other facts, whose answers should not change"),
+    "multihop": ("Conclusions", "Questions whose answer follows from the facts"),
+    "history": ("Former answers", "Questions for the former answer of a fact"),
+}
+"""Heading and caption of the questions of each kind on the page of an update, besides those of the facts."""
+
+_RIGHT = {
+    "words": "An answer is right if it contains the taught one as whole words.",
+    "contains": "An answer is right if it contains the taught one.",
+    "exact": "An answer is right if it is the taught one and nothing else.",
+}
 
 
 @dataclass(frozen=True)
@@ -46,16 +60,20 @@ def write_report(
         metrics: the result of `corsa.evaluation.metrics.compute`.
         predictions: one row per wording asked (`corsa.evaluation.predict`).
         curves: one row per optimizer step; may be empty.
-        run: facts about the run; every key is optional: `title`, `created`, `seconds`, `command` (text), `config`
+        run: facts about the run; every key is optional: `scenario` ("update": the page of an update, whose technical
+            part is folded away), `title`, `created`, `seconds`, `command` (text), `config`
             (nested mapping), `steps` (list of {name, seconds, state, inputs: names}), `versions` and `hardware`
             (mappings, or text), `skipped` (list of skipped records, each a mapping or text), `notes` (list of
             sentences shown under the summary).
     """
     title = run.get("title", "CoRSA run")
     scenario = Scenario(metrics, predictions, curves, run)
+    of_update = run.get("scenario") == "update" and metrics["methods"] != ["base"]
+    more = {"update": update(metrics, predictions), "titles": _TITLES, "right_is": _RIGHT[metrics["rule"]]}
     return write_page(
         directory,
-        "report.html",
+        "update.html" if of_update else "report.html",
+        **(more if of_update else {}),
         **_section("", title, scenario),
         **_about(run, {title: scenario}),
         skipped=_table(run.get("skipped") or []),
