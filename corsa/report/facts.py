@@ -55,6 +55,10 @@ def tables(found: dict[str, Any]) -> Iterator[Table]:
             yield _table(("", f"everyday answers {outcome}", "before", "now"), rows, len(rows), "")
 
 
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
+
+
 def _few(rows: Rows, notable: Rows) -> Rows:
     return rows if len(rows) <= _SHOWN else notable[:_SHOWN]
 
@@ -86,6 +90,12 @@ def summary(metrics: dict[str, Any], found: dict[str, Any]) -> Iterator[str]:
     yield from metrics.get("training", ())
     row = metrics["rows"][-1]["metrics"]
     yield from told_forgotten(metrics)
+    if metrics["rule"] != "exact":
+        shares = {n: row[n] for n in ("edit_success", "generality") if row[n]["value"] is not None}
+        both = [
+            f"{n.replace('_', ' ')} {_percent(e['value'])} ({_percent(e['exact'])} exact)" for n, e in shares.items()
+        ]
+        yield f"all facts that hold, by the rule {metrics['rule']}: {', '.join(both)}"
     if row["neighborhood"]["value"] is not None:
         same = row["agreement"]["value"]
         agreed = "" if same is None else f", {100 * same:.0f} % answered as the base model does"

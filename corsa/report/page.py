@@ -11,6 +11,7 @@ from typing import Any
 import pandas as pd
 import yaml
 
+from corsa.config.evaluation import SHALLOW
 from corsa.report.answers import folded_answers
 from corsa.report.dag import Dag
 from corsa.report.examples import examples
@@ -26,6 +27,10 @@ _TITLES = {
     "neighbor": ("Neighbors", "Questions about other facts, whose answers should not change"),
     "multihop": ("Conclusions", "Questions whose answer follows from the facts"),
     "history": ("Former answers", "Questions for the former answer of a fact"),
+    "reversal": ("Reversal", "The questions turned round: the answer is the subject"),
+    "negation": ("Negation", "Is the old answer true, and is the new one?"),
+    "choice": ("Choice", "The right answer among others"),
+    "template": ("Other prompt template", "The taught questions asked in chat, or in `Q:` and `A:` if taught in chat"),
 }
 """Heading and caption of the questions of each kind on the page of an update, besides those of the facts."""
 
@@ -114,7 +119,7 @@ def _section(id_: str, title: str, scenario: Scenario) -> dict[str, Any]:
         "summary": summary(metrics),
         "findings": [*findings(metrics), *run.get("notes", [])],
         "main": list(chosen),
-        "more": [name for name in metrics["definitions"] if name not in chosen],
+        "more": [name for name in metrics["definitions"] if name not in chosen and _asked(metrics, name)],
         "pairs": list(dict.fromkeys((entry["a"], entry["b"]) for entry in metrics["comparisons"])),
         "counted": {name: _counted(metrics, name) for name in metrics["definitions"]},
         "published": with_measured(metrics),
@@ -147,6 +152,11 @@ def _about(run: Mapping[str, Any], scenarios: Mapping[str, Scenario]) -> dict[st
         if run.get("config")
         else "",
     }
+
+
+def _asked(metrics: dict[str, Any], name: str) -> bool:
+    """Whether a metric was measured, or is one that every run measures."""
+    return name not in SHALLOW or any(row["metrics"][name]["value"] is not None for row in metrics["rows"])
 
 
 def _counted(metrics: dict[str, Any], name: str) -> str:

@@ -16,6 +16,14 @@ Rows = list[dict[str, Any]]
 _QUESTION = ["edit", "kind", "probe", "wording"]
 _OF_THE_FACT = ("edit", "paraphrase")
 
+_SHALLOW = {
+    "reversal": "reversals",
+    "negation": "negations",
+    "choice": "choices",
+    "template": "other template",
+}
+"""Kinds of probes that shallow edits fail, as the headline names them."""
+
 
 def update(metrics: dict[str, Any], predictions: pd.DataFrame) -> dict[str, Any]:
     """The rows of every table of an update, and its headline.
@@ -173,6 +181,9 @@ def _parts(found: dict[str, Any], metrics: dict[str, Any]) -> Iterator[str]:
     neighbors = [row for row in found["others"].get("neighbor", ()) if row["right_before"]]
     if neighbors:
         yield f"{sum(not row['right'] for row in neighbors)} of {len(neighbors)} neighbor answers lost"
+    for kind, name in _SHALLOW.items():
+        if rows := found["others"].get(kind):
+            yield f"{name} right in {sum(row['right'] for row in rows)} of {len(rows)}"
     if everyday := found["everyday"]:
         lost, won = (sum(row["outcome"] == name for row in everyday) for name in ("lost", "won"))
         yield f"{lost} everyday answer{'s' * (lost != 1)} lost, {won} won"
