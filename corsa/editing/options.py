@@ -37,6 +37,22 @@ class Gates(Frozen):
         description="share of the answers about earlier facts that were right when taught and are wrong now; "
         "questions as taught and in other wordings",
     )
+    gate: Annotated[tuple[str, ...], listed(str, "G,G"), plain()] = Field(
+        default=(),
+        description="measure what the model could do before and can do now: capability (everyday questions, and the "
+        "perplexity of a neutral text), lm-eval:TASK,TASK (tasks of the evaluation harness, an extra)",
+    )
+    limit: Annotated[int | None, Field(ge=1), plain()] = Field(
+        default=None, description="documents of each lm-eval task; default: all"
+    )
+    max_loss: Annotated[float, Field(ge=0), plain()] = Field(
+        default=0.1,
+        description="how much worse a measure of --gate may get: points of a mean score (0.1: ten of a hundred right "
+        "answers), or the relative rise of the perplexity",
+    )
+
+
+NO_GATES = Gates()
 
 
 class Options(Frozen):
@@ -144,7 +160,10 @@ def differences(options: Frozen, prefix: str = "") -> list[str]:
         option = f"{prefix}{(field.alias or name).replace('_', '-')}"
         if isinstance(value, Gates):
             found += [
-                w for gate, bound in value if bound is not None for w in (f"--{gate.replace('_', '-')}", str(bound))
+                word
+                for gate, bound in value
+                if bound != Gates.model_fields[gate].default
+                for word in (f"--{gate.replace('_', '-')}", _word(bound))
             ]
         elif isinstance(value, Frozen):
             for key, inner in type(value).model_fields.items():  # `canonical` leaves out some that are at their default
