@@ -127,7 +127,7 @@ def plan_evaluation(options: EvaluateOptions) -> tuple[Experiment, Step]:
     title = f"{taught.name} asked of {experiment.model.name}" + (
         f" with {Path(options.adapter or '').name}" if adapter else ""
     )
-    return experiment, reported(planner, taught, schedule, title, shown, answers, adapter, gates=options.gates)
+    return experiment, reported(planner, taught, schedule, title, shown, answers, adapter)
 
 
 def evaluation_planner(options: EvaluateOptions, model: ModelConfig) -> Planner[Experiment]:

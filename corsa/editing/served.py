@@ -41,8 +41,6 @@ def plan_served(options: EvaluateOptions) -> tuple[Experiment, Step]:
 
     if options.model is None:
         raise CorsaError("--endpoint needs --model NAME: the model's name on the server")
-    if options.gates.gate:
-        raise CorsaError("--gate measures a model on this machine, not a server: leave --endpoint or --gate out")
     if options.evaluation.sampled:
         raise CorsaError("protocol authors samples its answers, a server is asked for the likeliest: use full or paper")
     if not options.adapter and not options.baseline:

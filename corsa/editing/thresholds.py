@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from corsa.editing.options import Gates
+from corsa.editing.options import Gates, Thresholds
 from corsa.evaluation.capability import EVERYDAY, PERPLEXITY, told
 
 _OF = {"min_success": "edit_success", "min_generality": "generality", "max_forgetting": "forgetting"}
@@ -25,7 +25,7 @@ class Verdict(NamedTuple):
         return f"{self.gate} {self.bound:g}: {'passed' if self.passed else 'NOT PASSED'} ({self.measured or share})"
 
 
-def judged(gates: Gates, metrics: dict[str, Any]) -> list[Verdict]:
+def judged(gates: Thresholds, metrics: dict[str, Any]) -> list[Verdict]:
     """Checks every gate that is set.
 
     Without an earlier fact, forgetting passes. Success, generality or a capability that cannot be measured fails.
@@ -40,7 +40,9 @@ def judged(gates: Gates, metrics: dict[str, Any]) -> list[Verdict]:
         least = name.startswith("min_")
         passed = not least if value is None else (value >= bound if least else value <= bound)
         found.append(Verdict(f"--{name.replace('_', '-')}", bound, value, passed))
-    return [*found, *_capabilities(gates, metrics.get("capability") or [])]
+    if isinstance(gates, Gates):
+        found += _capabilities(gates, metrics.get("capability") or [])
+    return found
 
 
 def _capabilities(gates: Gates, changes: list[dict[str, Any]]) -> Iterator[Verdict]:
