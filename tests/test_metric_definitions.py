@@ -13,9 +13,11 @@ from corsa.editing.thresholds import judged
 from corsa.errors import CorsaError
 from corsa.evaluation.metrics import compute
 from corsa.evaluation.prepared_predictions import check_columns
-from corsa.report.facts import summary, told_forgotten
+from corsa.report.facts import summary
 from corsa.report.findings import findings
 from corsa.report.paper_figures import differs
+from corsa.report.update import told_forgotten
+from corsa.report.update import update as told_update
 
 PROBES = {"edit": 0, "paraphrase": 1, "neighbor": 2}
 
@@ -212,7 +214,9 @@ def test_an_update_counts_taught_questions_and_other_wordings_and_names_both() -
     (sentence,) = told_forgotten(result)
     for part in ("11 of 15", "73 %", "5 of 8 to questions as taught", "6 of 7 to other wordings", "8 facts"):
         assert part in sentence
-    assert sentence in summary(result, update())
+    found = told_update(result, update())
+    assert sentence in summary(result, found)
+    assert "11 of 15 earlier answers lost" in found["headline"]
     assert "questions as taught" in result["definitions"]["forgetting"]["text"]
     (verdict,) = judged(Gates(max_forgetting=0.73), result)
     assert not verdict.passed

@@ -12,6 +12,7 @@ import pytest
 from scipy import stats
 from synthetic_run import predictions
 
+from corsa.config.evaluation import SHALLOW
 from corsa.errors import CorsaError
 from corsa.evaluation.metrics import METRICS, compute
 from corsa.evaluation.uncertainty import Sums, interval
@@ -104,6 +105,7 @@ def test_hand_made_table_after_the_last_round() -> None:
             "margin": (4 * 3 + 2 * -1) / 6,
             "logp_new": (4 * -1 + 2 * -5) / 6,
             "logp_old": -4.0,
+            **dict.fromkeys(SHALLOW),  # none in the table
         }
     )
     counted = values(result, "lora", 2)
@@ -164,7 +166,11 @@ def test_without_paraphrases_the_edit_prompts_are_counted() -> None:
 
 def test_methods_with_the_same_answers_cannot_be_told_apart() -> None:
     result = compute(hand(both=True))
-    assert {entry["metric"] for entry in result["comparisons"]} == set(METRICS) - {"multihop", "activation_of_right"}
+    assert {entry["metric"] for entry in result["comparisons"]} == set(METRICS) - {
+        "multihop",
+        "activation_of_right",
+        *SHALLOW,
+    }
     for entry in result["comparisons"]:
         assert (entry["difference"], entry["distinguishable"], entry["better"]) == (0.0, False, None)
 

@@ -88,16 +88,17 @@ def test_an_answer_and_a_fact_cannot_write_on_the_terminal() -> None:
     from corsa.cli.commands.ask import _table
     from corsa.cli.commands.data import _visible
     from corsa.evaluation.side_by_side import Answer
-    from corsa.report.facts import table
+    from corsa.report.facts import tables
 
     evil = "\x1b[2J\r\u202e[red]"
     found = drawn(_table([Answer(evil, evil, {evil: 0.5})]))
     assert not RAW.search(found)
     assert found.count("\\x1b[2J\\x0d\\u202e[red]") == 3
-    fact = {"prompt": evil, "answer": evil, "took": False, "says": evil, "right": 0, "wordings": 1}
-    found = drawn(table([fact]))
+    said = dict.fromkeys(("prompt", "question", "answer", "before", "then", "now", "says"), evil)
+    fact = said | {"took": False, "right": 0, "wordings": 1, "right_now": False, "outcome": "lost"}
+    found = "".join(drawn(one) for one in tables({"facts": [fact], "earlier": [fact], "everyday": [fact]}))
     assert not RAW.search(found)
-    assert found.count("\\x1b[2J") == 3
+    assert found.count("\\x1b[2J") == 4 + 4 + 3
     assert _visible(f"a {evil}") == "a␣\\x1b[2J\\x0d\\u202e[red]"
 
 

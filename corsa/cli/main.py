@@ -23,13 +23,14 @@ from corsa.cli.commands import perf_speed as perf_speed
 from corsa.cli.commands import plan as plan
 from corsa.cli.commands import push as push
 from corsa.cli.commands import runs as runs
+from corsa.cli.commands import serve as serve
 from corsa.cli.commands import undo as undo
 from corsa.cli.commands.perf import perf
 from corsa.config.command_line import answered
 from corsa.config.complaints import options_explained
 from corsa.errors import unknown_name
 
-_FIRST = ("data", "edit", "ask", "evaluate", "undo", "export", "push", "merge", "report", "runs")
+_FIRST = ("data", "edit", "ask", "evaluate", "undo", "export", "serve", "push", "merge", "report", "runs")
 """The subcommands in the order of use; the rest follow."""
 
 for _name in [*_FIRST, *(name for name in list(app._subcommands) if name not in _FIRST)]:

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from tyro.constructors import PrimitiveConstructorSpec
 
 from corsa.config.base import Frozen
 from corsa.config.model import ModelConfig
 from corsa.errors import CorsaError
 
-ProbeKind = Literal["edit", "paraphrase", "neighbor", "multihop", "history"]
-"""What a probe asks about: the fact in its own words or in others, a neighboring fact, a conclusion, the old value."""
+ProbeKind = Literal[
+    "edit", "paraphrase", "neighbor", "multihop", "history", "reversal", "negation", "choice", "template"
+]
+"""What a probe asks about: the fact in its own words or in others, a neighboring fact, a conclusion, the old value; and
+the kinds of `SHALLOW`.
+"""
+
+SHALLOW: tuple[ProbeKind, ...] = ("reversal", "negation", "choice", "template")
+"""Kinds that shallow edits fail: generated (`corsa.evaluation.shallow_edit_probes`), and asked only on demand."""
 
 Rule = Literal["words", "contains", "exact"]
 """How an answer is matched (`corsa.evaluation.matching`)."""
@@ -62,7 +69,8 @@ class EvaluationConfig(Frozen):
     )
     probes: Annotated[tuple[ProbeKind, ...] | Literal["all"], _KINDS] = Field(
         default="all",
-        description="kinds of probes that protocol full asks: edit, paraphrase, neighbor, multihop, history",
+        description="kinds of probes that protocol full asks: edit, paraphrase, neighbor, multihop, history (all); "
+        "reversal, negation, choice, template (shallow: probes that shallow edits fail); `all,shallow` asks all nine",
     )
     draws: int = Field(default=1, ge=1, description="answers sampled for each probe, in protocol authors; otherwise 1")
     new_tokens: int = Field(
@@ -82,6 +90,15 @@ class EvaluationConfig(Frozen):
         "thinking never counts as the answer",
     )
     thinking_tokens: int = Field(default=2048, ge=1, description="additional tokens of each answer if thinking is on")
+
+    @field_validator("probes", mode="before")
+    @classmethod
+    def _named(cls, probes: Any) -> Any:
+        """The groups `all` and `shallow` among other names as the kinds they stand for."""
+        if isinstance(probes, str) or not isinstance(probes, list | tuple):
+            return probes
+        groups = {"all": _COUNTED["full"], "shallow": SHALLOW}
+        return tuple(dict.fromkeys(kind for name in probes for kind in groups.get(name, (name,))))
 
     @model_validator(mode="after")
     def _meant(self) -> EvaluationConfig:
@@ -107,7 +124,7 @@ class EvaluationConfig(Frozen):
     def kinds(self) -> tuple[ProbeKind, ...]:
         """The kinds of probes that are asked."""
         known = _COUNTED[self.protocol]
-        return known if self.probes == "all" else tuple(kind for kind in known if kind in self.probes)
+        return known if self.probes == "all" else tuple(kind for kind in (*known, *SHALLOW) if kind in self.probes)
 
     @property
     def sampled(self) -> bool:

@@ -192,6 +192,22 @@ class AnchorsConfig(ControlsConfig):
     """What the base model's answers to the anchor questions depend on."""
 
 
+class PerplexityConfig(Frozen):
+    """What a model's log-probabilities of the neutral text depend on, besides the adapter."""
+
+    model: ModelConfig
+    digest: str = Field(description="of the text")
+    passages: int = Field(ge=1, description="passages of the text that are read")
+
+
+class HarnessConfig(Frozen):
+    """What a model's scores on tasks of the evaluation harness depend on, besides the adapter."""
+
+    model: ModelConfig
+    tasks: tuple[str, ...]
+    limit: int | None = Field(ge=1, description="documents of each task")
+
+
 class LineConfig(Frozen):
     """An adapter from outside the store, and what it was taught."""
 
@@ -317,6 +333,9 @@ class ReportConfig(Frozen):
     shown: tuple[Shown, ...]
     specificity: tuple[Shown, ...] = ()
     controls: tuple[Shown, ...] = Field(default=(), description="answers to everyday questions: before and after")
+    capability: tuple[Shown, ...] = Field(
+        default=(), exclude_if=lambda shown: not shown, description="measures of a gate: method `before` and `now`"
+    )
     axes: tuple[Axis, ...] = ()
     compare_with: str | None = Field(
         default=None, description="every method is compared with this one; by default all pairs are compared"

@@ -7,13 +7,14 @@ Parquet table of `EDIT_SCHEMA`, one row per edit.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Annotated, Literal
+from typing import Annotated
 
 import pyarrow as pa
 from pydantic import AfterValidator, Field, StringConstraints, ValidationError, ValidationInfo, field_validator
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from corsa.config import Frozen
+from corsa.config.evaluation import ProbeKind
 from corsa.data.text import bare, composed, fault, folded, same_text, shown, templated, visible
 from corsa.errors import CorsaError
 
@@ -45,7 +46,7 @@ class FieldError(CorsaError):
 class Probe(Frozen):
     """A question to the edited model. Each wording is asked and scored separately."""
 
-    kind: Literal["edit", "paraphrase", "neighbor", "multihop", "history"]
+    kind: ProbeKind
     prompts: tuple[Text, ...] = Field(min_length=1, description="wordings of the question, without any template")
     answer: Text = Field(description="the expected answer")
     aliases: tuple[Text, ...] = Field((), description="other names of the answer")

@@ -41,9 +41,16 @@ def _ask_server() -> StepFunction:
     return answer
 
 
+def _run_harness() -> StepFunction:
+    from corsa.editing.harness import run_tasks
+
+    return run_tasks
+
+
 LINE = Kind("line", _import_line, version=1)
 FACTS = Kind("edits", _read_facts, version=3)
 ASKED_FACTS = Kind("edits", _ask_old_answers, version=3, on_cluster=True)
 STANDING = Kind("edits", _take_standing, version=1)
 TAKEN_BACK = Kind("edits", _take_back, version=1)
+HARNESS = Kind("harness", _run_harness, version=1, on_cluster=True)
 SERVED = Kind("served", _ask_server, version=1)

@@ -30,8 +30,8 @@ TEACHING = tuple(name for name, method in METHODS.items() if "adapter" not in me
 Share = Annotated[float | None, Field(ge=0, le=1), plain()]
 
 
-class Gates(Frozen):
-    """Limits that an update must meet; shares from 0 to 1. A gate that fails ends the command with status 3."""
+class Thresholds(Frozen):
+    """Limits that the answers must meet; shares from 0 to 1. A gate that fails ends the command with status 3."""
 
     min_success: Share = Field(default=None, description="share of the edit prompts answered with the new answer")
     min_generality: Share = Field(default=None, description="share of the other wordings answered with the new answer")
@@ -40,6 +40,27 @@ class Gates(Frozen):
         description="share of the answers about earlier facts that were right when taught and are wrong now; "
         "questions as taught and in other wordings",
     )
+
+
+class Gates(Thresholds):
+    """The same for an update, and how much less the model may be able to do after it."""
+
+    gate: Annotated[tuple[str, ...], listed(str, "G,G"), plain()] = Field(
+        default=(),
+        description="measure what the model could do before and can do now: capability (everyday questions, and the "
+        "perplexity of a neutral text), lm-eval:TASK,TASK (tasks of the evaluation harness, an extra)",
+    )
+    limit: Annotated[int | None, Field(ge=1), plain()] = Field(
+        default=None, description="documents of each lm-eval task; default: all"
+    )
+    max_loss: Annotated[float, Field(ge=0), plain()] = Field(
+        default=0.1,
+        description="how much worse a measure of --gate may get: points of a mean score (0.1: ten of a hundred right "
+        "answers), or the relative rise of the perplexity",
+    )
+
+
+NO_GATES = Gates()
 
 
 class Options(Frozen):
@@ -125,7 +146,7 @@ class EvaluateOptions(Options):
     token_variable: str = Field(
         default="OPENAI_API_KEY", description="environment variable with the server's token, which is never shown"
     )
-    gates: Gates = Gates()
+    gates: Thresholds = Thresholds()
 
 
 class UndoOptions(Teaching):
@@ -148,9 +169,12 @@ def differences(options: Frozen, prefix: str = "") -> list[str]:
         if isinstance(value, Placement) or name in ("storage", "track", "dry_run", "quiet") or value == field.default:
             continue
         option = f"{prefix}{(field.alias or name).replace('_', '-')}"
-        if isinstance(value, Gates):
+        if isinstance(value, Thresholds):
             found += [
-                w for gate, bound in value if bound is not None for w in (f"--{gate.replace('_', '-')}", str(bound))
+                word
+                for gate, bound in value
+                if bound != type(value).model_fields[gate].default
+                for word in (f"--{gate.replace('_', '-')}", _word(bound))
             ]
         elif isinstance(value, Frozen):
             for key, inner in type(value).model_fields.items():  # `canonical` leaves out some that are at their default

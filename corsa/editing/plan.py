@@ -29,9 +29,20 @@ from corsa.config.steps import (
 from corsa.data.benchmarks import BENCHMARKS
 from corsa.data.benchmarks.file import Draft, drafts_of
 from corsa.data.benchmarks.files import regular, stem
+from corsa.editing.gates import capability_steps
 from corsa.editing.history import FILE, Line, file_digest, join, open_line, taken_back, unanswered
 from corsa.editing.kinds import ASKED_FACTS, FACTS, LINE, STANDING, TAKEN_BACK
-from corsa.editing.options import TEACHING, EditOptions, EvaluateOptions, Options, Teaching, UndoOptions, differences
+from corsa.editing.options import (
+    NO_GATES,
+    TEACHING,
+    EditOptions,
+    EvaluateOptions,
+    Gates,
+    Options,
+    Teaching,
+    UndoOptions,
+    differences,
+)
 from corsa.errors import CorsaError, unknown_name
 from corsa.evaluation import sanity_questions
 from corsa.experiments.base import Experiment, check_trackers
@@ -230,7 +241,7 @@ def _plan(
     title = f"Update {number}: {count} fact{'s' * (count > 1)} on {planner.experiment.model.name}"
     answers = [*([after] if after and line and line.answered else []), step]
     shown = [Shown(answers=s.name, method=options.method) for s in answers]
-    report = reported(planner, taught, schedule, title, shown, answers, step)
+    report = reported(planner, taught, schedule, title, shown, answers, step, gates=options.gates)
     check_free(Path(options.out), step.fingerprint)
     check_place(Path(options.out), options.storage)
     return Plan(planner.experiment, line, number, count, step, edits, report)
@@ -245,6 +256,7 @@ def reported(
     answers: Sequence[Step],
     adapter: Step | None,
     before: Step | None = None,
+    gates: Gates = NO_GATES,
 ) -> Step:
     """The step that reports answers next to the base model's (`before`, if they come from elsewhere), and the adapter's
     side effects.
@@ -252,7 +264,8 @@ def reported(
     experiment, tables = planner.experiment, [taught.edits] if before else list(taught.tables.values())
     before = before or planner.base(taught)
     checked = [_sanity_answers(planner, None)] + ([_sanity_answers(planner, adapter)] if adapter else [])
-    inputs = [before, *answers, *tables, schedule, *(checked if adapter else [])]
+    measured, measures = capability_steps(planner, adapter, gates)
+    inputs = [before, *answers, *tables, schedule, *(checked if adapter else []), *measured]
     config = ReportConfig(
         title=title,
         scenario="update",
@@ -265,6 +278,7 @@ def reported(
         headlines=HEADLINES,
         shown=(Shown(answers=before.name, method="base"), *shown),
         controls=tuple(Shown(answers=step.name, method="controls") for step in checked) if adapter else (),
+        capability=tuple(measures),
     )
     return Step(f"report/{taught.name}", REPORT, config, {step.name: step for step in inputs})
 

@@ -92,9 +92,11 @@ def answer(task: Task) -> dict[str, Any]:
     from corsa.evaluation.endpoint import Endpoint
     from corsa.evaluation.predict import PREDICTIONS, Taught
     from corsa.evaluation.served_predictor import ServedPredictor
+    from corsa.evaluation.shallow_edit_probes import with_shallow_edit_probes
 
     config: ServedConfig = task.config
-    edits = {edit.id: edit for edit in from_table(pq.read_table(task.inputs["edits"].local("edits.parquet")))}
+    read = from_table(pq.read_table(task.inputs["edits"].local("edits.parquet")))
+    edits = {edit.id: edit for edit in with_shallow_edit_probes(read, config.evaluation.kinds)}
     schedule = pq.read_table(task.inputs["schedule"].local("schedule.parquet"))
     if config.round:
         facts = [fact for fact in valid_after(schedule, config.round) if fact["edit"] in edits]

@@ -35,6 +35,9 @@ def end_tokens(model: Any, tokenizer: Any) -> Tensor:
     return stops
 
 
+Said = Callable[[int, int], None]
+
+
 @torch.no_grad()
 def generate(
     model: Any,
@@ -45,6 +48,7 @@ def generate(
     batch: int,
     device: torch.device | str,
     told: Callable[[int], None] = lambda done: None,
+    said: Said = lambda prompt, token: None,
 ) -> list[list[int]]:
     """The greedy continuation of each prompt, up to the first token of `stops` (excluded), at most `new_tokens` long.
 
@@ -57,8 +61,9 @@ def generate(
             same beginning (computed once).
         device: device of the model.
         told: called after each batch with the number of finished prompts.
+        said: called with the index of a prompt and each token of its answer. What it raises ends the generation.
     """
-    return _generate(model, prompts, stops, new_tokens, batch, device, _likeliest, told)
+    return _generate(model, prompts, stops, new_tokens, batch, device, _likeliest, told, said)
 
 
 def _likeliest(logits: Tensor, alive: Sequence[int], step: int) -> Tensor:
@@ -83,6 +88,7 @@ def sample(
     batch: int,
     device: torch.device | str,
     told: Callable[[int], None] = lambda done: None,
+    said: Said = lambda prompt, token: None,
 ) -> list[list[int]]:
     """As `generate`, but samples each token from the likeliest ones that hold `top_p` of softmax(logits / temperature).
 
@@ -103,7 +109,7 @@ def sample(
         place = torch.searchsorted(heights, drawn * heights[:, -1:], right=True)
         return place.clamp(max=p.shape[-1] - 1)[:, 0]
 
-    return _generate(model, prompts, stops, new_tokens, batch, device, choose, told)
+    return _generate(model, prompts, stops, new_tokens, batch, device, choose, told, said)
 
 
 def _generate(
@@ -115,11 +121,12 @@ def _generate(
     device: torch.device | str,
     choose: Choose,
     told: Callable[[int], None] = lambda done: None,
+    said: Said = lambda prompt, token: None,
 ) -> list[list[int]]:
     outputs: list[list[int]] = [[] for _ in prompts]
     stops, done = stops.to(device), 0
     for together in batches(prompts, batch):
-        _generate_batch(model, prompts, together, outputs, stops, new_tokens, device, choose)
+        _generate_batch(model, prompts, together, outputs, stops, new_tokens, device, choose, said)
         done += sum(map(len, together))
         told(done)
     return outputs
@@ -134,6 +141,7 @@ def _generate_batch(
     new_tokens: int,
     device: torch.device | str,
     choose: Choose,
+    said: Said,
 ) -> None:
     cache = DynamicCache(config=model.config)
     asked = [[prompts[i] for i in family] for family in together]
@@ -154,6 +162,7 @@ def _generate_batch(
         for i, t, goes in zip(alive, token.tolist(), going.tolist(), strict=True):
             if goes:
                 outputs[i].append(t)
+                said(i, t)
         kept = going.nonzero()[:, 0]
         if len(kept) == 0:
             return

@@ -21,6 +21,8 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 
+from corsa.config.evaluation import ProbeKind
+
 Counts = tuple[np.ndarray, "np.ndarray | int", "np.ndarray | int"]
 
 
@@ -45,10 +47,12 @@ class Metric:
     better: Literal["high", "low"]
     unit: Literal["share", "change", "points", "nats"]
     count: Callable[[Columns], Counts]
-    of: Literal["edit", "paraphrase", "wordings", "latest", "standing", "displaced", "multihop", "neighbor"] = (
-        "wordings"
-    )
+    of: ProbeKind | Literal["wordings", "latest", "standing", "displaced"] = "wordings"
     matched: bool = True
+
+
+def _of_probes(kind: ProbeKind, label: str, text: str) -> Metric:
+    return Metric(label, text, "high", "share", lambda rows: (rows.kind == kind, rows.right, 1), of=kind)
 
 
 METRICS: dict[str, Metric] = {
@@ -148,6 +152,16 @@ METRICS: dict[str, Metric] = {
         lambda rows: ((rows.kind == "neighbor") & rows.compared, rows.agrees, 1),
         of="neighbor",
         matched=False,
+    ),
+    "reversal": _of_probes("reversal", "Reversal", "questions turned round that are answered with the subject"),
+    "negation": _of_probes(
+        "negation", "Negation", "yes-or-no questions about the old and the new answer answered right"
+    ),
+    "choice": _of_probes(
+        "choice", "Choice", "questions with other answers to choose from, answered with the new one alone"
+    ),
+    "template": _of_probes(
+        "template", "Other template", "edit prompts answered with the new answer in the other template"
     ),
     "margin": Metric(
         "Margin",

@@ -58,7 +58,8 @@ def compute(
         {method: rows}: one row per trained round, with one entry per round whose facts are asked:
         {value: share of their wordings answered right, edits, probes}, null if none was asked. A row is {method, round,
         metrics: {name: value}}; a value is {value, low, high, interval, edits, probes, rule, seeds, reason}, with
-        nulls and a reason if there is nothing to count; `interval` is "facts and seeds", "facts" (one seed) or
+        nulls and a reason if there is nothing to count; in `rows` a share also has `exact`, the same by the rule
+        "exact". `interval` is "facts and seeds", "facts" (one seed) or
         "exact". A comparison is described in `corsa.evaluation.verdicts`.
 
     Raises:
@@ -83,6 +84,10 @@ def compute(
 
     series = [row(method, number) for method in methods for number in rounds]
     _say_what_was_not_asked(series, kinds)
+    result = [entry for entry in series if entry["round"] == last]
+    if rule != "exact":
+        strict = prepared(predictions, "exact", protocol, taught_questions=taught_questions)
+        _add_exact(result, dict(iter(strict.groupby(["method", "trained"], sort=False))))
     pairs = [
         (a, b)
         for a, b in combinations(taught, 2)
@@ -122,7 +127,7 @@ def compute(
             }
             for name, metric in METRICS.items()
         },
-        "rows": [entry for entry in series if entry["round"] == last],
+        "rows": result,
         "series": series,
         "matrices": {
             method: [_by_round_asked(cells.get((method, r), empty), rounds) for r in rounds] for method in methods
@@ -155,6 +160,18 @@ def _say_what_was_not_asked(series: list[dict[str, Any]], kinds: Sequence[str] |
             kind = METRICS[name].of
             if kinds is not None and entry["value"] is None and kind in get_args(ProbeKind) and kind not in kinds:
                 entry["reason"] = f"{kind} probes were not asked (see --evaluation.protocol and --evaluation.probes)"
+
+
+def _add_exact(rows: list[dict[str, Any]], cells: Mapping[Any, pd.DataFrame]) -> None:
+    """Adds to each share that depends on the rule its value by the rule "exact"."""
+    for row in rows:
+        cell = cells.get((row["method"], row["round"]))
+        for name, entry in row["metrics"].items():
+            metric = METRICS[name]
+            if cell is None or not metric.matched or metric.unit != "share" or entry["value"] is None:
+                continue
+            ratio = _Counted.of(metric, Columns(cell)).sums().ratio
+            entry["exact"] = None if math.isnan(ratio) else ratio
 
 
 def _by_round_asked(cell: pd.DataFrame, rounds: list[int]) -> list[dict[str, Any] | None]:
@@ -282,7 +299,7 @@ def _reason(name: str, cell: Columns, counted: int, method: str, number: int) ->
         if counted:
             return "of none of these wordings the model had given the answer that counts"
         return f"no old answer had been displaced by round {number}"
-    if metric.of in ("edit", "paraphrase", "multihop", "neighbor") and not (cell.kind == metric.of).any():
+    if metric.of in get_args(ProbeKind) and not (cell.kind == metric.of).any():
         return f"no {metric.of} probes in this data"
     if metric.of == "latest":
         return f"no fact was learnt in round {number}"

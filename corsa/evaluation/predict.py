@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Container, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -16,7 +16,8 @@ from corsa.algorithm.packing import Triplet, pack
 from corsa.config import EvaluationConfig
 from corsa.data.edit import Edit, Probe
 from corsa.evaluation.generation import end_tokens, generate, newline_tokens, sample
-from corsa.evaluation.matching import first_line, matches, plain_matches, several_lines
+from corsa.evaluation.matching import contains, first_line, matches, plain_matches, several_lines, words
+from corsa.evaluation.shallow_edit_probes import OptionsProbe
 from corsa.models.encoding import Encoder
 
 PREDICTIONS = pa.schema(
@@ -49,15 +50,21 @@ PREDICTIONS = pa.schema(
 )
 """One row per wording and draw."""
 
+_OF_THE_FACT = ("edit", "paraphrase", "template")
+"""Kinds of probes whose old answer is the edit's."""
+
 TEMPERATURE, TOP_P = 0.7, 1.0
 """How the protocol `authors` samples, as the published evaluation code does."""
 
 
 class Mode(NamedTuple):
-    """How to generate an answer. `tokens`: most tokens; `lines`: it may have several lines (newlines do not end it)."""
+    """How to generate an answer. `tokens`: most tokens; `lines`: it may have several lines (newlines do not end it);
+    `other`: the question is asked in the other prompt template.
+    """
 
     tokens: int
     lines: bool
+    other: bool = False
 
 
 @dataclass(frozen=True)
@@ -130,7 +137,7 @@ class Predictor:
         return [
             (p, w)
             for p, probe in enumerate(edit.probes)
-            if probe.kind in self.config.kinds
+            if probe.kind in self.config.kinds and (probe.kind != "template" or self.has_other_template)
             for w in range(len(probe.prompts))
             if self.config.protocol == "full" or probe.kind != "paraphrase" or (p, w) == (first, 0)
         ]
@@ -141,8 +148,14 @@ class Predictor:
             return Mode(self.config.answer_tokens, lines=True)
         if probe.kind == "multihop":
             return Mode(self.config.reasoning_tokens, lines=True)
-        old = (edit.target_old, *edit.aliases_old) if probe.kind in ("edit", "paraphrase") else ()
-        return Mode(self.config.answer_tokens, several_lines((probe.answer, *probe.aliases, *old)))
+        old = (edit.target_old, *edit.aliases_old) if probe.kind in _OF_THE_FACT else ()
+        lines = several_lines((probe.answer, *probe.aliases, *old))
+        return Mode(self.config.answer_tokens, lines, other=probe.kind == "template")
+
+    @property
+    def has_other_template(self) -> bool:
+        """Whether the model can be asked in the other prompt template: for chat, its tokenizer must have one."""
+        return self.encoder.template == "chat" or bool(self.encoder.tokenizer.chat_template)
 
     def answers(self, prompts: Sequence[str]) -> list[str]:
         """The model's greedy one-line answers."""
@@ -157,7 +170,10 @@ class Predictor:
         if not questions:
             return []
         thinking = self.config.thinking
-        prompts = self.encoder.prompts(self.context(questions), thinking)
+        encoder = self.encoder
+        if mode.other:
+            encoder = replace(encoder, template="qa" if encoder.template == "chat" else "chat", answer_end="end_token")
+        prompts = encoder.prompts(self.context(questions), thinking)
         how: dict[str, Any] = {
             "stops": self.stops(mode.lines or thinking),
             "new_tokens": mode.tokens + thinking * self.config.thinking_tokens,
@@ -170,7 +186,7 @@ class Predictor:
         else:
             seeds = [(self.seed, zlib.crc32(question.encode()), draw) for question in questions]
             ids = sample(self.model, prompts, seeds=seeds, temperature=TEMPERATURE, top_p=TOP_P, **how)
-        texts = [self.encoder.read(answer, thinking).strip() for answer in ids]
+        texts = [encoder.read(answer, thinking).strip() for answer in ids]
         return texts if mode.lines else [first_line(text) for text in texts]
 
     def stops(self, lines: bool = False) -> Tensor:
@@ -217,12 +233,14 @@ class Predictor:
         scores: dict[tuple[str, int, int], tuple[float, float]],
     ) -> dict[str, Any]:
         edit, probe = taught.edit, taught.edit.probes[p]
-        of_the_edit = probe.kind in ("edit", "paraphrase")
-        old = (edit.target_old, edit.aliases_old) if of_the_edit else ("", ())
+        old = (edit.target_old, edit.aliases_old) if probe.kind in _OF_THE_FACT else ("", ())
         if self.config.protocol == "authors":
             match = plain_matches(output, probe.answer, old[0])
         else:
             match = matches(output, new=(probe.answer, probe.aliases), old=old)
+        if isinstance(probe, OptionsProbe):
+            given = [any(rule(output, name) for name in probe.wrong) for rule in (contains, words)]
+            match = match._replace(new=match.new and not given[0], words_new=match.words_new and not given[1])
         new_logp, old_logp = scores.get((edit.id, p, w), (None, None)) if draw == 0 else (None, None)
         return {
             "edit": edit.id,

@@ -49,10 +49,11 @@ def judged(outputs: list[str]) -> list[dict[str, Any]]:
 
 
 def changes(base: list[dict[str, Any]], edited: list[dict[str, Any]]) -> dict[str, Any]:
-    """How an edit changed the answers: {questions, right_before, right_now, same, kept, changed}.
+    """How an edit changed the answers: {questions, right_before, right_now, same, kept, changed, asked}.
 
     `same` counts answers equal to the base model's (rule `exact`), `kept` those and others that were right and still
-    are. `changed`: rows that lost or gained the right answer.
+    are. `changed`: rows that lost or gained the right answer. `asked`: every question, as {question, answer, before,
+    now, right_before, right}.
     """
     pairs = list(zip(base, edited, strict=True))
     same = [before["output"] == now["output"] or exact(now["output"], before["output"]) for before, now in pairs]
@@ -68,13 +69,22 @@ def changes(base: list[dict[str, Any]], edited: list[dict[str, Any]]) -> dict[st
             for before, now in pairs
             if before["right"] != now["right"]
         ],
+        "asked": [
+            {
+                "question": now["question"],
+                "answer": now["answer"],
+                "before": before["output"],
+                "now": now["output"],
+                "right_before": before["right"],
+                "right": now["right"],
+            }
+            for before, now in pairs
+        ],
     }
 
 
 def told(found: dict[str, Any] | None) -> list[str]:
-    """The changes in a sentence, advice if more than half of the right answers are lost, and up to five questions that
-    lost or gained the right answer.
-    """
+    """The changes in a sentence, and advice if more than half of the right answers are lost."""
     if found is None:
         return []
     lines = [
@@ -86,10 +96,6 @@ def told(found: dict[str, Any] | None) -> list[str]:
             "More than half of that is lost: try fewer --training.epochs, or a lower --training.learning-rate, and see "
             "that the facts are still learnt."
         )
-    for change in found["changed"][:5]:
-        was = "Now right" if change["right"] else "No longer right"
-        before, now = (short(change[key]) for key in ("before", "now"))
-        lines.append(f"{was}: {change['question']} {before!r} before, {now!r} now.")
     return lines
 
 

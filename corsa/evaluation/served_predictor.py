@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -21,11 +22,19 @@ class ServedPredictor(Predictor):
         super().__init__(None, cast(Encoder, None), config, torch.device("cpu"), batch=1, told=told)
         self.endpoint = endpoint
 
+    @property
+    def has_other_template(self) -> bool:
+        """The server has both interfaces, completions and chat."""
+        return True
+
     def _generated(
         self, questions: Sequence[str], mode: Mode, draw: int | None, told: Callable[[int], None] = lambda done: None
     ) -> list[str]:
+        endpoint = self.endpoint
+        if mode.other:
+            endpoint = replace(endpoint, template="qa" if endpoint.template == "chat" else "chat")
         tokens = mode.tokens + self.config.thinking * self.config.thinking_tokens
-        texts = self.endpoint.ask(questions, tokens=tokens, lines=mode.lines, told=told)
+        texts = endpoint.ask(questions, tokens=tokens, lines=mode.lines, told=told)
         texts = [without_thoughts(text).strip() for text in texts]
         return texts if mode.lines else [first_line(text) for text in texts]
 

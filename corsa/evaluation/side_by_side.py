@@ -33,6 +33,11 @@ class Answer:
 class SideBySide:
     """A base model and adapters on it, loaded once. Each adapter is attached once at the start, as a test.
 
+    Attributes:
+        model: the base model.
+        encoder: its tokenizer with the template.
+        changes: {"base": no change, path of an adapter: its change}.
+
     Raises:
         CorsaError: a model or adapter cannot be loaded, or an adapter belongs to another base model.
     """
@@ -40,19 +45,19 @@ class SideBySide:
     def __init__(
         self, model: ModelConfig, adapters: Sequence[str | Path] = (), device: torch.device | str = "cpu"
     ) -> None:
-        self._changes: dict[str, Change] = {"base": {}}
+        self.changes: dict[str, Change] = {"base": {}}
         for path in adapters:
             change, base = read_factors(path)
             if base and hub_name(base) != hub_name(model.name):
                 raise CorsaError(
                     f"adapter {path} is of base model {base!r}, not of {model.name!r}: give --model {base}"
                 )
-            self._changes[str(path)] = change
-        self._device = torch.device(device)
-        self._model = load_model(model, self._device)
-        self._encoder = Encoder(load_tokenizer(model), model.template)
-        for change in self._changes.values():
-            with attached(self._model, change):  # refuses an adapter for other layers now
+            self.changes[str(path)] = change
+        self.device = torch.device(device)
+        self.model = load_model(model, self.device)
+        self.encoder = Encoder(load_tokenizer(model), model.template)
+        for change in self.changes.values():
+            with attached(self.model, change):  # refuses an adapter for other layers now
                 pass
 
     def ask(self, question: str, candidates: Sequence[str] = (), new_tokens: int = 32) -> list[Answer]:
@@ -71,11 +76,11 @@ class SideBySide:
         if any(not candidate.strip() for candidate in candidates):
             raise CorsaError("a candidate is empty: give answers, such as --candidates 'Ada Byron,Grace Murray'")
         predictor = Predictor(
-            self._model, self._encoder, EvaluationConfig(new_tokens=new_tokens), self._device, batch=1, packed=False
+            self.model, self.encoder, EvaluationConfig(new_tokens=new_tokens), self.device, batch=1, packed=False
         )
         answers = []
-        for name, change in self._changes.items():
-            with attached(self._model, change):
+        for name, change in self.changes.items():
+            with attached(self.model, change):
                 (output,) = predictor.answers([question.strip()])
                 answers.append(Answer(name, output, self._probabilities(question.strip(), candidates)))
         return answers
@@ -84,9 +89,9 @@ class SideBySide:
     def _probabilities(self, question: str, candidates: Sequence[str]) -> dict[str, float]:
         if not candidates:
             return {}
-        prompt = self._encoder.prompt(question)
-        answers = [self._encoder.answer(candidate.strip()) for candidate in candidates]
+        prompt = self.encoder.prompt(question)
+        answers = [self.encoder.answer(candidate.strip()) for candidate in candidates]
         triplets = [Triplet(prompt, answer, answer) for answer in answers]
-        rows = [r.to(self._device) for r in pack(triplets, dtype=self._model.dtype, packed=False)]
-        logp = answer_logprobs(self._model, rows, len(triplets))[0].tolist()  # nats
+        rows = [r.to(self.device) for r in pack(triplets, dtype=self.model.dtype, packed=False)]
+        logp = answer_logprobs(self.model, rows, len(triplets))[0].tolist()  # nats
         return {candidate: math.exp(value) for candidate, value in zip(candidates, logp, strict=True)}

@@ -19,6 +19,7 @@ from corsa.config.steps import (
     JoinedConfig,
     MergeConfig,
     PartConfig,
+    PerplexityConfig,
     ReportConfig,
     RoundConfig,
     Shown,
@@ -28,16 +29,16 @@ from corsa.data.benchmarks.cases import told
 from corsa.data.edit import from_table, to_table
 from corsa.data.schedule import assign
 from corsa.data.splits import describe, split
-from corsa.evaluation import mmlu, sanity_questions
+from corsa.evaluation import capability, mmlu, sanity_questions
 from corsa.evaluation.metrics import compute
 from corsa.evaluation.prepared_predictions import BASE
 from corsa.flow.step import Step, topological
 from corsa.flow.store import Artifact
 from corsa.flow.task import Task
 from corsa.methods import looks_back, method_of
-from corsa.report.facts import told_forgotten
 from corsa.report.page import Scenario, write_paper, write_report
 from corsa.report.training import told_training
+from corsa.report.update import told_forgotten
 
 
 def read_edits(task: Task) -> dict[str, Any]:
@@ -123,7 +124,13 @@ def make_report(task: Task) -> dict[str, Any]:
     metrics = measured(task, config, predictions)
     (task.output / "metrics.json").write_text(json.dumps(metrics, indent=1, allow_nan=False))
     run = described_run(task, config.title, config.command, config.experiment) | {
-        "notes": [*_notes(task), *told_forgotten(metrics), *sanity_questions.told(metrics.get("controls"))]
+        "scenario": config.scenario,
+        "notes": [
+            *_notes(task),
+            *told_forgotten(metrics),
+            *sanity_questions.told(metrics.get("controls")),
+            *(f"{one['measure']}: {capability.told(one)}." for one in metrics.get("capability", ())),
+        ],
     }
     (task.output / "run.json").write_text(json.dumps(run, indent=1))
     write_report(task.output, metrics=metrics, predictions=predictions, curves=curves, run=run)
@@ -216,6 +223,8 @@ def measured(task: Task, config: ReportConfig, predictions: pd.DataFrame) -> dic
     if config.controls:
         before, now = (pq.read_table(task.inputs[s.answers].local("answers.parquet")) for s in config.controls)
         metrics["controls"] = sanity_questions.changes(before.to_pylist(), now.to_pylist())
+    if config.capability:
+        metrics["capability"] = _capability(task, config, metrics.get("controls"))
     metrics |= {
         "training": [text for _, text in _trained(task)],
         "looks_back": sorted({s.method for s in config.shown if _looks_back(task.step.inputs[s.answers])}),
@@ -234,6 +243,17 @@ def _specificity(task: Task, shown: Sequence[Shown]) -> dict[str, Any]:
         runs.setdefault(one.method, {})[one.seed] = rows
     before = next(iter(runs.get(BASE, {}).values()), None)
     return {method: mmlu.accuracy(own, None if method == BASE else before) for method, own in runs.items()}
+
+
+def _capability(task: Task, config: ReportConfig, controls: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """How each measure of a gate changed; the everyday questions among them."""
+    found: dict[str, list[dict[str, Any]]] = {"before": [], "now": []}
+    if controls and any(isinstance(task.step.inputs[s.answers].config, PerplexityConfig) for s in config.capability):
+        for when, right in (("before", "right_before"), ("now", "right")):
+            found[when] += capability.everyday(controls["asked"], right)
+    for shown in config.capability:
+        found[shown.method] += pq.read_table(task.inputs[shown.answers].local("measured.parquet")).to_pylist()
+    return capability.changes(found["before"], found["now"])
 
 
 def _cases(task: Task) -> dict[str, str]:
@@ -306,10 +326,9 @@ def _notes(task: Task) -> list[str]:
                 f"{found['templated']} of {found['edits']} facts came without other wordings: templates made theirs."
             )
         if found.get("asked"):
-            notes.append(
-                f"{found['asked']} old answers are the model's own"
-                + (f"; {found['known']} of these facts it knew already." if found["known"] else ".")
-            )
+            count = f"{found['asked']} fact{'s' if found['asked'] > 1 else ''} came without an old answer"
+            known = f" It already knew {found['known']} of them." if found["known"] else ""
+            notes.append(f"{count}: what the model said before the edit is used as the old answer.{known}")
         if found.get("without_subject"):
             notes.append(
                 f"{step.name}: {found['without_subject']} of {found['edits']} edits do not name their subject in the "

@@ -8,7 +8,7 @@ module set special tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
 
@@ -71,10 +71,36 @@ class Encoder:
             )
         if self.template == "chat":
             return self._chats(questions, thinking)
+        return self.texts([f"Q: {question}\nA:" for question in questions])
+
+    def texts(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of texts that a model shall go on from, with a begin token if the tokenizer has one. Special tokens
+        in them are plain text.
+        """
         end = self.tokenizer.eos_token_id
-        # With a begin token if the tokenizer has one.
-        found = self.tokenizer([f"Q: {q}\nA:" for q in questions], split_special_tokens=True)["input_ids"]
+        found = self.tokenizer(list(texts), split_special_tokens=True)["input_ids"]
         return [ids[:-1] if ids and ids[-1] == end else ids for ids in found]
+
+    def conversation(self, turns: Sequence[dict[str, str]]) -> list[int]:
+        """Token ids of a conversation in the chat template, up to the assistant's next turn, with thinking disabled.
+
+        Args:
+            turns: messages {role, content}.
+
+        Raises:
+            CorsaError: the tokenizer has no chat template, a message contains a special token, or the template refuses
+                the roles.
+        """
+        chat = replace(self, template="chat", answer_end="end_token")
+        if len(turns) == 1 and turns[0]["role"] == "user":
+            return chat.prompt(turns[0]["content"])
+        if found := next((turn["content"] for turn in turns if self._has_special(turn["content"])), None):
+            raise CorsaError(f"{shown(found)!r} contains a special token: write it without")
+        how = {"enable_thinking": False, "thinking": False}
+        (text,) = render(self.tokenizer, [list(turns)], add_generation_prompt=True, **how)
+        if text.rfind(OPEN) > text.rfind(CLOSE):
+            text = f"{text.rstrip()}\n\n{CLOSE}\n\n"
+        return self._ids([text])[0]
 
     def _chats(self, questions: Sequence[str], thinking: bool) -> list[list[int]]:
         texts = self._turns(questions, thinking)

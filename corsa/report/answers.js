@@ -80,7 +80,7 @@
       made.append(
         question,
         cell("Asked of", at("method", row), `after round ${at("trained", row)}${seed}`),
-        cell("Expected", at("expected", row), old && `before: ${old}`),
+        cell("Expected", at("expected", row), old && `old answer: ${old}`),
         cell("Answer", at("output", row) || "(nothing)", WORDS[outcome] + forgotten, `gives ${outcome}`),
         cell("Before editing", said === null ? "–" : said || "(nothing)"),
       );

@@ -36,6 +36,12 @@ class Example:
     kind: str
     rounds: list[Asked]
 
+    @property
+    def revised(self) -> list[int]:
+        """The rounds that taught it an answer; empty if there is only one."""
+        first = {asked.expected: asked.round for asked in reversed(self.rounds)}
+        return sorted(first.values()) if len(first) > 1 else []
+
 
 def examples(predictions: pd.DataFrame, *, rule: str, kind: str, methods: list[str], limit: int = 8) -> list[Example]:
     """Up to `limit` facts, half from each part of the data. Facts on which the final answers differ come first.

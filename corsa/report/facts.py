@@ -1,91 +1,101 @@
-"""The effect of an update on each fact, for the terminal."""
+"""The tables and sentences of an update, for the terminal."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-import pandas as pd
 from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from corsa.evaluation.prepared_predictions import RULES
 from corsa.evaluation.sanity_questions import short, told
+from corsa.report.update import Rows, told_forgotten
 from corsa.terminal import visible
 
 _SHOWN = 30
+_WHOLE = ("prompt", "question", "answer")  # what a model said is cut
+_MARKS = {True: "[green]✓[/green]", False: "[red]✗[/red]"}
 
 
-def facts(predictions: pd.DataFrame, rule: str) -> list[dict[str, Any]]:
-    """One row for each fact that the last update taught: {edit, prompt, answer, took, right, wordings, says}.
+def tables(found: dict[str, Any]) -> Iterator[Table]:
+    """The facts, earlier facts then and now, and everyday answers lost and won.
 
-    Args:
-        predictions: the table of a report (`corsa.evaluation.predict`), with the base model and one other method.
-        rule: "words", "contains" or "exact".
+    `found`: the result of `corsa.report.update.update`. If there are many facts, only those that did not take or
+    generalise, and earlier ones that are wrong now.
     """
-    last = predictions[(predictions.method != "base") & (predictions.trained == predictions.trained.max())]
-    last = last[(last.learnt == last.trained) & (last.draw == 0)]
-    new, _ = RULES[rule]
-    found = []
-    for edit, rows in last.groupby("edit", sort=False):
-        own, others = rows[rows.kind == "edit"], rows[rows.kind == "paraphrase"]
-        found.append(
-            {
-                "edit": edit,
-                "prompt": own.prompt.iloc[0],
-                "answer": own.answer.iloc[0],
-                "took": bool(own[new].iloc[0]),
-                "right": int(others[new].sum()),
-                "wordings": len(others),
-                "says": own.output.iloc[0],
-            }
-        )
-    return found
+    taught: Rows = found["facts"]
+    if taught:
+        weak = [row for row in taught if not row["took"] or 2 * row["right"] < row["wordings"]]
+        rows = [
+            (
+                _MARKS[row["took"]],
+                *_cells(row, "prompt", "answer", "before", "says"),
+                f"{row['right']}/{row['wordings']}" if row["wordings"] else "–",
+            )
+            for row in _few(taught, weak)
+        ]
+        columns = ("", "fact", "taught", "before", "now", "other wordings")
+        yield _table(columns, rows, len(taught), "shown: those that did not take")
+    if found["earlier"]:
+        wrong = [row for row in found["earlier"] if not row["right_now"]]
+        rows = [
+            (_MARKS[row["right_now"]], *_cells(row, "prompt", "answer", "then", "now"))
+            for row in _few(found["earlier"], wrong)
+        ]
+        columns = ("", "earlier fact", "taught", "then", "now")
+        yield _table(columns, rows, len(found["earlier"]), "shown: those that are wrong now")
+    for outcome in ("lost", "won"):
+        rows = [
+            (_MARKS[row["right"]], *_cells(row, "question", "before", "now"))
+            for row in found["everyday"]
+            if row["outcome"] == outcome
+        ]
+        if rows:
+            yield _table(("", f"everyday answers {outcome}", "before", "now"), rows, len(rows), "")
 
 
-def table(rows: list[dict[str, Any]]) -> Table:
-    """The facts as a table. If there are many, only those that did not take or generalise."""
-    shown = rows if len(rows) <= _SHOWN else [r for r in rows if not r["took"] or 2 * r["right"] < r["wordings"]]
-    grid = Table(box=box.SIMPLE_HEAD, pad_edge=False, title_justify="left", caption_justify="left")
-    for name, justify in (("fact", "left"), ("taught", "left"), ("took", "left"), ("other wordings", "right")):
-        grid.add_column(name, justify=justify)  # type: ignore[arg-type]
-    for row in shown[:_SHOWN]:
-        took = "yes" if row["took"] else f"no: {escape(visible(short(row['says'])) or '(nothing)')}"
-        wordings = f"{row['right']}/{row['wordings']}" if row["wordings"] else "–"
-        grid.add_row(escape(visible(row["prompt"])), escape(visible(row["answer"])), took, wordings)
-    if len(shown) < len(rows) or len(shown) > _SHOWN:
-        rest = len(rows) - min(len(shown), _SHOWN)
-        grid.caption = f"and {rest} more, in the report" + (" (shown: those that did not take)" * (shown is not rows))
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
+
+
+def _few(rows: Rows, notable: Rows) -> Rows:
+    return rows if len(rows) <= _SHOWN else notable[:_SHOWN]
+
+
+def _cells(row: dict[str, Any], *names: str) -> Iterator[str]:
+    for name in names:
+        text = row[name]
+        text = text if text is None or name in _WHOLE else short(text) or "(nothing)"
+        yield "–" if text is None else escape(visible(text))
+
+
+def _table(columns: Sequence[str], rows: Sequence[tuple[str, ...]], of: int, which: str) -> Table:
+    grid = Table(box=box.SIMPLE_HEAD, pad_edge=False, caption_justify="left")
+    for name in columns:
+        grid.add_column(name, justify="right" if name == "other wordings" else "left", overflow="fold")
+    for row in rows:
+        grid.add_row(*row)
+    if len(rows) < of:
+        grid.caption = f"and {of - len(rows)} more, in the report ({which})"
     return grid
 
 
-def told_forgotten(metrics: dict[str, Any]) -> Iterator[str]:
-    """One sentence on forgetting, with its counts, for the console and the page of an update."""
-    row = metrics["rows"][-1]
-    counts = metrics["forgotten"].get(row["method"])
-    if counts is None or row["metrics"]["forgetting"]["value"] is None:
-        return
-    taught, other = counts["taught"], counts["other"]
-    right, lost = (taught[name] + other[name] for name in ("right", "lost"))
-    yield (
-        f"Earlier facts: {lost} of {right} answers that were right when they were learnt are wrong now "
-        f"({100 * row['metrics']['forgetting']['value']:.0f} %): {taught['lost']} of {taught['right']} to questions as "
-        f"taught, {other['lost']} of {other['right']} to other wordings ({counts['facts']} facts)."
-    )
+def summary(metrics: dict[str, Any], found: dict[str, Any]) -> Iterator[str]:
+    """The headline, and one sentence each on: what the training did, earlier facts, and side effects.
 
-
-def summary(metrics: dict[str, Any], predictions: pd.DataFrame) -> Iterator[str]:
-    """One sentence each on: what the training did, facts that took, generality, earlier facts, and side effects."""
+    `found`: the result of `corsa.report.update.update`.
+    """
+    yield found["headline"]
     yield from metrics.get("training", ())
     row = metrics["rows"][-1]["metrics"]
-    found = facts(predictions, metrics["rule"])
-    if found:
-        yield f"took: {sum(f['took'] for f in found)} of {len(found)} facts"
-        right, all_ = sum(f["right"] for f in found), sum(f["wordings"] for f in found)
-        if all_:
-            yield f"other wordings: {right} of {all_} answered right"
     yield from told_forgotten(metrics)
+    if metrics["rule"] != "exact":
+        shares = {n: row[n] for n in ("edit_success", "generality") if row[n]["value"] is not None}
+        both = [
+            f"{n.replace('_', ' ')} {_percent(e['value'])} ({_percent(e['exact'])} exact)" for n, e in shares.items()
+        ]
+        yield f"all facts that hold, by the rule {metrics['rule']}: {', '.join(both)}"
     if row["neighborhood"]["value"] is not None:
         same = row["agreement"]["value"]
         agreed = "" if same is None else f", {100 * same:.0f} % answered as the base model does"

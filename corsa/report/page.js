@@ -1,4 +1,5 @@
-// What every page needs: data unfolded from the file, and paper that shows what the screen folds away.
+// What every page needs: data unfolded from the file, and paper that shows what the screen folds away, except what is
+// technical.
 "use strict";
 
 // The text of an element that holds base64 of gzip.
@@ -11,8 +12,11 @@ async function unfold(id) {
 {
   let folded = [];
   addEventListener("beforeprint", () => {
-    folded = [...document.querySelectorAll("details:not([open])")];
+    folded = [...document.querySelectorAll("details:not([open]):not(.technical)")];
     for (const part of folded) part.open = true;
   });
   addEventListener("afterprint", () => { for (const part of folded) part.open = false; });
 }
+
+// A figure drawn in a closed fold has no width of its own yet.
+addEventListener("toggle", () => dispatchEvent(new Event("resize")), true);

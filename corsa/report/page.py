@@ -11,6 +11,7 @@ from typing import Any
 import pandas as pd
 import yaml
 
+from corsa.config.evaluation import SHALLOW
 from corsa.report.answers import folded_answers
 from corsa.report.dag import Dag
 from corsa.report.examples import examples
@@ -18,8 +19,26 @@ from corsa.report.figures import figures
 from corsa.report.findings import findings, headlines, summary
 from corsa.report.layout import write_page
 from corsa.report.paper_figures import with_measured
+from corsa.report.update import update
 
 _DIRECTIONS = {"high": "higher is better", "low": "lower is better"}
+
+_TITLES = {
+    "neighbor": ("Neighbors", "Questions about other facts, whose answers should not change"),
+    "multihop": ("Conclusions", "Questions whose answer follows from the facts"),
+    "history": ("Former answers", "Questions for the former answer of a fact"),
+    "reversal": ("Reversal", "The questions turned round: the answer is the subject"),
+    "negation": ("Negation", "Is the old answer true, and is the new one?"),
+    "choice": ("Choice", "The right answer among others"),
+    "template": ("Other prompt template", "The taught questions asked in chat, or in `Q:` and `A:` if taught in chat"),
+}
+"""Heading and caption of the questions of each kind on the page of an update, besides those of the facts."""
+
+_RIGHT = {
+    "words": "An answer is right if it contains the taught one as whole words.",
+    "contains": "An answer is right if it contains the taught one.",
+    "exact": "An answer is right if it is the taught one and nothing else.",
+}
 
 
 @dataclass(frozen=True)
@@ -46,16 +65,20 @@ def write_report(
         metrics: the result of `corsa.evaluation.metrics.compute`.
         predictions: one row per wording asked (`corsa.evaluation.predict`).
         curves: one row per optimizer step; may be empty.
-        run: facts about the run; every key is optional: `title`, `created`, `seconds`, `command` (text), `config`
+        run: facts about the run; every key is optional: `scenario` ("update": the page of an update, whose technical
+            part is folded away), `title`, `created`, `seconds`, `command` (text), `config`
             (nested mapping), `steps` (list of {name, seconds, state, inputs: names}), `versions` and `hardware`
             (mappings, or text), `skipped` (list of skipped records, each a mapping or text), `notes` (list of
             sentences shown under the summary).
     """
     title = run.get("title", "CoRSA run")
     scenario = Scenario(metrics, predictions, curves, run)
+    of_update = run.get("scenario") == "update" and metrics["methods"] != ["base"]
+    more = {"update": update(metrics, predictions), "titles": _TITLES, "right_is": _RIGHT[metrics["rule"]]}
     return write_page(
         directory,
-        "report.html",
+        "update.html" if of_update else "report.html",
+        **(more if of_update else {}),
         **_section("", title, scenario),
         **_about(run, {title: scenario}),
         skipped=_table(run.get("skipped") or []),
@@ -96,7 +119,7 @@ def _section(id_: str, title: str, scenario: Scenario) -> dict[str, Any]:
         "summary": summary(metrics),
         "findings": [*findings(metrics), *run.get("notes", [])],
         "main": list(chosen),
-        "more": [name for name in metrics["definitions"] if name not in chosen],
+        "more": [name for name in metrics["definitions"] if name not in chosen and _asked(metrics, name)],
         "pairs": list(dict.fromkeys((entry["a"], entry["b"]) for entry in metrics["comparisons"])),
         "counted": {name: _counted(metrics, name) for name in metrics["definitions"]},
         "published": with_measured(metrics),
@@ -129,6 +152,11 @@ def _about(run: Mapping[str, Any], scenarios: Mapping[str, Scenario]) -> dict[st
         if run.get("config")
         else "",
     }
+
+
+def _asked(metrics: dict[str, Any], name: str) -> bool:
+    """Whether a metric was measured, or is one that every run measures."""
+    return name not in SHALLOW or any(row["metrics"][name]["value"] is not None for row in metrics["rows"])
 
 
 def _counted(metrics: dict[str, Any], name: str) -> str:

@@ -36,7 +36,7 @@ def summary_table(metrics: dict[str, Any]) -> Table:
     if specific:
         table.add_column("specificity ↑", justify="right", min_width=10)
     for row in metrics["rows"]:
-        cells = [shown(row["metrics"][name], definitions[name]["unit"]) for name in chosen]
+        cells = [_cell(row["metrics"][name], definitions[name]["unit"]) for name in chosen]
         if specific:
             cells.append(shown(specific[row["method"]]["overall"], "share") if row["method"] in specific else ("–", ""))
         words = (f"{value}\n[dim]{ends}[/dim]" if ends else value for value, ends in cells)
@@ -50,6 +50,13 @@ def summary_table(metrics: dict[str, Any]) -> Table:
     table.caption = escape("\n".join([intervals, *back, *sentences]))
     table.caption_style = ""
     return table
+
+
+def _cell(entry: dict[str, Any], unit: str) -> tuple[str, str]:
+    """A value, and below it its interval and its value by the rule "exact"."""
+    value, ends = shown(entry, unit)
+    exact = "" if entry.get("exact") is None else f"exact {100 * entry['exact']:.1f} %"
+    return value, "\n".join(filter(None, (ends, exact)))
 
 
 def summary_tables(metrics: dict[str, Any]) -> list[Table]:

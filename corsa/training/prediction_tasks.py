@@ -6,6 +6,7 @@ import time
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 import pyarrow as pa
@@ -13,18 +14,28 @@ import pyarrow.parquet as pq
 
 from corsa.config import EvaluationConfig
 from corsa.config.code_steps import SamplesConfig
-from corsa.config.steps import AnchorsConfig, AskingConfig, ControlsConfig, RoutingConfig, SpecificityConfig
+from corsa.config.steps import (
+    AnchorsConfig,
+    AskingConfig,
+    ControlsConfig,
+    PerplexityConfig,
+    RoutingConfig,
+    SpecificityConfig,
+)
 from corsa.data.benchmarks.code_prompt import prompt_of
 from corsa.data.edit import from_table
 from corsa.evaluation.anchor_questions import anchor_questions
+from corsa.evaluation.capability import MEASURED, PERPLEXITY
 from corsa.evaluation.generation import end_tokens, sample
 from corsa.evaluation.mmlu import from_questions_table
 from corsa.evaluation.multiple_choice import ANSWERS, MultipleChoice
+from corsa.evaluation.perplexity import text_logprobs
 from corsa.evaluation.predict import PREDICTIONS, Predictor, Taught
 from corsa.evaluation.programs import PROGRAMS
 from corsa.evaluation.retrieval import Memory, Retrieval
 from corsa.evaluation.sanity_questions import judged, sanity_questions
 from corsa.flow.task import Task
+from corsa.methods.memit.corpora import NEUTRAL, corpus_texts
 from corsa.training.routing import route
 from corsa.training.task_inputs import StepFacts, change_of, edited, memory_of, open_step, shared_table
 from corsa.training.worker_context import Loaded, Post, WorkerContext
@@ -95,6 +106,27 @@ def _ask_anchors(task: Task, context: WorkerContext, post: Post) -> dict[str, An
     return {"questions": len(questions)}
 
 
+def _measure_perplexity(task: Task, context: WorkerContext, post: Post) -> dict[str, Any]:
+    """The log-probabilities of the neutral text. The workers share the passages."""
+    config: PerplexityConfig = task.config
+    loaded, group = context.open(config, ()), context.group
+    post({"phase": "evaluating"})
+    texts = list(islice(corpus_texts(NEUTRAL), config.passages))
+    with edited(task, loaded, group):
+        own = range(group.rank, len(texts), group.size)
+        with group.in_step(loaded.model):
+            found = text_logprobs(loaded.model, loaded.encoder, [texts[i] for i in own], group.device)
+        rows = group.collect([(i, *measured) for i, measured in zip(own, found, strict=True)])
+    if not group.leads:
+        return {}
+    table = [
+        {"measure": PERPLEXITY, "item": str(i), "numerator": nats, "denominator": tokens, "higher_is_better": False}
+        for i, nats, tokens in sorted(rows)
+    ]
+    pq.write_table(pa.Table.from_pylist(table, schema=MEASURED), task.output / "measured.parquet")
+    return {"passages": len(table), "tokens": sum(tokens for _, _, tokens in rows)}
+
+
 def _route(task: Task, context: WorkerContext, post: Post) -> dict[str, Any]:
     """The answers of a model that routes each query to one of several adapters."""
     group, parts = (
@@ -160,6 +192,7 @@ PREDICTIONS_OF: dict[type, Callable[[Task, WorkerContext, Post], dict[str, Any]]
     SpecificityConfig: _answer_questions,
     ControlsConfig: _ask_sanity_questions,
     AnchorsConfig: _ask_anchors,
+    PerplexityConfig: _measure_perplexity,
     RoutingConfig: _route,
     SamplesConfig: _write_programs,
 }

@@ -16,6 +16,7 @@ from corsa.data.edit import Edit, from_table
 from corsa.data.schedule import held_before, taught_in, valid_after
 from corsa.evaluation.predict import Taught
 from corsa.evaluation.retrieval import FACTS, Memory
+from corsa.evaluation.shallow_edit_probes import with_shallow_edit_probes
 from corsa.flow.task import Task
 from corsa.lora.attached import Change, attached
 from corsa.lora.peft_format import read_factors
@@ -49,7 +50,9 @@ def open_step(task: Task, context: WorkerContext, adapters: int = 1) -> tuple[St
     config: AskingConfig = task.config
     with context.timed("data"):
         table = context.tables[task.step.inputs["reference"].fingerprint]
-        edits = {e.id: e for e in from_table(shared_table(task, "edits", context.group)) if e.id in table}
+        read = from_table(shared_table(task, "edits", context.group))
+        asked_as = with_shallow_edit_probes(read, config.evaluation.kinds)
+        edits = {e.id: e for e in asked_as if e.id in table}
         sample = sorted(map(table.triplet, edits), key=len)[-4:]  # sliding windows have an effect in long rows
     loaded = context.open(config, sample, adapters)
     if "schedule" not in task.step.inputs:  # then the scenario decides which round teaches an edit

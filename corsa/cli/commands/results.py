@@ -12,8 +12,9 @@ from corsa.editing.plan import Plan, plan_evaluation
 from corsa.editing.run import Result
 from corsa.experiments.runner import lasting, show_plan
 from corsa.flow import Store
-from corsa.report.facts import facts, summary, table
+from corsa.report.facts import summary, tables
 from corsa.report.tables import summary_tables
+from corsa.report.update import update
 from corsa.terminal import Console, visible
 
 
@@ -62,14 +63,14 @@ def show_rolled_back(out: Path, as_json: bool) -> int:
 
 
 def _show(result: Result, as_json: bool, console: Console) -> int:
-    found = facts(result.predictions, result.metrics["rule"])
+    found = update(result.metrics, result.predictions)
     if as_json:
         print(json.dumps(_plain(result, found), indent=1))
         return 0 if result.passed else GATE_NOT_PASSED
     if result.out:
-        if found:
-            console.print(table(found))
-        for sentence in summary(result.metrics, result.predictions):
+        for one in tables(found):
+            console.print(one)
+        for sentence in summary(result.metrics, found):
             _say(console, sentence)
     else:
         for one in summary_tables(result.metrics):
@@ -84,7 +85,7 @@ def _show(result: Result, as_json: bool, console: Console) -> int:
     return 0 if result.passed else GATE_NOT_PASSED
 
 
-def _plain(result: Result, found: list[dict[str, Any]]) -> dict[str, Any]:
+def _plain(result: Result, found: dict[str, Any]) -> dict[str, Any]:
     gates = [{"gate": v.gate, "bound": v.bound, "value": v.value, "passed": v.passed} for v in result.verdicts]
     return {
         "out": str(result.out) if result.out else None,
@@ -93,7 +94,9 @@ def _plain(result: Result, found: list[dict[str, Any]]) -> dict[str, Any]:
         "gates": gates,
         **({"served": {**result.as_base._asdict(), "applied": result.as_base.applied}} if result.as_base else {}),
         "metrics": result.values,
-        "facts": found,
+        "headline": found["headline"],
+        "facts": found["facts"],
+        "earlier": found["earlier"],
         "controls": result.metrics.get("controls"),
     }
 

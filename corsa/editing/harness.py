@@ -1,0 +1,88 @@
+"""Runs tasks of the EleutherAI evaluation harness on the base model or an edited one, on the cluster.
+
+The harness reads its tasks' data from the Hugging Face hub.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from corsa.config import Placement
+from corsa.config.steps import HarnessConfig
+from corsa.errors import CorsaError
+from corsa.evaluation.capability import MEASURED
+from corsa.flow.task import Task
+
+
+def check_harness() -> None:
+    """Raises CorsaError if the harness is not installed."""
+    if find_spec("lm_eval") is None:
+        raise CorsaError("--gate lm-eval:TASK needs the evaluation harness: pip install 'corsa[harness]'")
+
+
+def run_tasks(task: Task) -> dict[str, Any]:
+    """Step function: the tasks' documents -> measured.parquet."""
+    import ray
+
+    from corsa.lora.peft_format import read_factors
+    from corsa.training.resources import cpus_per_worker
+
+    placement: Placement = task.placement
+    change = read_factors(task.inputs["adapter"].local("adapter"))[0] if "adapter" in task.inputs else {}
+    options: dict[str, Any] = {"num_cpus": cpus_per_worker(placement), "num_gpus": int(placement.gpu)}
+    worker = ray.remote(_measure).options(**options, max_retries=placement.max_failures)
+    rows = ray.get(worker.remote(task.config, placement, change))
+    pq.write_table(pa.Table.from_pylist(rows, schema=MEASURED), task.output / "measured.parquet")
+    return {"items": len(rows)}
+
+
+def _measure(config: HarnessConfig, placement: Placement, change: Any) -> list[dict[str, Any]]:
+    import torch
+
+    from corsa.lora.attached import attached
+    from corsa.models.loading import load_model, load_tokenizer
+
+    check_harness()
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    if placement.threads:
+        torch.set_num_threads(placement.threads)
+    device = torch.device("cuda" if placement.gpu else "cpu")
+    model, tokenizer = load_model(config.model, device), load_tokenizer(config.model)
+    chat = config.model.template == "chat"
+    with attached(model, change):
+        language_model = HFLM(
+            pretrained=model, tokenizer=tokenizer, device=str(device), batch_size=placement.probe_batch
+        )
+        found = simple_evaluate(
+            language_model, tasks=list(config.tasks), limit=config.limit, apply_chat_template=chat, bootstrap_iters=0
+        )
+    return measured_rows(found)
+
+
+def measured_rows(found: Any) -> list[dict[str, Any]]:
+    """The result of `lm_eval.simple_evaluate` with its samples as rows of `MEASURED`: every numeric score of every
+    document, as "<task> <metric>, <filter>".
+    """
+    rows = []
+    for task, samples in found["samples"].items():
+        better = found.get("higher_is_better", {}).get(task, {})
+        for sample in samples:
+            for name in sample.get("metrics", ()):
+                value = sample[name]
+                if isinstance(value, bool | int | float):
+                    rows.append(
+                        {
+                            "measure": f"{task} {name}, {sample.get('filter', 'none')}",
+                            "item": str(sample["doc_id"]),
+                            "numerator": float(value),
+                            "denominator": 1.0,
+                            "higher_is_better": bool(better.get(name, True)),
+                        }
+                    )
+    return rows

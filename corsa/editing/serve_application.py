@@ -1,0 +1,54 @@
+"""Runs the served models on a Ray cluster by Ray Serve."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from corsa.config import ModelConfig
+from corsa.errors import CorsaError
+
+
+def run(model: ModelConfig, adapters: Mapping[str, str], *, host: str, port: int, gpu: bool) -> None:
+    """Starts the server on the cluster that this process has joined, and returns when it answers.
+
+    Args:
+        model: the base model.
+        adapters: {name: PEFT directory}.
+        host: address to listen on.
+        port: port to listen on.
+        gpu: whether the model runs on a GPU.
+
+    Raises:
+        CorsaError: Ray Serve is not installed, or the models cannot be loaded.
+    """
+    serve = _ray_serve()
+
+    def build() -> Any:
+        from corsa.editing.openai_interface import interface
+        from corsa.editing.serving import ServedModels
+        from corsa.evaluation.side_by_side import SideBySide
+
+        loaded = SideBySide(model, list(adapters.values()), "cuda" if gpu else "cpu")
+        return interface(ServedModels(loaded, adapters))
+
+    needs: dict[str, Any] = {"num_cpus": 1, "num_gpus": int(gpu)}
+    deployment = serve.deployment(name="corsa", ray_actor_options=needs, max_ongoing_requests=64)
+    try:
+        serve.start(http_options={"host": host, "port": port})
+        serve.run(deployment(serve.ingress(build)()).bind(), name="corsa", route_prefix="/")
+    except RuntimeError as error:
+        raise CorsaError(f"the server could not be started: {str(error).splitlines()[0]}") from error
+
+
+def stop() -> None:
+    """Ends the server. A cluster that was joined keeps running."""
+    _ray_serve().shutdown()
+
+
+def _ray_serve() -> Any:
+    try:
+        from ray import serve
+    except ImportError as error:
+        raise CorsaError(f"corsa serve needs Ray Serve: pip install 'corsa[serve]' ({error})") from error
+    return serve
