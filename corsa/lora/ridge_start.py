@@ -35,7 +35,7 @@ def read_little(model: Any, lora: Lora, rows: Sequence[Sequence[int]], ridge: fl
     for i, row in enumerate(rows):
         ids[i, : len(row)] = torch.tensor(row)
     lengths = torch.tensor([len(row) for row in rows])
-    chosen = (torch.arange(width) < lengths[:, None]).to(model.device)
+    chosen = (torch.arange(width) < lengths[:, None]).to(lora.phi.device)
     last: list[Any] = [None, None]  # q, k and v read one tensor, and so do gate and up
 
     def hook(a: Tensor) -> Any:
@@ -52,7 +52,7 @@ def read_little(model: Any, lora: Lora, rows: Sequence[Sequence[int]], ridge: fl
     ]
     try:
         with lora.off():
-            model(input_ids=ids.to(model.device), use_cache=False, logits_to_keep=1)
+            model(input_ids=ids.to(lora.phi.device), use_cache=False, logits_to_keep=1)
     finally:
         for handle in handles:
             handle.remove()
