@@ -248,12 +248,12 @@ def test_answers_of_an_earlier_version_are_refused_before_anything_runs(tmp_path
 def test_by_default_an_update_looks_back_keeps_everyday_answers_and_stops_when_it_is_enough(tmp_path: Path) -> None:
     plan = plan_edit(options(tmp_path))
     training = plan.round.config.canonical()["training"]
-    assert {name: training[name] for name in ("replay", "anchor", "stop_above")} == {
-        "replay": 0.33,
-        "anchor": 0.33,
+    assert {name: training[name] for name in ("replay", "ridge", "stop_above")} == {
+        "replay": 0.5,
+        "ridge": 0.01,
         "stop_above": 0.5,
     }
-    assert plan.experiment.training.own == 4  # of a batch of 12
+    assert plan.experiment.training.own == 4  # of a batch of 8
     assert plan.round.inputs["anchors"].name == "base/anchors"
 
 
@@ -268,7 +268,7 @@ def test_the_next_update_depends_on_the_earlier_facts_that_it_looks_back_at(tmp_
 
 
 def test_a_command_that_switches_a_default_off_says_so(tmp_path: Path) -> None:
-    off = TrainingConfig(batch=12, epochs=15, learning_rate=5e-4, anchor=0.33)
+    off = TrainingConfig(batch=8, epochs=15, learning_rate=5e-4, ridge=0.01)
     words = differences(options(tmp_path, training=off), "")
     at = words.index("--training.stop-above")
     assert words[at : at + 4] == ["--training.stop-above", "None", "--training.replay", "0.0"]

@@ -59,6 +59,13 @@ class TrainingConfig(Frozen):
         description="share of a batch that is drawn from everyday questions, taught with the base model's own answers, "
         "at least one; 0 asks none",
     )
+    ridge: float | None = Field(
+        default=None,
+        ge=1e-3,
+        exclude_if=lambda ridge: ridge is None,
+        description="a new adapter draws LoRA's A so that it reads little of what everyday questions put into a layer, "
+        "and B alone is trained: the smaller, the less A reads; default: A as usual, trained",
+    )
 
     @model_validator(mode="after")
     def _has_room(self) -> TrainingConfig:
@@ -94,8 +101,8 @@ def published_training(training: TrainingConfig) -> TrainingConfig:
     return training.model_copy(update={"first_rate": "zero", "answer_end": "turn"})
 
 
-ALONE = {"replay": 0.0, "anchor": 0.0}
-"""Settings of a training whose batches hold the round's own edits alone."""
+ALONE = {"replay": 0.0, "anchor": 0.0, "ridge": None}
+"""Settings of a training that uses the round's own edits alone."""
 
 
 def replaying(training: TrainingConfig) -> TrainingConfig:

@@ -91,7 +91,8 @@ class Options(Frozen):
 
 class Teaching(Options, MethodSettings):
     """How an update is trained. An update has few facts, so a batch has few of them, and the rate is higher than in the
-    paper. Beside them it holds facts of earlier updates and everyday questions, and it ends when all are learnt.
+    paper. Half of a batch are facts of earlier updates. The adapter reads little of what everyday questions put into a
+    layer, so that their answers stay. The update ends when all facts are learnt.
     """
 
     method: str = Field(default="lora", description=f"one of {', '.join(TEACHING)}")
@@ -106,7 +107,7 @@ class Teaching(Options, MethodSettings):
     locft: Annotated[LocFtConfig, Suppress] = LocFtConfig()
     in_context: Annotated[InContextConfig, Suppress] = InContextConfig()
     training: TrainingConfig = TrainingConfig(
-        batch=12, replay=0.33, anchor=0.33, epochs=15, stop_above=0.5, learning_rate=5e-4
+        batch=8, replay=0.5, ridge=0.01, epochs=15, stop_above=0.5, learning_rate=5e-4
     )
     gates: Gates = Gates()
     out: str = Field(description="directory of the new adapter and its report; must be new")

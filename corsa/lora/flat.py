@@ -89,6 +89,7 @@ class Lora:
             (rank, inputs) and then its B factor (outputs, rank), row-major.
         sites: the linear layers, in the order of phi.
         target_modules: the sites as PEFT names them: ends of names, or whole names where an end is ambiguous.
+        trains_a: whether gradients reach the A factors. Without, those entries of phi have gradient 0.
     """
 
     def __init__(self, model: nn.Module, config: LoraConfig, *, seed: int = 0, adapters: int = 1) -> None:
@@ -99,6 +100,7 @@ class Lora:
         self.scale = config.alpha / config.rank
         self._shapes = [shape for s in self.sites for shape in ((config.rank, s.inputs), (s.outputs, config.rank))]
         self._sizes = [a * b for a, b in self._shapes]
+        self.trains_a = True
         self._active = True
         self._only: int | None = None
         self._factors: list[Tensor] = []
@@ -155,6 +157,8 @@ class Lora:
 
     def _open(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         factors = self.factors()  # split once a forward: autograd then joins the gradients in one operation
+        if not self.trains_a:
+            factors[0::2] = [a.detach() for a in factors[0::2]]
         self._factors = factors if self._only is None else [f[self._only : self._only + 1] for f in factors]
 
     def _add(self, i: int, x: Any, output: Any) -> Tensor | None:

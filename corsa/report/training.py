@@ -21,6 +21,8 @@ def told_training(training: TrainingConfig, found: Mapping[str, Any]) -> Iterato
             yield f"stopped after {steps} of {planned} steps: every answer it taught was more than {bound:g} % probable"
         else:
             yield f"took all {planned} steps: not every answer it taught was more than {bound:g} % probable before"
+    if training.ridge is not None:
+        yield "trained LoRA's B alone, on an A that reads little of what everyday questions put into a layer"
     if found.get("anchored_on"):
         questions = f"{found['anchored_on']} everyday questions"
         yield f"taught the base model's own answers to {questions} beside them, {training.anchored} in every step"

@@ -124,6 +124,7 @@ def train_together(
         CorsaError: the rounds differ in a setting that rounds trained together must share.
     """
     group, phi = context.group, loaded.phi
+    loaded.lora.trains_a = round_runs[0].config.training.ridge is None
     if not material.own:
         raise RoundFailedError(
             f"round {round_runs[0].config.round} has no edits to teach: lower --rounds, "

@@ -21,6 +21,7 @@ from corsa.flow.task import Task
 from corsa.lora.attached import Change, attached
 from corsa.lora.factors import Factors
 from corsa.lora.peft_format import load_adapter, save_adapter, write_factors
+from corsa.lora.ridge_start import read_little
 from corsa.lora.weight_deltas import save_delta
 from corsa.methods import method_of
 from corsa.methods.base import STATE, Round
@@ -37,6 +38,10 @@ def teach_lora(tasks: Sequence[Task], context: WorkerContext, post: Post) -> dic
     facts, loaded = open_step(tasks[0], context, adapters=len(tasks))
     lora = loaded.lora
     lora.initialise(*(task.config.seed for task in tasks))
+    ridge = tasks[0].config.training.ridge
+    if ridge is not None and "previous" not in tasks[0].step.inputs:
+        read_little(loaded.model, lora, [[*t.prompt, *t.new] for t in facts.anchors], ridge)
+        group.share_tensor(lora.phi.detach())
     if "previous" in tasks[0].step.inputs:
         if group.leads:
             for row, task in enumerate(tasks):
