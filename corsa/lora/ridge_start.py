@@ -1,7 +1,7 @@
 """Initial values of LoRA's A that read little of given inputs, so that training B changes little of what they give.
 
-A <- A (C + r c I)^-1 at every site, with C the second moment of the site's inputs, c the mean of its diagonal, and r the
-ridge: a direction that the inputs use with energy w is damped by 1 / (w + r c). LoRA-Null (Tang et al. 2025, arXiv
+A <- A (C + r c I)^-1 at every site, with C the second moment of the site's inputs, c the mean of its diagonal, and r
+the ridge: a direction that the inputs use with energy w is damped by 1 / (w + r c). LoRA-Null (Tang et al. 2025, arXiv
 2503.02659) takes A from the null space of such inputs and fixes it. This is its smooth form, with the regularised
 inverse of MEMIT (Meng et al. 2023).
 """
