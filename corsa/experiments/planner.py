@@ -194,7 +194,9 @@ class Planner(Generic[E_co]):
             before, when = known
             ending = config.training.answer_end if isinstance(config, RoundConfig) else "end_token"
             inputs |= {"known_reference": before.ending(ending).reference, "known_schedule": when}
-        if isinstance(config, RoundConfig) and (config.training.anchor or config.training.ridge):
+        if isinstance(config, RoundConfig) and (
+            config.training.anchor or (config.training.ridge and "previous" not in inputs)  # a line keeps its A
+        ):
             inputs["anchors"] = self.anchors()
         title = f"{taught.name}/{name or method}/seed{seed}/round{number}"
         return Step(title, ROUND, config, inputs | record.inputs(settings), self.experiment.placement)

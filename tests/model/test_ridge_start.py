@@ -76,8 +76,8 @@ def test_only_b_is_trained(bench: Bench, tmp_path: Path) -> None:
     assert all(bool(factor.any()) for factor in lora.factors())
 
 
-def test_facts_are_learnt_and_everyday_answers_move_less(bench: Bench, tmp_path: Path) -> None:
-    own, everyday = bench.edits[:4], bench.edits[4:]
+def test_facts_are_learnt_as_well_and_everyday_answers_stay(bench: Bench, tmp_path: Path) -> None:
+    own, everyday = bench.edits[:4], bench.edits[4:6]
     lora, model = bench.loaded.lora, bench.loaded.model
 
     def logp(edits: list[Triplet]) -> Tensor:
@@ -87,17 +87,17 @@ def test_facts_are_learnt_and_everyday_answers_move_less(bench: Bench, tmp_path:
     moved, learnt = [], []
     for ridge in (None, 0.01):
         lora.initialise(0)
-        before = logp(everyday)
+        before, kept = logp(own), logp(everyday)
         if ridge:
             read_little(model, lora, [[*t.prompt, *t.new] for t in everyday], ridge)
         bench.start = lora.phi.detach().clone()
-        config = round_config(step=PLAIN, epochs=60, learning_rate=5e-3, stop_above=0.5, ridge=ridge)
+        config = round_config(step=PLAIN, epochs=30, learning_rate=1e-2, ridge=ridge)
         bench.train(config, tmp_path / str(ridge), edits=own)
-        learnt.append(float(logp(own).exp().min()))
-        moved.append(float((logp(everyday) - before).abs().mean()))
-    assert min(learnt) > 0.5
+        learnt.append(float((logp(own) - before).mean()))
+        moved.append(float((logp(everyday) - kept).abs().mean()))
     assert moved[0] > 1.0, "nothing moved, so nothing was compared"
-    assert moved[1] < 0.5 * moved[0]
+    assert learnt[1] > 0.9 * learnt[0] > 5.0
+    assert moved[1] < 0.1 * moved[0]
 
 
 @pytest.fixture
@@ -105,16 +105,18 @@ def bench() -> Bench:
     return Bench(triplets(8, opposed=9))
 
 
-def test_a_round_with_a_ridge_depends_on_the_everyday_questions(tmp_path: Path) -> None:
+def test_a_new_adapter_with_a_ridge_depends_on_the_everyday_questions(tmp_path: Path) -> None:
     data = file_of_facts(tmp_path / "own.jsonl", 4)
 
-    def first(method: str, **training: Any) -> Step:
+    def rounds(method: str, **training: Any) -> list[Step]:
         planner = Planner.of(experiment(data, **training), "")
         taught = planner.facts()
-        return planner.chain(method, 0, taught, planner.schedule(taught, RoundsConfig(rounds=2)), rounds=(1,))[0]
+        return planner.chain(method, 0, taught, planner.schedule(taught, RoundsConfig(rounds=2)), rounds=(1, 2))
 
-    assert first("lora", ridge=0.01).inputs["anchors"].name == "base/anchors"
-    assert first("lora", ridge=0.01).fingerprint != first("lora", ridge=0.02).fingerprint
+    first, second = rounds("lora", ridge=0.01)
+    assert first.inputs["anchors"].name == "base/anchors"
+    assert "anchors" not in second.inputs  # it keeps the A of the first
+    assert first.fingerprint != rounds("lora", ridge=0.02)[0].fingerprint
     for method in ("f-learning", "joint"):
-        assert first(method, ridge=0.01).fingerprint == first(method).fingerprint
+        assert rounds(method, ridge=0.01)[1].fingerprint == rounds(method)[1].fingerprint
     assert "ridge" not in TrainingConfig().canonical()
