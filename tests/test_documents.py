@@ -40,6 +40,7 @@ from corsa.algorithm.packing import NO_OLD_ANSWER, Triplet, pack
 from corsa.algorithm.row_settings import RowSettings
 from corsa.cli.commands import app
 from corsa.config import RunSettings, StepConfig
+from corsa.config.command_line import answered
 from corsa.evaluation import metric_definitions
 from corsa.evaluation.metrics import compute
 from corsa.experiments import trackers
@@ -153,7 +154,7 @@ def planned(words: list[str], monkeypatch: pytest.MonkeyPatch, storage: Path) ->
     monkeypatch.setattr(sys, "argv", [script, *options])
     main = importlib.import_module(Path(script).stem).main
     try:
-        status = main()
+        status: Any = answered(main)
     except SystemExit as left:
         status = left.code
     assert status == 0, f"{script} {options} exits with {status}"
