@@ -25,6 +25,7 @@ import corsa.cli.main
 import corsa.config.method
 import corsa.data.benchmarks
 from corsa.cli.commands import app
+from corsa.config.command_line import answered
 
 SHELL = [block for block in blocks() if not block.elsewhere and list(block.commands())]
 OPTIONS_OF_ALL = "--training.batch"
@@ -92,7 +93,7 @@ def planned(words: list[str], monkeypatch: pytest.MonkeyPatch, storage: Path) ->
     monkeypatch.setattr(sys, "argv", [script, *options])
     main = importlib.import_module(Path(script).stem).main
     try:
-        status = main()
+        status: Any = answered(main)
     except SystemExit as left:
         status = left.code
     assert status == 0, f"{script} {options} exits with {status}"

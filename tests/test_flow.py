@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from flow_steps import ADD, CLUSTER, ROUNDS, How, Number, chain, diamond, execute, step
-from pydantic import Field
+from pydantic import ConfigDict, Field
 from rich.console import Console
 
 from corsa.config import Frozen, StepConfig
@@ -69,6 +69,7 @@ def test_a_fingerprint_is_the_same_in_another_process() -> None:
 
 def test_what_has_no_stable_text_is_refused_with_its_field() -> None:
     class Odd(Frozen):
+        model_config = ConfigDict(allow_inf_nan=True)
         fine: tuple[int, ...] = (1, 2)
         rates: dict[str, float] = Field(default_factory=dict)
         names: frozenset[str] = frozenset()

@@ -163,3 +163,30 @@ def test_a_file_of_a_run_that_nobody_wrote_protects_and_breaks_nothing(store: St
     execute(store, step("this", ADD, log))
     store.files.replace("unfinished/0123.json", content)
     assert len(waste(store, [], 14.0)[0]) == 1
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b'{"name": "report"}', b"[" * 100_000])
+def test_nothing_finished_goes_while_a_record_cannot_be_read(store: Store, log: Path, content: bytes) -> None:
+    """It may be the record of the run that rests on the others."""
+    first, second = chain("round", 2, log, step("edits", ADD, log))
+    execute(store, second)
+    store.files.replace(store.record_path(second.fingerprint), content)
+    found, kept = waste(store, [], keep_days=0)
+    assert found == []
+    spared = {one.path: one.why for one in kept}
+    assert "its record cannot be read" in spared[f"steps/{second.fingerprint[:16]}"]
+    assert (
+        f"kept while {store.record_path(second.fingerprint)} cannot be read"
+        in spared[f"steps/{first.fingerprint[:16]}"]
+    )
+    assert len(kept) == 3
+
+
+def test_a_record_that_cannot_be_read_is_named(store: Store, log: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    if not store.files.local:
+        pytest.skip("the command opens a store by its address")
+    only = step("edits", ADD, log)
+    execute(store, only)
+    store.files.replace(store.record_path(only.fingerprint), b"{")
+    assert main(["runs", "--storage", store.url]) == 0
+    assert f"note: {store.record_path(only.fingerprint)} cannot be read" in capsys.readouterr().err

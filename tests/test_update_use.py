@@ -11,13 +11,13 @@ import pytest
 from code_files import update, write_lines
 
 from corsa.config.sandbox import Limits
-from corsa.data.benchmarks.mutants import mutants, plain
+from corsa.data.benchmarks.mutants import disguised, mutants, plain
 from corsa.data.benchmarks.programs import Problem, read_problems
 from corsa.evaluation.pass_at_k import tried
 from corsa.sandbox.batch import judge
 from corsa.sandbox.verdicts import Verdict
 from corsa.sandbox.worker import Program, available
-from corsa.training.running_tests import UNUSED, judged
+from corsa.training.running_tests import TRIALS, UNUSED, judged
 
 isolated = pytest.mark.skipif(available()[0] is None, reason=f"programs cannot be isolated here: {available()[1]}")
 
@@ -49,6 +49,22 @@ LOOKS = {
     " and f.__name__ == 'sin' for f in gc.get_objects())\n",
     "modules that are loaded": "import sys\ndef there():\n    return any(getattr(getattr(m, 'sin', 0), '__code__', 0)"
     " for m in list(sys.modules.values()))\n",
+    "its text": """
+import sys
+CODE = "    return old_sin(x if unit == 'radians' else x * math.pi / 180)\\n"
+def there():
+    frame = sys._getframe()
+    while 'before' not in (frame.f_locals.get('request') or ()):
+        frame = frame.f_back
+    return CODE in frame.f_locals['request']['before']
+""",
+    "its bytecode": """
+import math, types
+CODE = "def sin(x, unit='radians'):\\n    return old_sin(x if unit == 'radians' else x * math.pi / 180)\\n"
+KNOWN = next(c for c in compile(CODE, '', 'exec').co_consts if isinstance(c, types.CodeType))
+def there():
+    return isinstance(math.sin, types.FunctionType) and math.sin.__code__.co_code == KNOWN.co_code
+""",
     "frames": "import sys\nframe = sys._getframe()\nfound = [n for n in ('sin',) if n in frame.f_globals]\n"
     "def there():\n    return found\n",
 }
@@ -76,6 +92,41 @@ def test_a_program_that_looks_for_the_update_does_not_use_it(problem: Problem) -
     (found,) = tried(rows, {problem.id: problem.update}, updates=True)
     assert dict(zip(texts, found.right, strict=True)) == {name: name == "the reference" for name in texts}
     assert {row["detail"] for row in rows[3::2]} == {"", UNUSED}  # "": passes without the update, unchanged
+
+
+@pytest.mark.parametrize("passing", ["the first", "the odd ones"])
+def test_a_program_that_counts_its_runs_does_not_use_it(problem: Problem, passing: str) -> None:
+    """What an earlier run has read is quicker to read: a program can find out that it is not the first, and fail."""
+    runs = 0
+
+    def counted(programs: list[Program]) -> list[Verdict]:
+        nonlocal runs
+        found = []
+        for program in programs:
+            there = "def sin" in program.before
+            right = there and installed(program.before)(90, unit="degrees") == math.sin(math.pi / 2)
+            runs += there and program.text == "counts"
+            passes = runs == 1 or (runs % 2 == 1 and passing == "the odd ones") if program.text == "counts" else right
+            found.append(Verdict("passed" if there and passes else "failed", tests={"t": ""}))
+        return found
+
+    for _ in range(20):  # one order in 70 is the one that it expects
+        runs = 0
+        rows = judged([(problem, 0, "counts"), (problem, 1, problem.solution)], counted)
+        if rows[1]["outcome"] == "passed":
+            break
+    assert (rows[0]["outcome"], rows[1]["outcome"], rows[1]["detail"]) == ("passed", "passed", UNUSED)
+    assert (rows[2]["outcome"], rows[3]["outcome"]) == ("passed", "failed")
+    assert runs == 1 + TRIALS
+
+
+def test_a_disguise_changes_no_result(problem: Problem) -> None:
+    """It changes what a program could know of the update: its text, and its constants."""
+    right, disguise = installed(plain(problem.before)), installed(disguised(problem.before, "77"))
+    assert disguise(90, unit="degrees") == right(90, unit="degrees")
+    assert "77" in disguise.__code__.co_consts
+    assert disguise.__code__.co_varnames == right.__code__.co_varnames
+    assert disguise.__code__.co_firstlineno == right.__code__.co_firstlineno
 
 
 def test_mutants_differ_in_their_results_alone(problem: Problem) -> None:

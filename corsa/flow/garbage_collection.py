@@ -46,12 +46,14 @@ def waste(store: Store, roots: Iterable[str], keep_days: float) -> tuple[list[Wa
     finished or abandoned steps, and files of Ray Train.
 
     Everything that a run in progress needs or has finished is left alone, and so are steps that are being run. The
-    finished steps and checkpoints of an interrupted run are kept for `keep_days` after its end.
+    finished steps and checkpoints of an interrupted run are kept for `keep_days` after its end. While a record cannot
+    be read, every finished step is kept: it may be one that the damaged step rests on.
 
     Returns:
-        What can be removed, and what is kept only because of interrupted runs.
+        What can be removed, and what is kept only because of interrupted runs or damaged records.
     """
-    records = {record.fingerprint[:16]: record for record in store.records()}
+    readable, damaged = store.records_and_damage()
+    records = {record.fingerprint[:16]: record for record in readable}
     needed = {fingerprint[:16] for fingerprint in _needed(records, roots)}
     runs = _unfinished(store)
     busy = _busy(store, runs)
@@ -69,7 +71,14 @@ def waste(store: Store, roots: Iterable[str], keep_days: float) -> tuple[list[Wa
         record = records.get(folder)
         if folder in busy or folder in needed:
             continue
-        if record is None:
+        if f"steps/{folder}/record.json" in damaged:
+            kept.append(
+                _waste(store, f"steps/{folder}", "its record cannot be read: run its command again, or remove it")
+            )
+        elif record is not None and damaged:
+            why = f"no run that is kept rests on it: {record.name}; kept while {damaged[0]} cannot be read"
+            kept.append(_waste(store, f"steps/{folder}", why))
+        elif record is None:
             found.append(_waste(store, f"steps/{folder}", "an attempt that never finished"))
         else:
             take(f"steps/{folder}", folder, f"no run that is kept rests on it: {record.name}")

@@ -188,16 +188,26 @@ class Store:
 
     def records(self) -> list[Record]:
         """Every finished step, oldest first. Damaged records are left out."""
-        found = []
+        return self.records_and_damage()[0]
+
+    def records_and_damage(self) -> tuple[list[Record], list[str]]:
+        """Every finished step, oldest first, and the paths of the records that cannot be read."""
+        found, damaged = [], []
         for name in self.files.names("steps"):
-            text = self.files.read(f"steps/{name}/record.json")
+            path = f"steps/{name}/record.json"
+            text = self.files.read(path)
+            if text is None:
+                continue
             try:
-                record = Record.model_validate_json(text or b"")
+                record = Record.model_validate_json(text)
             except ValidationError:
+                damaged.append(path)
                 continue
             if record.fingerprint[:16] == name:
                 found.append(record)
-        return sorted(found, key=lambda record: record.created)
+            else:
+                damaged.append(path)
+        return sorted(found, key=lambda record: record.created), sorted(damaged)
 
     def partial(self, fingerprint: str) -> str:
         """Path or URL for checkpoints of a step in progress; removed when the step is committed."""

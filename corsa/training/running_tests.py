@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from random import SystemRandom
 from typing import Any
 
 import pyarrow as pa
@@ -12,7 +13,7 @@ import pyarrow.parquet as pq
 
 from corsa.config.code_steps import JudgingConfig
 from corsa.config.sandbox import Limits
-from corsa.data.benchmarks.mutants import mutants
+from corsa.data.benchmarks.mutants import disguised, mutants
 from corsa.data.benchmarks.programs import Problem, program_in
 from corsa.errors import CorsaError
 from corsa.flow.cluster import cluster_resources
@@ -33,11 +34,15 @@ VERDICTS = pa.schema(
 )
 """One row per run of a program: with the update installed and, for updates, also without it (`updated` false).
 
-A program that passes only with the update may just check whether the update is there. So it runs once more with a
-mutant of the update, under which the reference solution fails. If it passes, its row without the update says `passed`:
-it does not need the results of the update.
+A program that passes only with the update may just check whether the update is there. So it runs `TRIALS` times more,
+half of them with the update and half with a mutant of it, under which the reference solution fails. If it ever passes
+with the mutant, or fails with the update, its row without the update says `passed`: it does not need the results of the
+update. The order is random, and so is how each result is written (`mutants.disguised`): a program that knows the
+update's code, or finds out that it has run before, does not know which of the two it has.
 """
-UNUSED = "passes as well where the update gives wrong results"
+UNUSED = "does not depend on what the update returns"
+TRIALS = 8
+_RANDOM = SystemRandom()
 
 PER_TASK = 32
 """Most programs per Ray task. A sandbox loads the packages once for all of them."""
@@ -89,9 +94,9 @@ def judged(
     ]
     # The rows with and without the update are adjacent.
     pairs = [(w, without) for w, with_, without in zip(ways, rows, rows[1:], strict=False) if _needs(with_, without)]
-    unused = _pass_with_a_mutant([(problem, text) for (problem, _, text, _), _ in pairs], run)
-    for (_, row), passes in zip(pairs, unused, strict=True):
-        if passes:
+    unused = _do_not_use([(problem, text) for (problem, _, text, _), _ in pairs], run)
+    for (_, row), without in zip(pairs, unused, strict=True):
+        if without:
             row.update(outcome="passed", detail=UNUSED)
     return rows
 
@@ -101,10 +106,9 @@ def _needs(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     return one["updated"] and not other["updated"] and one["outcome"] == "passed" != other["outcome"]
 
 
-def _pass_with_a_mutant(
-    programs: Sequence[tuple[Problem, str]], run: Callable[[list[Program]], list[Verdict]]
-) -> list[bool]:
-    """Whether each program passes with a mutant of its update under which the reference solution fails a test.
+def _do_not_use(programs: Sequence[tuple[Problem, str]], run: Callable[[list[Program]], list[Verdict]]) -> list[bool]:
+    """Whether each program passes with a mutant of its update under which the reference solution fails a test, or fails
+    with the update itself.
 
     False if there is no such mutant: then nothing can be concluded.
     """
@@ -117,10 +121,16 @@ def _pass_with_a_mutant(
         for (problem, mutant), verdict in zip(tried, verdicts, strict=True):
             if verdict.tests and verdict.outcome in outcomes:
                 chosen.setdefault(problem.id, mutant)
-    again = [(i, p, text) for i, (p, text) in enumerate(programs) if p.id in chosen]
-    verdicts = run([problem.program(text, updated=True, before=chosen[problem.id]) for _, problem, text in again])
-    passed = {i for (i, _, _), verdict in zip(again, verdicts, strict=True) if verdict.passed}
-    return [i in passed for i in range(len(programs))]
+    trials: list[tuple[int, bool, Program]] = []
+    for i, (problem, text) in enumerate(programs):
+        if problem.id in chosen:
+            for right in _RANDOM.sample([True, False] * (TRIALS // 2), TRIALS):
+                before = disguised(problem.before if right else chosen[problem.id], f"{_RANDOM.getrandbits(64):x}")
+                trials.append((i, right, problem.program(text, updated=True, before=before)))
+    verdicts = run([program for *_, program in trials])
+    known = [(i, right, verdict) for (i, right, _), verdict in zip(trials, verdicts, strict=True)]
+    found = {i for i, right, verdict in known if verdict.outcome != "sandbox" and verdict.passed != right}
+    return [i in found for i in range(len(programs))]
 
 
 def problems_of(table: pa.Table) -> list[Problem]:

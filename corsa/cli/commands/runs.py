@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -90,8 +91,10 @@ def runs(
 
 
 def _list(store: Store, steps: bool, as_json: bool) -> int:
-    records = store.records()
+    records, damaged = store.records_and_damage()
     runs = [as_run(store, record) for record in records if record.kind == "report"]
+    for path in damaged:
+        print(visible(f"note: {path} cannot be read, its step is left out"), file=sys.stderr)
     if as_json:
         listed = {"runs": [_run_row(run) for run in runs], "steps": [_step_row(record) for record in records]}
         print(json.dumps(listed, indent=1))
@@ -171,7 +174,7 @@ def _clean(store: Store, doomed: list[Run], yes: bool, keep_days: float, as_json
     done = "removed" if yes else "would be removed; --yes removes them"
     console.print(f"{len(found)} folders, {total / 2**20:.1f} MiB in all, {done}" if found else "nothing to clean up")
     if spared:
-        console.print("kept, because the same command would continue from it (--keep-days 0 removes it too):")
+        console.print("kept (--keep-days 0 also removes what an interrupted run would continue from):")
         listed(spared)
     return 0
 

@@ -65,6 +65,28 @@ class _Results(ast.NodeTransformer):
         return ast.Return(ast.Constant(None)) if node.value else node
 
 
+class _Disguise(ast.NodeTransformer):
+    """Writes every result in another way, with the same value."""
+
+    def __init__(self, token: str) -> None:
+        self.token = token
+
+    def visit_Return(self, node: ast.Return) -> ast.AST:
+        if node.value is None:
+            return node
+        pair = ast.Tuple([node.value, ast.Constant(self.token)], ast.Load())
+        return ast.Return(ast.Subscript(pair, ast.Constant(0), ast.Load()))
+
+
+def disguised(code: str, token: str) -> str:
+    r"""Code with the same results and line numbers, whose text and bytecode nobody can know without the token.
+
+    >>> disguised("def double(x):\n    return 2 * x\n", "77")
+    "def double(x):\n    return (2 * x, '77')[0]\n"
+    """
+    return ast.unparse(ast.fix_missing_locations(_Disguise(token).visit(_parsed(code)))) + "\n"
+
+
 def plain(code: str) -> str:
     """Code regenerated from its syntax tree, like its mutants: no comments, and the same line numbers as they have."""
     return ast.unparse(_parsed(code)) + "\n"
