@@ -42,8 +42,8 @@ def _ask_server() -> StepFunction:
 
 
 LINE = Kind("line", _import_line, version=1)
-FACTS = Kind("edits", _read_facts, version=3)
-ASKED_FACTS = Kind("edits", _ask_old_answers, version=3, on_cluster=True)
+FACTS = Kind("edits", _read_facts, version=4)
+ASKED_FACTS = Kind("edits", _ask_old_answers, version=4, on_cluster=True)
 STANDING = Kind("edits", _take_standing, version=1)
 TAKEN_BACK = Kind("edits", _take_back, version=1)
 SERVED = Kind("served", _ask_server, version=1)
