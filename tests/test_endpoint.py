@@ -137,6 +137,32 @@ def test_chat_questions_go_as_messages_and_thoughts_are_not_the_answer() -> None
     assert "Authorization" not in headers
 
 
+@pytest.mark.parametrize("thinking", [False, True])
+def test_a_served_reasoning_model_is_told_whether_to_think(thinking: bool) -> None:
+    with server(answering(lambda model, text: "yes")) as asked:
+        Endpoint(asked.address, "m", "chat", thinking).ask(["Is it?"], tokens=7)
+        Endpoint(asked.address, "m", "qa", thinking).ask(["Is it?"], tokens=7)
+    chat, plain = (body for _, body, _ in asked.requests)
+    assert chat["chat_template_kwargs"] == {"enable_thinking": thinking, "thinking": thinking}
+    assert "chat_template_kwargs" not in plain
+
+
+def test_a_server_that_does_not_know_the_field_is_asked_without_it() -> None:
+    def reply(path: str, body: dict[str, Any]) -> tuple[int, Any, dict[str, str]]:
+        if "chat_template_kwargs" in body:
+            return 400, {"error": "unknown field chat_template_kwargs"}, {}
+        return answering(lambda model, text: "yes")(path, body)
+
+    with server(reply) as asked:
+        found = Endpoint(asked.address, "m", "chat", concurrency=1).ask(["a", "b", "c"], tokens=7)
+    assert found == ["yes"] * 3
+    assert ["chat_template_kwargs" in body for _, body, _ in asked.requests] == [True, False, False, False]
+    with server(lambda path, body: (400, {"error": "no such model"}, {})) as asked:
+        with pytest.raises(CorsaError, match="refuses model 'm': status 400"):
+            Endpoint(asked.address, "m", "chat").ask(["a"], tokens=7)
+        assert len(asked.requests) == 2
+
+
 def test_a_busy_server_is_asked_again_as_it_wishes() -> None:
     tries: list[float] = []
 

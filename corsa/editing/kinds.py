@@ -48,8 +48,8 @@ def _run_harness() -> StepFunction:
 
 
 LINE = Kind("line", _import_line, version=1)
-FACTS = Kind("edits", _read_facts, version=3)
-ASKED_FACTS = Kind("edits", _ask_old_answers, version=3, on_cluster=True)
+FACTS = Kind("edits", _read_facts, version=4)
+ASKED_FACTS = Kind("edits", _ask_old_answers, version=4, on_cluster=True)
 STANDING = Kind("edits", _take_standing, version=1)
 TAKEN_BACK = Kind("edits", _take_back, version=1)
 HARNESS = Kind("harness", _run_harness, version=1, on_cluster=True)

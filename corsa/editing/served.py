@@ -103,7 +103,8 @@ def answer(task: Task) -> dict[str, Any]:
         taught = [Taught(edits[fact["edit"]], fact["learnt"], fact["part"]) for fact in facts]
     else:
         taught = [Taught(edit, edit.round, "") for edit in edits.values()]
-    server = Endpoint(config.address, config.model, config.template, **dict(task.placement))
+    thinking = config.evaluation.thinking
+    server = Endpoint(config.address, config.model, config.template, thinking, **dict(task.placement))
 
     def told(done: int, of: int) -> None:
         task.progress.post({"chain": task.name, "phase": "evaluating", "answered": done, "probes": of})

@@ -35,6 +35,10 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
         return None
 
 
+class _UnknownFieldError(CorsaError):
+    """The server refuses a request, perhaps for a field that it does not know."""
+
+
 class _LaterError(Exception):
     """A failure that may pass. `wait`: seconds that the server asks for; None if it does not say."""
 
@@ -51,6 +55,8 @@ class Endpoint:
         address: base URL, such as http://localhost:8000/v1; `/v1` is added to an address without a path.
         model: its name on the server.
         template: "qa" or "chat".
+        thinking: in the chat template, whether a reasoning model may think. The server is told by
+            `chat_template_kwargs` (vLLM, SGLang, llama.cpp), and is asked without it if it refuses this field.
         concurrency: requests at a time.
         rate: requests begun per second at most; None: no limit.
         retries: further tries of a request that fails (connection, timeout, status 408, 429, 5xx).
@@ -64,6 +70,7 @@ class Endpoint:
     address: str
     model: str
     template: Literal["qa", "chat"] = "qa"
+    thinking: bool = False
     concurrency: int = 8
     rate: float | None = None
     retries: int = 5
@@ -74,6 +81,7 @@ class Endpoint:
     def __post_init__(self) -> None:
         self.address = checked_address(self.address)
         self._lock = threading.Lock()
+        self._knows_thinking = True
         self._opener = urllib.request.build_opener(_NoRedirect)
 
     def ask(
@@ -113,13 +121,25 @@ class Endpoint:
         else:
             path, body["prompt"] = "completions", f"Q: {question}\nA:"
             body |= {} if lines else {"stop": ["\n"]}
-        found = self._posted(path, body)
+        found = self._told_about_thinking(path, body) if self.template == "chat" else self._posted(path, body)
         try:
             choice = found["choices"][0]
             text = choice["message"]["content"] if self.template == "chat" else choice["text"]
         except (KeyError, IndexError, TypeError):
             raise CorsaError(f"{self.address}/{path} answers in another form than OpenAI's interface") from None
         return text or ""
+
+    def _told_about_thinking(self, path: str, body: dict[str, Any]) -> Any:
+        """As `_posted`, with the field that switches thinking on or off, if the server takes it."""
+        if self._knows_thinking:
+            how = {"enable_thinking": self.thinking, "thinking": self.thinking}
+            try:
+                return self._posted(path, body | {"chat_template_kwargs": how})
+            except _UnknownFieldError:
+                found = self._posted(path, body)
+                self._knows_thinking = False
+                return found
+        return self._posted(path, body)
 
     def _posted(self, path: str, body: dict[str, Any]) -> Any:
         tries = Retrying(
@@ -150,7 +170,8 @@ class Endpoint:
             if error.code in _LATER:
                 raise _LaterError(cause, _seconds(error.headers.get("Retry-After"))) from None
             hint = f" Set {self.token_variable} to a token" if error.code in (401, 403) else ""
-            raise CorsaError(f"{self.address}/{path} refuses model {self.model!r}: {cause}.{hint}") from None
+            kind = _UnknownFieldError if error.code in (400, 422) else CorsaError
+            raise kind(f"{self.address}/{path} refuses model {self.model!r}: {cause}.{hint}") from None
         except (OSError, HTTPException) as error:  # URLError is an OSError
             raise _LaterError(str(getattr(error, "reason", error)) or type(error).__name__) from None
         except ValueError:

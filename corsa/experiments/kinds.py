@@ -68,7 +68,7 @@ def _join_sizes() -> StepFunction:
     return join_sizes
 
 
-EDITS = Kind("edits", _read_edits, version=3)
+EDITS = Kind("edits", _read_edits, version=4)
 PART = Kind("part", _take_part, version=1)
 REFERENCE = Kind("reference", _reference, version=2, on_cluster=True)
 SCHEDULE = Kind("schedule", _assign_rounds, version=1)

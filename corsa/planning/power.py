@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from rich import box
+from rich.console import Group
 from rich.table import Table
+from rich.text import Text
 
 from corsa.errors import CorsaError
 from corsa.evaluation.uncertainty import LEVEL, POWER, Spread, designed, detectable
@@ -110,18 +112,17 @@ def needs(points: float, spread: Spread, tests: int, seeds: Sequence[int] = SEED
     return found
 
 
-def power_table(points: float, found: Sequence[Need], about: Assumed, tests: int) -> Table:
-    """The result as a terminal table."""
+def power_table(points: float, found: Sequence[Need], about: Assumed, tests: int) -> Group:
+    """The result as a terminal table between texts, which have the width of the terminal."""
     title = f"Facts and seeds to show a difference of {points:g} points"
-    table = Table("seeds", "facts", title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table = Table("seeds", "facts", box=box.SIMPLE_HEAD, pad_edge=False)
     for need in found:
         never = f"none is enough: {FACTS:,} facts show {100 * need.least:.1f} points"
         table.add_row(str(need.seeds), never if need.facts is None else f"{need.facts:,}")
     level = 100 * (1 - LEVEL)
     many = f", one of {tests} verdicts corrected together" if tests > 1 else ""
-    table.caption = (
+    said = (
         f"Each method is trained once per seed and asked about all the facts. Power {100 * POWER:.0f} %, level "
         f"{level:.0f} %, two-sided{many}.\nVariances {about.source}."
     )
-    table.caption_justify, table.caption_style = "left", ""
-    return table
+    return Group(Text(title), table, Text(said))

@@ -350,6 +350,9 @@ def test_the_command_says_how_many_facts_and_seeds_show_a_difference(
     steady = {need["seeds"]: need["facts"] for need in json.loads(capsys.readouterr().out)["needs"]}
     assert steady[5] < default[5]
 
+    assert main(["plan", "--detect", "5", "--run-sd", "0"]) == 0  # a narrow table: the text keeps its own width
+    assert "Facts and seeds to show a difference of 5 points\n" in capsys.readouterr().out
+
     report = tmp_path / "metrics.json"
     report.write_text(json.dumps(compute(predictions(chains=8, seeds=2), primary=("generality",))))
     assert main(["plan", "--detect", "5", "--like", str(report), "--json"]) == 0
