@@ -68,4 +68,4 @@ def measure_rounding(loaded: Loaded, batch: Callable[[], Batch], settings: RowSe
         changes.append(change)
     own, exact = changes
     cosine = float(dot(own, exact) / (norm(own) * norm(exact)).clamp(min=settings.shared.eps))
-    return Rounding(*lengths, cosine)
+    return Rounding(lengths[0], lengths[1], cosine)
