@@ -100,7 +100,7 @@ def test_a_round_with_anchors_depends_on_the_base_model_s_answers(tmp_path: Path
         step.inputs["anchors"].fingerprint for step in (*rounds("lora", anchor=0.2), *rounds("corsa", anchor=0.4))
     }
     assert len(anchors) == 1  # one step for all rounds and methods
-    for method in ("lora", "f-learning", "joint", "memit"):
+    for method in ("lora", "f-learning", "joint", "memit", "alphaedit", "locft", "in-context"):
         found = rounds(method, anchor=0.0 if method == "lora" else 0.2)
         assert all("anchors" not in step.inputs for step in found)
     assert "anchor" not in TrainingConfig().canonical()
