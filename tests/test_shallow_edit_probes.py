@@ -20,13 +20,13 @@ from corsa.models.loading import load_model
 
 
 def edit(number: int, round_: int = 1, **fields: Any) -> Edit:
-    known = {
-        "id": f"{round_}/f/{number}",
-        "round": round_,
-        "prompt": f"Who leads Firm {number}?",
-        "subject": f"Firm {number}",
-    }
-    return Edit.build(**(known | {"target_new": f"Person {number}x", "target_old": f"Former {number}x"} | fields))
+    known: dict[str, Any] = {"id": f"{round_}/f/{number}", "round": round_, "prompt": f"Who leads Firm {number}?"}
+    known |= {"subject": f"Firm {number}", "target_new": f"Person {number}x", "target_old": f"Former {number}x"}
+    return Edit.build(**(known | fields))
+
+
+def asking(*probes: str, **more: Any) -> EvaluationConfig:
+    return EvaluationConfig.model_validate({"probes": probes, **more})
 
 
 def made(edits: list[Edit]) -> list[dict[str, Any]]:
@@ -96,11 +96,11 @@ def test_a_later_update_changes_no_probe_of_an_earlier_fact() -> None:
 def test_pipelines_ask_none_unless_told() -> None:
     edits = [edit(1), edit(2)]
     assert with_shallow_edit_probes(edits, EvaluationConfig().kinds) == edits
-    assert EvaluationConfig(probes=("all", "shallow")).kinds == (*EvaluationConfig().kinds, *SHALLOW)
+    assert asking("all", "shallow").kinds == (*EvaluationConfig().kinds, *SHALLOW)
     assert EvaluationConfig(probes=("edit", "choice")).kinds == ("edit", "choice")
-    assert EvaluationConfig(probes=("all",)).asking().canonical() == EvaluationConfig().canonical()
+    assert asking("all").asking().canonical() == EvaluationConfig().canonical()
     with pytest.raises((ValueError, CorsaError)):
-        EvaluationConfig(protocol="paper", probes=("shallow",))
+        asking("shallow", protocol="paper")
 
 
 class Said(Predictor):
@@ -118,7 +118,7 @@ class Said(Predictor):
 
 
 def rows_of(encoder: Encoder, said: dict[str, str], changed: Edit) -> tuple[pd.DataFrame, dict[bool, list[str]]]:
-    predictor = Said(None, encoder, EvaluationConfig(probes=("all", "shallow")), CPU, 2)
+    predictor = Said(None, encoder, asking("all", "shallow"), CPU, 2)
     predictor.said, predictor.asked = said, {}
     rows = pd.DataFrame(predictor.ask([Taught(changed, 1, "")])).assign(method="lora", seed=0, trained=1)
     return rows, predictor.asked

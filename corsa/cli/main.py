@@ -30,7 +30,7 @@ from corsa.config.command_line import answered
 from corsa.config.complaints import options_explained
 from corsa.errors import unknown_name
 
-_FIRST = ("data", "edit", "ask", "evaluate", "undo", "export", "serve", "push", "merge", "report", "runs")
+_FIRST = ("data", "edit", "ask", "evaluate", "undo", "export", "push", "serve", "merge", "report", "runs")
 """The subcommands in the order of use; the rest follow."""
 
 for _name in [*_FIRST, *(name for name in list(app._subcommands) if name not in _FIRST)]:

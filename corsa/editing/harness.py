@@ -5,6 +5,7 @@ The harness reads its tasks' data from the Hugging Face hub.
 
 from __future__ import annotations
 
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
@@ -47,16 +48,15 @@ def _measure(config: HarnessConfig, placement: Placement, change: Any) -> list[d
     from corsa.models.loading import load_model, load_tokenizer
 
     check_harness()
-    from lm_eval import simple_evaluate
-    from lm_eval.models.huggingface import HFLM
-
+    simple_evaluate = import_module("lm_eval").simple_evaluate
+    wrapped = import_module("lm_eval.models.huggingface").HFLM
     if placement.threads:
         torch.set_num_threads(placement.threads)
     device = torch.device("cuda" if placement.gpu else "cpu")
     model, tokenizer = load_model(config.model, device), load_tokenizer(config.model)
     chat = config.model.template == "chat"
     with attached(model, change):
-        language_model = HFLM(
+        language_model = wrapped(
             pretrained=model, tokenizer=tokenizer, device=str(device), batch_size=placement.probe_batch
         )
         found = simple_evaluate(

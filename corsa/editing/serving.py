@@ -7,7 +7,7 @@ request to request and the base is loaded once.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
@@ -73,7 +73,7 @@ class ServedModels:
     def names(self) -> list[str]:
         return list(self._changes)
 
-    def pieces(self, name: str, prompt: Sequence[int], wanted: Wanted) -> Iterator[str | Ended]:
+    def pieces(self, name: str, prompt: Sequence[int], wanted: Wanted) -> Generator[str | Ended, None, None]:
         """The answer of the model `name` to a prompt (token ids), piece by piece as it is generated, and its end.
 
         A reader that goes away ends the generation.

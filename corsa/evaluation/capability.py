@@ -58,7 +58,7 @@ def changes(before: Sequence[Mapping[str, Any]], now: Sequence[Mapping[str, Any]
             for side in (old, new)
         ]
         high_is_good = bool(old[items[0]]["higher_is_better"])
-        found.append({"measure": measure, "items": len(items), **_loss(measure, *sums, high_is_good)})
+        found.append({"measure": measure, "items": len(items), **_loss(measure, sums[0], sums[1], high_is_good)})
     return found
 
 

@@ -50,13 +50,13 @@ def with_shallow_edit_probes(edits: Sequence[Edit], kinds: Collection[str]) -> l
 
 def _of_one(edit: Edit) -> Iterator[Probe]:
     if question := reversal(edit.prompt, edit.subject, edit.target_new):
-        yield Probe(kind="reversal", prompts=(question,), answer=edit.subject)
+        yield Probe(kind="reversal", prompts=(question,), answer=edit.subject, aliases=())
     for answer, right, wrong in ((edit.target_old, "No", "Yes"), (edit.target_new, "Yes", "No")):
         if _short(answer):
             asked = f'Is it true that "{answer}" is the right answer to "{edit.prompt}"? Answer yes or no.'
             if not edit.prompt.endswith("?"):
                 asked = f'Is it true that "{edit.prompt}" goes on with "{answer}"? Answer yes or no.'
-            yield OptionsProbe(kind="negation", prompts=(asked,), answer=right, wrong=(wrong,))
+            yield OptionsProbe(kind="negation", prompts=(asked,), answer=right, aliases=(), wrong=(wrong,))
     yield Probe(kind="template", prompts=(edit.prompt,), answer=edit.target_new, aliases=edit.aliases_new)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pandas as pd
 
+from corsa.evaluation import capability
 from corsa.evaluation.prepared_predictions import BASE, RULES
 
 Rows = list[dict[str, Any]]
@@ -35,8 +36,9 @@ def update(metrics: dict[str, Any], predictions: pd.DataFrame) -> dict[str, Any]
     Returns:
         `headline`: one sentence. `facts` and `earlier`: see the functions. `failed`: other wordings of the facts of
         this update that are answered wrong. `lost`: those of earlier facts, right then and wrong now. `others`: {kind
-        of probe: rows} of all other kinds. `everyday`: all everyday questions. The rows of all but the facts have
-        question, answer, before, now, right_before, right and outcome (`outcome`).
+        of probe: rows} of all other kinds. `everyday`: all everyday questions. Rows other than those of the facts have
+        question, answer, before, now, right_before, right and outcome (`outcome`). `capability`: one sentence per
+        measure of a gate.
     """
     rows = asked(predictions, metrics["rule"])
     kinds = [kind for kind in dict.fromkeys(row["kind"] for row in rows) if kind not in _OF_THE_FACT]
@@ -49,6 +51,7 @@ def update(metrics: dict[str, Any], predictions: pd.DataFrame) -> dict[str, Any]
         "earlier": earlier(predictions, metrics["rule"]),
         "others": {kind: [row for row in rows if row["kind"] == kind] for kind in kinds},
         "everyday": everyday,
+        "capability": [f"{one['measure']}: {capability.told(one)}" for one in metrics.get("capability") or ()],
     }
     return found | {"headline": headline(found, metrics)}
 

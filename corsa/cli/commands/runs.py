@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -22,6 +23,7 @@ from corsa.terminal import Console, visible
 if TYPE_CHECKING:
     from corsa.flow.garbage_collection import Waste
     from corsa.flow.store import Artifact, Record, Store
+    from corsa.report.page import Scenario
 
 
 @dataclass(frozen=True)
@@ -181,9 +183,13 @@ def _clean(store: Store, doomed: list[Run], yes: bool, keep_days: float, as_json
 
 @app.command(name="report")
 def show_report(
-    run: Annotated[
-        Positional[str], arg(metavar="[RUN]", help="name of a run or the start of its id; default: the newest run")
-    ] = "",
+    runs: Annotated[
+        Positional[tuple[str, ...]],
+        arg(
+            metavar="[RUN ...]",
+            help="name of a run or the start of its id; default: the newest run. Several runs are pooled into one page",
+        ),
+    ] = (),
     storage: Storage = "runs",
     output: Annotated[Path | None, arg(metavar="DIR", help="write the page again into this directory")] = None,
     publish: Annotated[
@@ -198,6 +204,8 @@ def show_report(
 
     Example: corsa report 3f2a9c --output /tmp/page
 
+    Example: corsa report 3f2a9c 81bd02 --output /tmp/both
+
     Example: corsa report 3f2a9c --publish docs/results/single.json
 
     Example: corsa report --tables docs/results.md
@@ -208,7 +216,13 @@ def show_report(
     if tables is not None:
         publishing.fill(tables)
         return
-    found = chosen_run(open_store(storage), run)
+    store = open_store(storage)
+    if len(runs) > 1:
+        if publish is not None or output is None:
+            raise CorsaError("several runs are pooled into one page: give --output DIR for it, without --publish")
+        _pool({run.id: run for run in (chosen_run(store, name) for name in runs)}, output, as_json)
+        return
+    found = chosen_run(store, runs[0] if runs else "")
     metrics = json.loads(found.artifact.read("metrics.json"))
     if publish is not None:
         publishing.publish(found.about, metrics, publish)
@@ -221,6 +235,45 @@ def show_report(
     for table in summary_tables(metrics):
         console.print(table)
     print(visible(str(page)))  # last, plain and unwrapped, for a person to open or a program to read
+
+
+def _pool(runs: Mapping[str, Run], output: Path, as_json: bool) -> None:
+    """One page and one table of several runs."""
+    from corsa.report.page import write_report
+    from corsa.report.pooling import pooled
+    from corsa.report.tables import summary_tables
+
+    if len(runs) < 2:
+        raise CorsaError("the names given are all of one run: name two or more different runs")
+    whole = [id_ for id_, run in runs.items() if "predictions.parquet" not in run.record.files]
+    if whole:
+        raise CorsaError(f"run {whole[0]} joins several scenarios: pool their own runs")
+    found = pooled({id_: _scenario(run) for id_, run in runs.items()})
+    try:
+        page = write_report(
+            output, metrics=found.metrics, predictions=found.predictions, curves=found.curves, run=found.run
+        )
+    except OSError as error:
+        raise CorsaError(f"cannot write to {output}: {error.strerror}. Choose another --output") from error
+    if as_json:
+        print(json.dumps(found.metrics, indent=1))
+        return
+    for table in summary_tables(found.metrics):
+        Console().print(table)
+    print(visible(str(page)))
+
+
+def _scenario(run: Run) -> Scenario:
+    """The data of a run for a page."""
+    import pandas as pd
+
+    from corsa.report.page import Scenario
+
+    metrics = json.loads(run.artifact.read("metrics.json"))
+    predictions, curves = (
+        pd.read_parquet(BytesIO(run.artifact.read(f"{name}.parquet"))) for name in ("predictions", "curves")
+    )
+    return Scenario(metrics, predictions, curves, run.about)
 
 
 def open_store(storage: str) -> Store:
@@ -263,8 +316,6 @@ def chosen_run(store: Store, wanted: str) -> Run:
 
 
 def _rewritten(run: Run, metrics: dict[str, Any], directory: Path) -> Path:
-    import pandas as pd
-
     from corsa.report.page import write_report
 
     try:
@@ -272,10 +323,8 @@ def _rewritten(run: Run, metrics: dict[str, Any], directory: Path) -> Path:
             directory.mkdir(parents=True, exist_ok=True)
             (directory / "report.html").write_bytes(run.artifact.read("report.html"))
             return directory / "report.html"
-        tables = {
-            name: pd.read_parquet(BytesIO(run.artifact.read(f"{name}.parquet"))) for name in ("predictions", "curves")
-        }
-        return write_report(directory, metrics=metrics, run=run.about, **tables)
+        own = _scenario(run)
+        return write_report(directory, metrics=metrics, run=run.about, predictions=own.predictions, curves=own.curves)
     except OSError as error:
         raise CorsaError(f"cannot write to {directory}: {error.strerror}. Choose another --output") from error
 
