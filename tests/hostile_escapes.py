@@ -129,8 +129,8 @@ ESCAPES = {
     "reads the mounts": "open('/proc/mounts').read()",
     "makes a device": "import os, stat\nos.mknod('/tmp/sda', 0o600 | stat.S_IFBLK, os.makedev(8, 0))",
     "kills the first process": "import os, time\nos.kill(1, 9)\ntime.sleep(0.2)\nos.kill(1, 0)\nraise OSError('it lives')",
-    "connects to this machine": "import socket\nsocket.create_connection(('127.0.0.1', PORT), 1)",
-    "connects by IPv6": "import socket\nsocket.create_connection(('::1', PORT), 1)",
+    "connects to this machine": "import socket\nsocket.create_connection(('127.0.0.1', LISTENING_PORT), 1)",
+    "connects by IPv6": "import socket\nsocket.create_connection(('::1', LISTENING_PORT), 1)",
     "listens on the loopback": "import socket\ns = socket.create_server(('127.0.0.1', 0))\n"
     "socket.create_connection(s.getsockname(), 1)",
     "looks up a name": "import socket\nsocket.getaddrinfo('pypi.org', 443)",

@@ -91,7 +91,7 @@ def test_what_uses_everything_up_is_stopped(sandbox: Sandbox, name: str) -> None
 @pytest.mark.parametrize("name", escapes.ESCAPES)
 def test_the_machine_is_out_of_reach(sandbox: Sandbox, name: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
-        attempt = escapes.ESCAPES[name].replace("PORT", str(server.getsockname()[1]))
+        attempt = escapes.ESCAPES[name].replace("LISTENING_PORT", str(server.getsockname()[1]))
         verdict = judged(sandbox, *refused(attempt))
     assert verdict.passed, verdict
 
