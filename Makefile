@@ -60,8 +60,9 @@ PACKAGES = { command -v chromedriver && command -v bwrap; } >/dev/null || { [ "$
 links: $(VENV)/.test       ## corrects the line numbers in the documents
 	$(BIN)/python tests/documents.py
 
-results: $(VENV)/.demo     ## the tables of docs/results.md, from the records in docs/results/
+results: $(VENV)/.demo     ## the tables of docs/results.md and README.md, from the records in docs/results/
 	$(BIN)/corsa report --tables docs/results.md
+	$(BIN)/corsa report --tables README.md --records docs/results
 
 lock: $(VENV)/.demo        ## renews requirements/*.txt, after a change to pyproject.toml or constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check uv==0.13.9

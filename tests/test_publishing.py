@@ -77,6 +77,15 @@ def test_a_record_is_small_and_has_no_answers(metrics: dict[str, Any]) -> None:
     assert "Leader" not in json.dumps(kept)
 
 
+def test_a_record_names_files_without_the_folders_of_a_machine(metrics: dict[str, Any]) -> None:
+    command = "python pipelines/continual.py --data /home/ada/facts.jsonl --then-data ~/b/c.json --mmlu /data/x/mmlu"
+    config = {"data": "/home/ada/facts.jsonl", "models": ["/m/a.gguf", "smollm2-135m"], "storage": "s3://bucket/runs"}
+    kept = record(WITH | {"command": f"{command} --storage s3://bucket/runs", "config": config}, metrics)
+    shown = "python pipelines/continual.py --data facts.jsonl --then-data c.json --mmlu mmlu --storage s3://bucket/runs"
+    assert kept["command"] == shown
+    assert kept["config"] == config | {"data": "facts.jsonl", "models": ["a.gguf", "smollm2-135m"]}
+
+
 def test_a_document_is_filled_from_the_records_beside_it(tmp_path: Path, metrics: dict[str, Any]) -> None:
     (tmp_path / "one.json").write_text(json.dumps(record(WITH, metrics)))
     (tmp_path / "all.json").write_text(json.dumps(record(WITH, {"single update": metrics})))
@@ -125,6 +134,11 @@ def test_the_command_publishes_a_run_and_fills_a_document(tmp_path: Path, metric
     assert json.loads(kept.read_text())["metrics"] == {"single": metrics}
     assert not main(["report", "--tables", str(document)])
     assert "| CoRSA |" in document.read_text()
+    other = tmp_path / "other.md"
+    other.write_text("<!-- table: all/single -->\n<!-- end -->\n")
+    assert not main(["report", "--tables", str(other), "--records", str(kept.parent)])
+    assert other.read_text() == document.read_text()
+    assert main(["report", "--records", str(kept.parent)]) != 0
     assert main(["report", "--storage", str(tmp_path / "runs"), "--publish", str(tmp_path / "all")]) != 0
 
 
@@ -142,8 +156,10 @@ def test_a_step_s_record_names_the_commit(tmp_path: Path) -> None:
 # The page of results
 
 
-def test_the_tables_of_the_results_are_what_the_records_say() -> None:
-    text = RESULTS.read_text()
+@pytest.mark.parametrize("document", [RESULTS, ROOT / "README.md"], ids=lambda path: path.name)
+def test_the_tables_of_a_document_are_what_the_records_say(document: Path) -> None:
+    text = document.read_text()
+    assert "<!-- table: " in text
     assert filled(text, RESULTS.with_suffix("")) == text, "run `make results`"
 
 

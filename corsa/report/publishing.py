@@ -24,9 +24,23 @@ _START = r"<!-- table: (?P<name>[^\s,]+)(?: (?P<columns>[\w,]+))? -->\n"
 _TABLE = re.compile(rf"{_START}(?P<old>(?:(?!<!-- table:).)*?)(?P<end><!-- end -->)", re.DOTALL)
 
 
+_FOLDERS = re.compile(r"(?<![\w:/.])~?/(?:[^\s/,;:'\"]+/)+")
+"""The folders of an absolute path. What has a scheme, such as `s3://bucket/a`, is none."""
+
+
 def record(run: Mapping[str, Any], metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """What is published of a run: parts of its run.json, and its metrics.json."""
-    return {name: run[name] for name in _KEPT if run.get(name)} | {"metrics": metrics}
+    """What is published of a run: parts of its run.json, and its metrics.json. Files lose the folders of the machine
+    that they were on.
+    """
+    return {name: _without_folders(run[name]) for name in _KEPT if run.get(name)} | {"metrics": metrics}
+
+
+def _without_folders(value: Any) -> Any:
+    if isinstance(value, str):
+        return _FOLDERS.sub("", value)
+    if isinstance(value, Mapping):
+        return {name: _without_folders(part) for name, part in value.items()}
+    return [_without_folders(part) for part in value] if isinstance(value, list | tuple) else value
 
 
 def publish(run: Mapping[str, Any], metrics: Mapping[str, Any], file: Path) -> None:
@@ -45,15 +59,19 @@ def publish(run: Mapping[str, Any], metrics: Mapping[str, Any], file: Path) -> N
         raise CorsaError(f"cannot write to {file}: {error.strerror}") from error
 
 
-def fill(document: Path) -> None:
-    """Writes the tables of a document anew, from the records in the directory called as the document without .md.
+def fill(document: Path, records: Path | None = None) -> None:
+    """Writes the tables of a document anew.
+
+    Args:
+        document: the file to write.
+        records: directory of the records; by default it is called as the document without .md.
 
     Raises:
         CorsaError: the document cannot be read or written, or a table has no record, scenario or metric of its name.
     """
     try:
         text = document.read_text(encoding="utf-8")
-        new = filled(text, document.with_suffix(""))
+        new = filled(text, records or document.with_suffix(""))
         if new != text:
             document.write_text(new, encoding="utf-8")
     except OSError as error:

@@ -196,7 +196,10 @@ def show_report(
         Path | None, arg(metavar="FILE", help="write the run's metrics and how it was made, without answers")
     ] = None,
     tables: Annotated[
-        Path | None, arg(metavar="FILE.md", help="rewrite a document's tables from the records in its directory")
+        Path | None, arg(metavar="FILE.md", help="rewrite a document's tables from the records of published runs")
+    ] = None,
+    records: Annotated[
+        Path | None, arg(metavar="DIR", help="where these records are; default: FILE.md's path without .md")
     ] = None,
     as_json: Annotated[bool, arg(name="json", help="print the metrics as JSON instead of the table")] = False,
 ) -> None:
@@ -214,8 +217,10 @@ def show_report(
     from corsa.report.tables import summary_tables
 
     if tables is not None:
-        publishing.fill(tables)
+        publishing.fill(tables, records)
         return
+    if records is not None:
+        raise CorsaError("--records is the directory of the records for --tables FILE.md")
     store = open_store(storage)
     if len(runs) > 1:
         if publish is not None or output is None:
