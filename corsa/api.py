@@ -1,6 +1,6 @@
 """The Python API: the commands as functions. `import corsa` makes these names available.
 
-Training and asking run as steps whose results are kept in a store (`storage`): nothing is computed twice, and an
+Training and prediction run as steps whose results are kept in a store (`storage`): nothing is computed twice, and an
 interrupted call continues where it stopped. They use the Ray cluster in RAY_ADDRESS, or start one on this machine.
 """
 

@@ -52,12 +52,12 @@ def test_a_table_says_how_it_was_measured_and_what_it_shows(metrics: dict[str, A
     made = markdown(record(WITH, metrics))
     assert made.startswith(
         "`smollm2-135m`, 60 facts, 5 seeds, protocol `full`, rule `contains`, 95 % intervals over facts and seeds, "
-        "EPYC, 2 cores, 24 GiB, 0:06:52 of computation, 2026-03-01, commit 0123456789ab:\n\n"
+        "EPYC, 2 cores, 24 GiB, 2026-03-01, commit 0123456789ab:\n\n"
         f"```\n{RUN['command']}\n```\n"
     )
     bare = markdown(record({k: v for k, v in WITH.items() if k not in ("commits", "hardware", "config")}, metrics))
     assert bare.startswith("60 facts, 5 seeds, ")
-    assert "of computation, 2026-03-01:" in bare
+    assert "over facts and seeds, 2026-03-01:" in bare
     assert re.search(r"^- CoRSA is better than LoRA on forgetting .*corrected p = ", made, re.MULTILINE)
 
 

@@ -98,7 +98,7 @@ def test_pipelines_ask_none_unless_told() -> None:
     assert with_shallow_edit_probes(edits, EvaluationConfig().kinds) == edits
     assert asking("all", "shallow").kinds == (*EvaluationConfig().kinds, *SHALLOW)
     assert EvaluationConfig(probes=("edit", "choice")).kinds == ("edit", "choice")
-    assert asking("all").asking().canonical() == EvaluationConfig().canonical()
+    assert asking("all").for_predictions().canonical() == EvaluationConfig().canonical()
     with pytest.raises((ValueError, CorsaError)):
         asking("shallow", protocol="paper")
 

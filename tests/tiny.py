@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from corsa.algorithm.logprobs import answer_logprobs
 from corsa.algorithm.packing import Triplet, pack
 from corsa.config import EvaluationConfig, LoraConfig, ModelConfig, Placement, StepConfig, TrainingConfig
-from corsa.config.steps import AskingConfig, RoundConfig
+from corsa.config.steps import PredictionConfig, RoundConfig
 from corsa.flow import Store
 from corsa.lora.attached import Change
 from corsa.lora.flat import Lora
@@ -157,7 +157,7 @@ class Bench:
         )
         return Trained(self.loaded.lora.phi.detach().clone(), curves, context.notes)
 
-    def teach(self, teach: Teach, config: AskingConfig, folder: Path, before: Change | None = None) -> Taught:
+    def teach(self, teach: Teach, config: PredictionConfig, folder: Path, before: Change | None = None) -> Taught:
         """A round of a method with its own teach function. Its checkpoints are in `folder`."""
         context, store = self.context(), Store(folder)
 

@@ -71,7 +71,7 @@ class MicroBatch:
         """Tokens of the answers, as `reference`."""
         total = torch.zeros_like(self.reference).flatten()
         for rows in self.rows:
-            total.index_add_(0, rows.slot, torch.ones_like(rows.slot, dtype=total.dtype))
+            total.index_add_(0, rows.answer, torch.ones_like(rows.answer, dtype=total.dtype))
         return total.view_as(self.reference)
 
     def of_role(self, role: int) -> Tensor | None:

@@ -76,7 +76,7 @@ def answer_sums(model: Model, rows: Sequence[Rows], edits: int, per_token: Seque
         ).logits  # (n, V)
         found = [read(logits, r) for read in per_token]
         totals = totals or [values.new_zeros(2 * edits, dtype=torch.float32) for values in found]
-        totals = [total.index_add(0, r.slot, values) for total, values in zip(totals, found, strict=True)]
+        totals = [total.index_add(0, r.answer, values) for total, values in zip(totals, found, strict=True)]
     assert totals, "no rows"
     return [total.view(2, edits) for total in totals]
 

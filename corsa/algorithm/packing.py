@@ -69,7 +69,7 @@ class Rows:
 
     input_ids, position_ids: (R, T). mask: (R, 1, T, T) additive, or None for plain causal rows. keep: (R, T) bool, the
     positions whose logits are needed (n of them). For each answer token, A in all: `index` into the n kept positions,
-    `target` token id, and `slot` in 0..2E-1: the answer's index among E new answers followed by E old ones.
+    `target` token id, and `answer` in 0..2E-1: the answer's index among E new answers followed by E old ones.
     """
 
     input_ids: Tensor
@@ -78,7 +78,7 @@ class Rows:
     keep: Tensor
     index: Tensor
     target: Tensor
-    slot: Tensor
+    answer: Tensor
 
     def to(self, device: torch.device | str) -> Rows:
         """The same rows on another device."""
@@ -93,7 +93,8 @@ class _Piece:
     """A run of tokens that stays in one row: a packed edit, or a prompt with one of its answers.
 
     `positions` are the position ids. `parts` gives the part of each token: prompt, new answer or old answer.
-    `answers` are (slot, index of the first token, token ids). The last prompt token predicts the first answer token.
+    `answers` are (index of the answer, index of its first token, token ids). The last prompt token predicts the first
+    answer token.
     """
 
     tokens: list[int]
@@ -124,17 +125,17 @@ def pack(
     plain: list[list[_Piece]] = [[] for _ in range(adapters)]
     for i, t in enumerate(triplets):
         x, n, o = len(t.prompt), len(t.new), len(t.old)
-        old_slot, of = len(triplets) + i, i * adapters // len(triplets)
+        old_answer, of = len(triplets) + i, i * adapters // len(triplets)
         if packed and t.packs:
             tokens = [*t.prompt, *t.new, *t.old]
             positions = [*range(x + n), *range(x, x + o)]
             parts = [_PROMPT] * x + [_NEW] * n + [_OLD] * o
-            whole[of].append(_Piece(tokens, positions, parts, x, [(i, x, t.new), (old_slot, x + n, t.old)]))
+            whole[of].append(_Piece(tokens, positions, parts, x, [(i, x, t.new), (old_answer, x + n, t.old)]))
         else:
-            for slot, answer in ((i, t.new), (old_slot, t.old)):
+            for number, answer in ((i, t.new), (old_answer, t.old)):
                 tokens = [*t.prompt, *answer]
                 if answer:  # an empty answer gets no row
-                    plain[of].append(_Piece(tokens, list(range(len(tokens))), [], x, [(slot, x, answer)]))
+                    plain[of].append(_Piece(tokens, list(range(len(tokens))), [], x, [(number, x, answer)]))
     rows = []
     if any(whole):
         rows.append(_lay_out(_side_by_side(whole), dtype, tree=True))
@@ -185,7 +186,7 @@ def _lay_out(rows: Sequence[Sequence[_Piece]], dtype: torch.dtype, *, tree: bool
     # ids count on through the padding: if they restarted, transformers would build a dense mask for plain rows too
     position_ids = np.tile(np.arange(width), len(rows))
     edit, part = np.full(size, -1), np.full(size, _PADDING)  # per token; both decide what it may see
-    at, target, slot = [], [], []  # the position that predicts each answer token
+    at, target, answer = [], [], []  # the position that predicts each answer token
     for r, row in enumerate(rows):
         start = r * width
         for e, piece in enumerate(row):
@@ -196,7 +197,7 @@ def _lay_out(rows: Sequence[Sequence[_Piece]], dtype: torch.dtype, *, tree: bool
             for s, first, tokens in piece.answers:
                 at += [start + c for c in (piece.prompt - 1, *range(first, first + len(tokens) - 1))[: len(tokens)]]
                 target += tokens
-                slot += [s] * len(tokens)
+                answer += [s] * len(tokens)
             start += len(piece)
     keep = np.zeros(size, dtype=bool)
     keep[at] = True
@@ -204,7 +205,7 @@ def _lay_out(rows: Sequence[Sequence[_Piece]], dtype: torch.dtype, *, tree: bool
     shape = (len(rows), width)
     mask = _tree_mask(edit.reshape(shape), part.reshape(shape), dtype) if tree else None
     ids, positions, kept = (torch.from_numpy(a.reshape(shape)) for a in (input_ids, position_ids, keep))
-    return Rows(ids, positions, mask, kept, torch.from_numpy(index), torch.tensor(target), torch.tensor(slot))
+    return Rows(ids, positions, mask, kept, torch.from_numpy(index), torch.tensor(target), torch.tensor(answer))
 
 
 def _tree_mask(edit: np.ndarray, part: np.ndarray, dtype: torch.dtype) -> Tensor:

@@ -136,7 +136,7 @@ class EvaluationConfig(Frozen):
         """Bound on the tokens of an answer, thinking aside."""
         return _AUTHORS_TOKENS if self.sampled else self.new_tokens
 
-    def asking(self) -> EvaluationConfig:
+    def for_predictions(self) -> EvaluationConfig:
         """What the answers depend on, with all other fields at their defaults. The rule that judges the
         answers afterwards is not part of it.
         """

@@ -72,7 +72,7 @@ class ReferenceConfig(Frozen):
     )
 
 
-class AskingConfig(Frozen):
+class PredictionConfig(Frozen):
     """What the answers of a model depend on. With an input `adapter` the model is edited, without one it is not.
 
     With an input `schedule` the facts that hold after `round` are asked, without one all facts of the benchmark.
@@ -84,7 +84,7 @@ class AskingConfig(Frozen):
     round: int = Field(default=0, ge=0, description="the round after which it is asked")
 
 
-class RoundConfig(AskingConfig):
+class RoundConfig(PredictionConfig):
     """What one round of one method depends on, besides its inputs: the edits, the reference, the schedule and the
     previous adapter. The method's name is not included; its settings are.
     """
@@ -180,7 +180,7 @@ class SpecificityConfig(Frozen):
     model: ModelConfig
 
 
-class ControlsConfig(Frozen):
+class SanityQuestionsConfig(Frozen):
     """What a model's answers to the everyday questions depend on, besides the adapter."""
 
     model: ModelConfig
@@ -188,7 +188,7 @@ class ControlsConfig(Frozen):
     new_tokens: int = Field(ge=1)
 
 
-class AnchorsConfig(ControlsConfig):
+class AnchorsConfig(SanityQuestionsConfig):
     """What the base model's answers to the anchor questions depend on."""
 
 
@@ -272,7 +272,7 @@ class TakenBackConfig(Frozen):
     update: int = Field(ge=1)
 
 
-class RoutingConfig(AskingConfig):
+class RoutingConfig(PredictionConfig):
     """What routed answers depend on, besides the parts of the data and their adapters."""
 
     router: Literal["prompt", "embedding", "oracle"] = Field(

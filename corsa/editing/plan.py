@@ -16,13 +16,13 @@ from typing import Any
 from corsa.config import LoraConfig, MethodSettings, ModelConfig
 from corsa.config.steps import (
     AskedFactsConfig,
-    ControlsConfig,
     FactsConfig,
     FactsPlace,
     LineConfig,
     LinePlace,
     ReportConfig,
     RoundsConfig,
+    SanityQuestionsConfig,
     Shown,
     TakenBackConfig,
 )
@@ -294,7 +294,7 @@ _TOLD = (
 
 def _sanity_answers(planner: Planner[Experiment], adapter: Step | None) -> Step:
     tokens = planner.experiment.evaluation.new_tokens
-    config = ControlsConfig(model=planner.model, digest=sanity_questions.digest(), new_tokens=tokens)
+    config = SanityQuestionsConfig(model=planner.model, digest=sanity_questions.digest(), new_tokens=tokens)
     name = f"{adapter.name}/controls" if adapter else "base/controls"
     return Step(name, ROUND, config, {"adapter": adapter} if adapter else {}, planner.experiment.placement)
 

@@ -65,7 +65,7 @@ def plan_served(options: EvaluateOptions) -> tuple[Experiment, Step]:
     known = {
         "address": checked_address(options.endpoint or ""),
         "template": model.template,
-        "evaluation": options.evaluation.asking(),
+        "evaluation": options.evaluation.for_predictions(),
         "asked": datetime.now(UTC).isoformat(),
     }
     place = ServedPlace.model_validate({name: getattr(options, name) for name in ServedPlace.model_fields})

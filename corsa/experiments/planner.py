@@ -14,11 +14,11 @@ from typing import Any, Generic, Literal, TypeVar
 from corsa.config import AnswerEnd, EvaluationConfig, ModelConfig
 from corsa.config.steps import (
     AnchorsConfig,
-    AskingConfig,
     EditsConfig,
     EditsPlace,
     MergeConfig,
     PartConfig,
+    PredictionConfig,
     QuestionsConfig,
     QuestionsPlace,
     ReferenceConfig,
@@ -232,14 +232,14 @@ class Planner(Generic[E_co]):
 
     def base(self, taught: Facts) -> Step:
         """The answers of the unedited model."""
-        config = AskingConfig(model=self.model, evaluation=self._evaluation)
+        config = PredictionConfig(model=self.model, evaluation=self._evaluation)
         return Step(f"{taught.name}/base", ROUND, config, taught.tables, self.experiment.placement)
 
     def answers(self, name: str, taught: Facts, schedule: Step, adapter: Step, seed: int = 0, round_: int = 1) -> Step:
         """The answers of an edited model to the probes of facts, as valid after a round. `adapter` is the step that
         trained the model.
         """
-        config = AskingConfig(model=self.model, evaluation=self._evaluation, seed=seed, round=round_)
+        config = PredictionConfig(model=self.model, evaluation=self._evaluation, seed=seed, round=round_)
         inputs = {**taught.tables, "schedule": schedule, "adapter": adapter}
         return Step(f"{name}/asked/{taught.name}", ROUND, config, inputs, self.experiment.placement)
 
@@ -288,7 +288,7 @@ class Planner(Generic[E_co]):
 
     @property
     def _evaluation(self) -> EvaluationConfig:
-        return self.experiment.evaluation.asking()
+        return self.experiment.evaluation.for_predictions()
 
 
 def absolute(path: str | None) -> str | None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from corsa.config import RunSettings
-from corsa.config.steps import AskingConfig
+from corsa.config.steps import PredictionConfig
 from corsa.flow.step import Step
 
 if TYPE_CHECKING:
@@ -132,8 +132,8 @@ class Method:
 
     name: str
     label: str
-    round_config: Callable[[RunSettings, int, int], AskingConfig]
-    config: type[AskingConfig]
+    round_config: Callable[[RunSettings, int, int], PredictionConfig]
+    config: type[PredictionConfig]
     load_teach: Callable[[], Teach] | None = None
     inputs: Callable[[RunSettings], dict[str, Step]] = _no_inputs
     notes: Callable[[str, Mapping[str, Any]], list[str]] = _no_notes

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 
 from corsa.config import InContextConfig, RunSettings
-from corsa.config.steps import AskingConfig
+from corsa.config.steps import PredictionConfig
 from corsa.methods.base import Method, Round, Taught, Teach
 
 if TYPE_CHECKING:
     from corsa.evaluation.retrieval import Memory
 
 
-class InContextRoundConfig(AskingConfig):
+class InContextRoundConfig(PredictionConfig):
     """A round of retrieval."""
 
     round: int = Field(ge=1)
@@ -23,8 +23,8 @@ class InContextRoundConfig(AskingConfig):
 
 
 def _round_config(settings: RunSettings, seed: int, number: int) -> InContextRoundConfig:
-    asking = {"model": settings.model, "evaluation": settings.evaluation.asking()}
-    return InContextRoundConfig(**asking, seed=seed, round=number, in_context=settings.in_context)
+    shared = {"model": settings.model, "evaluation": settings.evaluation.for_predictions()}
+    return InContextRoundConfig(**shared, seed=seed, round=number, in_context=settings.in_context)
 
 
 def teach(round_: Round) -> Taught:

@@ -28,7 +28,7 @@ def round_config(name: str, settings: RunSettings, seed: int, number: int) -> Ro
     training = TRAININGS[name](settings.training) if name in TRAININGS else settings.training
     return RoundConfig(
         model=settings.model,
-        evaluation=settings.evaluation.asking(),
+        evaluation=settings.evaluation.for_predictions(),
         seed=seed,
         round=number,
         lora=settings.lora,

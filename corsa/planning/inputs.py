@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from corsa.config import EvaluationConfig, ModelConfig
 from corsa.config.code_steps import ProblemsConfig, ProblemsPlace
 from corsa.config.steps import (
-    AskingConfig,
     EditsConfig,
     EditsPlace,
     FactsConfig,
     FactsPlace,
     PartConfig,
+    PredictionConfig,
     QuestionsConfig,
     QuestionsPlace,
 )
@@ -90,9 +90,9 @@ def _read(config: str, data: str | None) -> Reading:
 
 def say_what_cannot_count(pending: Iterable[Step], console: Console) -> None:
     """Print which new answers are longer than the generated output or have several lines, for all pending questions."""
-    asked: dict[tuple[str, ModelConfig, EvaluationConfig], tuple[Step, AskingConfig]] = {}
+    asked: dict[tuple[str, ModelConfig, EvaluationConfig], tuple[Step, PredictionConfig]] = {}
     for step in pending:
-        if isinstance(step.config, AskingConfig) and "edits" in step.inputs:
+        if isinstance(step.config, PredictionConfig) and "edits" in step.inputs:
             edits, config = step.inputs["edits"], step.config
             asked[edits.fingerprint, config.model, config.evaluation] = (edits, config)
     for edits, config in asked.values():

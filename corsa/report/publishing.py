@@ -11,14 +11,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from corsa.errors import CorsaError, unknown_name
 from corsa.report.findings import drawn, findings, headlines, label, shown
 
-_KEPT = ("title", "created", "seconds", "command", "commits", "versions", "hardware", "config", "skipped", "notes")
+_KEPT = ("title", "created", "command", "commits", "versions", "hardware", "config", "skipped", "notes")
 _ARROWS = {"high": " ↑", "low": " ↓"}
 _START = r"<!-- table: (?P<name>[^\s,]+)(?: (?P<columns>[\w,]+))? -->\n"
 _TABLE = re.compile(rf"{_START}(?P<old>(?:(?!<!-- table:).)*?)(?P<end><!-- end -->)", re.DOTALL)
@@ -148,7 +147,6 @@ def _measured(record: Mapping[str, Any], metrics: dict[str, Any]) -> str:
         f"rule `{metrics['rule']}`",
         f"{100 * metrics['level']:.0f} % intervals over {drawn(metrics)}",
         *machine,
-        f"{timedelta(seconds=round(record['seconds']))} of computation",
         record["created"][:10],
         *([f"commit {commits}"] if commits else []),
     ]

@@ -16,10 +16,10 @@ from corsa.config import EvaluationConfig
 from corsa.config.code_steps import SamplesConfig
 from corsa.config.steps import (
     AnchorsConfig,
-    AskingConfig,
-    ControlsConfig,
     PerplexityConfig,
+    PredictionConfig,
     RoutingConfig,
+    SanityQuestionsConfig,
     SpecificityConfig,
 )
 from corsa.data.benchmarks.code_prompt import prompt_of
@@ -69,7 +69,7 @@ def _answer_questions(task: Task, context: WorkerContext, post: Post) -> dict[st
 
 def _ask_sanity_questions(task: Task, context: WorkerContext, post: Post) -> dict[str, Any]:
     """The answers to the everyday questions. There are few, so every worker answers all of them."""
-    config: ControlsConfig = task.config
+    config: SanityQuestionsConfig = task.config
     loaded = context.open(config, ())
     post({"phase": "evaluating"})
     evaluation = EvaluationConfig(new_tokens=config.new_tokens)
@@ -94,9 +94,9 @@ def _ask_anchors(task: Task, context: WorkerContext, post: Post) -> dict[str, An
     config: AnchorsConfig = task.config
     loaded, group = context.open(config, ()), context.group
     post({"phase": "evaluating"})
-    asking = EvaluationConfig(new_tokens=config.new_tokens)
+    evaluation = EvaluationConfig(new_tokens=config.new_tokens)
     batch = context.placement.probe_batch
-    predictor = Predictor(loaded.model, loaded.encoder, asking, group.device, batch, loaded.packed)
+    predictor = Predictor(loaded.model, loaded.encoder, evaluation, group.device, batch, loaded.packed)
     questions = anchor_questions()
     with loaded.lora.off(), group.in_step(loaded.model):
         outputs = predictor.answers(questions)
@@ -188,9 +188,9 @@ def _write_programs(task: Task, context: WorkerContext, post: Post) -> dict[str,
 
 
 PREDICTIONS_OF: dict[type, Callable[[Task, WorkerContext, Post], dict[str, Any]]] = {
-    AskingConfig: _ask_only,
+    PredictionConfig: _ask_only,
     SpecificityConfig: _answer_questions,
-    ControlsConfig: _ask_sanity_questions,
+    SanityQuestionsConfig: _ask_sanity_questions,
     AnchorsConfig: _ask_anchors,
     PerplexityConfig: _measure_perplexity,
     RoutingConfig: _route,
@@ -198,7 +198,7 @@ PREDICTIONS_OF: dict[type, Callable[[Task, WorkerContext, Post], dict[str, Any]]
 }
 
 
-def predictor_of(config: AskingConfig, loaded: Loaded, context: WorkerContext) -> Predictor:
+def predictor_of(config: PredictionConfig, loaded: Loaded, context: WorkerContext) -> Predictor:
     batch = context.placement.probe_batch
     device = context.group.device
     return Predictor(loaded.model, loaded.encoder, config.evaluation, device, batch, loaded.packed, config.seed)

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from corsa.algorithm.packing import ANCHOR, EARLIER, TAUGHT, Triplet
-from corsa.config.steps import AnchorsConfig, AskingConfig, RoundConfig
+from corsa.config.steps import AnchorsConfig, PredictionConfig, RoundConfig
 from corsa.data.edit import Edit, from_table
 from corsa.data.schedule import held_before, taught_in, valid_after
 from corsa.evaluation.predict import Taught
@@ -47,7 +47,7 @@ class StepFacts:
 
 def open_step(task: Task, context: WorkerContext, adapters: int = 1) -> tuple[StepFacts, Loaded]:
     """The edits and the model of the step."""
-    config: AskingConfig = task.config
+    config: PredictionConfig = task.config
     with context.timed("data"):
         table = context.tables[task.step.inputs["reference"].fingerprint]
         read = from_table(shared_table(task, "edits", context.group))
@@ -74,11 +74,11 @@ def _anchors(task: Task, loaded: Loaded, group: WorkerGroup) -> list[Triplet]:
     """The everyday questions of a round that is taught some."""
     if "anchors" not in task.step.inputs:
         return []
-    asking, config = task.step.inputs["anchors"].config, task.config
-    assert isinstance(asking, AnchorsConfig)
+    settings, config = task.step.inputs["anchors"].config, task.config
+    assert isinstance(settings, AnchorsConfig)
     assert isinstance(config, RoundConfig)
     encoder = replace(loaded.encoder, answer_end=config.training.answer_end)
-    return anchored(encoder, shared_table(task, "anchors", group, "answers").to_pylist(), asking.new_tokens)
+    return anchored(encoder, shared_table(task, "anchors", group, "answers").to_pylist(), settings.new_tokens)
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from corsa.algorithm.logprobs import packing_is_exact
 from corsa.algorithm.packing import TAUGHT, Triplet, pack
 from corsa.config import LoraConfig, ModelConfig, Placement
 from corsa.config.code_steps import SamplesConfig
-from corsa.config.steps import AskingConfig, ControlsConfig, PerplexityConfig, RoundConfig, SpecificityConfig
+from corsa.config.steps import PerplexityConfig, PredictionConfig, RoundConfig, SanityQuestionsConfig, SpecificityConfig
 from corsa.lora.flat import Lora
 from corsa.models.encoding import Encoder
 from corsa.models.loading import load_tokenizer
@@ -65,7 +65,7 @@ class WorkerContext:
     def __init__(self, group: WorkerGroup, placement: Placement, tables: dict[str, TokenTable]) -> None:
         self.group, self.placement, self.tables = group, placement, tables
         self.notes: list[str] = []  # what happened in the current step, for its record
-        self.spent: dict[str, float] = {}  # seconds of the current step outside training and asking
+        self.spent: dict[str, float] = {}  # seconds of the current step outside training and prediction
         self._key: tuple[ModelConfig, LoraConfig] | None = None
         self._loaded: Loaded | None = None
         self._checked = False  # whether packed rows have been compared with plain ones
@@ -108,7 +108,7 @@ class WorkerContext:
 
     def open(
         self,
-        config: AskingConfig | SamplesConfig | SpecificityConfig | ControlsConfig | PerplexityConfig,
+        config: PredictionConfig | SamplesConfig | SpecificityConfig | SanityQuestionsConfig | PerplexityConfig,
         sample: Sequence[Triplet],
         adapters: int = 1,
     ) -> Loaded:
@@ -118,7 +118,7 @@ class WorkerContext:
 
     def _open(
         self,
-        config: AskingConfig | SamplesConfig | SpecificityConfig | ControlsConfig | PerplexityConfig,
+        config: PredictionConfig | SamplesConfig | SpecificityConfig | SanityQuestionsConfig | PerplexityConfig,
         sample: Sequence[Triplet],
         adapters: int,
     ) -> Loaded:
@@ -141,7 +141,7 @@ class WorkerContext:
     def _packs(
         self,
         loaded: Loaded,
-        config: AskingConfig | SamplesConfig | SpecificityConfig | ControlsConfig | PerplexityConfig,
+        config: PredictionConfig | SamplesConfig | SpecificityConfig | SanityQuestionsConfig | PerplexityConfig,
         sample: Sequence[Triplet],
     ) -> bool:
         with loaded.lora.off():

@@ -268,4 +268,4 @@ def test_adapters_with_unequal_rows_are_evened_with_blank_ones() -> None:
         assert len(rows.input_ids) % 2 == 0
         half = len(rows.input_ids) // 2
         own = rows.keep.nonzero()[:, 0][rows.index] >= half  # is each answer token predicted in the second's rows?
-        assert ((rows.slot % 4 >= 2) == own).all()
+        assert ((rows.answer % 4 >= 2) == own).all()

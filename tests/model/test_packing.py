@@ -67,9 +67,9 @@ def test_what_does_not_pack_runs_beside_what_does() -> None:
     packed, plain = pack(edits)
     assert packed.mask is not None
     assert plain.mask is None
-    assert {*packed.slot.tolist()} == {0, 2, 3, 5, 6, 7, 8, 10, 11, 13, 14, 15}
+    assert {*packed.answer.tolist()} == {0, 2, 3, 5, 6, 7, 8, 10, 11, 13, 14, 15}
     assert len(plain.input_ids) == 2 * 2
-    assert {*packed.slot.tolist(), *plain.slot.tolist()} == set(range(16))
+    assert {*packed.answer.tolist(), *plain.answer.tolist()} == set(range(16))
     (unpacked,) = pack(edits, packed=False)
     assert unpacked.mask is None
     assert len(unpacked.input_ids) == 16

@@ -212,10 +212,13 @@ def test_a_protocol_has_its_rule_and_a_rule_is_no_part_of_asking() -> None:
         "contains",
     ]
     assert evaluation(protocol="authors", match="exact").rule == "exact"
-    plain = evaluation().asking()
+    plain = evaluation().for_predictions()
     for same in ({"match": "exact"}, {"thinking_tokens": 9}, {"probes": evaluation().kinds}):
-        assert evaluation(**same).asking() == plain, same
-    assert evaluation(probes=("neighbor", "edit")).asking() == evaluation(probes=("edit", "neighbor")).asking()
+        assert evaluation(**same).for_predictions() == plain, same
+    assert (
+        evaluation(probes=("neighbor", "edit")).for_predictions()
+        == evaluation(probes=("edit", "neighbor")).for_predictions()
+    )
     for other in (
         {"protocol": "paper"},
         {"protocol": "authors"},
@@ -224,10 +227,12 @@ def test_a_protocol_has_its_rule_and_a_rule_is_no_part_of_asking() -> None:
         {"reasoning_tokens": 8},
         {"thinking": True},
     ):
-        assert evaluation(**other).asking() != plain, other
+        assert evaluation(**other).for_predictions() != plain, other
     authors = evaluation(protocol="authors")
-    assert evaluation(protocol="authors", new_tokens=7, reasoning_tokens=7).asking() == authors.asking()
-    assert evaluation(protocol="authors", draws=2).asking() != authors.asking()
+    assert (
+        evaluation(protocol="authors", new_tokens=7, reasoning_tokens=7).for_predictions() == authors.for_predictions()
+    )
+    assert evaluation(protocol="authors", draws=2).for_predictions() != authors.for_predictions()
 
 
 # Where an answer ends

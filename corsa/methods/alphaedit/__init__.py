@@ -8,14 +8,14 @@ from typing import Any
 from pydantic import Field
 
 from corsa.config import AlphaEditConfig, RunSettings
-from corsa.config.steps import AskingConfig
+from corsa.config.steps import PredictionConfig
 from corsa.flow.step import Step
 from corsa.methods.base import Method, Teach
 from corsa.methods.memit import NO_PROGRAMS, refuse_sharded, statistics_input
 from corsa.methods.memit.settings import REACHED
 
 
-class AlphaEditRoundConfig(AskingConfig):
+class AlphaEditRoundConfig(PredictionConfig):
     """A round of AlphaEdit."""
 
     seed: int = Field(ge=0, description="seed of the random prefixes")
@@ -26,8 +26,8 @@ class AlphaEditRoundConfig(AskingConfig):
 def _round_config(settings: RunSettings, seed: int, number: int) -> AlphaEditRoundConfig:
     refuse_sharded("alphaedit", settings)
     alone = settings.alphaedit.model_copy(update={"corpus": None})  # the statistics identify it
-    asking = {"model": settings.model, "evaluation": settings.evaluation.asking()}
-    return AlphaEditRoundConfig(**asking, seed=seed, round=number, alphaedit=alone)
+    shared = {"model": settings.model, "evaluation": settings.evaluation.for_predictions()}
+    return AlphaEditRoundConfig(**shared, seed=seed, round=number, alphaedit=alone)
 
 
 def _inputs(settings: RunSettings) -> dict[str, Step]:

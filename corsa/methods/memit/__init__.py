@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import Field
 
 from corsa.config import LocateThenEditConfig, MemitConfig, RunSettings
-from corsa.config.steps import AskingConfig, StatisticsConfig, StatisticsPlace
+from corsa.config.steps import PredictionConfig, StatisticsConfig, StatisticsPlace
 from corsa.errors import CorsaError
 from corsa.flow.step import Kind, Step, StepFunction
 from corsa.methods.base import Method, Teach
@@ -27,7 +27,7 @@ def _load_statistics() -> StepFunction:
 STATISTICS = Kind("statistics", _load_statistics, version=2, on_cluster=True)
 
 
-class MemitRoundConfig(AskingConfig):
+class MemitRoundConfig(PredictionConfig):
     """A round of MEMIT."""
 
     seed: int = Field(ge=0, description="seed of the random prefixes")
@@ -38,8 +38,8 @@ class MemitRoundConfig(AskingConfig):
 def _round_config(settings: RunSettings, seed: int, number: int) -> MemitRoundConfig:
     refuse_sharded("memit", settings)
     alone = settings.memit.model_copy(update={"corpus": None})  # the statistics identify it
-    asking = {"model": settings.model, "evaluation": settings.evaluation.asking()}
-    return MemitRoundConfig(**asking, seed=seed, round=number, memit=alone)
+    shared = {"model": settings.model, "evaluation": settings.evaluation.for_predictions()}
+    return MemitRoundConfig(**shared, seed=seed, round=number, memit=alone)
 
 
 def refuse_sharded(name: str, settings: RunSettings) -> None:
