@@ -6,7 +6,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN = $(VENV)/bin
 INSTALL = requirements/install.sh $(BIN)/python
-LOCKS = torch cuda base dev harness model
+LOCKS = torch cuda base dev harness serve model
 
 .PHONY: demo test check test-fast test-model test-process test-ray test-long links results lock audit clean
 

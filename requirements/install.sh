@@ -4,6 +4,7 @@
 #     requirements/install.sh PYTHON base              what a run needs, and the embedded model
 #     requirements/install.sh PYTHON base dev          and the tests
 #     requirements/install.sh PYTHON base dev harness  and the comparison with the evaluation harness
+#     requirements/install.sh PYTHON base serve        a run, and `corsa serve`
 set -euo pipefail
 here=$(dirname "$0")
 python=${1:?the Python to install into} && shift

