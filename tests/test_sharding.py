@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from sharded import CASES, asked
 from sharded import bench as made_on
 from tiny import CPU, ROUNDS, Bench, Trained, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
+from worker_processes import two_workers
 
 from corsa.config import ModelConfig, Placement, ShardingConfig
 from corsa.errors import CorsaError
@@ -44,24 +44,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def group(folder: Path) -> Iterator[list[subprocess.Popen[str]]]:
     """Two workers of a gloo group, started before they are needed."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     # Matrices of a real model are mapped one by one and unmapped when they go; glibc keeps smaller ones in a heap full
     # of holes, which would be measured instead of what is held.
-    environment["MALLOC_MMAP_THRESHOLD_"] = str(1 << 17)
-    workers = [
-        subprocess.Popen(
-            [sys.executable, sharded.__file__, str(rank), "2", str(folder)],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            cwd=folder,
-        )
-        for rank in range(2)
-    ]
-    yield workers
-    for worker in workers:
-        worker.kill()
+    with two_workers(sharded, folder, MALLOC_MMAP_THRESHOLD_=str(1 << 17)) as workers:
+        yield workers
 
 
 @pytest.fixture(scope="module")

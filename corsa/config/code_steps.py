@@ -54,7 +54,7 @@ class SamplesConfig(Frozen):
     seed: int = Field(default=0, ge=0, description="of the draws")
 
 
-class JudgingConfig(Frozen):
+class VerdictsConfig(Frozen):
     """What verdicts depend on, besides programs and tests."""
 
     limits: Limits

@@ -45,10 +45,10 @@ def update(metrics: dict[str, Any], predictions: pd.DataFrame) -> dict[str, Any]
     everyday = [row | {"outcome": outcome(row)} for row in (metrics.get("controls") or {}).get("asked", ())]
     wrong = [row for row in rows if row["kind"] == "paraphrase" and not row["right"]]
     found: dict[str, Any] = {
-        "facts": facts(predictions, metrics["rule"]),
+        "facts": facts(rows),
         "failed": [row for row in wrong if not row["earlier"]],
         "lost": [row for row in wrong if row["earlier"] and row["right_then"]],
-        "earlier": earlier(predictions, metrics["rule"]),
+        "earlier": earlier(rows),
         "others": {kind: [row for row in rows if row["kind"] == kind] for kind in kinds},
         "everyday": everyday,
         "capability": [f"{one['measure']}: {capability.told(one)}" for one in metrics.get("capability") or ()],
@@ -94,12 +94,12 @@ def outcome(row: dict[str, Any]) -> str:
     return "same" if row["now"] == row["before"] else "changed"
 
 
-def facts(predictions: pd.DataFrame, rule: str) -> Rows:
-    """One row for each fact that the last update taught: {edit, prompt, answer, took, exact, right, wordings, before,
-    says}. `right` of `wordings`: other wordings answered right.
+def facts(asked: Rows) -> Rows:
+    """One row for each fact that the last update taught, from the rows of `asked`: {edit, prompt, answer, took, exact,
+    right, wordings, before, says}. `right` of `wordings`: other wordings answered right.
     """
     own: dict[str, Rows] = {}
-    for row in asked(predictions, rule):
+    for row in asked:
         if not row["earlier"] and row["kind"] in _OF_THE_FACT:
             own.setdefault(row["edit"], []).append(row)
     found = []
@@ -124,14 +124,14 @@ def facts(predictions: pd.DataFrame, rule: str) -> Rows:
     return found
 
 
-def earlier(predictions: pd.DataFrame, rule: str) -> Rows:
-    """One row for each fact of an earlier update that still holds: {edit, prompt, answer, before, then, now,
-    right_then, right_now, outcome, wordings, wordings_then, wordings_now}.
+def earlier(asked: Rows) -> Rows:
+    """One row for each fact of an earlier update that still holds, from the rows of `asked`: {edit, prompt, answer,
+    before, then, now, right_then, right_now, outcome, wordings, wordings_then, wordings_now}.
 
     `then` is the answer right after the update that taught the fact. The last two count other wordings answered right.
     `outcome`: "kept", "lost", "won" or "wrong" (then and now); of a fact without a known `then` "kept" or "wrong".
     """
-    rows = [row for row in asked(predictions, rule) if row["earlier"]]
+    rows = [row for row in asked if row["earlier"]]
     others: dict[str, Rows] = {}
     for row in rows:
         if row["kind"] == "paraphrase":
@@ -141,7 +141,7 @@ def earlier(predictions: pd.DataFrame, rule: str) -> Rows:
         if row["kind"] != "edit":
             continue
         then, now = row["right_then"], row["right"]
-        outcome = ("kept" if then or then is None else "won") if now else "lost" if then else "wrong"
+        change = ("kept" if then or then is None else "won") if now else "lost" if then else "wrong"
         wordings = others.get(row["edit"], [])
         found.append(
             {
@@ -153,7 +153,7 @@ def earlier(predictions: pd.DataFrame, rule: str) -> Rows:
                 "now": row["now"],
                 "right_then": then,
                 "right_now": bool(now),
-                "outcome": outcome,
+                "outcome": change,
                 "wordings": len(wordings),
                 "wordings_then": sum(bool(other["right_then"]) for other in wordings),
                 "wordings_now": sum(other["right"] for other in wordings),

@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from corsa.config.code_steps import JudgingConfig
+from corsa.config.code_steps import VerdictsConfig
 from corsa.config.sandbox import Limits
 from corsa.data.benchmarks.mutants import disguised, mutants
 from corsa.data.benchmarks.programs import Problem, program_in
@@ -54,7 +54,7 @@ def compute(task: Task) -> dict[str, Any]:
     Raises:
         CorsaError: running programs is not allowed, or no sandbox is available here.
     """
-    config: JudgingConfig = task.config
+    config: VerdictsConfig = task.config
     if not task.placement.allow_code_execution:
         raise CorsaError(
             "this step runs programs that a model wrote: read docs/sandbox.md, then say so with --allow-code-execution"
@@ -140,7 +140,7 @@ def problems_of(table: pa.Table) -> list[Problem]:
 
 
 def _on_cluster(
-    programs: list[Program], config: JudgingConfig, modules: tuple[str, ...], sandbox: Any
+    programs: list[Program], config: VerdictsConfig, modules: tuple[str, ...], sandbox: Any
 ) -> list[Verdict]:
     import ray
     import ray.exceptions

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-import os
 import subprocess
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +16,7 @@ import tiny
 import torch
 from tiny import CPU, EDITS, ROUNDS, Bench, Mortal, Trained, round_config, triplets, with_one_bad_reference
 from torch import nn
+from worker_processes import two_workers
 
 from corsa.algorithm.packing import TAUGHT
 from corsa.algorithm.step import corsa_step
@@ -39,21 +38,8 @@ TOLERANCE = 1e-5
 def group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[subprocess.Popen[str]]]:
     """Two workers of a gloo group, started before they are needed."""
     folder = tmp_path_factory.mktemp("group")
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    workers = [
-        subprocess.Popen(
-            [sys.executable, tiny.__file__, str(rank), "2", str(folder)],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            cwd=folder,
-        )
-        for rank in range(2)
-    ]
-    yield workers
-    for worker in workers:
-        worker.kill()
+    with two_workers(tiny, folder) as workers:
+        yield workers
 
 
 @pytest.fixture(scope="module")

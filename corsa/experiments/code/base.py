@@ -16,13 +16,13 @@ from corsa.config import LoraConfig, SamplingConfig, TrainingConfig, plain
 from corsa.config.code_steps import (
     CodeReportConfig,
     CodeShown,
-    JudgingConfig,
     JudgingPlace,
     OldAnswersConfig,
     ProblemsConfig,
     ProblemsPlace,
     ProgramEditsConfig,
     SamplesConfig,
+    VerdictsConfig,
 )
 from corsa.config.sandbox import Limits
 from corsa.data.benchmarks.code_prompt import digest_of, read_template
@@ -162,7 +162,7 @@ class _Domain:
 
     def verdicts(self, name: str, problems: Step, answers: Step) -> Step:
         """The step that runs the tests of problems on answers."""
-        config = JudgingConfig(limits=self.experiment.limits, isolated=self.experiment.sandbox != "none")
+        config = VerdictsConfig(limits=self.experiment.limits, isolated=self.experiment.sandbox != "none")
         inputs = {"problems": problems, "answers": answers}
         return Step(f"{name}/verdicts", VERDICTS, config, inputs, self.sandbox)
 

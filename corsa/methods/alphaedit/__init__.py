@@ -11,8 +11,7 @@ from corsa.config import AlphaEditConfig, RunSettings
 from corsa.config.steps import PredictionConfig
 from corsa.flow.step import Step
 from corsa.methods.base import Method, Teach
-from corsa.methods.memit import NO_PROGRAMS, refuse_sharded, statistics_input
-from corsa.methods.memit.settings import REACHED
+from corsa.methods.memit import NO_PROGRAMS, reached_warning, round_fields, statistics_input
 
 
 class AlphaEditRoundConfig(PredictionConfig):
@@ -24,14 +23,11 @@ class AlphaEditRoundConfig(PredictionConfig):
 
 
 def _round_config(settings: RunSettings, seed: int, number: int) -> AlphaEditRoundConfig:
-    refuse_sharded("alphaedit", settings)
-    alone = settings.alphaedit.model_copy(update={"corpus": None})  # the statistics identify it
-    shared = {"model": settings.model, "evaluation": settings.evaluation.for_predictions()}
-    return AlphaEditRoundConfig(**shared, seed=seed, round=number, alphaedit=alone)
+    return AlphaEditRoundConfig(**round_fields("alphaedit", settings, seed, number))
 
 
 def _inputs(settings: RunSettings) -> dict[str, Step]:
-    return statistics_input("alphaedit", settings, settings.alphaedit)
+    return statistics_input("alphaedit", settings)
 
 
 def _report_notes(name: str, found: Mapping[str, Any]) -> list[str]:
@@ -44,14 +40,8 @@ def _report_notes(name: str, found: Mapping[str, Any]) -> list[str]:
         f"AlphaEdit edits layers {found['layers']} with {used} (what is not configured: {found['source']}). Its null "
         f"space has at least {100 * found['free']:.0f} % of each layer's inputs."
     ]
-    reached = found["reached"]
-    if reached is not None and reached < REACHED:
-        notes.append(
-            f"Warning: {name}: AlphaEdit's weights reach {100 * reached:.0f} % of the change they aim at, below "
-            f"{100 * REACHED:.0f} %: lower --alphaedit.l2 (here {found['l2']:g}) or raise --alphaedit.threshold before "
-            "you compare with AlphaEdit."
-        )
-    return notes
+    advice = f"lower --alphaedit.l2 (here {found['l2']:g}) or raise --alphaedit.threshold"
+    return notes + reached_warning("AlphaEdit", name, found, advice)
 
 
 def _load_teach() -> Teach:

@@ -36,29 +36,38 @@ class MemitRoundConfig(PredictionConfig):
 
 
 def _round_config(settings: RunSettings, seed: int, number: int) -> MemitRoundConfig:
-    refuse_sharded("memit", settings)
-    alone = settings.memit.model_copy(update={"corpus": None})  # the statistics identify it
-    shared = {"model": settings.model, "evaluation": settings.evaluation.for_predictions()}
-    return MemitRoundConfig(**shared, seed=seed, round=number, memit=alone)
+    return MemitRoundConfig(**round_fields("memit", settings, seed, number))
 
 
-def refuse_sharded(name: str, settings: RunSettings) -> None:
-    """Raises `CorsaError` if the workers do not have the weights whole."""
+def round_fields(name: str, settings: RunSettings, seed: int, number: int) -> dict[str, Any]:
+    """The fields of a round of a method that changes layers in closed form; its settings are the field `name`.
+
+    Raises:
+        CorsaError: the workers do not have the weights whole.
+    """
     if settings.placement.sharding.zero_stage == 3:
         raise CorsaError(
             f"{name} reads and solves for the base's own weights, and under --sharding.zero-stage 3 no worker has "
             f"them whole: leave {name} out of --methods, or use a stage below 3"
         )
+    own = _own(name, settings).model_copy(update={"corpus": None})  # the statistics identify it
+    evaluation = settings.evaluation.for_predictions()
+    return {"model": settings.model, "evaluation": evaluation, "seed": seed, "round": number, name: own}
+
+
+def _own(name: str, settings: RunSettings) -> LocateThenEditConfig:
+    return getattr(settings, name)
 
 
 def _inputs(settings: RunSettings) -> dict[str, Step]:
-    return statistics_input("memit", settings, settings.memit)
+    return statistics_input("memit", settings)
 
 
-def statistics_input(name: str, settings: RunSettings, config: LocateThenEditConfig) -> dict[str, Step]:
+def statistics_input(name: str, settings: RunSettings) -> dict[str, Step]:
     """The key statistics for a method. They depend only on model, layers and corpus: all benchmarks, and methods that
     edit the same layers, share them.
     """
+    config = _own(name, settings)
     corpus = str(Path(config.corpus).expanduser().absolute()) if config.corpus else None
     of = StatisticsConfig(
         model=settings.model, layers=config.layers, corpus=_digest(corpus or str(NEUTRAL), f"--{name}.corpus")
@@ -80,13 +89,18 @@ def _report_notes(name: str, found: Mapping[str, Any]) -> list[str]:
     """The settings of a round of MEMIT, and a warning if the weights do not reach their targets."""
     used = f"weight {found['weight']:g}, clamp {found['clamp_norm_factor']:g}, decay {found['weight_decay']:g}"
     notes = [f"MEMIT edits layers {found['layers']} with {used} (what is not configured: {found['source']})."]
+    return notes + reached_warning("MEMIT", name, found, f"lower --memit.weight (here {found['weight']:g})")
+
+
+def reached_warning(method: str, name: str, found: Mapping[str, Any], advice: str) -> list[str]:
+    """A warning if the weights of the round `name` do not reach their targets."""
     reached = found["reached"]
-    if reached is not None and reached < REACHED:
-        notes.append(
-            f"Warning: {name}: MEMIT's weights reach {100 * reached:.0f} % of the change they aim at, below "
-            f"{100 * REACHED:.0f} %: lower --memit.weight (here {found['weight']:g}) before you compare with MEMIT."
-        )
-    return notes
+    if reached is None or reached >= REACHED:
+        return []
+    return [
+        f"Warning: {name}: {method}'s weights reach {100 * reached:.0f} % of the change they aim at, below "
+        f"{100 * REACHED:.0f} %: {advice} before you compare with {method}."
+    ]
 
 
 NO_PROGRAMS = "it changes what is said of a subject to one short object, and an update of an API has neither"
