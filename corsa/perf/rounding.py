@@ -16,7 +16,7 @@ from torch import Tensor
 from corsa.algorithm.batch import Batch
 from corsa.algorithm.pcgrad import dot, norm
 from corsa.algorithm.row_settings import RowSettings
-from corsa.algorithm.sam import perturbation, perturbed
+from corsa.algorithm.sam import perturbation_at, perturbed
 from corsa.algorithm.step import gradients
 from corsa.training.worker_context import Loaded
 
@@ -61,7 +61,8 @@ def measure_rounding(loaded: Loaded, batch: Callable[[], Batch], settings: RowSe
         cut = batch()
         g = gradients(model, phi, cut, settings, lambda tensor: tensor).merged(settings)
         if e is None:
-            e = perturbation(g, settings.column("rho"), settings.shared.eps)
+            shared = settings.shared
+            e = perturbation_at(phi.detach(), g, settings.column("rho"), shared.eps, shared.radius)
         with perturbed(phi, e):
             change = gradients(model, phi, cut, settings, lambda tensor: tensor).merged(settings).sub_(g)
         lengths.append(float(norm(change) / norm(g)))

@@ -48,6 +48,7 @@ def serve(
     console = Console()
     connect(console)
     try:
+        console.print(f"loading {', '.join([config.name, *named])} ...", markup=False, highlight=False)
         run(config, named, host=host, port=port, gpu=gpu)
         for line in _ready(f"http://{host}:{port}/v1", [BASE, *named]):
             console.print(line, markup=False, highlight=False, soft_wrap=True)
