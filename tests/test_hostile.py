@@ -117,6 +117,15 @@ def test_a_program_finds_nothing_of_an_earlier_one(sandbox: Sandbox, name: str) 
     assert verdict.passed, verdict
 
 
+def test_forks_of_a_program_do_not_answer_its_tests(sandbox: Sandbox) -> None:
+    """A fork continues where the program was, also to the end of it. Then it must not read the connection."""
+    text = "import os\nmine = os.getpid()\nfor _ in range(9):\n    if os.getpid() == mine:\n        os.fork()\n"
+    text += "def forked():\n    return os.getpid() != mine\n"
+    tests = "def test_all():\n    assert not any([forked() for _ in range(50)])\n"
+    verdict = sandbox.run(Program(text, tests))
+    assert verdict.passed, verdict
+
+
 def test_a_program_finds_no_answer_of_an_earlier_one(sandbox: Sandbox) -> None:
     """Nor any tests: the process from which all programs are forked has read neither."""
     judged(sandbox, f"answer = 'hidden-0123456789ab'\n{hostile.KNOWN_GOOD}")

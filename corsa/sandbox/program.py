@@ -8,6 +8,7 @@ import socket
 import sys
 import types
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 from corsa.sandbox import kernel
@@ -43,6 +44,7 @@ def run_program(files: list[int], limits: Mapping[str, Any], held: int) -> None:
         os.closerange(CONNECTION + 1, 4096)
         sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
         kernel.die_with_parent()
+        os.register_at_fork(after_in_child=_disconnect)
         bound(limits, held)
         serve(socket.socket(fileno=CONNECTION), asked)
         os._exit(0)
@@ -53,6 +55,16 @@ def run_program(files: list[int], limits: Mapping[str, Any], held: int) -> None:
         if process == child:
             os.write(ends, str(os.waitstatus_to_exitcode(status)).encode())
             return
+
+
+def _disconnect() -> None:
+    """In each process that the program forks: only the program itself answers its tests.
+
+    Otherwise the messages of several processes mix, and whether the tests fail or wait for the rest of a message is a
+    matter of time.
+    """
+    with suppress(OSError):
+        os.close(CONNECTION)
 
 
 def serve(end: socket.socket, request: Mapping[str, Any]) -> None:
