@@ -26,13 +26,15 @@ def literal_step(
     optimizer: torch.optim.Optimizer,
     clip: float,
 ) -> None:
-    """One update of `lora.phi` (one adapter) from a batch: one worker, the whole batch at once, `scope = "step"`."""
+    """One update of `lora.phi` (one adapter) from a batch: one worker, the whole batch at once, `scope = "step"`, and
+    `perturbation = "gradient"`.
+    """
     phi = lora.phi
     g = _merged_gradient(model, lora, batch, config)
     if config.rho > 0:
         kept = phi.detach().clone()
         with torch.no_grad():
-            phi.add_(config.rho * g / (float(g.double().norm()) + config.eps))  # line 7: phi + e
+            phi.add_(_perturbation(phi, g, config))  # line 7: phi + e
         g = _merged_gradient(model, lora, batch, config)
         with torch.no_grad():
             phi.copy_(kept)
@@ -41,6 +43,15 @@ def literal_step(
         group["params"][0].grad = g
     optimizer.step()
     optimizer.zero_grad()
+
+
+def _perturbation(phi: Tensor, g: Tensor, config: StepConfig) -> Tensor:
+    """The point e that maximises g . e within |e| <= rho, |e| <= rho |phi|, or |e / |phi_i|| <= rho (ASAM)."""
+    if config.radius == "adaptive":
+        squared = phi.square()
+        return config.rho * squared * g / (float((phi * g).double().norm()) + config.eps)
+    most = config.rho * (float(phi.double().norm()) if config.radius == "relative" else 1.0)
+    return most * g / (float(g.double().norm()) + config.eps)
 
 
 def _merged_gradient(model: Any, lora: Lora, batch: Sequence[Triplet], config: StepConfig) -> Tensor:

@@ -65,9 +65,11 @@ def after(steps: int, config: StepConfig, take: str) -> torch.Tensor:
         StepConfig(rho=0.3, pcgrad="off", reduction="sequence"),
         published_trainer(StepConfig(rho=0.3)).model_copy(update={"scope": "step"}),
         StepConfig(rho=0.3, pcgrad="algorithm1"),
+        StepConfig(rho=0.02, radius="relative"),
+        StepConfig(rho=0.5, radius="adaptive"),
         STEPS["lora"](StepConfig()),
     ],
-    ids=["corsa", "summed", "as the authors", "algorithm 1", "lora"],
+    ids=["corsa", "summed", "as the authors", "algorithm 1", "relative", "adaptive", "lora"],
 )
 def test_the_literal_and_the_packed_step_take_the_same_update(config: StepConfig) -> None:
     literal, packed = after(3, config, "literal"), after(3, config, "packed")
