@@ -101,5 +101,7 @@ def impossible(entries: Mapping[str, Any]) -> str | None:
 
 def first_line(error: BaseException) -> str:
     """The error in one line. A validator's first line names only the class, so its second line is added."""
+    if isinstance(error, KeyError):  # its text is the key alone
+        return f"{str(error)[:80]} is not known"
     lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
     return " ".join(lines[: 2 if lines and lines[0].endswith(":") else 1])[:400] or type(error).__name__
