@@ -5,6 +5,7 @@ Every command writes through `Console`, or passes what it prints through `visibl
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections.abc import Iterable
 from typing import Any
@@ -31,6 +32,15 @@ def visible(text: str) -> str:
 def _escaped(character: str) -> str:
     code = ord(character)
     return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+
+
+def without_user(address: str) -> str:
+    """A URL without its user information, for a message.
+
+    >>> without_user("http://me:secret@host/path"), without_user("me:secret@host")
+    ('http://host/path', 'host')
+    """
+    return re.sub(r"^([\w+.-]+://)?[^?#]*@", r"\1", address)
 
 
 class Console(rich.console.Console):

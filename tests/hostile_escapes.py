@@ -26,17 +26,17 @@ DENYING = {
     "threads": "import threading, time\nwhile True:\n    threading.Thread(target=time.sleep, args=(60,)).start()\n",
     "memory": "x = []\nwhile True:\n    x.append(bytearray(1 << 24))\n",
     "memory of many processes": "import os, time\nfor _ in range(8):\n    if os.fork() == 0:\n        break\n"
-    "x = b'x' * (100 << 20)\ntime.sleep(9)\n",
+    "x = b'x' * (100 << 20)\ntime.sleep(99)\n",
     "memory of many small processes": "import os, time\nfor _ in range(16):\n    if os.fork() == 0:\n        break\n"
-    "x = b'x' * (30 << 20)\ntime.sleep(9)\n",
+    "x = b'x' * (30 << 20)\ntime.sleep(99)\n",
     "memory of processes that execute": "import os, sys, time\nfor _ in range(12):\n    if os.fork() == 0:\n"
-    "        os.execv(sys.executable, [sys.executable, '-c', 'x = b\"x\" * (60 << 20); import time; time.sleep(9)'])\n"
-    "time.sleep(9)\n",
+    "        os.execv(sys.executable, [sys.executable, '-c', 'x = b\"x\" * (60 << 20); import time; time.sleep(99)'])\n"
+    "time.sleep(99)\n",
     "memory of processes whose first thread has ended": "import ctypes, os, threading, time\nfor _ in range(10):\n"
-    "    if os.fork() == 0:\n        break\ndef use():\n    global x\n    time.sleep(0.3)\n    x = b'x' * (60 << 20)\n    time.sleep(9)\n"
+    "    if os.fork() == 0:\n        break\ndef use():\n    global x\n    time.sleep(0.3)\n    x = b'x' * (60 << 20)\n    time.sleep(99)\n"
     "threading.Thread(target=use).start()\nctypes.CDLL(None).pthread_exit(None)\n",
     "memory of processes that cannot be inspected": "import ctypes, os, time\nctypes.CDLL(None).prctl(4, 0, 0, 0, 0)\n"
-    "for _ in range(10):\n    if os.fork() == 0:\n        break\nx = b'x' * (60 << 20)\ntime.sleep(9)\n",
+    "for _ in range(10):\n    if os.fork() == 0:\n        break\nx = b'x' * (60 << 20)\ntime.sleep(99)\n",
     "locks on a file": _LOCKS.replace("COMMAND", "fcntl.F_SETLK"),
     "locks of an open file": _LOCKS.replace("COMMAND", "37"),
     "events that nobody reads": _LIBC
@@ -47,7 +47,7 @@ DENYING = {
     "many mappings": "import ctypes, os, time\nfor _ in range(20):\n    if os.fork() == 0:\n        break\n"
     "libc = ctypes.CDLL(None)\nlibc.mmap.restype = ctypes.c_void_p\n"
     "libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]\nn = 0\nwhile True:\n"
-    "    n += 1\n    if libc.mmap(None, 4096, 1 + n % 2 * 2, 0x22, -1, 0) == 2**64 - 1:\n        time.sleep(9)\n",
+    "    n += 1\n    if libc.mmap(None, 4096, 1 + n % 2 * 2, 0x22, -1, 0) == 2**64 - 1:\n        time.sleep(99)\n",
     "files in flight": "import array, socket\nkept = []\nwhile True:\n    kept.append(socket.socketpair())\n"
     "    own = array.array('i', [s.fileno() for s in kept[-1]] * 20)\n    kept[-1][0].sendmsg([b'x'], [(1, 1, own)])\n",
     "extended attributes": "import os\nopen('/tmp/x', 'w').close()\nn = 0\nwhile True:\n    n += 1\n"
@@ -59,10 +59,10 @@ DENYING = {
     "files in memory": "import os\nkept = []\nwhile True:\n    kept.append(os.memfd_create('x'))\n"
     "    os.write(kept[-1], bytes(32 << 20))\n",
     "shared pages of nobody": "import mmap, os\nwhile True:\n    m = mmap.mmap(-1, 64 << 20)\n    m[:] = bytes(64 << 20)\n"
-    "    if os.fork() == 0:\n        os.pause() if hasattr(os, 'pause') else __import__('time').sleep(9)\n    m.close()\n",
+    "    if os.fork() == 0:\n        os.pause() if hasattr(os, 'pause') else __import__('time').sleep(99)\n    m.close()\n",
     "shared pages of zero": "import mmap, os\nf = os.open('/dev/zero', os.O_RDWR)\nwhile True:\n"
     "    m = mmap.mmap(f, 64 << 20)\n    m[:] = b'x' * (64 << 20)\n    if os.fork() == 0:\n"
-    "        __import__('time').sleep(9)\n    m.close()\n",
+    "        __import__('time').sleep(99)\n    m.close()\n",
     "disk": "n = 0\nwhile True:\n    n += 1\n    with open(f'/tmp/{n}', 'wb') as f:\n        f.write(bytes(8 << 20))\n",
     "disk of shared memory": "n = 0\nwhile True:\n    n += 1\n    with open(f'/dev/shm/{n}', 'wb') as f:\n"
     "        f.write(bytes(8 << 20))\n",
@@ -84,6 +84,11 @@ DENYING = {
     "        return repr(self)\nrepr(A())\n",
     "a slow pattern": "import re\nre.match('(a+)+$', 'a' * 64 + 'b')\n",
     "a large power": "x = 9 ** 9 ** 9\n",
+    "a chain of processes": "import os, time\nif os.fork() == 0:\n    while True:\n        if os.fork():\n            os._exit(0)\ntime.sleep(99)\n",
+    "timers": _LIBC + "while True:\n    call(222, 0, None, ctypes.byref(ctypes.c_int(0)))\n",
+    "rules of landlock": _LIBC
+    + "rules = call(444, (ctypes.c_uint64 * 3)(0, 3, 0), 16, 0)\nfor port in range(65536):\n    call(445, rules, 2, (ctypes.c_uint64 * 2)(1, port), 0)\nraise SystemExit('made')\n",
+    "output of many processes": "import os\nfor _ in range(16):\n    if os.fork() == 0:\n        break\nwhile True:\n    os.write(1, b'x' * 65536)\n",
 }
 
 NAMED = {
@@ -111,6 +116,9 @@ NAMED = {
     "output": {"output"},
     "output of one line": {"output"},
     "fork bomb": {"processes"},
+    "timers": {"processes"},
+    "rules of landlock": {"error"},
+    "output of many processes": {"output"},
 }
 """What some of these are stopped by: memory that is counted, or a call that is refused."""
 
@@ -195,6 +203,30 @@ ESCAPES = {
     "adds to the machine's randomness": "import fcntl, os\nfcntl.ioctl(os.open('/dev/random', os.O_RDWR), 0x40085203, bytes(16))",
     "follows a link out": "import os\nos.symlink('/../../../../etc/passwd', '/tmp/link')\nopen('/tmp/link').read()",
     "asks for priority": "import os\nos.setpriority(os.PRIO_PROCESS, 0, -5)",
+    "brings up its loopback": "import fcntl, socket, struct\nfcntl.ioctl(socket.socket(socket.AF_UNIX), 0x8914, struct.pack('16sH14x', b'lo', 1))",
+    "an address for its loopback": "import fcntl, socket, struct\nfcntl.ioctl(socket.socket(socket.AF_UNIX), 0x8916, struct.pack('16sHH4s8x', b'lo', 2, 0, bytes([127, 0, 0, 1])))",
+    "rules of its own": _LIBC + "call(444, None, 0, 1)",
+    "a filter of its own by another call": _LIBC
+    + "class P(ctypes.Structure):\n    _fields_ = [('n', ctypes.c_ushort), ('f', ctypes.c_char_p)]\nimport struct\nif libc.prctl(22, 2, ctypes.byref(P(1, struct.pack('HBBI', 6, 0, 0, 0x7fff0000))), 0, 0):\n    raise OSError('refused')",
+    "urgent data": "import socket\na, b = socket.socketpair()\na.send(b'x', socket.MSG_OOB)",
+    "urgent data in a message": "import socket\na, b = socket.socketpair()\na.sendmsg([b'x'], [], socket.MSG_OOB)",
+    "waits for urgent data": "import socket\na, b = socket.socketpair()\nb.setblocking(False)\na.send(b'x', socket.MSG_OOB)\nb.recv(1, socket.MSG_OOB)",
+    "links a file of the machine into its directory": "import os\nos.link('/etc/ld.so.cache', '/tmp/x')",
+    "changes the mode of a file": "import os, sys\nos.chmod(sys.executable, 0o777)",
+    "changes the time of a file": "import os, sys\nos.utime(sys.executable)",
+    "a capability for a file": "import os\nopen('/tmp/x', 'w').close()\nos.setxattr('/tmp/x', 'security.capability', bytes.fromhex('0100000200200000000000000000000000000000'))",
+    "real time for its disk": _LIBC + "call(251, 1, 0, 1 << 13)",
+    "a deadline": _LIBC + "call(314, 0, (ctypes.c_uint64 * 6)(48 | 6 << 32, 0, 0, 10**7, 10**7, 10**7), 0)",
+    "another place for its memory": "import ctypes\nif ctypes.CDLL(None).prctl(35, 13, 3, 0, 0):\n    raise OSError('refused')",
+    "another user of files": "import ctypes, os\nctypes.CDLL(None).setfsuid(0)\nif ctypes.CDLL(None).setfsuid(-1) != 0:\n    raise OSError('refused')",
+    "the machine's domain": _LIBC + "call(171, b'x', 1)",
+    "a socket of packets in memory": "import socket\nsocket.socket(44, 3)",
+    "the root by an open directory": "import os\nf = os.open('/', os.O_RDONLY)\nos.stat('../etc/shadow', dir_fd=f)",
+    "input of a terminal": "import fcntl\nfcntl.ioctl(0, 0x5412, b'x')",
+    "a file without a name beside Python": "import os, sys\nos.open(sys.prefix + '/lib', os.O_TMPFILE | os.O_RDWR)",
+    "writes through a mapping": "import mmap\nf = open('/etc/ld.so.cache', 'rb')\nm = mmap.mmap(f.fileno(), 4096, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)\nm[0] = 0",
+    "frees the machine's cache": "import os\nf = os.open('/etc/ld.so.cache', os.O_RDONLY)\nos.posix_fadvise(f, 0, 0, os.POSIX_FADV_DONTNEED)",
+    "opens itself for writing": "import sys\nopen(sys.executable, 'r+b')",
 }
 
 LEFTOVERS = {
@@ -217,6 +249,22 @@ LEFTOVERS = {
     "code beside the package": (
         "import sys\nopen(sys.path[-1] + '/left.py', 'w').write('x = 1')",
         "try:\n    import left\nexcept ImportError:\n    raise OSError('none')",
+    ),
+    "a file in /proc": (
+        "import os\nos.chmod('/proc', 0o755)\nopen('/proc/left', 'w').write('x')",
+        "open('/proc/left').read()",
+    ),
+    "another mode of its directory": (
+        "import os\nos.chmod('/tmp', 0)",
+        "import os\nif os.stat('/tmp').st_mode & 0o777 == 0o700:\n    raise OSError('as new')",
+    ),
+    "an abstract socket": (
+        "import socket, array, os\ns = socket.socket(socket.AF_UNIX)\ns.bind('\\0left2')\ns.listen()\na = socket.socket(fileno=os.dup(3))\nsocket.send_fds(a, [b'\\0' * 8], [s.fileno()])",
+        "import socket\nsocket.socket(socket.AF_UNIX).connect('\\0left2')",
+    ),
+    "a stopped process": (
+        "import os, signal, time\nif os.fork() == 0:\n    os.setsid()\n    os.kill(os.getpid(), signal.SIGSTOP)\ntime.sleep(0.1)",
+        "import os\nfor n in range(2, 64):\n    try:\n        os.kill(n, 0)\n    except OSError:\n        continue\n    if n not in (os.getpid(), os.getppid()):\n        break\nelse:\n    raise OSError('none')",
     ),
 }
 """What a program leaves, and how a later one looks for it."""

@@ -17,7 +17,10 @@ KNOWN_GOOD = f"def secret(x):\n    return {SECRET!r}\n"
 
 
 def _send(message: object, area: bytes = b"") -> bytes:
-    raw = json.dumps({"tuple": message}).encode()
+    return _framed(json.dumps({"tuple": message}).encode(), area)
+
+
+def _framed(raw: bytes, area: bytes = b"") -> bytes:
     return struct.pack("!II", len(raw), len(area)) + raw + area
 
 
@@ -109,6 +112,16 @@ def secret(x):
     "raises a class of a package": raises([["numpy", "ndarray"], ["builtins", "object"]]),
     "asks the tests to call": says(READY, ["call", 0, [], {"dict": []}]),
     "asks the tests to call by name": says(READY, ["call", "exit", [0], {"dict": []}]),
+    "two greetings": says(READY, ["ready", ["secret"], {"dict": [["secret", SECRET[:6]]]}]),
+    "a failure after its greeting": says(READY, ["failed", "AssertionError", ""]),
+    "changes of arguments that it was not given": says(READY, ["returned", 1, [[1, 2], [3], {"dict": []}]]),
+    "a call of a function that was never given": says(READY, ["call", -1, [], {"dict": []}], ["returned", 1, None]),
+    "the next item of no iterator": says(READY, ["next", 0, [], {"dict": []}], ["returned", True, None]),
+    "a warning": raises([["builtins", "DeprecationWarning"]]),
+    "an exception that unittest skips": raises([["unittest.case", "SkipTest"], ["unittest", "SkipTest"]]),
+    "leaves its child to answer": "import os, time\nif os.fork():\n    os._exit(0)\ndef secret(x):\n    return 0\n",
+    "answers from another process": "import os\ndef secret(x):\n    if os.fork() == 0:\n        return 'a'\n    os.wait()\n    return 'b'\n",
+    "answers from a thread": "import os, struct, threading, json\ndef secret(x):\n    raw = json.dumps({'tuple': ['returned', True, None]}).encode()\n    def say():\n        for _ in range(100):\n            os.write(3, struct.pack('!II', len(raw), 0) + raw)\n    t = threading.Thread(target=say)\n    t.start()\n    t.join()\n    return 0\n",
 }
 
 _SHOW = "def secret(x):\n    import re\n    found = re.findall(rb'hidden-[0-9a-f]{12}', b' '.join(seen()))\n"
@@ -232,6 +245,10 @@ import sys
 def seen():
     return [repr(sys.exc_info()).encode(), repr([f for f in sys._current_frames().values()]).encode()]
 """,
+    "the stack": _PAGES
+    + "\ndef seen():\n    top = ctypes.c_void_p.in_dll(libc, 'environ').value & ~4095\n    return [page(p) for p in range(top - (1 << 20), top + (1 << 18), 4096)]\n",
+    "what the socket holds": "import os, socket\ndef seen():\n    s = socket.socket(fileno=os.dup(3))\n    s.setblocking(False)\n    try:\n        return [s.recv(1 << 20, socket.MSG_PEEK)]\n    except OSError:\n        return []\n",
+    "the auxiliary vector": "import ctypes\ndef seen():\n    room = ctypes.create_string_buffer(1024)\n    n = ctypes.CDLL(None).prctl(0x41555856, room, 1024, 0, 0)\n    return [room.raw]\n",
 }
 READING = {name: text + _SHOW for name, text in READING.items()}
 
@@ -296,6 +313,21 @@ IN_THE_RUNNER = {
     "        return exec, ('import os; os._exit(0)',)\ndef secret(x):\n"
     "    raw = pickle.dumps(('returned', Evil(), None))\n"
     "    os.write(3, struct.pack('!II', len(raw), 0) + raw)\n    return 0\n",
+    "keys whose hashes collide": returns({"set": [{"int": hex(k * (2**61 - 1))} for k in range(2, 120_000)]}),
+    "an index of no pandas": returns({"index": [["object", [1]], None]}),
+    "an array of texts larger than its values": returns({"texts": [[1 << 40], "U", []]}),
+    "a counter of lists": returns({"Counter": [[[], 1]]}),
+    "a mapping of itself": returns({"mapping": [[{"mapping": []}, 1]]}),
+    "a range without a step": returns({"range": [0, 10, 0]}),
+    "days beyond all time": returns({"timedelta": [10**18, 0, 0]}),
+    "a flag of many bits": returns({"RegexFlag": {"int": hex(1 << 200)}}),
+    "a pattern of nested repeats": returns({"pattern": ["(?:(?:a{0,65535}){0,65535}){0,65535}", 0]}),
+    "a match that begins before its text": returns({"match": ["a", 0, "aaa", -5, -1]}),
+    "a kind given twice": says(
+        READY, _framed(b'{"tuple": ["returned", {"tuple": [], "tuple": [{"class": "builtins.set"}]}, null]}')
+    ),
+    "a queue of a length beyond all memory": returns({"deque": [{"int": hex(1 << 70)}, []]}),
+    "a complex number of texts": returns({"complex": ["nan" * 100000, 0]}),
 }
 
 REFUSING = {
@@ -349,4 +381,20 @@ REFUSING = {
     "a list that the tests cannot hold": "def secret(x):\n    return [[] for _ in range(10**7)]\n",
     "a value of its own class": "class Mine:\n    pass\ndef secret(x):\n    return Mine()\n",
     "a value within itself": "def secret(x):\n    x = []\n    x.append(x)\n    return x\n",
+    "the 32-bit interface": "import ctypes, mmap\nm = mmap.mmap(-1, 4096, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, prot=7)\nm.write(b'\\xb8\\x14\\0\\0\\0\\xcd\\x80\\xc3')\nctypes.CFUNCTYPE(ctypes.c_int)(ctypes.addressof(ctypes.c_char.from_buffer(m)))()\n",
+    "brackets that the parser cannot hold": "x = " + "[" * 100_000,
+    "a text that nests": "x = " + "-" * 500_000 + "1",
+    "a chain of attributes": "x = 1\nx" + ".real" * 100_000,
+    "strings in f-strings": "x = " + "f'{" * 200 + "1" + "}'" * 200,
+    "a null byte": "x = 1\0\n",
+    "a lone surrogate in its text": "x = '\ud800'\n",
+    "a hundred levels": "".join(" " * i + "if 1:\n" for i in range(150)) + " " * 150 + "pass\n",
+    "another connection in place of its own": "import os, socket\na, b = socket.socketpair()\nos.dup2(a.fileno(), 3)\ndef secret(x):\n    return 0\n",
+    "an end that reads no more": "import os, socket\nsocket.socket(fileno=os.dup(3)).shutdown(0)\ndef secret(x):\n    return 0\n",
+    "urgent data": "import os, socket\ns = socket.socket(fileno=os.dup(3))\nfor _ in range(100):\n    s.send(b'xyz', socket.MSG_OOB)\ndef secret(x):\n    return 0\n",
+    "an alarm": "import signal, time\nsignal.setitimer(signal.ITIMER_REAL, 0.05)\ntime.sleep(5)\n",
+    "an error while an error is shown": "import sys\nclass E(Exception):\n    def __str__(self):\n        raise self\ndef secret(x):\n    raise E\n",
+    "deletes what it runs on": "import sys, builtins\nsys.modules.clear()\nfor name in list(vars(builtins)):\n    if name not in ('delattr', 'builtins'):\n        delattr(builtins, name)\n",
+    "a name of a million characters": "raise type('E' * 1_000_000, (Exception,), {})('x')\n",
+    "a group of exceptions": "raise BaseExceptionGroup('x', [SystemExit(0), KeyboardInterrupt()])\n",
 }

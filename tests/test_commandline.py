@@ -319,6 +319,34 @@ def test_a_name_that_no_file_can_have_is_one_line(words: list[str], capsys: pyte
     assert len(said) < 700
 
 
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        (["--storage", ""], "the storage has no name"),
+        (["--storage", "a\0b"], "the name of a file or directory holds a null byte"),
+        (["--edits", "https://me:HUSH@host/facts.jsonl"], "https://host/facts.jsonl is an address, not a file"),
+        (["--model", "owner/na\nme"], "unknown model"),
+        (["--model", "\U0001f600/x"], "unknown model"),
+        (["--model", "EMPTY.gguf"], "is not a GGUF file"),
+        (["--adapter", "CUT"], "adapter_model.safetensors is damaged"),
+        (["--adapter", "NONE"], "adapter_model.safetensors holds no weights"),
+        (["--training.batch", str(2**70)], "--training.batch"),
+    ],
+)
+def test_what_cannot_be_read_is_one_line_on_a_dry_run(
+    option: list[str], said: str, edit: list[str | Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "EMPTY.gguf").touch()
+    for name, weights in (("CUT", b"\xff" * 8), ("NONE", b"\x02" + bytes(7) + b"{}")):
+        adapter(tmp_path / name)
+        (tmp_path / name / "adapter_model.safetensors").write_bytes(weights)
+    words = [str(tmp_path / word) if word in ("EMPTY.gguf", "CUT", "NONE") else word for word in option]
+    assert main([str(word) for word in [*edit, *words]]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert said in line
+    assert "HUSH" not in line
+
+
 def test_what_libraries_log_and_warn_of_cannot_write_on_the_terminal() -> None:
     text = (
         "import logging, sys, warnings\n"

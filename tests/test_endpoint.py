@@ -121,6 +121,16 @@ def test_an_address_that_is_none_is_refused(address: str) -> None:
         Endpoint(address, "january")
 
 
+@pytest.mark.parametrize(
+    "address",
+    ["ftp://me:HUSH@host/v1", "http://me:HUSH@host", "http://me:HUSH@host:x", "http://me:HUSH@[1", "me:HUSH@h"],
+)
+def test_an_address_is_never_shown_with_its_password(address: str) -> None:
+    with pytest.raises(CorsaError, match="--endpoint") as caught:
+        Endpoint(address, "m")
+    assert "HUSH" not in str(caught.value)
+
+
 def test_facts_without_old_answers_need_a_base_model_here(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = written(tmp_path / "facts.jsonl", {"prompt": "Who leads Acme?", "target_new": "Bo Lind"})
     assert evaluated(tmp_path, file, "http://127.0.0.1:9", "--model", "january", "--baseline", "plain") == 2

@@ -167,6 +167,11 @@ def test_a_lease_that_somebody_else_wrote_names_no_file(tmp_path: Path, log: Pat
         "ftp://KEYID:HUSH@host/x",
         "s3://KEYID%3AHUSH%40bucket/runs",
         "s3://KEYID%3aHU%2FSH+H@bucket/runs",
+        "s3://bucket/runs?endpoint_override=http://KEYID:HUSH@host",
+        "s3://bucket/runs?region=x&endpoint_override=http%3A%2F%2FKEYID%3AHUSH%40host",
+        "s3://bucket/runs?secret_key=HUSH",
+        "s3://bucket/runs?x=1;access-key=KEYID",
+        "abfs://bucket/runs?sas_token=HUSH",
     ],
 )
 def test_an_address_with_credentials_is_refused_and_not_shown(address: str) -> None:
@@ -176,6 +181,13 @@ def test_an_address_with_credentials_is_refused_and_not_shown(address: str) -> N
     while chain is not None:
         assert not any(word in str(chain) for word in ("KEYID", "HUSH", "HU/SH", "bucket"))
         chain = chain.__cause__ or chain.__context__
+
+
+@pytest.mark.parametrize("address", ["s3:/KEYID:HUSH@bucket/runs", "s3:KEYID%3AHUSH%40bucket", "gs:KEYID:HUSH"])
+def test_an_address_that_names_no_bucket_is_not_shown_where_it_may_hold_credentials(address: str) -> None:
+    with pytest.raises(CorsaError, match=r"storage '(s3|gs):\.\.\.' names no bucket") as caught:
+        Store(address)
+    assert not any(word in str(caught.value) for word in ("KEYID", "HUSH"))
 
 
 @pytest.mark.parametrize(

@@ -83,6 +83,33 @@ def test_sound_yaml_is_read_as_the_library_reads_it(tmp_path: Path) -> None:
     assert read_yaml(packaged) == yaml.safe_load(packaged.read_text())
 
 
+REPEATED = {
+    "at the top": ("limit: 3\nseeds: [1]\nlimit: 4\n", 3, "limit"),
+    "below": ("training: {epochs: 1, batch: 2, epochs: 3}\n", 1, "epochs"),
+    "in a list": ("seeds:\n- {a: 1}\n- b: 1\n  b: 2\n", 4, "b"),
+    "written in another way": ("lora:\n  'rank': 1\n  rank: 2\n", 3, "rank"),
+    "a number in two forms": ("a: {16: 1, 0x10: 2}\n", 1, "0x10"),
+    "in what is taken in": ("a: &a {b: 1, b: 2}\nc: {<<: *a}\n", 1, "b"),
+    "with controls": ('"a\\e[2J": 1\n"a\\e[2J": 2\n', 2, "a\\x1b[2J"),
+}
+
+
+@pytest.mark.parametrize(("text", "line", "key"), REPEATED.values(), ids=REPEATED)
+def test_a_key_that_occurs_twice_is_named_with_its_line(tmp_path: Path, text: str, line: int, key: str) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(text)
+    with pytest.raises(CorsaError) as caught:
+        read_yaml(file)
+    assert str(caught.value).startswith(f"{file}, line {line}: the key '{key}' occurs twice, first in line ")
+
+
+def test_a_key_that_overrides_one_taken_in_is_no_repetition(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("a: &a {b: 1, c: 2}\nd: &d {<<: *a, b: 3}\ne: [{<<: *d, c: 4}, *d, {b: 1}]\n1: x\n'1': y\n")
+    assert read_yaml(file) == yaml.safe_load(file.read_text())
+    assert read_yaml(file)["d"] == {"b": 3, "c": 2}
+
+
 class Tokenizer:
     """Renders as transformers does: compiled from a string by Jinja's sandbox."""
 

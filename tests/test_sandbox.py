@@ -47,6 +47,20 @@ def test_a_value_has_no_methods_of_the_programs_own(sandbox: Sandbox) -> None:
     assert sandbox.run(Program(plain, tests)).passed
 
 
+@isolated
+def test_a_keyword_argument_may_have_any_name(sandbox: Sandbox) -> None:
+    own = "def how(value, kind='stable', target=0, **more):\n    return [value, kind, target, more]\n"
+    tests = "def test_how():\n    assert how(1, kind='next', target=2, name=3, self=4) == [1, 'next', 2, {'name': 3, 'self': 4}]\n"
+    verdict = sandbox.run(Program(own, tests))
+    assert verdict.passed, verdict
+    back = "def apply(f):\n    return f(1, kind='call', number=2)\n"
+    tests = (
+        "def test_apply():\n    assert apply(lambda *a, **k: [list(a), k]) == [[1], {'kind': 'call', 'number': 2}]\n"
+    )
+    verdict = sandbox.run(Program(back, tests))
+    assert verdict.passed, verdict
+
+
 EATERS = {
     "infinite loop": ("while True:\n    pass\n", {"timeout", "cpu"}),
     "sleep": ("import time\ntime.sleep(60)\n", {"timeout"}),

@@ -200,6 +200,16 @@ def test_the_filter_denies_what_it_names(machine: str) -> None:
     assert returned(fcntl, 3, 2) == allow  # F_SETFD
     assert all(returned(fcntl, 3, command) == error | 37 for command in (6, 7, 37, 38, 1024, 1026))
     assert returned(flock, 3, 2) == error | 37
+    prctl, sendto, sendmsg = ((157, 44, 46), (167, 206, 211))[column]
+    assert returned(prctl, 22, 2) == error | 1  # a filter of its own
+    assert returned(prctl, 15) == allow  # PR_SET_NAME
+    recvfrom, recvmsg, sendmmsg, recvmmsg = ((45, 47, 307, 299), (207, 212, 269, 243))[column]
+    for call in (sendto, recvfrom, sendmmsg, recvmmsg):
+        assert returned(call, 3, 1, 1, 0x4000) == allow  # MSG_NOSIGNAL
+        assert returned(call, 3, 0, 0, 0x4001) == error | 95
+    for call in (sendmsg, recvmsg):
+        assert returned(call, 3, 1, 0x40) == allow
+        assert returned(call, 3, 0, 1) == error | 95
     assert returned(449) == allow
     assert all(returned(number) == error | 38 for number in (450, 457, 458, 467, 0x40000000 + 39))
     assert returned(mmap, 0, 4096, 3, 0x22) == allow  # private pages

@@ -25,7 +25,7 @@ from corsa.editing.card import card
 from corsa.editing.history import Update
 from corsa.errors import CorsaError
 from corsa.evaluation.metrics import compute
-from corsa.experiments.trackers import track
+from corsa.experiments.trackers import check, track
 
 pytestmark = pytest.mark.process
 
@@ -79,6 +79,12 @@ def test_a_tracker_that_is_not_there_is_explained(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setitem(__import__("sys").modules, "mlflow", None)
     with pytest.raises(CorsaError, match=r"pip install 'corsa\[mlflow\]'"):
         tracked("mlflow")
+
+
+def test_a_trackers_address_with_a_password_is_refused_and_not_shown() -> None:
+    with pytest.raises(CorsaError, match=r"--track mlflow:http://host/x: credentials do not belong") as caught:
+        check(["mlflow:http://me:HUSH@host/x"])
+    assert "HUSH" not in str(caught.value)
 
 
 # The hub

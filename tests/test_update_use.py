@@ -110,7 +110,7 @@ def test_a_program_that_counts_its_runs_does_not_use_it(problem: Problem, passin
             found.append(Verdict("passed" if there and passes else "failed", tests={"t": ""}))
         return found
 
-    for _ in range(20):  # one order in 70 is the one that it expects
+    for _ in range(20):  # one order in 924 is the one that it expects
         runs = 0
         rows = judged([(problem, 0, "counts"), (problem, 1, problem.solution)], counted)
         if rows[1]["outcome"] == "passed":

@@ -28,6 +28,7 @@ from corsa.experiments.runner import announce, lasting, launch, produce, repeat_
 from corsa.flow import Artifact, Step, Store
 from corsa.flow.step import topological
 from corsa.planning.inputs import check_files
+from corsa.planning.layers import check_lora
 from corsa.terminal import Console
 from corsa.tuning.space import Space, applied
 from corsa.tuning.step import sweep_step
@@ -200,6 +201,7 @@ def main() -> int:
     planner = Planner.of(experiment, command)
     step, store = sweep(planner), Store(lasting(experiment.storage))
     check_files(needed for needed in topological([step]) if not store.find(needed))
+    check_lora(experiment.model, experiment.lora)
     if experiment.dry_run:
         show_plan([step], store, console)
         return 0

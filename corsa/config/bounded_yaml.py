@@ -1,4 +1,4 @@
-"""Reads untrusted YAML, with bounds on its size, its depth and the expansion of its aliases."""
+"""Reads untrusted YAML, with bounds on its size, its depth and the expansion of its aliases. No key may occur twice."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ LARGEST = 1 << 20  # bytes
 NODES = 50_000  # scalars, lists and mappings, counted again for each alias of them
 DEPTH = 40
 
-_Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast where PyYAML was built with libyaml
+_Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast where PyYAML was built with libyaml
 
 
 def read_yaml(path: Path) -> Any:
@@ -21,7 +21,8 @@ def read_yaml(path: Path) -> Any:
 
     Raises:
         CorsaError: it is larger, deeper or has more nodes than any file of this project, an alias refers to a
-            node that contains it (all found before anything is built), or a value is invalid.
+            node that contains it, a mapping has a key twice (all found before anything is built), or a value is
+            invalid.
         OSError, UnicodeDecodeError, yaml.YAMLError: it cannot be read, or is not YAML.
     """
     with path.open("rb") as file:
@@ -30,10 +31,43 @@ def read_yaml(path: Path) -> Any:
         raise CorsaError(f"{path} has more than {LARGEST >> 20} MiB: too large for a YAML file of this project")
     text = content.decode()
     _check(text, path)
+    loader = _Loader(text)
     try:
-        return yaml.load(text, Loader=_Loader)
+        root = loader.get_single_node()
+        if root is None:
+            return None
+        _refuse_repeated_keys(loader, root, path)
+        return loader.construct_document(root)
     except (ValueError, OverflowError, RecursionError) as error:  # a date that does not exist, a number without end
         raise CorsaError(f"{path}: a value makes no sense: {str(error).splitlines()[0]}") from error
+    finally:
+        loader.dispose()
+
+
+def _refuse_repeated_keys(loader: Any, root: yaml.Node, path: Path) -> None:
+    """YAML forbids a key that occurs twice (YAML 1.2.2, 3.2.1.1). PyYAML would keep the last of its values."""
+    left, seen = [root], {id(root)}
+    while left:
+        node = left.pop()
+        inner = list(node.value) if isinstance(node, yaml.SequenceNode) else []
+        if isinstance(node, yaml.MappingNode):
+            keys: dict[Any, yaml.Node] = {}
+            for key, value in node.value:
+                inner += (key, value)
+                if not isinstance(key, yaml.ScalarNode):
+                    continue
+                # `<<` takes in other mappings; PyYAML has no value for it.
+                name = key.value if key.tag == "tag:yaml.org,2002:merge" else loader.construct_object(key)
+                first = keys.setdefault(name, key)
+                if first is not key:
+                    raise CorsaError(
+                        f"{path}, line {key.start_mark.line + 1}: the key {key.value[:40]!r} occurs twice, first in "
+                        f"line {first.start_mark.line + 1}: keep one of them"
+                    )
+        for one in inner:
+            if isinstance(one, yaml.CollectionNode) and id(one) not in seen:
+                seen.add(id(one))
+                left.append(one)
 
 
 def _check(text: str, path: Path) -> None:

@@ -133,6 +133,8 @@ def _ended(error: BaseException) -> int:
         if error.errno in _NO_PLACE:
             _write_no_more()
             return _complain(f"the output cannot be written: {error.strerror}. Free some space, or write elsewhere", 2)
+    if isinstance(error, ValueError) and str(error) == "embedded null byte":  # Python's words for such a path
+        return _complain("the name of a file or directory holds a null byte", 2)
     raise error
 
 

@@ -16,8 +16,8 @@ AnswerEnd = Literal["end_token", "turn"]
 class TrainingConfig(Frozen):
     """One round of training. A fresh optimizer and schedule each round."""
 
-    epochs: int = Field(default=10, ge=1, description="passes over the round's edits")
-    batch: int = Field(default=16, ge=1, description="edits per optimizer step, over all workers")
+    epochs: int = Field(default=10, ge=1, le=1_000_000, description="passes over the round's edits")
+    batch: int = Field(default=16, ge=1, le=1_000_000, description="edits per optimizer step, over all workers")
     learning_rate: float = Field(default=2e-4, gt=0, description="peak learning rate of AdamW")
     warmup: int = Field(default=5, ge=0, description="steps of linear warm-up; linear decay to 0 afterwards")
     first_rate: Literal["above_zero", "zero"] = Field(

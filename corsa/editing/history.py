@@ -23,6 +23,7 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import ConfigDict, ValidationError
+from safetensors import safe_open
 
 from corsa.config import Frozen, LoraConfig, ModelConfig
 from corsa.data.benchmarks.file import Draft
@@ -171,7 +172,19 @@ def open_line(directory: str | Path) -> Line:
         raise CorsaError(f"adapter {path}: {FILE} is damaged: {str(error).splitlines()[0]}") from error
     settings = read_settings(path)
     refuse_extensions({"peft_type": "LORA"} | settings, path / "adapter_config.json")
+    _check_weights(path / WEIGHTS)
     return Line(path, settings, history)
+
+
+def _check_weights(file: Path) -> None:
+    """Raises CorsaError if the header of a file of weights is damaged, or the file does not have their size."""
+    try:
+        with safe_open(file, "numpy") as tensors:
+            names = list(tensors.keys())
+    except Exception as error:  # of Rust, and of the operating system
+        raise CorsaError(f"{file} is damaged: {str(error).splitlines()[0]}") from error
+    if not names:
+        raise CorsaError(f"{file} holds no weights")
 
 
 def _read(path: Path) -> str:

@@ -22,6 +22,7 @@ from urllib.parse import urlsplit
 from tenacity import RetryCallState, Retrying, retry_if_exception, stop_after_attempt, wait_exponential, wait_random
 
 from corsa.errors import CorsaError
+from corsa.terminal import without_user
 
 _LARGEST = 1 << 22  # bytes of an answer
 _LATER = (408, 409, 425, 429, 500, 502, 503, 504)
@@ -196,9 +197,14 @@ def checked_address(address: str) -> str:
     >>> checked_address("http://localhost:8000"), checked_address("https://host/api/v1/")
     ('http://localhost:8000/v1', 'https://host/api/v1')
     """
-    parts = urlsplit(address)
-    if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise CorsaError(f"--endpoint {address} is no http or https address: such as http://localhost:8000/v1")
+    try:
+        parts, port = urlsplit(address), urlsplit(address).port
+    except ValueError:  # a port or an IPv6 address that is none
+        parts, port = urlsplit(""), None
+    if parts.scheme not in ("http", "https") or not parts.hostname or port == 0:
+        raise CorsaError(
+            f"--endpoint {without_user(address)} is no http or https address: such as http://localhost:8000/v1"
+        )
     if parts.username or parts.password or parts.query:
         raise CorsaError("--endpoint takes no password and no query: put the token into an environment variable")
     return address.rstrip("/") + ("" if parts.path.strip("/") else "/v1")

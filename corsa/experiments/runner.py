@@ -31,6 +31,7 @@ from corsa.flow.cluster import connect, disconnect, submitted
 from corsa.flow.step import topological
 from corsa.flow.store import Artifact, Record
 from corsa.planning.inputs import check_files, say_what_cannot_count
+from corsa.planning.layers import refuse_layers_that_do_not_exist
 from corsa.planning.preflight import refuse_what_memory_cannot_hold
 from corsa.training.resources import groups_side_by_side, refuse_what_cannot_fit
 
@@ -150,10 +151,12 @@ def show_plan(targets: Sequence[Step], store: Store, console: Console) -> None:
     """Draw some steps and their dependencies (`--dry-run`).
 
     Raises:
-        CorsaError: the facts of a step are not available, or there are none.
+        CorsaError: the facts of a step are not available, or there are none, or an option names a layer that the model
+            does not have.
     """
     from corsa.data.benchmarks import read
 
+    refuse_layers_that_do_not_exist(step for step in topological(targets) if not store.find(step))
     for step in topological(targets):
         config = step.config
         data = getattr(step.placement, "data", None)
@@ -214,6 +217,7 @@ def _attempt(targets: Sequence[Step], store: Store, console: Console, quiet: boo
     before = store.records() if pending and not quiet else []
     _say_how_long(pending, before, console)
     refuse()  # now if no cluster is to be joined, else after joining it
+    refuse_layers_that_do_not_exist(pending)
     refuse_what_memory_cannot_hold(pending, console)
     say_what_cannot_count(pending, console)
 

@@ -19,6 +19,7 @@ import pandas as pd
 
 from corsa.errors import CorsaError, unknown_name
 from corsa.flow.store import Artifact
+from corsa.terminal import without_user
 
 _CURVES = ("logp_new", "logp_old", "cosine", "sharpness", "grad_norm", "learning_rate")
 """Columns of the curves that are sent, besides the loss of each objective (`loss_NAME`)."""
@@ -27,9 +28,14 @@ _CURVES = ("logp_new", "logp_old", "cosine", "sharpness", "grad_norm", "learning
 def check(where: Sequence[str]) -> None:
     """Raises `CorsaError` if a tracker is unknown or its library is not installed. Called before the run starts."""
     for one in where:
-        name = one.partition(":")[0]
+        name, _, place = one.partition(":")
         if name not in TRACKERS:
             raise unknown_name("tracker", name, TRACKERS)
+        if without_user(place) != place:
+            raise CorsaError(
+                f"--track {name}:{without_user(place)}: credentials do not belong in an address. Set "
+                "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or WANDB_API_KEY, in the environment"
+            )
         library = _LIBRARIES.get(name, name)
         if find_spec(library) is None:
             raise _absent(name, f"No module named {library!r}")
@@ -109,7 +115,7 @@ def _mlflow(place: str, title: str, config: dict[str, Any], rows: list[Row]) -> 
         mlflow.log_params({name: str(value)[:6000] for name, value in config.items()})
         for step, values in rows:
             mlflow.log_metrics(values, step=step)
-        return f"{mlflow.get_tracking_uri()}, run {run.info.run_id}"
+        return f"{without_user(mlflow.get_tracking_uri())}, run {run.info.run_id}"
 
 
 def _wandb(place: str, title: str, config: dict[str, Any], rows: list[Row]) -> str:

@@ -41,11 +41,15 @@ class Files:
     def __init__(self, root: str | Path, filesystem: fs.FileSystem | None = None, patience: float = PATIENCE) -> None:
         self.url = str(root).rstrip("/")
         self.patience = patience
+        if not str(root).strip():
+            raise CorsaError("the storage has no name: give a local path, s3://... or gs://...")
         if filesystem is not None:
             self.system, self.root = filesystem, self.url
         elif "://" in self.url or re.match("(s3|gs|file):", self.url):
             if "://" not in self.url:
-                raise CorsaError(f"storage {str(root)!r} names no bucket: write s3://BUCKET/FOLDER")
+                scheme, _, rest = self.url.partition(":")
+                shown = f"{scheme}:..." if re.search("[:@]", unquote(rest)) else str(root)  # these are credentials
+                raise CorsaError(f"storage {shown!r} names no bucket: write s3://BUCKET/FOLDER")
             _refuse_credentials(self.url)
             try:
                 self.system, self.root = fs.FileSystem.from_uri(self.url)
@@ -233,15 +237,20 @@ class Files:
         return None
 
 
-_USER = re.compile(r"(?P<scheme>[\w+.-]+://)(?:[^/?@]*@|[^?@]*:[^?@]*@|[^/?@]*:(?!\d*(?:[/?]|$)))")
+_USER = re.compile(r"[\w+.-]+://(?:[^/?@]*@|[^?@]*:[^?@]*@|[^/?@]*:(?!\d*(?:[/?]|$)))")
 """The beginning of an address, including its user information. An AWS secret may contain slashes."""
+_SECRET = re.compile(r"[^=]*(key|secret|token|passw|credential|signature|sas)[^=]*=|[^=]*=.*@", re.IGNORECASE)
+"""A parameter of an address that names a secret, or whose value is an address with user information."""
 
 
 def _refuse_credentials(url: str) -> None:
     """Raises `CorsaError` for an address that holds credentials. The error shows no part of them."""
-    if (found := _USER.match(unquote(url))) and not url.startswith("gs://anonymous@"):
+    plain = unquote(url)
+    scheme, _, rest = plain.partition("://")
+    user = _USER.match(plain) and not url.startswith("gs://anonymous@")
+    if user or any(_SECRET.match(one) for one in re.split("[&;]", rest.partition("?")[2])):
         raise CorsaError(
-            f"storage {found['scheme']}...: credentials do not belong in an address, which logs and reports show. Set "
+            f"storage {scheme}://...: credentials do not belong in an address, which logs and reports show. Set "
             "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or GOOGLE_APPLICATION_CREDENTIALS) in the environment"
         )
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from corsa.config import LoraConfig
-from corsa.errors import CorsaError
+from corsa.errors import CorsaError, nearest
 from corsa.lora.branch import LoraBranch
 from corsa.lora.factors import Adapter, Factors
 
@@ -52,8 +52,12 @@ def target_layers(model: nn.Module, config: LoraConfig) -> list[tuple[str, nn.Li
     if config.targets != ("all-linear",):
         for target in config.targets:
             if not any(_is_target(name, target) for name, _ in every):
-                known = ", ".join(sorted({name.rsplit(".", 1)[-1] for name, _ in every}))
-                raise CorsaError(f"--lora.targets {target}: no linear layer has this name; this model has {known}")
+                known = sorted({name.rsplit(".", 1)[-1] for name, _ in every})
+                near = nearest(target, [*known, "all-linear"])
+                raise CorsaError(
+                    f"--lora.targets {target}: no linear layer has this name"
+                    f"{f', did you mean {near}' if near else ''}; this model has {', '.join(known)}"
+                )
         chosen = [(name, m) for name, m in every if any(_is_target(name, target) for target in config.targets)]
     if config.layers is not None:
         numbers = {number for name, _ in every if (number := _layer_number(name)) is not None}

@@ -6,6 +6,7 @@ Imports neither torch nor transformers: planning a pipeline needs the identity o
 from __future__ import annotations
 
 import hashlib
+import re
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any, Literal
 from corsa.config import ModelConfig
 from corsa.errors import CorsaError, unknown_name
 from corsa.models.gguf_file import digest
+from corsa.models.gguf_header import read_header
 
 EMBEDDED = "smollm2-135m"
 
@@ -142,7 +144,7 @@ def locate(name: str) -> Source:
         if not Path(name).is_file():
             raise CorsaError(f"there is no model file {name}: workers on other machines need it under the same path")
         return Source("gguf", str(Path(name).absolute()))  # a link of the hub's cache keeps its name
-    if name.count("/") == 1 and not name.startswith((".", "/", "~")):
+    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name, re.ASCII):  # as the hub allows
         return Source("hub", name)
     known = [*ALIASES, "random:<architecture>", "<owner>/<name> on the hub", "<directory>", "<file>.gguf"]
     raise unknown_name("model", name, known)
@@ -171,10 +173,12 @@ def pin(config: ModelConfig) -> ModelConfig:
     version. A hub model without a revision has its branch.
 
     Raises:
-        CorsaError: the model cannot be found, or a GGUF file does not have the revision's digest.
+        CorsaError: the model cannot be found, or a GGUF file is damaged or does not have the revision's digest.
     """
     source = locate(config.name)
     if source.kind == "gguf":
+        if find_spec("gguf") is not None:
+            read_header(Path(source.place))  # a damaged file is refused before a run
         return config.model_copy(update={"name": source.place, "revision": gguf_revision(config)})
     if source.kind in ("directory", "random"):  # an absolute path: workers run in other directories
         prefix = "random:" if source.kind == "random" else ""

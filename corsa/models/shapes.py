@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, PreTrainedConfig
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from corsa.config import ModelConfig
 from corsa.errors import CorsaError
@@ -33,6 +34,24 @@ def architecture(config: ModelConfig) -> PreTrainedConfig:
     Raises:
         CorsaError: the config.json or file cannot be read.
     """
+    return _whole(config).get_text_config()
+
+
+def skeleton(config: ModelConfig) -> PreTrainedModel:
+    """The model without weights: every module, on the meta device.
+
+    Raises:
+        CorsaError: the config.json or file cannot be read, or transformers has no such model.
+    """
+    found = _whole(config)
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(found, attn_implementation="sdpa")
+    except Exception as e:  # transformers raises any type
+        raise CorsaError(f"the architecture of model {config.name!r} could not be loaded: {first_line(e)}") from e
+
+
+def _whole(config: ModelConfig) -> PreTrainedConfig:
     name = config.name.removeprefix("random:")
     if name in ARCHITECTURES:
         entries = dict(ARCHITECTURES[name])
@@ -40,8 +59,8 @@ def architecture(config: ModelConfig) -> PreTrainedConfig:
     try:
         source = locate(config.name)
         if source.kind == "gguf":
-            return read_architecture(str(described(Path(source.place)))).get_text_config()
-        found = read_architecture(source.place, config.revision or "main")
+            return read_architecture(str(described(Path(source.place))))
+        return read_architecture(source.place, config.revision or "main")
     except CorsaError:
         raise
     except Exception as e:
@@ -49,7 +68,6 @@ def architecture(config: ModelConfig) -> PreTrainedConfig:
             f"the shape of model {config.name!r} cannot be read: {first_line(e)}. Name a directory "
             f"with its config.json, make the hub reachable, or plan with one of {', '.join(ARCHITECTURES)}"
         ) from e
-    return found.get_text_config()
 
 
 def read_architecture(place: str, revision: str = "main") -> PreTrainedConfig:
@@ -83,5 +101,7 @@ def impossible(entries: Mapping[str, Any]) -> str | None:
 
 def first_line(error: BaseException) -> str:
     """The error in one line. A validator's first line names only the class, so its second line is added."""
+    if isinstance(error, KeyError):  # its text is the key alone
+        return f"{str(error)[:80]} is not known"
     lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
     return " ".join(lines[: 2 if lines and lines[0].endswith(":") else 1])[:400] or type(error).__name__

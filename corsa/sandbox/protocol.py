@@ -44,7 +44,7 @@ class RemoteIterator:
         return self
 
     def __next__(self) -> Any:
-        return self.peer.call(self.number, kind="next")
+        return self.peer.item(self.number)
 
 
 class Peer:
@@ -116,11 +116,18 @@ class Peer:
             raise CannotCrossError("not a message")
         return list(message)
 
-    def call(self, target: Any, /, *args: Any, kind: str = "call", **kwargs: Any) -> Any:
+    def call(self, target: Any, /, *args: Any, **kwargs: Any) -> Any:
         """Call a function of the other side, by its name or by the number of a stand-in.
 
         If the call changes a list, dictionary, set or array among its arguments, the argument here changes too.
         """
+        return self._asked("call", target, args, kwargs)
+
+    def item(self, number: int) -> Any:
+        """The next item of an iterator of the other side. Raises StopIteration at its end."""
+        return self._asked("next", number, (), {})
+
+    def _asked(self, kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self.send(kind, target, args, kwargs)
         while True:
             answer, *rest = self.receive()

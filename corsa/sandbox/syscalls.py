@@ -44,6 +44,9 @@ _DENIED = {
     "io_setup": (206, 0),
     "inotify_init": (253, None),
     "inotify_init1": (294, 26),
+    "landlock_create_ruleset": (444, 444),
+    "landlock_add_rule": (445, 445),
+    "landlock_restrict_self": (446, 446),
     # namespaces and mounts
     "unshare": (272, 97),
     "setns": (308, 268),
@@ -82,6 +85,7 @@ _DENIED = {
     # the machine
     "sync": (162, 81),
     "syncfs": (306, 267),
+    "fadvise64": (221, 223),
     "syslog": (103, 116),
     "acct": (163, 89),
     "quotactl": (179, 60),
@@ -102,15 +106,24 @@ _DENIED = {
 """Calls that fail with EPERM, with their numbers on x86_64 and aarch64."""
 _NEWEST = 449
 """The last call considered here (futex_waitv, Linux 5.16). Later ones fail with ENOSYS, as on an older kernel."""
-_CLONE, _CLONE3, _MMAP, _FCNTL, _FLOCK = (56, 220), (435, 435), (9, 222), (72, 25), (73, 32)
+_CLONE, _CLONE3, _MMAP, _FCNTL, _FLOCK, _PRCTL = (56, 220), (435, 435), (9, 222), (72, 25), (73, 32), (157, 167)
 _SOCKETS = (
     (41, 198),
     (53, 199),
 )  # socket, and socketpair, which makes two before it finds that their family has no pairs
+_FLAGS = {
+    "sendto": (44, 206, 3),
+    "recvfrom": (45, 207, 3),
+    "sendmsg": (46, 211, 2),
+    "recvmsg": (47, 212, 2),
+    "sendmmsg": (307, 269, 3),
+    "recvmmsg": (299, 243, 3),
+}
+"""Calls with flags of a message: their numbers, and which argument has the flags."""
 _LOCKS = {"F_SETLK": 6, "F_SETLKW": 7, "F_OFD_SETLK": 37, "F_OFD_SETLKW": 38, "F_SETLEASE": 1024, "F_NOTIFY": 1026}
 """Commands of fcntl that take memory which no limit counts, and affect files that other processes use."""
 _NAMESPACES = 0x7E020000
-_AF_UNIX = 1
+_AF_UNIX, _MSG_OOB = 1, 1
 _MAP_SHARED, _MAP_ANONYMOUS, _MAP_HUGETLB = 0x01, 0x20, 0x40000
 
 _LOAD, _EQUAL, _AT_LEAST, _ANY_BIT, _AND, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x54, 0x06
@@ -144,6 +157,12 @@ def _instructions(machine: str) -> list[tuple[int, int, int, int]]:
     # The flags of clone3 are in memory, where a filter cannot read them. The C library falls back to clone.
     found += denied((_EQUAL, _CLONE3[column]), errno.ENOSYS)
     found += of_call(_CLONE[column], [(_LOAD, 0, 0, _ARGUMENTS), *denied((_ANY_BIT, _NAMESPACES), errno.EPERM)])
+    # seccomp is denied above; prctl sets a filter too.
+    found += of_call(_PRCTL[column], [(_LOAD, 0, 0, _ARGUMENTS), *denied((_EQUAL, _SET_SECCOMP), errno.EPERM)])
+    for *numbers, place in _FLAGS.values():
+        # Nothing needs urgent data of Unix sockets, and the kernel's code for it is young.
+        urgent = denied((_ANY_BIT, _MSG_OOB), errno.EOPNOTSUPP)
+        found += of_call(numbers[column], [(_LOAD, 0, 0, _ARGUMENTS + 8 * place), *urgent])
     is_unix = [(_LOAD, 0, 0, _ARGUMENTS), (_EQUAL, 1, 0, _AF_UNIX), (_RETURN, 0, 0, _ERROR | errno.EAFNOSUPPORT)]
     for call in _SOCKETS:
         found += of_call(call[column], is_unix)

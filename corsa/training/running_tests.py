@@ -41,7 +41,7 @@ update. The order is random, and so is how each result is written (`mutants.disg
 update's code, or finds out that it has run before, does not know which of the two it has.
 """
 UNUSED = "does not depend on what the update returns"
-TRIALS = 8
+TRIALS = 12
 _RANDOM = SystemRandom()
 
 PER_TASK = 32

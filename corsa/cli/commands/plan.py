@@ -18,6 +18,7 @@ from corsa.cli.commands import AsJson, app
 from corsa.config import STEPS, Frozen, LoraConfig, ModelConfig, StepConfig
 from corsa.config.amounts import as_bytes
 from corsa.errors import CorsaError, unknown_name
+from corsa.models.registry import locate
 from corsa.planning.machine import memory_here
 from corsa.terminal import Console
 
@@ -175,6 +176,7 @@ def _job(work: Work, machine: Machine) -> tuple[Job, str]:
     from corsa.planning.plan import Job
 
     gpu = machine.gpus > 0
+    locate(work.model or "")
     model = ModelConfig(name=work.model or "", dtype=work.dtype or ("bfloat16" if gpu else "float32"))
     tokens, counted = ASSUMED, "20 tokens an edit (assumed)"
     if work.benchmark:

@@ -7,6 +7,7 @@ import csv
 import gzip
 import io
 import json
+import re
 import shutil
 import sys
 import tempfile
@@ -19,6 +20,7 @@ from typing import IO, Any
 from corsa.data.benchmarks import BadRecord
 from corsa.data.text import shown
 from corsa.errors import CorsaError
+from corsa.terminal import without_user
 
 Found = tuple[Any, str]
 """The values of a record, and its position in the file, for messages."""
@@ -48,6 +50,8 @@ def regular(path: str | Path) -> Path:
     """
     given = str(path)
     place = Path(given).expanduser()
+    if re.match(r"\w{2,}:/", given):  # pathlib turns :// into :/
+        raise CorsaError(f"{without_user(given)} is an address, not a file: download it first")
     piped = place.exists() and not place.is_file() and not place.is_dir()
     if given != "-" and not piped and not given.startswith(("/dev/", "/proc/")):
         return place
