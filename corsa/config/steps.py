@@ -243,6 +243,30 @@ class FactsPlace(Placement):
     data: str
 
 
+class FewFactsConfig(Frozen):
+    """Which facts of an update the trials of `corsa edit --tune` teach; earlier facts stay."""
+
+    facts: int = Field(ge=1, description="facts of the update, taken evenly from the file")
+    update: int = Field(ge=1)
+
+
+class Trial(Frozen):
+    """A trial of `corsa edit --tune`: the names of the inputs with its answers, and its settings."""
+
+    round: str
+    everyday: str
+    setting: dict[str, float]
+
+
+class ChoiceConfig(Frozen):
+    """How a setting is chosen among trials; the first has the settings as given."""
+
+    trials: tuple[Trial, ...]
+    everyday: str = Field(description="name of the input with the base model's everyday answers")
+    update: int = Field(ge=1)
+    rule: Rule
+
+
 class ServedConfig(Frozen):
     """What the answers of a server depend on. `asked` makes each evaluation a step of its own."""
 
@@ -335,6 +359,9 @@ class ReportConfig(Frozen):
     controls: tuple[Shown, ...] = Field(default=(), description="answers to everyday questions: before and after")
     capability: tuple[Shown, ...] = Field(
         default=(), exclude_if=lambda shown: not shown, description="measures of a gate: method `before` and `now`"
+    )
+    notes: tuple[str, ...] = Field(
+        default=(), exclude_if=lambda notes: not notes, description="what else a reader must know"
     )
     axes: tuple[Axis, ...] = ()
     compare_with: str | None = Field(

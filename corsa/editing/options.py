@@ -117,9 +117,16 @@ class EditOptions(Teaching):
     """Teach a file of facts."""
 
     edits: str = Field(
-        description="JSONL, CSV or Parquet with the columns prompt, target_new (target_old, ... if known)"
+        description="JSONL, CSV or Parquet with the columns prompt, target_new (target_old, ... if known); a path, an "
+        "s3:// or gs:// address, or - for standard input"
     )
     adapter: str | None = Field(default=None, description="adapter to continue from: the --out of an earlier update")
+    tune: int | None = Field(
+        default=None,
+        ge=2,
+        description="number of trainings that choose the learning rate, ridge, stop_above and epochs, if not given. "
+        "Each teaches at most 16 of the facts. Half of their other wordings and of the everyday questions decide",
+    )
 
 
 class EvaluateOptions(Options):
