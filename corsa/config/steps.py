@@ -206,6 +206,11 @@ class HarnessConfig(Frozen):
     model: ModelConfig
     tasks: tuple[str, ...]
     limit: int | None = Field(ge=1, description="documents of each task")
+    own: dict[str, dict[str, Any]] = Field(
+        default={},
+        exclude_if=lambda own: not own,
+        description="tasks of a file of one's own, by their names in `tasks`",
+    )
 
 
 class LineConfig(Frozen):

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, PreTrainedConfig
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from corsa.config import ModelConfig
 from corsa.errors import CorsaError
@@ -50,6 +51,14 @@ def architecture(config: ModelConfig) -> PreTrainedConfig:
             f"with its config.json, make the hub reachable, or plan with one of {', '.join(ARCHITECTURES)}"
         ) from e
     return found.get_text_config()
+
+
+def linear_weights(shape: PreTrainedConfig) -> list[int]:
+    """The number of weights of each linear layer but the output head, in module order."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(shape)
+    head = model.get_output_embeddings()
+    return [m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head]
 
 
 def read_architecture(place: str, revision: str = "main") -> PreTrainedConfig:
