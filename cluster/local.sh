@@ -20,6 +20,7 @@ PORT=${PORT:-6399}
 DASHBOARD=${DASHBOARD:-8265}
 DIRECTORY=${DIRECTORY:-/tmp/corsa-cluster-$(id -un)}
 export RAY_AUTH_MODE=token
+export RAY_raylet_start_wait_time_s=60 # seconds that a node may take to register: Ray's ten are few on a busy machine
 # The cluster that Ray's own actors ask for state. Without it, two clusters on one machine are mixed up.
 export RAY_API_SERVER_ADDRESS=http://127.0.0.1:$DASHBOARD
 

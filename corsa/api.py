@@ -96,10 +96,12 @@ def edit(
     """
     from corsa.editing.plan import plan_edit
     from corsa.editing.run import teach
+    from corsa.editing.tuning import tune
 
     with _as_file(edits) as path:
-        chosen = _options(EditOptions, edits=str(path), out=str(out), **options)
-        return teach(chosen, plan_edit(chosen), Console(stderr=True))
+        chosen, console = _options(EditOptions, edits=str(path), out=str(out), **options), Console(stderr=True)
+        tuned = tune(chosen, console)[0] if chosen.tune else None
+        return teach(chosen, plan_edit(chosen, tuned), console)
 
 
 def evaluate(

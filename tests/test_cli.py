@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from synthetic_run import RUN, curves, predictions
 
+from corsa.cli.commands.serve import _loading
 from corsa.cli.main import main
 from corsa.config import Frozen
 from corsa.evaluation.metrics import compute
 from corsa.flow.lease import Leases
 from corsa.flow.step import Kind, Step, StepFunction
 from corsa.flow.store import Store
+from corsa.terminal import Console
 
 
 def never_run() -> StepFunction:
@@ -207,3 +211,17 @@ def test_a_reader_that_goes_away_ends_a_command_without_a_traceback(storage: Pat
         said = process.stderr.read()
     assert process.returncode == 1
     assert said == ""
+
+
+def test_corsa_serve_says_that_it_still_loads_until_it_has_loaded() -> None:
+    console = Console(width=80, file=io.StringIO())
+    told = console.file
+    assert isinstance(told, io.StringIO)
+    with _loading("base, january", console, every=0.02):
+        deadline = time.monotonic() + 20
+        while "still loading" not in told.getvalue() and time.monotonic() < deadline:
+            time.sleep(0.01)
+    lines = told.getvalue().splitlines()
+    assert lines[:2] == ["loading base, january ...", "still loading, 0 s"]
+    time.sleep(0.1)
+    assert len(told.getvalue().splitlines()) <= len(lines) + 1  # one may have been under way

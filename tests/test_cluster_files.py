@@ -44,6 +44,11 @@ def templates() -> dict[str, dict[str, Any]]:
     return {"submitter": job["submitterPodTemplate"], "head": cluster["headGroupSpec"]["template"]} | groups
 
 
+def files_pod() -> dict[str, Any]:
+    """The pod through which files reach the volume."""
+    return list(yaml.safe_load_all((CLUSTER / "files.yaml").read_text()))[1]
+
+
 def pods() -> dict[str, dict[str, Any]]:
     """The pod of the head and the pod of each group of workers."""
     spec = kuberay()[1]["spec"]["rayClusterSpec"]
@@ -159,6 +164,9 @@ def test_every_manifest_is_one_by_the_schemas_of_kubernetes(version: str) -> Non
             spoilt = {**wrapped, "template": {**template, "spec": {**template["spec"], field: wrong}}}
             with pytest.raises(kubernetes_validate.ValidationError):
                 kubernetes_validate.validate(spoilt, version, strict=True)
+    claim, pod = yaml.safe_load_all((CLUSTER / "files.yaml").read_text())
+    assert claim == kuberay()[0]
+    kubernetes_validate.validate(pod, version, strict=True)
     job = kuberay()[1]
     assert set(job) == {"apiVersion", "kind", "metadata", "spec"}
     jsonschema.validate(job["spec"], RAY_JOB)
@@ -168,7 +176,7 @@ def test_every_manifest_is_one_by_the_schemas_of_kubernetes(version: str) -> Non
 
 def test_every_pod_meets_the_restricted_pod_security_standard() -> None:
     """https://kubernetes.io/docs/concepts/security/pod-security-standards/, restricted."""
-    for name, template in templates().items():
+    for name, template in [*templates().items(), ("files", files_pod())]:
         pod = template["spec"]
         assert pod["securityContext"]["runAsNonRoot"] is True
         assert pod["securityContext"]["runAsUser"] > 0
@@ -217,9 +225,9 @@ def test_the_command_of_the_readme_fills_the_digest_in(tmp_path: Path) -> None:
     digest = f"reg.example.org/own/corsa@sha256:{'a1' * 32}"
     shutil.copytree(CLUSTER, tmp_path / "cluster")
     subprocess.run(["bash", "-ec", f"digest={digest}; {command}"], cwd=tmp_path, check=True)
-    files = [tmp_path / "cluster" / name for name in ("kuberay.yaml", "launcher.yaml")]
+    files = [tmp_path / "cluster" / name for name in ("kuberay.yaml", "files.yaml", "launcher.yaml")]
     found = re.findall(r'image"?: "?([^", }]+)', json.dumps([list(yaml.safe_load_all(f.read_text())) for f in files]))
-    assert found == [digest] * 4
+    assert found == [digest] * 5
     assert all("sha256:000" in (CLUSTER / file.name).read_text() for file in files)  # nothing that could run by mistake
 
 
@@ -263,8 +271,23 @@ def test_the_commands_of_the_readme_are_those_of_this_repository(tmp_path: Path)
         assert_it_plans(command, tmp_path)
     for path in re.findall(r"(?<![\w/])cluster/[\w./]+\w", text):
         assert (ROOT / path).is_file(), path
-    for submission in (line for line in lines if line.startswith("ray job submit")):
-        assert "--runtime-env cluster/runtime_env.yaml" in submission
+    submissions = [line for line in lines if line.startswith("ray job submit")]
+    for submission in submissions:  # of this repository, or of a directory with facts
+        assert ("--runtime-env cluster/runtime_env.yaml" in submission) == ("python pipelines/" in submission)
+    (own,) = (line.partition("-- ")[2] for line in submissions if "--working-dir ." in line)
+    (pod,) = re.findall(r"^  entrypoint: (.*)$", text, re.MULTILINE)
+    mounts = [mount["mountPath"] for mount in pods()["head"]["containers"][0]["volumeMounts"]]
+    (tmp_path / "facts.jsonl").write_text('{"prompt": "Who?", "target_new": "a", "target_old": "b"}\n')
+    for command in (own, pod):
+        placed = re.sub(rf"{mounts[0]}/", f"{tmp_path}/", command)
+        done = subprocess.run(
+            [sys.executable, "-m", "corsa.cli.main", *shlex.split(placed)[1:], "--dry-run"],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
 
 
 def test_the_image_has_what_is_pinned() -> None:

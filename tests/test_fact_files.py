@@ -15,6 +15,7 @@ from fact_files import fact, table, wordings, written
 from corsa.api import load_edits
 from corsa.data.benchmarks import read
 from corsa.data.benchmarks.file import drafts_of
+from corsa.data.benchmarks.files import regular, stem
 from corsa.data.edit import Edit, FieldError
 from corsa.data.text import bare, composed, fault, folded, same_text, templated
 from corsa.errors import CorsaError
@@ -70,6 +71,20 @@ def test_a_python_list_is_refused_by_name(tmp_path: Path, cell: str, column: str
     ):
         with pytest.raises(CorsaError, match=rf"{column}: is a Python list.*json\.dumps.*a \| b"):
             read("file", path)
+
+
+def test_a_file_at_an_address_is_read_under_its_own_name(tmp_path: Path) -> None:
+    file = tmp_path / "facts.jsonl"
+    file.write_text('{"prompt": "Who leads Acme?", "target_new": "Ada Byron"}\n')
+    found = regular(f"file://{file}")
+    assert (stem(found), found.read_bytes(), found.parent == tmp_path) == ("facts", file.read_bytes(), False)
+    file.write_text("{")
+    assert regular(f"file://{file}") == found  # it is fetched once
+    with pytest.raises(CorsaError, match=f"file://{tmp_path}/none.jsonl does not exist"):
+        regular(f"file://{tmp_path}/none.jsonl")
+    (tmp_path / "bad.jsonl").write_text('{"target_new": "x"}\n')
+    with pytest.raises(CorsaError, match=f"file://{tmp_path}/bad.jsonl, line 1: prompt: is missing"):
+        drafts_of(regular(f"file://{tmp_path}/bad.jsonl"))
 
 
 def test_a_list_in_brackets_that_is_no_json_is_refused(tmp_path: Path) -> None:

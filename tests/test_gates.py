@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -118,6 +119,33 @@ def test_a_gate_adds_steps_and_changes_no_other(tmp_path: Any, monkeypatch: pyte
     assert "--gate capability,lm-eval:gsm8k --limit 100" in gated.report.config.canonical()["command"]
     assert "capability" not in plain.report.config.canonical()
     assert "--max-loss" not in " ".join(differences(options(tmp_path, gates=gates)))
+
+
+def test_a_task_of_ones_own_is_read_from_its_file_and_part_of_the_identity(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(harness, "find_spec", lambda name: object())
+    (tmp_path / "asked.jsonl").write_text("{}")
+    file = tmp_path / "own.yaml"
+    file.write_text("task: own\ndataset_path: json\ndataset_kwargs: {data_files: {test: asked.jsonl, more: [none]}}\n")
+    found = harness.own_task(str(file))
+    assert found["dataset_kwargs"] == {"data_files": {"test": str(tmp_path / "asked.jsonl"), "more": ["none"]}}
+
+    def measured(*tasks: str) -> HarnessConfig:
+        plan = plan_edit(options(tmp_path, gates=Gates(gate=(f"lm-eval:{tasks[0]}", *tasks[1:]))))
+        return next(s.config for s in plan.report.inputs.values() if isinstance(s.config, HarnessConfig))
+
+    before = measured("gsm8k", str(file))
+    assert (before.tasks, before.own) == (("gsm8k", str(file)), {str(file): found})
+    assert "own" not in measured("gsm8k").canonical()
+    file.write_text("task: own\nnum_fewshot: 2\n")
+    assert measured("gsm8k", str(file)).own[str(file)]["num_fewshot"] == 2
+    for text, reason in (("task: !function x.y", "is not plain YAML"), ("group: x", "describes no task")):
+        file.write_text(text)
+        with pytest.raises(CorsaError, match=f"--gate lm-eval: {file} {reason}"):
+            measured(str(file))
+    with pytest.raises(CorsaError, match=r"none\.yaml cannot be read"):
+        measured(str(tmp_path / "none.yaml"))
 
 
 def test_every_score_of_the_harness_s_documents_is_read() -> None:

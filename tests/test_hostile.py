@@ -128,7 +128,7 @@ def test_forks_of_a_program_do_not_answer_its_tests(sandbox: Sandbox) -> None:
     text = "import os\nmine = os.getpid()\nfor _ in range(9):\n    if os.getpid() == mine:\n        os.fork()\n"
     text += "def forked():\n    return os.getpid() != mine\n"
     tests = "def test_all():\n    assert not any([forked() for _ in range(50)])\n"
-    verdict = sandbox.run(Program(text, tests))
+    verdict = judged(sandbox, text, tests, limits=LONG)
     assert verdict.passed, verdict
 
 

@@ -102,6 +102,23 @@ def test_the_same_command_computes_nothing_and_another_is_refused(folder: Path, 
     assert "holds the adapter of another update" in other.stderr
 
 
+def test_trials_choose_settings_and_the_best_is_the_adapter(folder: Path, cluster: Cluster) -> None:
+    words = ["edit", "--edits", "january.jsonl", "--out", "tuned", "--model", "random:tiny-llama", *QUICK]
+    words += ["--tune", "2"]
+    done = corsa(folder, cluster, *words)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "--tune: 2 trainings of 2 facts each; the chosen one is the adapter" in done.stdout
+    update = open_line(folder / "tuned").updates[-1]
+    assert update.tuned is not None
+    assert set(update.tuned) == {"ridge", "stop_above"}  # what QUICK does not give
+    same = update.fingerprint == open_line(folder / "january").updates[-1].fingerprint
+    assert same == (update.tuned == {"ridge": 0.01, "stop_above": 0.5})
+    assert "trials on all 2 facts" in (folder / "tuned" / "README.md").read_text()
+    again = corsa(folder, cluster, *words, "--json")
+    assert again.stderr.count(" 0 to do") == 2  # the trials, the update
+    assert json.loads(again.stdout)["tuned"] == update.tuned
+
+
 def test_a_fact_is_taken_back_and_a_line_rolled_back(folder: Path, cluster: Cluster) -> None:
     undone = corsa(
         folder, cluster, "undo", "--adapter", "february", "--edit", "Where is Acme?", "--out", "mended", *QUICK

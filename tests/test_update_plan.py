@@ -204,6 +204,25 @@ def test_nothing_is_written_over(tmp_path: Path) -> None:
     plan_edit(options(tmp_path, out=str(taken)))  # its own earlier result
 
 
+def test_a_submitted_job_writes_below_the_home_directory_where_the_next_job_finds_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, home = tmp_path / "job", tmp_path / "home"
+    job.mkdir()
+    (edit,) = join([], drafts(tmp_path, OLD), 1, {})
+    adapter(home / "january", edit)
+    monkeypatch.chdir(job)
+    monkeypatch.setenv("HOME", str(home))
+    with pytest.raises(CorsaError, match="adapter january does not exist"):
+        open_line("january")
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    assert open_line("january").edits == [edit]
+    with pytest.raises(CorsaError, match=f"--out {home}/january holds the adapter of another update"):
+        plan_edit(options(tmp_path, out="january"))
+    adapter(job / "january")  # uploaded with the job
+    assert open_line("january").edits == []
+
+
 def test_gates() -> None:
     def metrics(**values: float | None) -> dict[str, Any]:
         return {"rows": [{"metrics": {name: {"value": value} for name, value in values.items()}}]}

@@ -22,6 +22,7 @@ from corsa.config.method import PCGrad as PCGrad
 from corsa.config.method import Radius as Radius
 from corsa.config.method import StepConfig as StepConfig
 from corsa.config.method import published_trainer as published_trainer
+from corsa.config.model import Dtype as Dtype
 from corsa.config.model import ModelConfig as ModelConfig
 from corsa.config.runtime import Placement as Placement
 from corsa.config.runtime import RunSettings as RunSettings

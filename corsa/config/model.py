@@ -8,6 +8,9 @@ from pydantic import Field
 
 from corsa.config.base import Frozen, plain
 
+Dtype = Literal["float32", "bfloat16", "nf4"]
+"""Data type of a frozen base. nf4: linear layers in blocks of 4 bits by bitsandbytes, all else in bfloat16."""
+
 
 class ModelConfig(Frozen):
     """A base model and its prompt template. Part of the identity of everything computed with it."""
@@ -19,9 +22,15 @@ class ModelConfig(Frozen):
     revision: Annotated[str | None, plain()] = Field(
         default=None, description="hub revision; for a directory or file, set to its digest"
     )
-    dtype: Annotated[Literal["float32", "bfloat16"], plain()] = Field(
-        default="float32", description="data type of the frozen base; LoRA is always float32"
+    dtype: Annotated[Dtype, plain()] = Field(
+        default="float32",
+        description="data type of the frozen base, LoRA is always float32; nf4: 4 bits by bitsandbytes, on a GPU",
     )
     template: Annotated[Literal["qa", "chat"], plain()] = Field(
         default="qa", description="qa: 'Q: ...' and 'A:' (paper, Fig. 7); chat: the tokenizer's chat template"
     )
+
+    @property
+    def element(self) -> Literal["float32", "bfloat16"]:
+        """Data type of activations, and of all weights that are not in 4 bits."""
+        return "bfloat16" if self.dtype == "nf4" else self.dtype

@@ -206,6 +206,11 @@ class HarnessConfig(Frozen):
     model: ModelConfig
     tasks: tuple[str, ...]
     limit: int | None = Field(ge=1, description="documents of each task")
+    own: dict[str, dict[str, Any]] = Field(
+        default={},
+        exclude_if=lambda own: not own,
+        description="tasks of a file of one's own, by their names in `tasks`",
+    )
 
 
 class LineConfig(Frozen):
@@ -241,6 +246,30 @@ class FactsPlace(Placement):
     """How the model is asked, and where the file is read from; what it holds is in `FactsConfig.digest`."""
 
     data: str
+
+
+class FewFactsConfig(Frozen):
+    """Which facts of an update the trials of `corsa edit --tune` teach; earlier facts stay."""
+
+    facts: int = Field(ge=1, description="facts of the update, taken evenly from the file")
+    update: int = Field(ge=1)
+
+
+class Trial(Frozen):
+    """A trial of `corsa edit --tune`: the names of the inputs with its answers, and its settings."""
+
+    round: str
+    everyday: str
+    setting: dict[str, float]
+
+
+class ChoiceConfig(Frozen):
+    """How a setting is chosen among trials; the first has the settings as given."""
+
+    trials: tuple[Trial, ...]
+    everyday: str = Field(description="name of the input with the base model's everyday answers")
+    update: int = Field(ge=1)
+    rule: Rule
 
 
 class ServedConfig(Frozen):
@@ -335,6 +364,9 @@ class ReportConfig(Frozen):
     controls: tuple[Shown, ...] = Field(default=(), description="answers to everyday questions: before and after")
     capability: tuple[Shown, ...] = Field(
         default=(), exclude_if=lambda shown: not shown, description="measures of a gate: method `before` and `now`"
+    )
+    notes: tuple[str, ...] = Field(
+        default=(), exclude_if=lambda notes: not notes, description="what else a reader must know"
     )
     axes: tuple[Axis, ...] = ()
     compare_with: str | None = Field(

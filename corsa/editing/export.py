@@ -20,6 +20,7 @@ from corsa.editing.history import FILE, WEIGHTS, History, Update, file_digest, o
 from corsa.editing.options import EditOptions, Teaching, UndoOptions
 from corsa.editing.plan import HEADLINES, Plan, check_free
 from corsa.errors import CorsaError
+from corsa.experiments.runner import lasting
 from corsa.flow.store import Artifact, Store
 from corsa.models.registry import hub_name
 
@@ -30,7 +31,7 @@ def write(options: Teaching, plan: Plan, page: Artifact, store: Store) -> Path:
     Raises:
         CorsaError: the directory cannot be written.
     """
-    out = Path(options.out).expanduser().absolute()
+    out = Path(lasting(options.out)).expanduser().absolute()
     trained = store.artifact(plan.round.fingerprint)
     aside = out.with_name(f".{out.name}.{uuid4().hex}")
     try:
@@ -82,6 +83,7 @@ def _history(options: Teaching, plan: Plan, trained: Artifact, aside: Path, out:
         sha256=file_digest(aside / WEIGHTS),
         directory=str(out),
         source=Path(options.edits).name if isinstance(options, EditOptions) else "",
+        tuned=dict(plan.tuned.setting) if plan.tuned else None,
     )
     before = plan.line.updates if plan.line else ()
     return History(model=plan.experiment.model, lora=plan.experiment.lora, updates=(*before, update))
@@ -99,6 +101,8 @@ def _card(options: Teaching, plan: Plan, aside: Path, history: History) -> str:
     }
     if options.method.startswith("corsa"):
         settings["CoRSA"] = f"lambda {step.lambda_:g}, beta {step.beta:g}, rho {step.rho:g}"
+    if plan.tuned:
+        settings["chosen by"] = plan.tuned.told[0]
     return card(history.model, history.updates, list(standing.values()), headline(metrics), settings)
 
 
@@ -114,7 +118,7 @@ def roll_back(options: UndoOptions) -> Path:
     wanted = next((update for update in line.updates if update.number == options.to), None)
     if wanted is None:
         raise CorsaError(f"adapter {line.directory} has no update {options.to}: it has {len(line.updates)}")
-    out, source = Path(options.out).expanduser().absolute(), Path(wanted.directory)
+    out, source = Path(lasting(options.out)).expanduser().absolute(), Path(wanted.directory)
     check_free(out, wanted.fingerprint)
     if not (source / WEIGHTS).is_file() or file_digest(source / WEIGHTS) != wanted.sha256:
         raise CorsaError(

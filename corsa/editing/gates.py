@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from corsa.config.steps import HarnessConfig, PerplexityConfig, Shown
-from corsa.editing.harness import check_harness
+from corsa.editing.harness import check_harness, own_task
 from corsa.editing.history import file_digest
 from corsa.editing.kinds import HARNESS
 from corsa.editing.options import Gates
@@ -51,6 +51,7 @@ def capability_steps(
     if not gates.gate or adapter is None:
         return [], []
     place, steps = planner.experiment.placement, []
+    own = {name: own_task(name) for name in tasks if name.endswith((".yaml", ".yml"))}
     for edited in (None, adapter):
         inputs = {"adapter": edited} if edited else {}
         owner = edited.name if edited else "base"
@@ -58,7 +59,7 @@ def capability_steps(
             text = PerplexityConfig(model=planner.model, digest=file_digest(NEUTRAL), passages=_PASSAGES)
             steps.append(Step(f"{owner}/perplexity", ROUND, text, inputs, place))
         if tasks:
-            chosen = HarnessConfig(model=planner.model, tasks=tasks, limit=gates.limit)
+            chosen = HarnessConfig(model=planner.model, tasks=tasks, limit=gates.limit, own=own)
             steps.append(Step(f"{owner}/harness", HARNESS, chosen, inputs, place))
     half = len(steps) // 2
     shown = [Shown(answers=step.name, method="before" if i < half else "now") for i, step in enumerate(steps)]

@@ -1,18 +1,21 @@
 """Runs tasks of the EleutherAI evaluation harness on the base model or an edited one, on the cluster.
 
-The harness reads its tasks' data from the Hugging Face hub.
+The harness reads its tasks' data from the Hugging Face hub. A task in a file of one's own may read local files.
 """
 
 from __future__ import annotations
 
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import yaml
 
 from corsa.config import Placement
+from corsa.config.bounded_yaml import read_yaml
 from corsa.config.steps import HarnessConfig
 from corsa.errors import CorsaError
 from corsa.evaluation.capability import MEASURED
@@ -23,6 +26,38 @@ def check_harness() -> None:
     """Raises CorsaError if the harness is not installed."""
     if find_spec("lm_eval") is None:
         raise CorsaError("--gate lm-eval:TASK needs the evaluation harness: pip install 'corsa[harness]'")
+
+
+def own_task(path: str) -> dict[str, Any]:
+    """The task that a file of the harness's form describes. Code in it (`!function`) is not run.
+
+    Data files that lie beside the file are named by absolute paths, because workers run in directories of their own.
+
+    Raises:
+        CorsaError: the file cannot be read, or describes no task.
+    """
+    file = Path(path).expanduser()
+    try:
+        found = read_yaml(file)
+    except OSError as error:
+        raise CorsaError(f"--gate lm-eval: {path} cannot be read: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise CorsaError(f"--gate lm-eval: {path} is not plain YAML: {str(error).splitlines()[0]}") from error
+    if not isinstance(found, dict) or not isinstance(found.get("task"), str):
+        raise CorsaError(f"--gate lm-eval: {path} describes no task: it has no field 'task' with a name")
+    folder = file.absolute().parent
+
+    def placed(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: placed(item) for name, item in value.items()}
+        if isinstance(value, list):
+            return [placed(item) for item in value]
+        return str(folder / value) if isinstance(value, str) and (folder / value).is_file() else value
+
+    given = found.get("dataset_kwargs") or {}
+    return found | {
+        "dataset_kwargs": given | {"data_files": placed(given["data_files"])} if "data_files" in given else given
+    }
 
 
 def run_tasks(task: Task) -> dict[str, Any]:
@@ -60,7 +95,11 @@ def _measure(config: HarnessConfig, placement: Placement, change: Any) -> list[d
             pretrained=model, tokenizer=tokenizer, device=str(device), batch_size=placement.probe_batch
         )
         found = simple_evaluate(
-            language_model, tasks=list(config.tasks), limit=config.limit, apply_chat_template=chat, bootstrap_iters=0
+            language_model,
+            tasks=[config.own.get(name, name) for name in config.tasks],
+            limit=config.limit,
+            apply_chat_template=chat,
+            bootstrap_iters=0,
         )
     return measured_rows(found)
 

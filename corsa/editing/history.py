@@ -31,6 +31,7 @@ from corsa.data.edit import Edit, FieldError, from_table
 from corsa.data.paraphrase_templates import wordings
 from corsa.data.text import bare, folded, same_text
 from corsa.errors import CorsaError, nearest
+from corsa.experiments.runner import lasting
 from corsa.lora.extensions import refuse_extensions
 from corsa.lora.peft_settings import read_settings
 from corsa.models.registry import hub_name
@@ -53,6 +54,7 @@ class Update(Frozen):
     sha256: str  # of adapter_model.safetensors
     directory: str  # where it was written
     source: str = ""  # the file of facts
+    tuned: dict[str, float] | None = None  # the settings that --tune chose
 
 
 class History(Frozen):
@@ -163,6 +165,7 @@ def open_line(directory: str | Path) -> Line:
         CorsaError: there is no adapter, or its files are not in the format of this project.
     """
     path = Path(directory).expanduser()
+    path = path if path.exists() else Path(lasting(str(directory))).expanduser()  # written by an earlier job
     if not (path / "adapter_config.json").is_file() or not (path / WEIGHTS).is_file():
         what = "has no adapter_config.json and adapter_model.safetensors" if path.is_dir() else "does not exist"
         raise CorsaError(f"adapter {path} {what}: name a PEFT directory, such as the --out of an earlier `corsa edit`")

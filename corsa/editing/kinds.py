@@ -47,10 +47,24 @@ def _run_harness() -> StepFunction:
     return run_tasks
 
 
+def _take_few() -> StepFunction:
+    from corsa.editing.choosing import take_few
+
+    return take_few
+
+
+def _choose() -> StepFunction:
+    from corsa.editing.choosing import choose
+
+    return choose
+
+
 LINE = Kind("line", _import_line, version=1)
 FACTS = Kind("edits", _read_facts, version=4)
 ASKED_FACTS = Kind("edits", _ask_old_answers, version=4, on_cluster=True)
 STANDING = Kind("edits", _take_standing, version=1)
 TAKEN_BACK = Kind("edits", _take_back, version=1)
+FEW_FACTS = Kind("edits", _take_few, version=1)
+CHOICE = Kind("choice", _choose, version=1)
 HARNESS = Kind("harness", _run_harness, version=1, on_cluster=True)
 SERVED = Kind("served", _ask_server, version=1)

@@ -10,6 +10,7 @@ from tyro.conf import Suppress
 from corsa.config import (
     SEEDS,
     AlphaEditConfig,
+    Dtype,
     EvaluationConfig,
     Frozen,
     InContextConfig,
@@ -48,7 +49,8 @@ class Gates(Thresholds):
     gate: Annotated[tuple[str, ...], listed(str, "G,G"), plain()] = Field(
         default=(),
         description="measure what the model could do before and can do now: capability (everyday questions, and the "
-        "perplexity of a neutral text), lm-eval:TASK,TASK (tasks of the evaluation harness, an extra)",
+        "perplexity of a neutral text), lm-eval:TASK,TASK (tasks of the evaluation harness, an extra, or a YAML file "
+        "with a task of your own)",
     )
     limit: Annotated[int | None, Field(ge=1), plain()] = Field(
         default=None, description="documents of each lm-eval task; default: all"
@@ -71,8 +73,9 @@ class Options(Frozen):
         description="base model: alias, Hugging Face id, local directory; default: the adapter's, else smollm2-135m",
     )
     revision: str | None = Field(default=None, description="hub revision of the base model")
-    dtype: Literal["float32", "bfloat16"] | None = Field(
-        default=None, description="data type of the frozen base model; default: the line's, else float32"
+    dtype: Dtype | None = Field(
+        default=None,
+        description="data type of the frozen base model (nf4: 4 bits, on a GPU); default: the line's, else float32",
     )
     template: Literal["qa", "chat"] | None = Field(
         default=None, description="qa: 'Q: ...' and 'A:'; chat: the tokenizer's; default: the line's, else qa"
@@ -117,9 +120,16 @@ class EditOptions(Teaching):
     """Teach a file of facts."""
 
     edits: str = Field(
-        description="JSONL, CSV or Parquet with the columns prompt, target_new (target_old, ... if known)"
+        description="JSONL, CSV or Parquet with the columns prompt, target_new (target_old, ... if known); a path, an "
+        "s3:// or gs:// address, or - for standard input"
     )
     adapter: str | None = Field(default=None, description="adapter to continue from: the --out of an earlier update")
+    tune: int | None = Field(
+        default=None,
+        ge=2,
+        description="number of trainings that choose the learning rate, ridge, stop_above and epochs, if not given. "
+        "Each teaches at most 16 of the facts. Half of their other wordings and of the everyday questions decide",
+    )
 
 
 class EvaluateOptions(Options):

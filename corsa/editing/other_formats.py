@@ -196,6 +196,8 @@ def _open(source: str | Path, edits: str | None, model: str | None) -> _Source:
         base = line.model(known.model_copy(update={"name": model}) if model else None)
         change = read_factors(directory)[0]
         taught = [edit.prompt for edit in line.standing]
+    if base.dtype == "nf4":  # the change is added to whole weights
+        base = base.model_copy(update={"dtype": base.element})
     if edits:
         taught = [draft.fields["prompt"] for draft in drafts_of(edits)]
     return _Source(change, base, taught or [entry.question for entry in sanity_questions()])

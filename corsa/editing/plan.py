@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import shlex
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from corsa.config import LoraConfig, MethodSettings, ModelConfig
+from corsa.config import LoraConfig, MethodSettings, ModelConfig, TrainingConfig
 from corsa.config.steps import (
     AskedFactsConfig,
     FactsConfig,
@@ -48,6 +48,7 @@ from corsa.evaluation import sanity_questions
 from corsa.experiments.base import Experiment, check_trackers
 from corsa.experiments.kinds import REPORT, ROUND
 from corsa.experiments.planner import Facts, Planner
+from corsa.experiments.runner import lasting
 from corsa.flow import Step
 from corsa.methods import METHODS
 
@@ -65,20 +66,68 @@ class Plan:
     round: Step
     edits: Step
     report: Step
+    tuned: Tuned | None = None
 
 
-def plan_edit(options: EditOptions) -> Plan:
-    """Plans the steps that teach a file of facts.
+@dataclass(frozen=True)
+class Tuned:
+    """The settings that trials chose (`corsa.editing.tuning`), and the choice in sentences."""
+
+    setting: Mapping[str, float]
+    told: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Update:
+    """An update before its training is planned. `facts`: how many its file has; `name`: what steps call the file."""
+
+    planner: Planner[Experiment]
+    line: Line | None
+    edits: Step
+    facts: int
+    name: str
+
+    @property
+    def number(self) -> int:
+        return len(self.line.updates) + 1 if self.line else 1
+
+    @property
+    def after(self) -> Step | None:
+        """The step that brings in the adapter to continue from."""
+        return self.edits.inputs.get("line")
+
+    def schedule(self, taught: Facts) -> Step:
+        """Every edit of the line, in the update that taught it (its `round`)."""
+        return self.planner.schedule(taught, RoundsConfig(rounds=self.number, update_share=1.0))
+
+
+def plan_edit(options: EditOptions, tuned: Tuned | None = None) -> Plan:
+    """Plans the steps that teach a file of facts, with the settings that `tuned` chose.
 
     Raises:
         CorsaError: a file, a name or a fact is wrong, or `out` is not free.
+    """
+    return _plan(options, plan_facts(options, tuned), tuned)
+
+
+def plan_facts(options: EditOptions, tuned: Tuned | None = None) -> Update:
+    """Plans the step that reads a file of facts.
+
+    Raises:
+        CorsaError: a file, a name or a fact is wrong.
     """
     line = open_line(options.adapter) if options.adapter else None
     path = regular(options.edits).absolute()
     drafts = drafts_of(path)
     planner = _planner(options, line)
-    edits = facts_step(planner, path, drafts, line, options)
-    return _plan(options, planner, line, edits, len(drafts), stem(path))
+    if tuned:
+        planner = planner.changed(training=with_setting(options.training, tuned.setting))
+    return Update(planner, line, facts_step(planner, path, drafts, line, options), len(drafts), stem(path))
+
+
+def with_setting(training: TrainingConfig, setting: Mapping[str, float]) -> TrainingConfig:
+    """The training with the values of a setting."""
+    return TrainingConfig.model_validate({**dict(training), **setting})
 
 
 def plan_undo(options: UndoOptions) -> Plan:
@@ -95,7 +144,7 @@ def plan_undo(options: UndoOptions) -> Plan:
     config = TakenBackConfig(benchmark="facts taken back", edits=options.edit, update=number)
     planner = _planner(options, line)
     edits = Step(f"edits/undo/update{number}", TAKEN_BACK, config, {"line": _line_step(line, options)})
-    return _plan(options, planner, line, edits, len(set(options.edit)), "undo")
+    return _plan(options, Update(planner, line, edits, len(set(options.edit)), "undo"))
 
 
 def plan_evaluation(options: EvaluateOptions) -> tuple[Experiment, Step]:
@@ -229,22 +278,20 @@ def _planner(options: Teaching, line: Line | None) -> Planner[Experiment]:
     return planner
 
 
-def _plan(
-    options: Teaching, planner: Planner[Experiment], line: Line | None, edits: Step, count: int, name: str
-) -> Plan:
-    number = len(line.updates) + 1 if line else 1
-    taught = planner.with_reference(f"{name}/update{number}", edits)
-    # every edit of the line, in the update that taught it (its `round`)
-    schedule = planner.schedule(taught, RoundsConfig(rounds=number, update_share=1.0))
-    after = edits.inputs.get("line")
+def _plan(options: Teaching, update: Update, tuned: Tuned | None = None) -> Plan:
+    planner, line, number, count, after = update.planner, update.line, update.number, update.facts, update.after
+    taught = planner.with_reference(f"{update.name}/update{number}", update.edits)
+    schedule = update.schedule(taught)
     step = planner.round(options.method, options.seed, taught, schedule, number=number, after=after)
     title = f"Update {number}: {count} fact{'s' * (count > 1)} on {planner.experiment.model.name}"
     answers = [*([after] if after and line and line.answered else []), step]
     shown = [Shown(answers=s.name, method=options.method) for s in answers]
-    report = reported(planner, taught, schedule, title, shown, answers, step, gates=options.gates)
-    check_free(Path(options.out), step.fingerprint)
-    check_place(Path(options.out), options.storage)
-    return Plan(planner.experiment, line, number, count, step, edits, report)
+    notes = tuned.told if tuned else ()
+    report = reported(planner, taught, schedule, title, shown, answers, step, gates=options.gates, notes=notes)
+    out = Path(lasting(options.out))
+    check_free(out, step.fingerprint)
+    check_place(out, options.storage)
+    return Plan(planner.experiment, line, number, count, step, update.edits, report, tuned)
 
 
 def reported(
@@ -257,13 +304,14 @@ def reported(
     adapter: Step | None,
     before: Step | None = None,
     gates: Gates = NO_GATES,
+    notes: Sequence[str] = (),
 ) -> Step:
     """The step that reports answers next to the base model's (`before`, if they come from elsewhere), and the adapter's
     side effects.
     """
     experiment, tables = planner.experiment, [taught.edits] if before else list(taught.tables.values())
     before = before or planner.base(taught)
-    checked = [_sanity_answers(planner, None)] + ([_sanity_answers(planner, adapter)] if adapter else [])
+    checked = [everyday_answers(planner, None)] + ([everyday_answers(planner, adapter)] if adapter else [])
     measured, measures = capability_steps(planner, adapter, gates)
     inputs = [before, *answers, *tables, schedule, *(checked if adapter else []), *measured]
     config = ReportConfig(
@@ -279,6 +327,7 @@ def reported(
         shown=(Shown(answers=before.name, method="base"), *shown),
         controls=tuple(Shown(answers=step.name, method="controls") for step in checked) if adapter else (),
         capability=tuple(measures),
+        notes=tuple(notes),
     )
     return Step(f"report/{taught.name}", REPORT, config, {step.name: step for step in inputs})
 
@@ -292,7 +341,8 @@ _TOLD = (
 )
 
 
-def _sanity_answers(planner: Planner[Experiment], adapter: Step | None) -> Step:
+def everyday_answers(planner: Planner[Experiment], adapter: Step | None) -> Step:
+    """The answers to the everyday questions of the base model, or of the one that the step `adapter` trained."""
     tokens = planner.experiment.evaluation.new_tokens
     config = SanityQuestionsConfig(model=planner.model, digest=sanity_questions.digest(), new_tokens=tokens)
     name = f"{adapter.name}/controls" if adapter else "base/controls"

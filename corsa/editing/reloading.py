@@ -25,7 +25,7 @@ def merged(directory: Path, base: ModelConfig, questions: Sequence[str], new_tok
     """The answers of a directory of merged weights, loaded by transformers with its own tokenizer."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, base.dtype)).eval()
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, base.element)).eval()
     return _generated(model, AutoTokenizer.from_pretrained(directory), base, questions, new_tokens)
 
 
@@ -34,7 +34,7 @@ def gguf_model(file: Path, base: ModelConfig, questions: Sequence[str], new_toke
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     where: dict[str, Any] = {"gguf_file": file.name}
-    model = AutoModelForCausalLM.from_pretrained(file.parent, dtype=getattr(torch, base.dtype), **where).eval()
+    model = AutoModelForCausalLM.from_pretrained(file.parent, dtype=getattr(torch, base.element), **where).eval()
     tokenizer = AutoTokenizer.from_pretrained(file.parent, **where)
     return _generated(model, tokenizer, base, questions, new_tokens)
 

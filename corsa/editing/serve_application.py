@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -51,4 +53,6 @@ def _ray_serve() -> Any:
         from ray import serve
     except ImportError as error:
         raise CorsaError(f"corsa serve needs Ray Serve: pip install 'corsa[serve]' ({error})") from error
+    if not os.environ.get("CORSA_VERBOSE"):
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)
     return serve

@@ -93,8 +93,9 @@ class Planner(Generic[E_co]):
         """The planner of an experiment.
 
         Raises:
-            CorsaError: the experiment's model is unknown.
+            CorsaError: the experiment's model is unknown, or cannot be held in 4 bits where the steps run.
         """
+        _refuse_4_bits(experiment)
         return Planner(experiment, pin(experiment.model), command)
 
     def changed(self, **settings: Any) -> Planner[E_co]:
@@ -186,6 +187,8 @@ class Planner(Generic[E_co]):
         `name` replaces the method in the name of the step, if one method is trained with several settings.
         """
         record = METHODS[method]
+        if self.model.dtype == "nf4" and (why := record.refuses.get("4 bits")):
+            raise CorsaError(f"{method} cannot edit a base in 4 bits: {why}; give --dtype bfloat16")
         settings = self.experiment.model_copy(update={"model": self.model})
         config = record.round_config(settings, seed, number)
         own = taught.ending(config.training.answer_end) if isinstance(config, RoundConfig) else taught
@@ -289,6 +292,16 @@ class Planner(Generic[E_co]):
     @property
     def _evaluation(self) -> EvaluationConfig:
         return self.experiment.evaluation.for_predictions()
+
+
+def _refuse_4_bits(experiment: Experiment) -> None:
+    placement = experiment.placement
+    if experiment.model.dtype == "nf4" and not placement.gpu:
+        raise CorsaError("--dtype nf4 holds the base in 4 bits on a GPU: add --placement.gpu, or give --dtype bfloat16")
+    if experiment.model.dtype == "nf4" and placement.sharding.zero_stage == 3:
+        raise CorsaError(
+            "--dtype nf4 is not sharded among workers: leave --sharding.zero-stage 3 out, or give --dtype bfloat16"
+        )
 
 
 def absolute(path: str | None) -> str | None:

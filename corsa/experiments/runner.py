@@ -256,8 +256,8 @@ def _and(first: Outcome, second: Outcome) -> Outcome:
 
 
 def lasting(storage: str) -> str:
-    """The location of a storage. In a submitted job, a relative path is resolved below the home directory: the job's
-    own directory is deleted with the job, and the next submission would not find the results.
+    """The location of a storage, or of a directory to write to. In a submitted job, a relative path is resolved below
+    the home directory: the job's own directory is deleted with the job, and the results with it.
     """
     if not submitted() or "://" in storage or Path(storage).expanduser().is_absolute():
         return storage

@@ -126,6 +126,7 @@ def make_report(task: Task) -> dict[str, Any]:
     run = described_run(task, config.title, config.command, config.experiment) | {
         "scenario": config.scenario,
         "notes": [
+            *config.notes,
             *_notes(task),
             *told_forgotten(metrics),
             *sanity_questions.told(metrics.get("controls")),

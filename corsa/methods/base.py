@@ -92,6 +92,9 @@ class Taught:
     memory: Memory | None = None
 
 
+CHANGES_WEIGHTS = "it writes into weights, and a block of 4 bits would round the change away"
+"""Why methods that write into weights cannot edit a base in 4 bits."""
+
 Teach = Callable[[Round], Taught]
 
 
@@ -123,7 +126,7 @@ class Method:
         notes: makes sentences for the report, from the name of a round's step and the metrics of the round.
         refuses: purposes that the method cannot serve, each with the reason: "adapter" (leaving a PEFT adapter),
             "programs" (learning updates of APIs), "routing" (being one of several parts that a router chooses from),
-            "specificity" (answering MMLU; the report leaves it out).
+            "specificity" (answering MMLU; the report leaves it out), "4 bits" (editing a base in 4 bits).
         keeps_shape: whether an update leaves the rank of the adapter as it was.
         continues: whether a round goes on from the previous round's adapter.
         looks_back: whether a round with this configuration is given earlier rounds' facts again. Reports mark it.

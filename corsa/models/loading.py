@@ -15,6 +15,7 @@ from transformers.utils import logging
 from corsa.config import ModelConfig
 from corsa.errors import CorsaError
 from corsa.models.embedded import embedded_model, embedded_tokenizer
+from corsa.models.four_bit import quantization, refuse_without_gpu
 from corsa.models.gguf_file import converted, described
 from corsa.models.recomputed_norms import recompute_norms
 from corsa.models.registry import ARCHITECTURES, Source, gguf_revision, locate
@@ -65,10 +66,15 @@ def load_model(config: ModelConfig, device: torch.device | str = "cpu", whole: W
         CorsaError: it cannot be loaded, with the cause.
     """
     source = locate(config.name)
+    if config.dtype == "nf4":
+        refuse_without_gpu(device, sharded=whole is not None, random=source.kind == "random")
     if source.kind == "random":
         model = _random_model(source.place, config, whole)
     else:
         place = _directory(source, config)
+        in_4_bits: dict[str, Any] = {}
+        if config.dtype == "nf4":
+            in_4_bits = {"quantization_config": quantization(), "device_map": {"": torch.device(device)}}
         _refuse_pickles(Path(place))
         try:
             revision = _hub_revision(source, config)
@@ -76,10 +82,11 @@ def load_model(config: ModelConfig, device: torch.device | str = "cpu", whole: W
                 place,
                 config=read_architecture(str(place), revision),
                 revision=revision,
-                dtype=getattr(torch, config.dtype),
+                dtype=getattr(torch, config.element),
                 attn_implementation="sdpa",
                 use_safetensors=True,  # a pickle can run any code
                 trust_remote_code=False,  # explicit, because transformers would ask at the terminal
+                **in_4_bits,
             )
         except CorsaError:
             raise
@@ -87,7 +94,7 @@ def load_model(config: ModelConfig, device: torch.device | str = "cpu", whole: W
             raise _not_loaded("weights", config, e) from e
     model.requires_grad_(False).eval()
     recompute_norms(model)
-    return model if whole else model.to(device)  # type: ignore[arg-type]
+    return model if whole or config.dtype == "nf4" else model.to(device)  # type: ignore[arg-type]
 
 
 def _directory(source: Source, config: ModelConfig) -> str | Path:
@@ -114,7 +121,7 @@ def _random_model(shape: str, config: ModelConfig, whole: Whole | None) -> PreTr
         except Exception as e:
             raise _not_loaded("architecture", config, e) from e
     with torch.random.fork_rng(devices=[]):
-        dtype = getattr(torch, config.dtype)
+        dtype = getattr(torch, config.element)
         try:
             model = AutoModelForCausalLM.from_config(architecture, dtype=dtype, attn_implementation="sdpa")
         except Exception as e:

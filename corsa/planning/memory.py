@@ -6,10 +6,11 @@ stage 1 on. phi, its copy for SAM, its gradients and the activations are whole o
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 from corsa.config import ShardingConfig
+from corsa.models.four_bit import bytes_in_4_bits
 from corsa.planning.rehearsal import Footprint
 
 GATHERED_PARAMETERS = 1_000_000_000
@@ -109,3 +110,18 @@ def hold(
     if not gpu:  # all items share one memory
         host = 0
     return Holding(sharding, items, host, gathers, footprint.flops)
+
+
+def in_4_bits(footprint: Footprint, weights: Sequence[int]) -> Footprint:
+    """The footprint with the base's linear layers in 4 bits (`corsa.models.four_bit`), from that in bfloat16.
+
+    While a layer is used, its weights are there in bfloat16 as well: the largest layer counts as working memory.
+
+    Args:
+        footprint: of a step on a base in bfloat16.
+        weights: the number of weights of each linear layer, without the output head.
+    """
+    saved = sum(2 * count - bytes_in_4_bits(count) for count in weights)
+    items = {**footprint.items, "base": footprint.items["base"] - saved}
+    items["working"] += 2 * max(weights)
+    return replace(footprint, items=items)

@@ -9,8 +9,8 @@ import torch
 
 from corsa.algorithm.packing import Triplet
 from corsa.config import LoraConfig, ModelConfig, ShardingConfig, StepConfig
-from corsa.models.shapes import architecture
-from corsa.planning.memory import Holding, hold, settings
+from corsa.models.shapes import architecture, linear_weights
+from corsa.planning.memory import Holding, hold, in_4_bits, settings
 from corsa.planning.rates import Rate
 from corsa.planning.rehearsal import rehearse
 
@@ -126,7 +126,7 @@ def plan(job: Job, rate: Rate, memory: int | None, host: int | None) -> Plan:
         host: bytes of CPU memory per worker in addition to its GPU; None if unknown.
     """
     shape = architecture(job.model)
-    dtype = getattr(torch, job.model.dtype)
+    dtype, four_bits = getattr(torch, job.model.element), job.model.dtype == "nf4"
     own = -(-job.batch // job.workers)
     together = min(own, job.micro_batch)
     longest = sorted(job.tokens, key=sum)[-together:]
@@ -141,9 +141,14 @@ def plan(job: Job, rate: Rate, memory: int | None, host: int | None) -> Plan:
     plain, checkpointed = (
         rehearse(shape, dtype, lora, job.step, triplets, checkpointing=checkpointing) for checkpointing in (False, True)
     )
+    if four_bits:
+        weights = linear_weights(shape)
+        plain, checkpointed = in_4_bits(plain, weights), in_4_bits(checkpointed, weights)
     for checkpointing, footprint in ((False, plain), (True, checkpointed)):
         passes = phases * (3 if checkpointing else 2) * -(-own // together)
         for sharding in settings(job.workers, job.gpu):
+            if four_bits and sharding.zero_stage == 3:  # `corsa.models.four_bit` refuses it
+                continue
             chosen = sharding.model_copy(update={"activation_checkpointing": checkpointing})
             holding = hold(footprint, chosen, workers=job.workers, gpu=job.gpu, element=dtype.itemsize, passes=passes)
             seconds = share * holding.flops / (rate.tflops * 1e12) + holding.gathers / (rate.link * 1e9)

@@ -71,7 +71,7 @@ def _easy(model: ModelConfig, memory: int) -> bool:
     hidden, heads = shape["hidden_size"], shape["num_attention_heads"] + 2 * shape["num_key_value_heads"]
     layer = hidden * (3 * shape["intermediate_size"] + (heads + shape["num_attention_heads"]) * shape["head_dim"])
     tables = shape["vocab_size"] * hidden * (1 if shape["tie_word_embeddings"] else 2)
-    size = (layer * shape["num_hidden_layers"] + tables) * (2 if model.dtype == "bfloat16" else 4)
+    size = (layer * shape["num_hidden_layers"] + tables) * (2 if model.element == "bfloat16" else 4)
     return size * EASY < memory
 
 

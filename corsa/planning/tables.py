@@ -73,7 +73,7 @@ def kept_table(plan: Plan) -> Table:
     that these layers can keep: the same with every tensor in the base's data type.
     """
     table = _table("kept for the backward pass")
-    for name in ("GiB", "share", f"all in {plan.job.model.dtype}, GiB"):
+    for name in ("GiB", "share", f"all in {plan.job.model.element}, GiB"):
         table.add_column(name, justify="right", no_wrap=True)
     whole = sum(bytes_ for bytes_, _ in plan.kept.values())
     for kind, (bytes_, least) in sorted(plan.kept.items(), key=lambda item: -item[1][0]):
@@ -117,7 +117,9 @@ def _time(plan: Plan, choice: Choice) -> str:
     return (
         f"time: {plan.steps} steps ({job.edits} edits, {job.epochs} epochs) x {choice.step_s:.3g} s = "
         f"{f'{seconds:.0f} s' if seconds < 120 else minutes} of training a round, at {plan.rate.tflops:.3g} TFLOP/s "
-        f"a worker ({plan.rate.source})" + (f" and {plan.rate.link:g} GB/s to gather" if choice.holding.gathers else "")
+        f"a worker ({plan.rate.source})"
+        + (", without the time to unpack 4-bit weights, which was not measured" if job.model.dtype == "nf4" else "")
+        + (f" and {plan.rate.link:g} GB/s to gather" if choice.holding.gathers else "")
     )
 
 

@@ -81,6 +81,28 @@ def _table(columns: Sequence[str], rows: Sequence[tuple[str, ...]], of: int, whi
     return grid
 
 
+def trials(found: dict[str, Any]) -> Table:
+    """The trials of `corsa edit --tune`. `found`: choice.json (`corsa.editing.choosing`)."""
+    names = [name for name, (_, asked) in found["trials"][0]["judged"].items() if asked]
+    rows = [
+        (
+            _MARKS[True] if index == found["best"] else "",
+            *(f"{value:g}" for value in trial["setting"].values()),
+            str(trial["steps"]),
+            *("{}/{}".format(*count) for count in (trial["took"], *(trial["judged"][name] for name in names))),
+            f"{trial['score']:.2f}",
+        )
+        for index, trial in enumerate(found["trials"])
+    ]
+    grid = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=0, caption_justify="left")
+    for name in ("", *found["setting"], "steps", "took", *names, "mean"):
+        grid.add_column(name.replace("_", "\n"), justify="right", no_wrap=True)
+    for row in rows:
+        grid.add_row(*row)
+    grid.caption = "trials, the first with the settings as given; mean: of the shares before it"
+    return grid
+
+
 def summary(metrics: dict[str, Any], found: dict[str, Any]) -> Iterator[str]:
     """The headline, and one sentence each on: what the training did, earlier facts, and side effects.
 

@@ -90,6 +90,16 @@ class Domain:
         """Converts a setting to the value of the study's parameter."""
         return self.floor if self.zero and value == 0 else value
 
+    def at(self, share: float) -> float:
+        """The value at a share (0 to 1) of the range, on its scale; of values, the one at that share of the list."""
+        if self.values:
+            return self.values[min(int(share * len(self.values)), len(self.values) - 1)]
+        if self.whole and not self.log:
+            return int(min(self.low + share * (self.high - self.low + 1), self.high))
+        if self.log:
+            return self.value(min(self.floor * (self.high / self.floor) ** share, self.high))
+        return self.value(self.low + share * (self.high - self.low))
+
     @classmethod
     def read(cls, name: str, text: str) -> Domain:
         """Parses a domain from a text such as `0|0.005:0.5`.

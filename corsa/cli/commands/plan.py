@@ -8,14 +8,14 @@ import json
 import math
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 from rich.markup import escape
 from tyro.conf import arg
 
 from corsa.cli.commands import AsJson, app
-from corsa.config import STEPS, Frozen, LoraConfig, ModelConfig, StepConfig
+from corsa.config import STEPS, Dtype, Frozen, LoraConfig, ModelConfig, StepConfig
 from corsa.config.amounts import as_bytes
 from corsa.errors import CorsaError, unknown_name
 from corsa.models.registry import locate
@@ -41,8 +41,8 @@ class Work(Frozen):
     batch: int = Field(default=16, description="edits per optimizer step, over all workers")
     micro_batch: int = Field(default=16, description="edits per forward pass on one worker")
     rank: int = Field(default=32, description="rank of LoRA")
-    dtype: Literal["float32", "bfloat16"] | None = Field(
-        default=None, description="data type of the base; default: bfloat16 on GPUs, else float32"
+    dtype: Dtype | None = Field(
+        default=None, description="data type of the base (nf4: 4 bits); default: bfloat16 on GPUs, else float32"
     )
     benchmark: str | None = Field(
         default=None, description="benchmark whose edit lengths are counted; default: about 20 tokens an edit"

@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from corsa.cli.commands import GATE_NOT_PASSED
-from corsa.editing.options import EvaluateOptions, Teaching
-from corsa.editing.plan import Plan, plan_evaluation
+from corsa.editing.options import EditOptions, EvaluateOptions, Teaching
+from corsa.editing.plan import Plan, Tuned, plan_evaluation
 from corsa.editing.run import Result
 from corsa.experiments.runner import lasting, show_plan
 from corsa.flow import Store
-from corsa.report.facts import summary, tables
+from corsa.report.facts import summary, tables, trials
 from corsa.report.tables import summary_tables
 from corsa.report.update import update
 from corsa.terminal import Console, visible
@@ -30,7 +30,25 @@ def teach(options: Teaching, plan: Plan, as_json: bool) -> int:
     _say(console, plan.report.config.canonical()["title"])
     _say_what_no_gate_measures(options, plan, console)
     result = teach(options, plan, console)
-    return _show(result, as_json, Console())
+    return _show(result, as_json, Console(), plan.tuned)
+
+
+def teach_tuned(options: EditOptions, as_json: bool) -> int:
+    """Run the trials that choose settings, then the update with them. Returns the exit status."""
+    from corsa.editing.plan import plan_edit
+    from corsa.editing.tuning import chosen, plan_tuning, tune
+
+    console = Console(stderr=as_json)
+    if options.dry_run:
+        tuning, store = plan_tuning(options), Store(lasting(options.storage))
+        if tuned := chosen(tuning, store):
+            return teach(options, plan_edit(options, tuned), as_json)
+        _say(console, str(tuning))
+        show_plan([tuning.choice], store, console)
+        return 0
+    tuned, found = tune(options, console)
+    console.print(trials(found))
+    return teach(options, plan_edit(options, tuned), as_json)
 
 
 def _say_what_no_gate_measures(options: Teaching, plan: Plan, console: Console) -> None:
@@ -62,15 +80,17 @@ def show_rolled_back(out: Path, as_json: bool) -> int:
     return 0
 
 
-def _show(result: Result, as_json: bool, console: Console) -> int:
+def _show(result: Result, as_json: bool, console: Console, tuned: Tuned | None = None) -> int:
     found = update(result.metrics, result.predictions)
     if as_json:
-        print(json.dumps(_plain(result, found), indent=1))
+        print(json.dumps(_plain(result, found) | ({"tuned": dict(tuned.setting)} if tuned else {}), indent=1))
         return 0 if result.passed else GATE_NOT_PASSED
     if result.out:
         for one in tables(found):
             console.print(one)
         for sentence in summary(result.metrics, found):
+            _say(console, sentence)
+        for sentence in tuned.told if tuned else ():
             _say(console, sentence)
     else:
         for one in summary_tables(result.metrics):

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated, Literal
 
 from tyro.conf import Positional, arg
@@ -48,8 +51,8 @@ def serve(
     console = Console()
     connect(console)
     try:
-        console.print(f"loading {', '.join([config.name, *named])} ...", markup=False, highlight=False)
-        run(config, named, host=host, port=port, gpu=gpu)
+        with _loading(", ".join([config.name, *named]), console):
+            run(config, named, host=host, port=port, gpu=gpu)
         for line in _ready(f"http://{host}:{port}/v1", [BASE, *named]):
             console.print(line, markup=False, highlight=False, soft_wrap=True)
         threading.Event().wait()
@@ -59,6 +62,23 @@ def serve(
         stop()
         disconnect()
     return 0
+
+
+@contextmanager
+def _loading(what: str, console: Console, every: float = 15.0) -> Iterator[None]:
+    """Says what is being loaded, and every 15 seconds that it still is: on a busy machine this takes minutes."""
+    began, done = time.monotonic(), threading.Event()
+
+    def say() -> None:
+        while not done.wait(every):
+            console.print(f"still loading, {time.monotonic() - began:.0f} s", highlight=False)
+
+    console.print(f"loading {what} ...", markup=False, highlight=False)
+    threading.Thread(target=say, daemon=True).start()
+    try:
+        yield
+    finally:
+        done.set()
 
 
 def _ready(address: str, names: list[str]) -> list[str]:

@@ -41,14 +41,17 @@ _names: dict[Path, str] = {}
 
 
 def regular(path: str | Path) -> Path:
-    """The path of a file that can be read more than once. The content of a pipe is kept until the process ends.
+    """The path of a file that can be read more than once. The content of a pipe or of an object (s3://..., gs://...) is
+    kept until the process ends.
 
     `-` is standard input. The first bytes of a pipe give its format: Parquet, a JSON list, JSON lines, or CSV.
 
     Raises:
-        CorsaError: standard input is a terminal, or cannot be read.
+        CorsaError: standard input is a terminal, or cannot be read; there is no such object.
     """
     given = str(path)
+    if "://" in given:
+        return _fetched(given)
     place = Path(given).expanduser()
     if re.match(r"\w{2,}:/", given):  # pathlib turns :// into :/
         raise CorsaError(f"{without_user(given)} is an address, not a file: download it first")
@@ -65,12 +68,30 @@ def regular(path: str | Path) -> Path:
             raise CorsaError(f"{given} cannot be read: {error.strerror or error}") from error
         if len(content) > _PIPED:
             raise CorsaError(f"{given} gives more than {_PIPED >> 20} MiB: save it to a file, and name that")
-        folder = Path(tempfile.mkdtemp(prefix="corsa-"))
-        atexit.register(shutil.rmtree, folder, ignore_errors=True)
-        _kept[given] = folder / f"stdin{_kind(content)}"
-        _kept[given].write_bytes(content)
+        _keep(given, f"stdin{_kind(content)}", content)
         call(_kept[given], "standard input" if given in ("-", "/dev/stdin") else given)
     return _kept[given]
+
+
+def _fetched(url: str) -> Path:
+    if url not in _kept:
+        from corsa.flow.files import Files
+
+        address, mark, query = url.partition("?")
+        folder, _, name = address.rpartition("/")
+        content = Files(folder + mark + query).read(name)
+        if content is None:
+            raise CorsaError(f"{address} does not exist")
+        _keep(url, name, content)
+        call(_kept[url], address)
+    return _kept[url]
+
+
+def _keep(given: str, name: str, content: bytes) -> None:
+    folder = Path(tempfile.mkdtemp(prefix="corsa-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    _kept[given] = folder / name
+    _kept[given].write_bytes(content)
 
 
 def call(path: Path, name: str) -> None:

@@ -10,7 +10,7 @@ from pydantic import Field
 from corsa.config import AlphaEditConfig, RunSettings
 from corsa.config.steps import PredictionConfig
 from corsa.flow.step import Step
-from corsa.methods.base import Method, Teach
+from corsa.methods.base import CHANGES_WEIGHTS, Method, Teach
 from corsa.methods.memit import NO_PROGRAMS, reached_warning, round_fields, statistics_input
 
 
@@ -59,7 +59,11 @@ METHODS = (
         _load_teach,
         _inputs,
         notes=_report_notes,
-        refuses={"adapter": "AlphaEdit leaves a dense change of the weights, no adapter", "programs": NO_PROGRAMS},
+        refuses={
+            "adapter": "AlphaEdit leaves a dense change of the weights, no adapter",
+            "programs": NO_PROGRAMS,
+            "4 bits": CHANGES_WEIGHTS,
+        },
         colour="#b83a6b",
         symbol="triangle-down",
     ),

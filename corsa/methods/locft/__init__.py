@@ -8,7 +8,7 @@ from typing import Any
 from corsa.config import ALONE, LocFtConfig, LoraConfig, RunSettings
 from corsa.config.steps import RoundConfig
 from corsa.methods import step_methods
-from corsa.methods.base import Method, Teach
+from corsa.methods.base import CHANGES_WEIGHTS, Method, Teach
 
 
 class LocFtRoundConfig(RoundConfig):
@@ -45,6 +45,7 @@ METHODS = (
         refuses={
             "adapter": "LocFT-BF leaves a dense change of one weight matrix, no adapter",
             "programs": "its one layer was chosen for facts with short answers",
+            "4 bits": CHANGES_WEIGHTS,
         },
         colour="#8a7416",
         symbol="pentagon",

@@ -13,7 +13,7 @@ from corsa.config import LocateThenEditConfig, MemitConfig, RunSettings
 from corsa.config.steps import PredictionConfig, StatisticsConfig, StatisticsPlace
 from corsa.errors import CorsaError
 from corsa.flow.step import Kind, Step, StepFunction
-from corsa.methods.base import Method, Teach
+from corsa.methods.base import CHANGES_WEIGHTS, Method, Teach
 from corsa.methods.memit.corpora import NEUTRAL
 from corsa.methods.memit.settings import REACHED
 
@@ -122,7 +122,11 @@ METHODS = (
         _load_teach,
         _inputs,
         notes=_report_notes,
-        refuses={"adapter": "MEMIT leaves a dense change of the weights, no adapter", "programs": NO_PROGRAMS},
+        refuses={
+            "adapter": "MEMIT leaves a dense change of the weights, no adapter",
+            "programs": NO_PROGRAMS,
+            "4 bits": CHANGES_WEIGHTS,
+        },
         colour="#2a9470",
         symbol="diamond",
     ),
