@@ -1,6 +1,7 @@
 """Checkpoints inside a round: phi, the optimizer's moments, the step number and the curves so far, in one file.
 
-The file holds the SHA-256 of its content, the tensors as safetensors, and the rest as JSON. No step draws a random
+The file holds the SHA-256 of its content, the tensors as safetensors, and the rest as JSON. Every `SEGMENT` rows of
+the curves move to a file of their own, so that a checkpoint's size does not grow with the steps. No step draws a random
 number (dropout is 0; batches follow from seed, round and epoch), so no random state is kept. On the same machine and
 number of workers a resumed round ends bit for bit as an undisturbed one.
 """
@@ -10,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,14 +23,21 @@ from corsa.flow.store import DamagedError, Store
 from corsa.training.adamw import Moments
 from corsa.training.worker_group import WorkerGroup
 
+SEGMENT = 1000
+"""Rows of the curves in a file of their own."""
+
 
 @dataclass
 class Position:
-    """How far a round is: optimizer steps done, one row of the curves table per step, and notes on what happened."""
+    """How far a round is: optimizer steps done, one row of the curves table per step, and notes on what happened.
+
+    segments: SHA-256 (hex) of the files that already hold the first `SEGMENT` rows each.
+    """
 
     step: int = 0
     curves: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    segments: list[str] = field(default_factory=list)
 
     def add(self, row: dict[str, Any]) -> None:
         """Record one more step."""
@@ -49,7 +57,12 @@ def save_checkpoint(
     if not group.leads:
         return
     tensors = {"phi": phi.detach().cpu(), **{name: moment.detach().cpu() for name, moment in moments.items()}}
-    content = save(tensors) + _frame(json.dumps(asdict(position)))
+    for number in range(len(position.segments), len(position.curves) // SEGMENT):
+        rows = json.dumps(position.curves[number * SEGMENT :][:SEGMENT]).encode()
+        store.files.replace(_segment(path, number), rows)
+        position.segments.append(hashlib.sha256(rows).hexdigest())
+    rest = position.curves[len(position.segments) * SEGMENT :]
+    content = save(tensors) + _frame(json.dumps(vars(position) | {"curves": rest}))
     store.files.replace(path, hashlib.sha256(content).digest() + content)
 
 
@@ -108,7 +121,19 @@ def read_checkpoint(store: Store, path: str) -> tuple[dict[str, Tensor], Positio
     if hashlib.sha256(content).digest() != digest:
         raise DamagedError(f"the checkpoint {store.url}/{path} is not what was written (SHA-256)")
     length = int.from_bytes(content[-8:], "big")
-    return load(content[: -8 - length]), Position(**json.loads(content[-8 - length : -8]))
+    position = Position(**json.loads(content[-8 - length : -8]))
+    before: list[dict[str, Any]] = []
+    for number, wanted in enumerate(position.segments):
+        rows = store.files.read(_segment(path, number)) or b""
+        if hashlib.sha256(rows).hexdigest() != wanted:
+            raise DamagedError(f"{store.url}/{_segment(path, number)} is not what was written (SHA-256)")
+        before += json.loads(rows)
+    position.curves = before + position.curves
+    return load(content[: -8 - length]), position
+
+
+def _segment(path: str, number: int) -> str:
+    return f"{path}.curves{number}"
 
 
 def _frame(text: str) -> bytes:
