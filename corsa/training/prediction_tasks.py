@@ -242,22 +242,25 @@ def ask(
 
 
 def predictions_table(rows: Sequence[dict[str, Any]], task: Task) -> pa.Table:
-    """A worker's rows of the predictions table. The columns take a tenth of the memory of the rows."""
-    labels = {"seed": task.config.seed, "trained": task.config.round}
+    """A worker's rows of the predictions table."""
+    return rows_table(rows, seed=task.config.seed, trained=task.config.round)
+
+
+def rows_table(rows: Sequence[dict[str, Any]], **labels: int) -> pa.Table:
+    """Rows with the labels that they share, as a table: it takes a tenth of their memory."""
     return pa.Table.from_pylist([{**labels, **row} for row in rows], schema=PREDICTIONS)
 
 
 @contextmanager
 def predictions_file(task: Task) -> Iterator[Callable[[Sequence[pa.Table]], None]]:
-    """A block that writes predictions.parquet. Each call of its function writes the tables of all workers, sorted, as
-    row groups.
-    """
+    """A block that writes predictions.parquet. Each call of its function writes the tables of all workers."""
     with pq.ParquetWriter(task.output / "predictions.parquet", PREDICTIONS) as writer:
+        yield lambda tables: write_sorted(writer, tables)
 
-        def write(tables: Sequence[pa.Table]) -> None:
-            writer.write_table(pa.concat_tables(tables).sort_by([(name, "ascending") for name in _ORDER]), ROW_GROUP)
 
-        yield write
+def write_sorted(writer: pq.ParquetWriter, tables: Sequence[pa.Table]) -> None:
+    """Write the rows of some tables, sorted, as row groups."""
+    writer.write_table(pa.concat_tables(tables).sort_by([(name, "ascending") for name in _ORDER]), ROW_GROUP)
 
 
 def written(task: Task) -> int:
