@@ -31,13 +31,14 @@ SEGMENT = 1000
 class Position:
     """How far a round is: optimizer steps done, one row of the curves table per step, and notes on what happened.
 
-    segments: SHA-256 (hex) of the files that already hold the first `SEGMENT` rows each.
+    segments: the number of files that already hold the first rows, `SEGMENT` each. digest: of all of them, hex.
     """
 
     step: int = 0
     curves: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    segments: list[str] = field(default_factory=list)
+    segments: int = 0
+    digest: str = ""
 
     def add(self, row: dict[str, Any]) -> None:
         """Record one more step."""
@@ -57,11 +58,11 @@ def save_checkpoint(
     if not group.leads:
         return
     tensors = {"phi": phi.detach().cpu(), **{name: moment.detach().cpu() for name, moment in moments.items()}}
-    for number in range(len(position.segments), len(position.curves) // SEGMENT):
+    for number in range(position.segments, len(position.curves) // SEGMENT):
         rows = json.dumps(position.curves[number * SEGMENT :][:SEGMENT]).encode()
         store.files.replace(_segment(path, number), rows)
-        position.segments.append(hashlib.sha256(rows).hexdigest())
-    rest = position.curves[len(position.segments) * SEGMENT :]
+        position.segments, position.digest = number + 1, _chained(position.digest, rows)
+    rest = position.curves[position.segments * SEGMENT :]
     content = save(tensors) + _frame(json.dumps(vars(position) | {"curves": rest}))
     store.files.replace(path, hashlib.sha256(content).digest() + content)
 
@@ -122,14 +123,19 @@ def read_checkpoint(store: Store, path: str) -> tuple[dict[str, Tensor], Positio
         raise DamagedError(f"the checkpoint {store.url}/{path} is not what was written (SHA-256)")
     length = int.from_bytes(content[-8:], "big")
     position = Position(**json.loads(content[-8 - length : -8]))
-    before: list[dict[str, Any]] = []
-    for number, wanted in enumerate(position.segments):
-        rows = store.files.read(_segment(path, number)) or b""
-        if hashlib.sha256(rows).hexdigest() != wanted:
-            raise DamagedError(f"{store.url}/{_segment(path, number)} is not what was written (SHA-256)")
-        before += json.loads(rows)
-    position.curves = before + position.curves
+    digest, segments = "", []
+    for number in range(position.segments):
+        segments.append(store.files.read(_segment(path, number)) or b"")
+        digest = _chained(digest, segments[-1])
+    if digest != position.digest:
+        raise DamagedError(f"the curves of the checkpoint {store.url}/{path} are not what was written (SHA-256)")
+    position.curves = [row for rows in segments for row in json.loads(rows)] + position.curves
     return load(content[: -8 - length]), position
+
+
+def _chained(digest: str, rows: bytes) -> str:
+    """The digest of some segments and one more."""
+    return hashlib.sha256(digest.encode() + rows).hexdigest()
 
 
 def _segment(path: str, number: int) -> str:
