@@ -1,7 +1,7 @@
 """Memory and time of the data path at several sizes, each stage in a process of its own, so that peaks stay apart.
 
 The stages follow a run: a file becomes a table of edits, edits become rounds, batches are drawn from the token table,
-answers are written, metrics are counted, and the page is made. Run as `python -m corsa.perf.scaling JSON`, this module
+answers are written, metrics are counted, and the page is made. Run as `python -m corsa.perf.growth JSON`, this module
 measures one stage at one size and prints one line of JSON.
 """
 
@@ -15,13 +15,11 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from math import ceil, floor, log, log10
 from pathlib import Path
 from typing import Any
 
-from corsa.errors import CorsaError
-
-QUESTIONS = 13
-"""Probes of an edit, as in CounterFact: the edit prompt, two paraphrases in one probe, ten neighbors."""
+from corsa.errors import CorsaError, unknown_name
 
 
 @dataclass(frozen=True)
@@ -36,14 +34,17 @@ class Measured:
     written: int
 
 
-def measure_scaling(
+def measure_growth(
     sizes: Sequence[int], say: Callable[[str], None], stages: Sequence[str] | None = None
 ) -> Iterator[Measured]:
     """Runs every stage at every size, in turn.
 
     Raises:
-        CorsaError: a stage failed, with the end of what it said.
+        CorsaError: a stage is unknown, or failed (with the end of what it said).
     """
+    for name in stages or ():
+        if name not in STAGES:
+            raise unknown_name("stage", name, STAGES)
     for size in sizes:
         with tempfile.TemporaryDirectory() as folder:
             for stage in stages or STAGES:
@@ -55,20 +56,50 @@ def measure_scaling(
                 yield Measured(**json.loads(done.stdout.splitlines()[-1]))
 
 
-def slopes(found: Sequence[Measured]) -> dict[str, float]:
-    """For each stage, how its peak memory grows from the middle to the largest size: the exponent of a power law."""
-    return _exponents(found, lambda one: one.peak)
-
-
-def _exponents(found: Sequence[Measured], of: Callable[[Measured], float]) -> dict[str, float]:
-    from math import log
-
-    exponents = {}
+def exponents(found: Sequence[Measured]) -> dict[str, float]:
+    """For each stage, the exponent with which its peak memory grows from the second largest to the largest size: 1 if
+    it is linear, 0 if it does not grow.
+    """
+    grown = {}
     for stage in dict.fromkeys(one.stage for one in found):
         known = sorted((one for one in found if one.stage == stage), key=lambda one: one.edits)[-2:]
-        if len(known) == 2 and all(of(one) > 0 for one in known):
-            exponents[stage] = log(of(known[1]) / of(known[0])) / log(known[1].edits / known[0].edits)
-    return exponents
+        if len(known) == 2 and min(one.peak for one in known) > 0:
+            grown[stage] = log(known[1].peak / known[0].peak) / log(known[1].edits / known[0].edits)
+    return grown
+
+
+def figure(found: Sequence[Measured]) -> str:
+    """Peak memory against edits, both on logarithmic axes, one line a stage, as SVG."""
+    width, height, left, low = 640, 400, 70, 350
+    sizes, peaks = [one.edits for one in found], [max(one.peak, 1 << 20) / 2**20 for one in found]
+    spans = [(floor(log10(min(each))), ceil(log10(max(each)) + 1e-9)) for each in (sizes, peaks)]
+
+    def at(edits: float, mib: float) -> tuple[float, float]:
+        (x0, x1), (y0, y1) = spans
+        x = left + (log10(edits) - x0) / max(1, x1 - x0) * (width - left - 130)
+        return round(x, 1), round(low - (log10(mib) - y0) / max(1, y1 - y0) * (low - 20), 1)
+
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif"'
+    parts = [f'{head} font-size="12"><rect width="{width}" height="{height}" fill="white"/>']
+    for power in range(spans[0][0], spans[0][1] + 1):
+        x, y = at(10**power, 10 ** spans[1][0])
+        parts.append(f'<line x1="{x}" y1="20" x2="{x}" y2="{y}" stroke="#ddd"/>')
+        parts.append(f'<text x="{x}" y="{y + 16}" text-anchor="middle">{10**power:,}</text>')
+    for power in range(spans[1][0], spans[1][1] + 1):
+        x, y = at(10 ** spans[0][0], 10**power)
+        parts.append(f'<line x1="{x}" y1="{y}" x2="{width - 130}" y2="{y}" stroke="#ddd"/>')
+        parts.append(f'<text x="{x - 6}" y="{y + 4}" text-anchor="end">{10**power:,}</text>')
+    for number, stage in enumerate(dict.fromkeys(one.stage for one in found)):
+        own = sorted((one.edits, max(one.peak, 1 << 20) / 2**20) for one in found if one.stage == stage)
+        colour = _COLOURS[number % len(_COLOURS)]
+        points = " ".join(f"{x},{y}" for x, y in (at(*each) for each in own))
+        parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2"/>')
+        parts.append(f'<text x="{width - 120}" y="{40 + 18 * number}" fill="{colour}">{stage}</text>')
+    parts.append(f'<text x="{left}" y="{height - 12}">edits</text><text x="8" y="14">peak memory, MiB</text></svg>')
+    return "\n".join(parts) + "\n"
+
+
+_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#7f7f7f")
 
 
 def write_records(edits: int, path: Path) -> None:
