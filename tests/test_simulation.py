@@ -9,7 +9,9 @@ import pytest
 from flow_steps import ADD, CLUSTER, ROUNDS, How, Number
 from rich.console import Console
 
+from corsa.errors import CorsaError
 from corsa.flow import Step, Store, run
+from corsa.planning.cluster import ClusterSpec
 from corsa.planning.simulation import simulate
 
 
@@ -65,3 +67,17 @@ def test_a_group_starts_once_for_a_list_of_steps(tmp_path: Path) -> None:
     assert [(span.start, span.end, span.lane) for span in found.spans] == [(10, 12, 0), (12, 14, 0), (14, 16, 0)]
     run([before["before"]], Store(tmp_path / "runs"), lambda: None, lambda steps: 4, Console(quiet=True), quiet=True)
     assert (tmp_path / "log").read_text().splitlines()[0] == "list of 3"
+
+
+def test_a_cluster_file_is_checked(tmp_path: Path) -> None:
+    file = tmp_path / "cluster.yaml"
+    known = "gpu_memory: 80GiB\ntflops: 300\nbandwidth: 3350\nlink: 50\nprice: 2.5\n"
+    file.write_text(f"nodes: 8\ngpus: 8\n{known}")
+    assert ClusterSpec.read(file).workers == 64
+    wrong_files = {"gpus: 8\n": "nodes", "nodes: 0\ngpus: 8\n": "nodes", "nodes: 1\ngpus: 1\ncolour: 1\n": "colour"}
+    for text, wrong in wrong_files.items():
+        file.write_text(text + known)
+        with pytest.raises(CorsaError, match=f"cluster.yaml: {wrong}"):
+            ClusterSpec.read(file)
+    with pytest.raises(CorsaError, match="cannot be read"):
+        ClusterSpec.read(tmp_path / "absent.yaml")
