@@ -8,7 +8,7 @@ without chains are divided over the rounds: each round teaches new facts, and lo
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -21,7 +21,25 @@ ROUNDS = pa.schema([("edit", pa.string()), ("chain", pa.string()), ("learnt", pa
 """The schedule: one row per taught edit. `learnt` is its round, `part` is "update" or "evaluation"."""
 
 
-def assign(edits: Sequence[Edit], config: RoundsConfig) -> pa.Table:
+class Placed(NamedTuple):
+    """What decides about the round of an edit (`corsa.data.edit.Edit`)."""
+
+    id: str
+    chain: str
+    round: int
+    case: str
+
+
+PLACED = Placed._fields
+"""The columns of a table of edits that `placed` reads."""
+
+
+def placed(edits: pa.Table) -> list[Placed]:
+    """The rows of a table of edits."""
+    return [Placed(*row) for row in zip(*(edits[name].to_pylist() for name in PLACED), strict=True)]
+
+
+def assign(edits: Sequence[Edit | Placed], config: RoundsConfig) -> pa.Table:
     """The schedule (`ROUNDS`) of these edits. Each round keeps the order of the benchmark.
 
     Raises:
@@ -34,7 +52,7 @@ def assign(edits: Sequence[Edit], config: RoundsConfig) -> pa.Table:
     return pa.Table.from_pylist(rows, schema=ROUNDS)
 
 
-def _temporal(edits: Sequence[Edit], config: RoundsConfig) -> list[dict[str, Any]]:
+def _temporal(edits: Sequence[Edit | Placed], config: RoundsConfig) -> list[dict[str, Any]]:
     chains = list(dict.fromkeys(e.chain for e in edits))
     order = [chains[i] for i in np.random.default_rng(config.split_seed).permutation(len(chains))]
     count = round(len(chains) * config.update_share)
@@ -49,8 +67,8 @@ def _temporal(edits: Sequence[Edit], config: RoundsConfig) -> list[dict[str, Any
     ]
 
 
-def _divided(edits: Sequence[Edit], config: RoundsConfig) -> list[dict[str, Any]]:
-    cases: dict[str, list[Edit]] = {}  # edits of a case are taught together, so a case is never split
+def _divided(edits: Sequence[Edit | Placed], config: RoundsConfig) -> list[dict[str, Any]]:
+    cases: dict[str, list[Edit | Placed]] = {}  # edits of a case are taught together, so a case is never split
     for edit in edits:
         cases.setdefault(edit.case or edit.chain, []).append(edit)
     if len(cases) < config.rounds:

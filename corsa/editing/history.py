@@ -203,16 +203,27 @@ def file_digest(path: Path) -> str:
 # The next update
 
 
-def matched(before: Sequence[Edit], draft: Draft) -> Edit | None:
-    """The current edit that a draft revises: the one with the same chain, else with the same question."""
-    chain, prompt = draft.fields["chain"], bare(draft.fields["prompt"])
-    named = [e for e in before if chain is not None and folded(e.chain) == folded(chain)]
-    return next(iter(named or [e for e in before if bare(e.prompt) == prompt]), None)
+class Standing:
+    """The current edits of a line, found by chain and by question: a line may have thousands of them."""
+
+    def __init__(self, edits: Sequence[Edit]) -> None:
+        self._chains: dict[str, Edit] = {}
+        self._questions: dict[str, Edit] = {}
+        for edit in edits:
+            self._chains.setdefault(folded(edit.chain), edit)
+            self._questions.setdefault(bare(edit.prompt), edit)
+
+    def matched(self, draft: Draft) -> Edit | None:
+        """The current edit that a draft revises: the one with the same chain, else with the same question."""
+        chain = draft.fields["chain"]
+        named = None if chain is None else self._chains.get(folded(chain))
+        return named or self._questions.get(bare(draft.fields["prompt"]))
 
 
 def unanswered(before: Sequence[Edit], drafts: Sequence[Draft]) -> list[Draft]:
     """The drafts whose old answer is neither in their file nor in the line; the model must be asked for it."""
-    return [draft for draft in drafts if not draft.fields["target_old"] and matched(before, draft) is None]
+    known = Standing(before)
+    return [draft for draft in drafts if not draft.fields["target_old"] and known.matched(draft) is None]
 
 
 def reworded(draft: Draft) -> bool:
@@ -233,9 +244,9 @@ def join(before: Sequence[Edit], drafts: Sequence[Draft], update: int, answers: 
     Raises:
         CorsaError: a fact changes nothing, or is not a valid edit.
     """
-    edits = []
+    edits, current = [], Standing(before)
     for draft in drafts:
-        given, known = draft.fields, matched(before, draft)
+        given, known = draft.fields, current.matched(draft)
         change: dict[str, Any] = {"id": f"{update}/{given['id']}", "round": update}
         change["chain"] = known.chain if known else given["chain"] or change["id"]
         own = given["paraphrases"] if reworded(draft) else _paraphrases(known)

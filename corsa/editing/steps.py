@@ -15,7 +15,7 @@ from corsa.config.steps import FactsConfig, LineConfig
 from corsa.data.benchmarks.cases import asked_once
 from corsa.data.benchmarks.file import Draft, drafts_of
 from corsa.data.edit import Edit, from_table, to_table
-from corsa.editing.history import WEIGHTS, join, matched, reworded, taken_back
+from corsa.editing.history import WEIGHTS, Standing, join, reworded, taken_back
 from corsa.flow.task import Task
 
 
@@ -50,7 +50,8 @@ def write_edits(task: Task, drafts: Sequence[Draft], answers: dict[str, str]) ->
     line = line_edits(task)
     before = standing(line)
     edits, repeats = asked_once(join(before, drafts, config.update, answers), before)
-    templated = sum(not reworded(d) and matched(before, d) is None for d in drafts)
+    known = Standing(before)
+    templated = sum(not reworded(d) and known.matched(d) is None for d in drafts)
     return _write(task, [*line, *edits]) | {"edits": len(edits), "templated": templated} | repeats.counts
 
 

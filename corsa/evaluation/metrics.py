@@ -13,15 +13,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from itertools import combinations
-from typing import Any, NamedTuple, get_args
+from typing import Any, get_args
 
 import numpy as np
 import pandas as pd
 
 from corsa.config.evaluation import ProbeKind
 from corsa.evaluation.metric_definitions import METRICS, Columns, Metric
-from corsa.evaluation.prepared_predictions import BASE, prepared
-from corsa.evaluation.uncertainty import LEVEL, Difference, Sums, difference, interval
+from corsa.evaluation.prepared_predictions import BASE, check, prepared
+from corsa.evaluation.tallies import NOTHING, Asked, Cell, Counted, Tally, tallies
+from corsa.evaluation.uncertainty import LEVEL, Difference, difference, interval
 from corsa.evaluation.verdicts import comparison, judged, planned_pairs
 
 
@@ -65,37 +66,43 @@ def compute(
     Raises:
         CorsaError: no rows, missing columns, an unknown rule, protocol or primary metric.
     """
-    rows = prepared(predictions, rule, protocol, taught_questions=taught_questions)
-    taught = [name for name in dict.fromkeys(predictions.method.astype(str)) if name != BASE]
-    methods = [BASE] * bool((rows.method == BASE).any()) + taught
-    rounds = sorted(int(number) for number in rows.trained.unique())
-    cells = dict(iter(rows.groupby(["method", "trained"], sort=False)))
-    columns = {key: Columns(cell) for key, cell in cells.items()}
-    empty = rows.iloc[:0]
-    last = rounds[-1]
+    check(predictions, rule, protocol)
+    taught = [name for name in dict.fromkeys(predictions.method.unique().astype(str)) if name != BASE]
+    methods = [BASE] * bool((predictions.method == BASE).any()) + taught
+    edited = predictions[predictions.method != BASE]
+    last = int(edited.trained.max()) if len(edited) else int(predictions.learnt.max())
+    asked_last = set(edited.method[edited.trained == last].unique())
+    pairs = [
+        (a, b)
+        for a, b in combinations(taught, 2)
+        if a in asked_last and b in asked_last and compare_with in (None, a, b)
+    ]
+    how = {"rule": rule, "protocol": protocol, "taught_questions": taught_questions}
+    found = tallies(predictions, how, pairs, last, BASE)
+    rounds = sorted({number for _, number in found.cells})
+    cells = {
+        key: {name: Tally.joined(parts) for name, parts in metrics.items()} for key, metrics in found.cells.items()
+    }
 
     def row(method: str, number: int) -> dict[str, Any]:
-        cell = columns.get((method, number), Columns(empty))
+        key = method, number
+        asked = found.asked.get(key, Asked())
         return {
             "method": method,
             "round": number,
-            "metrics": {name: _value(name, cell, method, number, rule) for name in METRICS},
+            "metrics": {
+                name: _value(name, cells[key][name] if key in cells else NOTHING, asked, key, rule) for name in METRICS
+            },
         }
 
     series = [row(method, number) for method in methods for number in rounds]
     _say_what_was_not_asked(series, kinds)
     result = [entry for entry in series if entry["round"] == last]
     if rule != "exact":
-        strict = prepared(predictions, "exact", protocol, taught_questions=taught_questions)
-        _add_exact(result, dict(iter(strict.groupby(["method", "trained"], sort=False))))
-    pairs = [
-        (a, b)
-        for a, b in combinations(taught, 2)
-        if (a, last) in cells and (b, last) in cells and compare_with in (None, a, b)
-    ]
-    compared = [_comparison(name, last, a, b, columns) for a, b in pairs for name in METRICS]
+        _add_exact(result, found.exact)
+    compared = [_comparison(name, last, a, b, found.pairs[a, b][name]) for a, b in pairs for name in METRICS]
     comparisons = judged(
-        [found for found in compared if found],
+        [one for one in compared if one],
         primary=primary,
         pairs=planned_pairs(taught, compare_with),
         better={name: metric.better for name, metric in METRICS.items()},
@@ -105,19 +112,21 @@ def compute(
         "protocol": protocol,
         "kinds": None if kinds is None else list(kinds),
         "level": LEVEL,
-        "probe_kind": "paraphrase" if (rows.kind[rows.wordings] == "paraphrase").any() else "edit",
-        "fallback": sorted(rows.benchmark[rows.wordings & (rows.kind == "edit")].unique()),
+        "probe_kind": "paraphrase" if found.paraphrases else "edit",
+        "fallback": sorted(found.fallback),
         "forgotten": {
-            method: forgotten(cells[method, last]) for method in taught if taught_questions and (method, last) in cells
+            method: forgotten(found.asked[method, last])
+            for method in taught
+            if taught_questions and (method, last) in cells
         },
-        "standing": "evaluation" if (rows.part == "evaluation").any() else "earlier",
-        "over": "cases" if rows.case.nunique() < rows.chain.nunique() else "facts",
+        "standing": "evaluation" if (predictions.part == "evaluation").any() else "earlier",
+        "over": "cases" if found.cases < found.chains else "facts",
         "primary": list(primary),
         "rounds": rounds,
         "methods": methods,
-        "seeds": sorted({int(seed) for seed in rows.seed[rows.method != BASE]}),
-        "chains": int(rows.chain.nunique()),
-        "draws": int(rows.draw.max()) + 1,
+        "seeds": sorted(found.seeds),
+        "chains": found.chains,
+        "draws": found.draws,
         "definitions": {
             name: {
                 "label": metric.label,
@@ -130,21 +139,23 @@ def compute(
         "rows": result,
         "series": series,
         "matrices": {
-            method: [_by_round_asked(cells.get((method, r), empty), rounds) for r in rounds] for method in methods
+            method: [_by_round_asked(found.asked.get((method, r), Asked()), rounds) for r in rounds]
+            for method in methods
         },
         "comparisons": comparisons,
     }
 
 
-def forgotten(cell: pd.DataFrame) -> dict[str, Any]:
+def forgotten(asked: Asked) -> dict[str, Any]:
     """The counts behind `forgetting`, for standing facts: {facts, taught: {right, lost}, other: {right, lost}}.
     `taught`: the questions as taught; `other`: other wordings; `right`: right when learnt; `lost`: of these, wrong now.
-    `cell`: the rows of one method after one round.
     """
-    learnt = cell[cell.standing & cell.then]
-    parts = {"taught": learnt[learnt.kind == "edit"], "other": learnt[learnt.kind != "edit"]}
-    counts = {name: {"right": len(part), "lost": int((~part.right).sum())} for name, part in parts.items()}
-    return {"facts": int(learnt.chain.nunique()), **counts}
+    facts, right, lost, other_right, other_lost = (int(count) for count in asked.learnt)
+    return {
+        "facts": facts,
+        "taught": {"right": right, "lost": lost},
+        "other": {"right": other_right, "lost": other_lost},
+    }
 
 
 def _text(metric: Metric, taught_questions: bool) -> str:
@@ -162,7 +173,7 @@ def _say_what_was_not_asked(series: list[dict[str, Any]], kinds: Sequence[str] |
                 entry["reason"] = f"{kind} probes were not asked (see --evaluation.protocol and --evaluation.probes)"
 
 
-def _add_exact(rows: list[dict[str, Any]], cells: Mapping[Any, pd.DataFrame]) -> None:
+def _add_exact(rows: list[dict[str, Any]], cells: Mapping[Cell, Mapping[str, Sequence[Tally]]]) -> None:
     """Adds to each share that depends on the rule its value by the rule "exact"."""
     for row in rows:
         cell = cells.get((row["method"], row["round"]))
@@ -170,18 +181,19 @@ def _add_exact(rows: list[dict[str, Any]], cells: Mapping[Any, pd.DataFrame]) ->
             metric = METRICS[name]
             if cell is None or not metric.matched or metric.unit != "share" or entry["value"] is None:
                 continue
-            ratio = _Counted.of(metric, Columns(cell)).sums().ratio
+            ratio = Tally.joined(cell[name]).sums().ratio
             entry["exact"] = None if math.isnan(ratio) else ratio
 
 
-def _by_round_asked(cell: pd.DataFrame, rounds: list[int]) -> list[dict[str, Any] | None]:
+def _by_round_asked(asked: Asked, rounds: list[int]) -> list[dict[str, Any] | None]:
     """One row of a matrix: for the facts of each round, the share of wordings answered right."""
-    asked = cell.loc[cell.wordings, ["learnt", "right", "edit", "item"]]
-    entries = []
+    entries: list[dict[str, Any] | None] = []
     for number in rounds:
-        found = asked[asked.learnt == number]
-        entry = {"value": float(found.right.mean()), "edits": found.edit.nunique(), "probes": found.item.nunique()}
-        entries.append(entry if len(found) else None)
+        if number not in asked.by_round:
+            entries.append(None)
+            continue
+        right, wordings, edits, probes = (int(count) for count in asked.by_round[number])
+        entries.append({"value": right / wordings, "edits": edits, "probes": probes})
     return entries
 
 
@@ -192,64 +204,34 @@ def measure(name: str, predictions: pd.DataFrame, *, rule: str, protocol: str) -
     """
     rows = prepared(predictions, rule, protocol)
     rows = rows[(rows.method != BASE) & (rows.trained == rows.trained.max())]
-    value = _Counted.of(METRICS[name], Columns(rows)).sums().ratio
+    value = Counted.of(METRICS[name], Columns(rows)).tally().sums().ratio
     return None if math.isnan(value) else value
 
 
-class _Counted(NamedTuple):
-    """The rows a metric counts, as arrays of shape (rows,); `unit` is the fact or case they belong to."""
-
-    unit: np.ndarray
-    seed: np.ndarray
-    item: np.ndarray
-    numerator: np.ndarray
-    denominator: np.ndarray
-
-    @classmethod
-    def of(cls, metric: Metric, cell: Columns) -> _Counted:
-        chosen, numerator, denominator = metric.count(cell)
-        parts = (cell.unit_code, cell.seed, cell.item, numerator, denominator)
-        unit, seed, item, above, below = (np.broadcast_to(part, chosen.shape)[chosen] for part in parts)
-        return cls(unit, seed, item, above.astype(float), below.astype(float))
-
-    def only(self, chosen: np.ndarray) -> _Counted:
-        return _Counted(*(part[chosen] for part in self))
-
-    def sums(self, units: np.ndarray | None = None) -> Sums:
-        """Sums per unit and seed, in the order of `units` (by default the counted units) and of the seeds."""
-        units = np.unique(self.unit) if units is None else units
-        seeds, column = np.unique(self.seed, return_inverse=True)
-        cell = np.searchsorted(units, self.unit) * len(seeds) + column
-        size = len(units) * len(seeds)
-        parts = (np.bincount(cell, part, minlength=size) for part in (self.numerator, self.denominator))
-        return Sums(*(part.astype(float).reshape(len(units), len(seeds)) for part in parts))
-
-
-def _value(name: str, cell: Columns, method: str, number: int, rule: str) -> dict[str, Any]:
+def _value(name: str, tally: Tally, asked: Asked, cell: Cell, rule: str) -> dict[str, Any]:
     """One metric of one method after one round, over all its seeds."""
-    metric = METRICS[name]
-    counted = _Counted.of(metric, cell)
-    sums = counted.sums()
+    metric, (method, _) = METRICS[name], cell
+    sums = tally.sums()
     entry: dict[str, Any] = {
         "value": None,
         "low": None,
         "high": None,
         "interval": None,
         "edits": int((sums.denominator > 0).any(1).sum()),
-        "probes": len(np.unique(counted.item[counted.denominator > 0])),
+        "probes": tally.probes,
         "rule": rule if metric.matched else None,
         "seeds": None,
         "reason": None,
     }
     if math.isnan(sums.ratio) or (method == BASE and name == "agreement"):
-        return entry | {"edits": 0, "probes": 0, "reason": _reason(name, cell, len(counted.item), method, number)}
+        return entry | {"edits": 0, "probes": 0, "reason": _reason(name, asked, tally.rows, cell)}
     low, high, source = interval(sums, share=metric.unit == "share")
     entry |= {"value": sums.ratio, "low": low, "high": high, "interval": source}
     if source is None:
         entry["reason"] = "no interval: one fact only, or all facts alike"
-    seeds = np.unique(counted.seed)
+    seeds = np.unique(tally.seed)
     if len(seeds) > 1:
-        ratios = {str(seed): counted.only(counted.seed == seed).sums().ratio for seed in seeds}
+        ratios = {str(seed): tally.of_seeds(seed).sums().ratio for seed in seeds}
         ratios = {seed: ratio for seed, ratio in ratios.items() if not math.isnan(ratio)}
         entry["seeds"] = {
             "values": ratios,
@@ -259,47 +241,46 @@ def _value(name: str, cell: Columns, method: str, number: int, rule: str) -> dic
 
 
 def _comparison(
-    name: str, number: int, a: str, b: str, cells: Mapping[Any, Columns]
+    name: str, number: int, a: str, b: str, parts: Sequence[tuple[Tally, Tally, int]]
 ) -> tuple[dict[str, Any], Difference] | None:
     """The metric of `a` minus that of `b`, on the probes and seeds common to both, after the same round. None if either
     has no value.
     """
-    metric = METRICS[name]
-    both = [_Counted.of(metric, cells[method, number]) for method in (a, b)]
-    items = np.intersect1d(both[0].item, both[1].item)
-    both = [counted.only(np.isin(counted.item, items)) for counted in both]
-    seeds = np.intersect1d(both[0].seed[both[0].denominator > 0], both[1].seed[both[1].denominator > 0])
-    both = [counted.only(np.isin(counted.seed, seeds)) for counted in both]
-    units = np.union1d(both[0].unit, both[1].unit)
-    ours, theirs = (counted.sums(units) for counted in both)
-    if math.isnan(ours.ratio) or math.isnan(theirs.ratio):
+    ours, theirs = (Tally.joined([part[side] for part in parts]) for side in (0, 1))
+    seeds = np.intersect1d(ours.seed[ours.denominator > 0], theirs.seed[theirs.denominator > 0])
+    ours, theirs = ours.of_seeds(seeds), theirs.of_seeds(seeds)
+    units = np.union1d(ours.unit, theirs.unit)
+    mine, other = ours.sums(units), theirs.sums(units)
+    if math.isnan(mine.ratio) or math.isnan(other.ratio):
         return None
-    found = difference(ours, theirs, share=metric.unit == "share")
-    edits = int(((ours.denominator > 0) | (theirs.denominator > 0)).any(1).sum())
-    return comparison(name, number, a, b, found, seeds=len(seeds), edits=edits, probes=len(items)), found
+    found = difference(mine, other, share=METRICS[name].unit == "share")
+    edits = int(((mine.denominator > 0) | (other.denominator > 0)).any(1).sum())
+    probes = sum(part[2] for part in parts)
+    return comparison(name, number, a, b, found, seeds=len(seeds), edits=edits, probes=probes), found
 
 
-def _reason(name: str, cell: Columns, counted: int, method: str, number: int) -> str:
-    """Why there is nothing to count."""
-    metric = METRICS[name]
+def _reason(name: str, asked: Asked, counted: int, cell: Cell) -> str:
+    """Why there is nothing to count. `counted`: rows that the metric counts."""
+    metric, (method, number) = METRICS[name], cell
     if method == BASE and metric.of in ("standing", "displaced"):
         return "the base model is taught nothing"
     if method == BASE and name == "agreement":
         return "this is the base model"
-    if not len(cell.seed):
+    if not asked.rows:
         return f"not asked after round {number}"
     if metric.of == "standing":
         if counted:
             return "none of these wordings was right when it was learnt"
-        earlier = bool((cell.learnt < cell.trained).any())
         return (
-            "no earlier answers to compare with" if earlier else f"no fact learnt before round {number} is still valid"
+            "no earlier answers to compare with"
+            if asked.earlier
+            else f"no fact learnt before round {number} is still valid"
         )
     if metric.of == "displaced":
         if counted:
             return "of none of these wordings the model had given the answer that counts"
         return f"no old answer had been displaced by round {number}"
-    if metric.of in get_args(ProbeKind) and not (cell.kind == metric.of).any():
+    if metric.of in get_args(ProbeKind) and metric.of not in asked.kinds:
         return f"no {metric.of} probes in this data"
     if metric.of == "latest":
         return f"no fact was learnt in round {number}"

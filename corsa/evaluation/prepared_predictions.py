@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import get_args
 
 import numpy as np
@@ -34,7 +35,54 @@ def check_columns(known: Iterable[str], source: str, remedy: str = "ask the mode
         raise CorsaError(f"{source} lacks the columns {', '.join(missing)}: an earlier version wrote it; {remedy}")
 
 
-def prepared(predictions: pd.DataFrame, rule: str, protocol: str, *, taught_questions: bool = False) -> pd.DataFrame:
+@dataclass(frozen=True)
+class Whole:
+    """What the rows of a part depend on in the rest of a predictions table.
+
+    paraphrased: the benchmarks that ask paraphrases. evaluation: some facts are in the evaluation set. revised: some
+    facts are. edited: some method besides the base model was asked. learnt: the last round that teaches a fact.
+    """
+
+    paraphrased: frozenset[str]
+    evaluation: bool
+    revised: bool
+    edited: bool
+    learnt: int
+
+    @classmethod
+    def of(cls, predictions: pd.DataFrame) -> Whole:
+        """Of all rows."""
+        edited = predictions.method != BASE
+        own = predictions[edited & (predictions.trained == predictions.learnt) & predictions.kind.isin(_OF_THE_FACT)]
+        taught = own[["method", "seed", "chain", "learnt"]].drop_duplicates()
+        asked = predictions[predictions.kind == "paraphrase"].drop_duplicates("edit")
+        return cls(
+            frozenset(_benchmark(asked).unique()) if len(asked) else frozenset(),
+            bool((predictions.part == "evaluation").any()),
+            bool(taught.duplicated(["method", "seed", "chain"]).any()),
+            bool(edited.any()),
+            int(predictions.learnt.max()),
+        )
+
+
+def parts(predictions: pd.DataFrame, units: int) -> Iterator[pd.DataFrame]:
+    """The rows in parts of so many units (facts, or cases), in the order of the units. A fact is in one part.
+
+    Columns of categories are text in a part.
+    """
+    case = _case(predictions)
+    if predictions.chain.nunique() != len(pd.DataFrame({"chain": predictions.chain, "case": case}).drop_duplicates()):
+        units = len(predictions)  # a chain in several cases
+    numbers = pd.factorize(case, sort=True)[0] // units
+    order = np.argsort(numbers, kind="stable")
+    texts = {name: "str" for name, kind in predictions.dtypes.items() if kind == "category"}
+    for chosen in np.split(order, np.flatnonzero(np.diff(numbers[order])) + 1):
+        yield predictions.iloc[chosen].astype(texts)
+
+
+def prepared(
+    predictions: pd.DataFrame, rule: str, protocol: str, *, taught_questions: bool = False, whole: Whole | None = None
+) -> pd.DataFrame:
     """The rows that count under a protocol, with the columns that the metrics read.
 
     right, old (bool): the output gives the new or the old answer, under the rule. item (int): the wording of a probe;
@@ -53,26 +101,18 @@ def prepared(predictions: pd.DataFrame, rule: str, protocol: str, *, taught_ques
         rule: a key of `RULES`.
         protocol: "full", "paper" or "authors"; the latter two count only the first paraphrase of an edit.
         taught_questions: standing and displaced also cover the questions as taught, not only other wordings.
+        whole: of the table that these rows are a part of; by default these are all.
 
     Raises:
         CorsaError: no rows, missing columns, an unknown rule or protocol.
     """
-    if rule not in RULES:
-        raise unknown_name("match rule", rule, RULES)
-    if protocol not in get_args(Protocol):
-        raise unknown_name("protocol", protocol, get_args(Protocol))
-    if "method" not in predictions.columns:
-        raise CorsaError("the predictions table lacks the column method: it says whose answers these are")
-    check_columns(predictions.columns, "the predictions table")
-    if predictions.empty:
-        raise CorsaError("the predictions table is empty: no model was asked anything, so there is nothing to measure")
-
+    check(predictions, rule, protocol)
+    whole = whole or Whole.of(predictions)
     rows = predictions[list(_NEEDED)].copy()
     for column in _TEXT:
         rows[column] = rows[column].astype(str)
     rows["benchmark"] = _benchmark(predictions)
-    case = predictions["case"].fillna("").astype(str) if "case" in predictions.columns else rows.chain
-    rows["case"] = np.where(case == "", rows.chain, case)
+    rows["case"] = _case(predictions)
     if protocol != "full":
         order = rows.probe.astype("int64") * (int(rows.wording.max()) + 1) + rows.wording
         first = order.groupby([rows.edit, rows.kind]).transform("min")
@@ -91,7 +131,7 @@ def prepared(predictions: pd.DataFrame, rule: str, protocol: str, *, taught_ques
     rows["leads"] = probe.cumcount() == 0
 
     paraphrase = rows.kind == "paraphrase"
-    paraphrased = paraphrase.groupby(rows.benchmark).transform("any")
+    paraphrased = rows.benchmark.isin(whole.paraphrased)
     rows["wordings"] = paraphrase | ((rows.kind == "edit") & ~paraphrased)
     asked = rows.kind.isin(_OF_THE_FACT) if taught_questions else rows.wordings
 
@@ -104,13 +144,35 @@ def prepared(predictions: pd.DataFrame, rule: str, protocol: str, *, taught_ques
     learnt = rows[rows.trained == rows.learnt].drop_duplicates(key)[[*key, "right"]].rename(columns={"right": "then"})
     rows = rows.assign(asked=asked).merge(learnt, on=key, how="left")
     standing = rows.asked & (rows.learnt < rows.trained) & rows.then.notna()
-    if (rows.part == "evaluation").any():
+    if whole.evaluation:
         standing &= rows.part == "evaluation"
     rows["standing"] = standing & (rows.method != BASE)
     rows["then"] = rows.then.eq(True).astype(bool)
-    rows = _with_displaced(rows)
+    rows = _with_displaced(rows, whole.revised)
     # A fixed order, so that sums are bit for bit independent of the order of the table.
-    return _base_after_every_round(rows.sort_values(["seed", "item", "draw"], kind="stable"))
+    return _base_after_every_round(rows.sort_values(["seed", "item", "draw"], kind="stable"), whole)
+
+
+def check(predictions: pd.DataFrame, rule: str, protocol: str) -> None:
+    """Raises CorsaError for a table or a way of counting that `prepared` refuses."""
+    if rule not in RULES:
+        raise unknown_name("match rule", rule, RULES)
+    if protocol not in get_args(Protocol):
+        raise unknown_name("protocol", protocol, get_args(Protocol))
+    if "method" not in predictions.columns:
+        raise CorsaError("the predictions table lacks the column method: it says whose answers these are")
+    check_columns(predictions.columns, "the predictions table")
+    if predictions.empty:
+        raise CorsaError("the predictions table is empty: no model was asked anything, so there is nothing to measure")
+
+
+def _case(predictions: pd.DataFrame) -> pd.Series:
+    """The unit of every row: its case, or its chain if that is blank."""
+    chain = predictions.chain.astype(str)
+    if "case" not in predictions.columns:
+        return chain
+    case = predictions["case"].astype(str).fillna("")
+    return chain.where(case == "", case)
 
 
 def _benchmark(predictions: pd.DataFrame) -> pd.Series:
@@ -120,7 +182,7 @@ def _benchmark(predictions: pd.DataFrame) -> pd.Series:
     return prefix[0].where(prefix[1] == "/", "")
 
 
-def _with_displaced(rows: pd.DataFrame) -> pd.DataFrame:
+def _with_displaced(rows: pd.DataFrame, revised: bool) -> pd.DataFrame:
     """Add the columns displaced and once.
 
     An old answer is displaced if the model gave it and an edit replaced it. A revised fact counts from the round that
@@ -139,7 +201,7 @@ def _with_displaced(rows: pd.DataFrame) -> pd.DataFrame:
     former = former.rename(columns={"learnt": "former", "right": "former_right"}).astype({"former": "float64"})
     rows = rows.astype({"former": "float64"})
     rows = rows.merge(former, on=["former" if name == "learnt" else name for name in wording], how="left")
-    if rows.former.notna().any():
+    if revised:
         displaced, once = rows.former_took.eq(True), rows.former_right.eq(True)
     else:
         displaced, once = rows.went.eq(True) & (rows.learnt < rows.trained), rows.then
@@ -148,13 +210,13 @@ def _with_displaced(rows: pd.DataFrame) -> pd.DataFrame:
     return rows.drop(columns=["went", "former", "former_took", "former_right"])
 
 
-def _base_after_every_round(rows: pd.DataFrame) -> pd.DataFrame:
+def _base_after_every_round(rows: pd.DataFrame, whole: Whole) -> pd.DataFrame:
     """Repeat the answers of the base model for every round: the base model never changes."""
     base, edited = rows[rows.method == BASE], rows[rows.method != BASE]
     if base.empty:
         return rows
-    if edited.empty:
-        return base.assign(trained=base.learnt.max())
+    if not whole.edited:
+        return base.assign(trained=whole.learnt)
     copies = [
         base[base.item.isin(edited.item[edited.trained == number])].assign(trained=number)
         for number in sorted(edited.trained.unique())

@@ -13,7 +13,7 @@ from corsa.data.benchmarks import BENCHMARKS
 from corsa.errors import CorsaError, unknown_name
 from corsa.methods import METHODS, known_method
 
-NOT_OF_THE_RESULT = ("config", "dry_run", "so_far", "quiet", "show_config")
+NOT_OF_THE_RESULT = ("config", "dry_run", "cluster", "so_far", "quiet", "show_config")
 """Fields of an experiment that affect only its output or name its configuration file."""
 
 
@@ -55,6 +55,11 @@ class Experiment(RunSettings):
         default=(), description="send the finished run to tensorboard:DIR, mlflow[:URI] or wandb[:PROJECT]"
     )
     dry_run: bool = Field(default=False, description="draw the steps and show which are done; run nothing")
+    cluster: str | None = Field(
+        default=None,
+        exclude_if=lambda path: path is None,
+        description="with --dry-run: YAML file of a cluster; shows hours, cost and schedule of the run there",
+    )
     so_far: bool = Field(
         default=False,
         description="report what is done, marked as partial, also while the run goes on; run no more",

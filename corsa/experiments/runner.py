@@ -118,7 +118,10 @@ def launch(experiment: Experiment, planned: Step | Branches, console: Console) -
     if experiment.dry_run or not branches:  # a branch with a wrong file fails alone
         check_files(step for step in topological(targets) if not store.find(step))
     if experiment.dry_run:
-        show_plan([branches.join(branches.reports, {})] if branches else targets, store, console)
+        wanted = [branches.join(branches.reports, {})] if branches else targets
+        show_plan(wanted, store, console)
+        if experiment.cluster:
+            show_forecast(wanted, experiment.cluster, console)
         return 0
     announce(experiment, store, console)
     outcome = _attempt(targets, store, console, experiment.quiet)
@@ -164,6 +167,19 @@ def show_plan(targets: Sequence[Step], store: Store, console: Console) -> None:
         if isinstance(config, EditsConfig) and config.digest.startswith("hub:") and not store.find(step):
             read(config.benchmark, data, limit=1, offset=config.offset, on_bad_record="skip")
     console.print(draw(targets, store))
+
+
+def show_forecast(targets: Sequence[Step], cluster: str, console: Console) -> None:
+    """Print hours, cost and schedule of some steps on a cluster, as if none was done.
+
+    Raises:
+        CorsaError: the file of the cluster is wrong, or a model does not fit.
+    """
+    from corsa.planning.cluster import ClusterSpec, forecast
+    from corsa.planning.cluster_tables import cluster_tables
+
+    for part in cluster_tables(forecast(targets, ClusterSpec.read(Path(cluster)))):
+        console.print(part)
 
 
 def announce(experiment: Experiment, store: Store, console: Console) -> None:

@@ -27,11 +27,12 @@ from corsa.config.steps import (
 from corsa.data.benchmarks import read
 from corsa.data.benchmarks.cases import told
 from corsa.data.edit import from_table, to_table
-from corsa.data.schedule import assign
+from corsa.data.schedule import PLACED, assign, placed
 from corsa.data.splits import describe, split
 from corsa.evaluation import capability, mmlu, sanity_questions
 from corsa.evaluation.metrics import compute
 from corsa.evaluation.prepared_predictions import BASE
+from corsa.experiments.reported import read_reported, reported, write_reported
 from corsa.flow.step import Step, topological
 from corsa.flow.store import Artifact
 from corsa.flow.task import Task
@@ -66,8 +67,8 @@ def read_edits(task: Task) -> dict[str, Any]:
 
 def assign_rounds(task: Task) -> dict[str, Any]:
     """Step function: edits.parquet -> schedule.parquet (`corsa.data.schedule.ROUNDS`)."""
-    edits = from_table(pq.read_table(task.inputs["edits"].local("edits.parquet")))
-    schedule = assign(edits, task.config)
+    edits = pq.read_table(task.inputs["edits"].local("edits.parquet"), columns=list(PLACED))
+    schedule = assign(placed(edits), task.config)
     pq.write_table(schedule, task.output / "schedule.parquet")
     return {"taught": len(schedule), "rounds": len(set(schedule["learnt"].to_pylist()))}
 
@@ -109,9 +110,11 @@ def make_report(task: Task) -> dict[str, Any]:
     config: ReportConfig = task.config
     kinds = {name: step.kind.name for name, step in task.step.inputs.items()}
     schedules = [pq.read_table(task.inputs[n].local("schedule.parquet")) for n, k in kinds.items() if k == "schedule"]
-    predictions = pd.concat([_answers(task, shown) for shown in config.shown], ignore_index=True)
-    predictions = _as_scheduled(predictions, pa.concat_tables(schedules).to_pandas())
-    predictions["case"] = predictions.edit.map(_cases(task)).fillna("")
+    answers = ((task.inputs[one.answers].local("predictions.parquet"), one) for one in config.shown)
+    table = reported(answers, pa.concat_tables(schedules), _cases(task))
+    write_reported(table, task.output / "predictions.parquet")
+    predictions = table.to_pandas()
+    del table
     taught = {shown.answers: shown.method for shown in reversed(config.shown)}
     curves = [
         _named(task.inputs[name], "curves.parquet", method)
@@ -119,7 +122,6 @@ def make_report(task: Task) -> dict[str, Any]:
         if "curves.parquet" in task.inputs[name].record.files
     ]
     curves = pd.concat(curves, ignore_index=True) if curves else pd.DataFrame()
-    predictions.to_parquet(task.output / "predictions.parquet", index=False)
     curves.to_parquet(task.output / "curves.parquet", index=False)
     metrics = measured(task, config, predictions)
     (task.output / "metrics.json").write_text(json.dumps(metrics, indent=1, allow_nan=False))
@@ -178,7 +180,8 @@ def join_reports(task: Task) -> dict[str, Any]:
     for step, artifact in task.inputs.items():
         run = json.loads(artifact.read("run.json"))
         metrics[step.removeprefix("report/")] = found = json.loads(artifact.read("metrics.json"))
-        answers, curves = (pd.read_parquet(artifact.local(f"{name}.parquet")) for name in ("predictions", "curves"))
+        answers = read_reported(artifact.local("predictions.parquet")).to_pandas()
+        curves = pd.read_parquet(artifact.local("curves.parquet"))
         scenarios[run["title"]] = Scenario(found, answers, curves, run)
     run = about(task, config)
     (task.output / "metrics.json").write_text(json.dumps(metrics, indent=1, allow_nan=False))
@@ -257,31 +260,18 @@ def _capability(task: Task, config: ReportConfig, controls: dict[str, Any] | Non
     return capability.changes(found["before"], found["now"])
 
 
-def _cases(task: Task) -> dict[str, str]:
-    """The case of every edit; blank if the edit is its own case."""
-    found: dict[str, str] = {}
-    for name, step in task.step.inputs.items():
-        if step.kind.name in ("edits", "part"):
-            table = pq.read_table(task.inputs[name].local("edits.parquet"), columns=["id", "case"]).to_pydict()
-            found |= dict(zip(table["id"], table["case"], strict=True))
-    return found
-
-
-def _answers(task: Task, shown: Shown) -> pd.DataFrame:
-    rows = _named(task.inputs[shown.answers], "predictions.parquet", shown.method)
-    return rows if shown.trained is None else rows.assign(trained=shown.trained)
+def _cases(task: Task) -> pa.Table | None:
+    """The case of every edit (columns edit, case); blank if the edit is its own case. None without edits."""
+    tables = [
+        pq.read_table(task.inputs[name].local("edits.parquet"), columns=["id", "case"])
+        for name, step in task.step.inputs.items()
+        if step.kind.name in ("edits", "part")
+    ]
+    return pa.concat_tables(tables).rename_columns(["edit", "case"]) if tables else None
 
 
 def _named(artifact: Artifact, file: str, method: str) -> pd.DataFrame:
     return pq.read_table(artifact.local(file)).to_pandas().assign(method=method)
-
-
-def _as_scheduled(predictions: pd.DataFrame, schedule: pd.DataFrame) -> pd.DataFrame:
-    """The base model's rows with the scenario's round and part of each edit, if the scenario teaches it."""
-    base = predictions[predictions.method == BASE].drop(columns=["learnt", "part"])
-    schedule = schedule[["edit", "learnt", "part"]].drop_duplicates("edit")
-    base = base.merge(schedule, on="edit")[list(predictions.columns)]
-    return pd.concat([base, predictions[predictions.method != BASE]], ignore_index=True)
 
 
 def _trained(task: Task) -> list[tuple[str, str]]:

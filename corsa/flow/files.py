@@ -10,7 +10,7 @@ import logging
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from copy import copy
 from pathlib import Path
 from typing import ParamSpec, TypeVar
@@ -77,6 +77,9 @@ class Files:
 
     def read(self, path: str) -> bytes | None:
         """The content of a file, None if it does not exist."""
+        if self.local:
+            with suppress(OSError):  # thousands of records are read at once; what fails is tried again below
+                return Path(self.inside(path)).read_bytes()
         try:
             return self._patiently(self._read, path)
         except (FileNotFoundError, NotADirectoryError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 from pathlib import Path
 
 from corsa.errors import CorsaError
@@ -21,6 +22,7 @@ def part(name: str) -> str:
     return name
 
 
+@lru_cache(maxsize=4096)  # the steps of a store have the same names
 def relative(name: str) -> str:
     """The name, if it is a path below a folder. Raises `ValueError` if it is absolute, has `..` or is no path.
 

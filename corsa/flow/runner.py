@@ -55,7 +55,7 @@ def run(
     Raises `CorsaError` if the store cannot be written to or `connect` refuses, and `KeyboardInterrupt` after Ctrl-C;
     finished steps then stay, and unfinished ones can be run again at once.
     """
-    this = _Run(topological(steps), store, connect, lanes, console)
+    this = Runner(topological(steps), store, connect, lanes, console)
     this.progress, this.quiet, this.left = progress, quiet, left
     this.plan(targets={step.fingerprint for step in steps})
     if this.waiting:
@@ -63,7 +63,12 @@ def run(
     return this.outcome
 
 
-class _Run:
+class Runner:
+    """Decides which steps run when, and runs them. `corsa.planning.simulation` replaces the work by a clock."""
+
+    cores = os.cpu_count() or 1
+    """Steps that run side by side in this process."""
+
     def __init__(
         self,
         order: list[Step],
@@ -140,7 +145,7 @@ class _Run:
         if kind.on_cluster and self.progress is None:
             self.connect()
             self.progress = self.closing.enter_context(watch(self.console, self.at_work, self.quiet))
-        limit = max(self.lanes(steps), 1) if outside else os.cpu_count() or 1
+        limit = max(self.lanes(steps), 1) if outside else self.cores
         busy = [steps[0].kind for steps in self.running + starting]
         return limit - sum((other.on_cluster or other.together) == outside for other in busy)
 

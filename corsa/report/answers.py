@@ -12,6 +12,9 @@ from corsa.evaluation.matching import normalise
 from corsa.evaluation.prepared_predictions import BASE, RULES
 from corsa.report.findings import label
 
+SHOWN = 100_000
+"""Answers on a page, about: a page of all answers of a large run is larger than a browser can open."""
+
 OUTCOMES = ("took", "failed", "reverted", "changed", "unchanged")
 """Outcome of an answer: it gives the expected answer; neither that nor the old one; the old one. For a neighbor: it
 differs from the base model's answer; it is the same.
@@ -27,24 +30,45 @@ def gives(rows: pd.DataFrame, rule: str) -> pd.Series:
     return pd.Series(_GIVES[found], index=rows.index)
 
 
+def sampled(predictions: pd.DataFrame, most: int = SHOWN) -> pd.DataFrame:
+    """All rows, or those of facts at even distances, about `most` in all. Columns of categories become text."""
+    if len(predictions) > most:
+        numbers, chains = pd.factorize(predictions.chain)
+        chosen = np.zeros(len(chains), dtype=bool)
+        chosen[np.linspace(0, len(chains) - 1, max(1, len(chains) * most // len(predictions))).astype(int)] = True
+        predictions = predictions[chosen[numbers]]
+    return text(predictions)
+
+
+def text(predictions: pd.DataFrame) -> pd.DataFrame:
+    """The table with its columns of categories as text."""
+    return predictions.astype({name: "str" for name, kind in predictions.dtypes.items() if kind == "category"})
+
+
 def folded_answers(scenarios: Mapping[str, tuple[pd.DataFrame, str]]) -> dict[str, Any]:
     """All answers of scenarios {title: (predictions, rule)}.
 
     Returns:
-        `rows`: the number of answers. `columns`: {name: {"values": distinct values, "codes": one index per row}} for
-        scenario, method, seed, trained, learnt, kind, question, expected, old, output, base (the unedited model's
-        output, null if it was not asked), outcome (one of `OUTCOMES`), forgotten (right when learnt, wrong now).
+        `rows`: the number of answers, `of`: of how many they are a sample (`sampled`). `columns`: {name: {"values":
+        distinct values, "codes": one index per row}} for scenario, method, seed, trained, learnt, kind, question,
+        expected, old, output, base (the unedited model's output, null if it was not asked), outcome (one of
+        `OUTCOMES`), forgotten (right when learnt, wrong now).
         The base model's own rows are listed only if no other method was asked.
     """
-    table = pd.concat(
-        [_answers(predictions, rule).assign(scenario=title) for title, (predictions, rule) in scenarios.items()],
-        ignore_index=True,
-    )
+    parts = [_answers(sampled(rows), rule).assign(scenario=title) for title, (rows, rule) in scenarios.items()]
+    table = pd.concat(parts, ignore_index=True)
+    of = sum(_shown(predictions) for predictions, _ in scenarios.values())
     columns = {}
     for name in table.columns:
         codes, values = pd.factorize(table[name], use_na_sentinel=False)
         columns[name] = {"values": [_plain(value) for value in values], "codes": codes.tolist()}
-    return {"rows": len(table), "columns": columns}
+    return {"rows": len(table), "of": of, "columns": columns}
+
+
+def _shown(predictions: pd.DataFrame) -> int:
+    """How many rows a page of all answers has."""
+    edited = int((predictions.method != BASE).sum())
+    return edited or len(predictions)
 
 
 def _answers(predictions: pd.DataFrame, rule: str) -> pd.DataFrame:

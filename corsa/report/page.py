@@ -12,7 +12,7 @@ import pandas as pd
 import yaml
 
 from corsa.config.evaluation import SHALLOW
-from corsa.report.answers import folded_answers
+from corsa.report.answers import folded_answers, sampled, text
 from corsa.report.dag import Dag
 from corsa.report.examples import examples
 from corsa.report.figures import figures
@@ -74,7 +74,11 @@ def write_report(
     title = run.get("title", "CoRSA run")
     scenario = Scenario(metrics, predictions, curves, run)
     of_update = run.get("scenario") == "update" and metrics["methods"] != ["base"]
-    more = {"update": update(metrics, predictions), "titles": _TITLES, "right_is": _RIGHT[metrics["rule"]]}
+    more = {
+        "update": update(metrics, text(predictions)) if of_update else {},
+        "titles": _TITLES,
+        "right_is": _RIGHT[metrics["rule"]],
+    }
     return write_page(
         directory,
         "update.html" if of_update else "report.html",
@@ -109,6 +113,7 @@ def _section(id_: str, title: str, scenario: Scenario) -> dict[str, Any]:
     chosen = headlines(metrics)
     prefix = f"{id_}-" if id_ else ""
     drawn = figures(metrics, scenario.curves)
+    shown = sampled(scenario.predictions)
     edited = [name for name in metrics["methods"] if name != "base"]
     kinds = [metrics["probe_kind"], *(["multihop"] if (scenario.predictions.kind == "multihop").any() else [])]
     return {
@@ -131,9 +136,7 @@ def _section(id_: str, title: str, scenario: Scenario) -> dict[str, Any]:
             f"{prefix}{figure.id}-{index}": plot for figure in drawn for index, (_, plot) in enumerate(figure.plots)
         },
         "examples": [
-            example
-            for kind in kinds
-            for example in examples(scenario.predictions, rule=metrics["rule"], kind=kind, methods=edited)
+            example for kind in kinds for example in examples(shown, rule=metrics["rule"], kind=kind, methods=edited)
         ],
         "asked": ["base"] * ("base" in metrics["methods"]) + edited,
     }

@@ -1,6 +1,7 @@
 """Checkpoints inside a round: phi, the optimizer's moments, the step number and the curves so far, in one file.
 
-The file holds the SHA-256 of its content, the tensors as safetensors, and the rest as JSON. No step draws a random
+The file holds the SHA-256 of its content, the tensors as safetensors, and the rest as JSON. Every `SEGMENT` rows of
+the curves move to a file of their own, so that a checkpoint's size does not grow with the steps. No step draws a random
 number (dropout is 0; batches follow from seed, round and epoch), so no random state is kept. On the same machine and
 number of workers a resumed round ends bit for bit as an undisturbed one.
 """
@@ -10,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -22,14 +23,22 @@ from corsa.flow.store import DamagedError, Store
 from corsa.training.adamw import Moments
 from corsa.training.worker_group import WorkerGroup
 
+SEGMENT = 1000
+"""Rows of the curves in a file of their own."""
+
 
 @dataclass
 class Position:
-    """How far a round is: optimizer steps done, one row of the curves table per step, and notes on what happened."""
+    """How far a round is: optimizer steps done, one row of the curves table per step, and notes on what happened.
+
+    segments: the number of files that already hold the first rows, `SEGMENT` each. digest: of all of them, hex.
+    """
 
     step: int = 0
     curves: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    segments: int = 0
+    digest: str = ""
 
     def add(self, row: dict[str, Any]) -> None:
         """Record one more step."""
@@ -49,7 +58,12 @@ def save_checkpoint(
     if not group.leads:
         return
     tensors = {"phi": phi.detach().cpu(), **{name: moment.detach().cpu() for name, moment in moments.items()}}
-    content = save(tensors) + _frame(json.dumps(asdict(position)))
+    for number in range(position.segments, len(position.curves) // SEGMENT):
+        rows = json.dumps(position.curves[number * SEGMENT :][:SEGMENT]).encode()
+        store.files.replace(_segment(path, number), rows)
+        position.segments, position.digest = number + 1, _chained(position.digest, rows)
+    rest = position.curves[position.segments * SEGMENT :]
+    content = save(tensors) + _frame(json.dumps(vars(position) | {"curves": rest}))
     store.files.replace(path, hashlib.sha256(content).digest() + content)
 
 
@@ -108,7 +122,24 @@ def read_checkpoint(store: Store, path: str) -> tuple[dict[str, Tensor], Positio
     if hashlib.sha256(content).digest() != digest:
         raise DamagedError(f"the checkpoint {store.url}/{path} is not what was written (SHA-256)")
     length = int.from_bytes(content[-8:], "big")
-    return load(content[: -8 - length]), Position(**json.loads(content[-8 - length : -8]))
+    position = Position(**json.loads(content[-8 - length : -8]))
+    digest, segments = "", []
+    for number in range(position.segments):
+        segments.append(store.files.read(_segment(path, number)) or b"")
+        digest = _chained(digest, segments[-1])
+    if digest != position.digest:
+        raise DamagedError(f"the curves of the checkpoint {store.url}/{path} are not what was written (SHA-256)")
+    position.curves = [row for rows in segments for row in json.loads(rows)] + position.curves
+    return load(content[: -8 - length]), position
+
+
+def _chained(digest: str, rows: bytes) -> str:
+    """The digest of some segments and one more."""
+    return hashlib.sha256(digest.encode() + rows).hexdigest()
+
+
+def _segment(path: str, number: int) -> str:
+    return f"{path}.curves{number}"
 
 
 def _frame(text: str) -> bytes:

@@ -291,6 +291,9 @@ class _RowState:
     failed: RoundFailedError | None = None
     enough: bool = False  # the last epoch found every answer learnt
 
+    def __post_init__(self) -> None:
+        self._skipped = sum(c["skipped"] for c in self.position.curves)
+
     @property
     def config(self) -> RoundConfig:
         return self.round_run.config
@@ -317,10 +320,10 @@ class _RowState:
     def learnt(self, log: dict[str, Any]) -> None:
         """Record one finished step."""
         self.position.add({"seed": self.config.seed, "round": self.config.round} | log)
-        skipped = sum(c["skipped"] for c in self.position.curves)
-        if skipped > self.config.training.max_skipped:
+        self._skipped += log["skipped"]
+        if self._skipped > self.config.training.max_skipped:
             self.failed = RoundFailedError(
-                f"round {self.config.round}: {skipped} of {self.position.step} steps had a non-finite gradient, "
+                f"round {self.config.round}: {self._skipped} of {self.position.step} steps had a non-finite gradient, "
                 f"the last being step {self.position.step}. Lower --training.learning-rate "
                 f"(now {self.config.training.learning_rate:g}) or --corsa.rho, or use --dtype float32"
             )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy as np
 
@@ -58,8 +59,13 @@ def drawn(pool: int, count: int, step: int, *, seed: int, round_: int) -> np.nda
     if count == 0:
         return np.empty(0, dtype=np.int64)
     places = [divmod(place, pool) for place in range(step * count, (step + 1) * count)]
-    orders = {i: np.random.default_rng([seed, round_, i, pool]).permutation(pool) for i, _ in places}
-    return np.array([orders[i][at] for i, at in places])
+    return np.array([_pass(seed, round_, i, pool)[at] for i, at in places])
+
+
+@lru_cache(maxsize=8)
+def _pass(seed: int, round_: int, number: int, pool: int) -> np.ndarray:
+    """The order of a pass over a pool. Many steps share one."""
+    return np.random.default_rng([seed, round_, number, pool]).permutation(pool)
 
 
 def in_role(triplets: Sequence[Triplet], role: int) -> list[Triplet]:

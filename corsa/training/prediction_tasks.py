@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from itertools import islice
 from typing import Any
@@ -30,7 +31,7 @@ from corsa.evaluation.generation import end_tokens, sample
 from corsa.evaluation.mmlu import from_questions_table
 from corsa.evaluation.multiple_choice import ANSWERS, MultipleChoice
 from corsa.evaluation.perplexity import text_logprobs
-from corsa.evaluation.predict import PREDICTIONS, Predictor, Taught
+from corsa.evaluation.predict import PREDICTIONS, Predictor
 from corsa.evaluation.programs import PROGRAMS
 from corsa.evaluation.retrieval import Memory, Retrieval
 from corsa.evaluation.sanity_questions import judged, sanity_questions
@@ -39,7 +40,6 @@ from corsa.methods.memit.corpora import NEUTRAL, corpus_texts
 from corsa.training.routing import route
 from corsa.training.task_inputs import StepFacts, change_of, edited, memory_of, open_step, shared_table
 from corsa.training.worker_context import Loaded, Post, WorkerContext
-from corsa.training.worker_group import WorkerGroup
 
 
 def _ask_only(task: Task, context: WorkerContext, post: Post) -> dict[str, Any]:
@@ -139,13 +139,15 @@ def _route(task: Task, context: WorkerContext, post: Post) -> dict[str, Any]:
     post({"phase": "evaluating"})
     predictor = predictor_of(task.config, loaded, context)
     with loaded.lora.off(), group.in_step(loaded.model):
-        rows, chosen = route(task.config.router, loaded, predictor, splits, changes, own_chains(facts.asked, group))
-    rows, chosen = group.collect(rows), group.collect(chosen)
+        rows, chosen = route(task.config.router, loaded, predictor, splits, changes, facts.asked.own(group))
+    tables, chosen = group.collect([predictions_table(rows, task)]), group.collect(chosen)
     if not group.leads:
         return {}
     pq.write_table(pa.Table.from_pylist(chosen), task.output / "routes.parquet")
     right = sum(row["chosen"] == row["part"] for row in chosen) / len(chosen)
-    return {"routing_accuracy": right} | _write_predictions(task, rows)
+    with predictions_file(task) as write:
+        write(tables)
+    return {"routing_accuracy": right, "probes": written(task)}
 
 
 def _write_programs(task: Task, context: WorkerContext, post: Post) -> dict[str, Any]:
@@ -216,29 +218,56 @@ def ask(
     group = context.group
     post({"phase": "evaluating", "eta_s": None})
     began = time.monotonic()
-    predictor = replace(
-        predictor_of(task.config, loaded, context), told=lambda done, of: post({"answered": done, "probes": of})
-    )
+    predictor = predictor_of(task.config, loaded, context)
     if memory:
         predictor.context = Retrieval(memory, loaded.model, loaded.encoder, predictor.batch)
-    with group.in_step(loaded.model):
-        rows = predictor.ask(own_chains(facts.asked, group))
+    asked, answered = facts.asked, 0
+    with predictions_file(task) if group.leads else nullcontext() as write:
+        for piece in range(asked.pieces):
+            pieces_left = asked.pieces - piece
+
+            def told(done: int, of: int, before: int = answered, pieces_left: int = pieces_left) -> None:
+                post({"answered": before + done, "probes": before + of * pieces_left})
+
+            with group.in_step(loaded.model):
+                rows = replace(predictor, told=told).ask(asked.own(group, piece))
+            tables = group.collect([predictions_table(rows, task)])
+            answered += len(rows)
+            if write:
+                write(tables)
     post({"probes": None})
-    rows = group.collect(rows)
-    return {"evaluation_s": round(time.monotonic() - began, 3)} | _write_predictions(task, rows) if group.leads else {}
+    if not group.leads:
+        return {}
+    return {"evaluation_s": round(time.monotonic() - began, 3), "probes": written(task)}
 
 
-def _write_predictions(task: Task, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    labels = {"seed": task.config.seed, "trained": task.config.round}
-    predictions = [{**labels, **row} for row in sorted(rows, key=lambda r: [r[name] for name in _ORDER])]
-    pq.write_table(pa.Table.from_pylist(predictions, schema=PREDICTIONS), task.output / "predictions.parquet")
-    return {"probes": len(rows)}
+def predictions_table(rows: Sequence[dict[str, Any]], task: Task) -> pa.Table:
+    """A worker's rows of the predictions table."""
+    return rows_table(rows, seed=task.config.seed, trained=task.config.round)
+
+
+def rows_table(rows: Sequence[dict[str, Any]], **labels: int) -> pa.Table:
+    """Rows with the labels that they share, as a table: it takes a tenth of their memory."""
+    return pa.Table.from_pylist([{**labels, **row} for row in rows], schema=PREDICTIONS)
+
+
+@contextmanager
+def predictions_file(task: Task) -> Iterator[Callable[[Sequence[pa.Table]], None]]:
+    """A block that writes predictions.parquet. Each call of its function writes the tables of all workers."""
+    with pq.ParquetWriter(task.output / "predictions.parquet", PREDICTIONS) as writer:
+        yield lambda tables: write_sorted(writer, tables)
+
+
+def write_sorted(writer: pq.ParquetWriter, tables: Sequence[pa.Table]) -> None:
+    """Write the rows of some tables, sorted, as row groups."""
+    writer.write_table(pa.concat_tables(tables).sort_by([(name, "ascending") for name in _ORDER]), ROW_GROUP)
+
+
+def written(task: Task) -> int:
+    """The rows of predictions.parquet."""
+    return pq.read_metadata(task.output / "predictions.parquet").num_rows
 
 
 _ORDER = ("edit", "probe", "wording", "draw")
-
-
-def own_chains(taught: Sequence[Taught], group: WorkerGroup) -> list[Taught]:
-    """This worker's share of the chains. A chain is not split."""
-    chains = {c: i for i, c in enumerate(dict.fromkeys(t.edit.chain for t in taught))}
-    return [t for t in taught if chains[t.edit.chain] % group.size == group.rank]
+ROW_GROUP = 1 << 17
+"""Rows of a row group of predictions.parquet."""

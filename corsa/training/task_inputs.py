@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from corsa.algorithm.packing import ANCHOR, EARLIER, TAUGHT, Triplet
+from corsa.config.evaluation import SHALLOW
 from corsa.config.steps import AnchorsConfig, PredictionConfig, RoundConfig
-from corsa.data.edit import Edit, from_table
+from corsa.data.edit import Edit, EditTable
 from corsa.data.schedule import held_before, taught_in, valid_after
 from corsa.evaluation.predict import Taught
 from corsa.evaluation.retrieval import FACTS, Memory
@@ -32,10 +34,10 @@ class StepFacts:
     rounds taught and that still hold, so without those that this one revises. `anchors`: everyday questions.
     """
 
-    taught_now: list[Edit]
+    taught_now: Sequence[Edit]
     triplets: list[Triplet]
     earlier: list[Triplet]
-    asked: list[Taught]
+    asked: AskedFacts
     anchors: list[Triplet]
 
     def material(self, config: RoundConfig) -> Material:
@@ -45,29 +47,78 @@ class StepFacts:
         return Material(self.triplets, earlier if config.training.replay else (), anchors)
 
 
+PART = 8192
+"""Chains whose answers a group holds as Python objects at a time."""
+
+
+@dataclass(frozen=True)
+class AskedFacts:
+    """The facts that a step asks. An edit is made when it is asked.
+
+    edits: one a fact; chains, learnt, parts: of the same facts (`corsa.evaluation.predict.Taught`). numbers: of their
+    chains, in order of first appearance.
+    """
+
+    edits: Sequence[Edit]
+    learnt: Sequence[int]
+    parts: Sequence[str]
+    numbers: np.ndarray
+
+    @classmethod
+    def of(cls, edits: Sequence[Edit], facts: Sequence[tuple[int, str, int, str]]) -> AskedFacts:
+        """Facts given as (position in `edits`, chain, learnt, part)."""
+        places, chains, learnt, parts = zip(*facts, strict=True) if facts else ((), (), (), ())
+        number = {chain: i for i, chain in enumerate(dict.fromkeys(chains))}
+        return cls(at(edits, places), learnt, parts, np.array([number[chain] for chain in chains], dtype=np.int64))
+
+    @property
+    def pieces(self) -> int:
+        """How many times `PART` chains or fewer these are; the same on every worker."""
+        return -(-(int(self.numbers.max(initial=-1)) + 1) // PART)
+
+    def own(self, group: WorkerGroup, piece: int | None = None) -> list[Taught]:
+        """This worker's share of the facts, or of one piece of them. A chain is not split."""
+        mine = self.numbers % group.size == group.rank
+        if piece is not None:
+            mine &= self.numbers // PART == piece
+        places = np.flatnonzero(mine).tolist()
+        return [
+            Taught(edit, self.learnt[i], self.parts[i]) for edit, i in zip(at(self.edits, places), places, strict=True)
+        ]
+
+
+def at(edits: Sequence[Edit], places: Sequence[int]) -> Sequence[Edit]:
+    """The edits at these positions."""
+    return edits.only(places) if isinstance(edits, EditTable) else [edits[place] for place in places]
+
+
 def open_step(task: Task, context: WorkerContext, adapters: int = 1) -> tuple[StepFacts, Loaded]:
     """The edits and the model of the step."""
     config: PredictionConfig = task.config
     with context.timed("data"):
         table = context.tables[task.step.inputs["reference"].fingerprint]
-        read = from_table(shared_table(task, "edits", context.group))
-        asked_as = with_shallow_edit_probes(read, config.evaluation.kinds)
-        edits = {e.id: e for e in asked_as if e.id in table}
-        sample = sorted(map(table.triplet, edits), key=len)[-4:]  # sliding windows have an effect in long rows
+        edits = EditTable(shared_table(task, "edits", context.group))
+        places = {id_: i for i, id_ in enumerate(edits.column("id")) if id_ in table}
+        kinds = config.evaluation.kinds
+        probed = with_shallow_edit_probes(edits, kinds) if set(kinds) & set(SHALLOW) else edits
+        sample = [table.triplet(id_) for id_ in table.longest(list(places), 4)]  # sliding windows matter in long rows
     loaded = context.open(config, sample, adapters)
     if "schedule" not in task.step.inputs:  # then the scenario decides which round teaches an edit
-        return StepFacts([], [], [], [Taught(edit, edit.round, "") for edit in edits.values()], []), loaded
+        own_rounds, chains = edits.column("round"), edits.column("chain")
+        asked = AskedFacts.of(probed, [(at, chains[at], own_rounds[at], "") for at in places.values()])
+        return StepFacts([], [], [], asked, []), loaded
     schedule = shared_table(task, "schedule", context.group)
-    now = [id_ for id_ in taught_in(schedule, config.round) if id_ in edits]
-    facts = [fact for fact in valid_after(schedule, config.round) if fact["edit"] in edits]
-    asked = [Taught(edits[fact["edit"]], fact["learnt"], fact["part"]) for fact in facts]
-    before = [table.triplet(fact["edit"]) for fact in held_before(schedule, config.round) if fact["edit"] in edits]
+    now = [id_ for id_ in taught_in(schedule, config.round) if id_ in places]
+    facts = [fact for fact in valid_after(schedule, config.round) if fact["edit"] in places]
+    asked = AskedFacts.of(probed, [(places[f["edit"]], f["chain"], f["learnt"], f["part"]) for f in facts])
+    before = [table.triplet(fact["edit"]) for fact in held_before(schedule, config.round) if fact["edit"] in places]
     if "known_schedule" in task.step.inputs:  # the chain began with facts of another table
         known = context.tables[task.step.inputs["known_reference"].fingerprint]
         first = held_before(shared_table(task, "known_schedule", context.group, "schedule"), config.round)
         before = [known.triplet(fact["edit"]) for fact in first if fact["edit"] in known] + before
     own = [table.triplet(id_) for id_ in now]
-    return StepFacts([edits[id_] for id_ in now], own, before, asked, _anchors(task, loaded, context.group)), loaded
+    taught_now = at(probed, [places[id_] for id_ in now])
+    return StepFacts(taught_now, own, before, asked, _anchors(task, loaded, context.group)), loaded
 
 
 def _anchors(task: Task, loaded: Loaded, group: WorkerGroup) -> list[Triplet]:

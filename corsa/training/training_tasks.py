@@ -27,7 +27,7 @@ from corsa.methods import method_of
 from corsa.methods.base import STATE, Round
 from corsa.training.loop import AtEpoch, RoundRun, curves_table, train, train_together
 from corsa.training.mixing import Material
-from corsa.training.prediction_tasks import ask, own_chains, predictor_of
+from corsa.training.prediction_tasks import ask, predictor_of
 from corsa.training.task_inputs import StepFacts, change_of, open_step
 from corsa.training.worker_context import Loaded, Post, WorkerContext
 
@@ -83,7 +83,7 @@ def _scores(tasks: Sequence[Task], facts: StepFacts, loaded: Loaded, context: Wo
         scores: dict[str, list[float]] = {}
         for row, task in enumerate(tasks):
             with loaded.lora.only(row), group.in_step(loaded.model):
-                rows = predictor_of(task.config, loaded, context).ask(own_chains(facts.asked, group))
+                rows = predictor_of(task.config, loaded, context).ask(facts.asked.own(group))
             rows = group.collect(rows)
             if group.leads:
                 labels = {"method": "corsa", "seed": task.config.seed, "trained": task.config.round}

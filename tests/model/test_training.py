@@ -22,6 +22,7 @@ from corsa.algorithm.packing import TAUGHT
 from corsa.algorithm.step import corsa_step
 from corsa.config import Placement, StepConfig
 from corsa.flow import Store
+from corsa.training import checkpoint
 from corsa.training.adamw import PlainAdamW
 from corsa.training.checkpoint import Position, load_checkpoint, save_checkpoint
 from corsa.training.loop import CURVES, RoundFailedError, _own_parts
@@ -471,3 +472,36 @@ def test_token_row_marks_answers_without_tokens(encoder: Any) -> None:
     assert without_tokens(row) is None
     assert without_tokens({**row, "new": row["new"][-1:]}) == "target_new"
     assert without_tokens({**row, "old": row["old"][-1:]}) == "target_old"
+
+
+def test_all_checkpoints_of_a_round_grow_with_its_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not with their square: the rows of finished segments are written once."""
+    monkeypatch.setattr(checkpoint, "SEGMENT", 50)
+    phi, group = torch.nn.Parameter(torch.zeros(1, 4)), WorkerGroup(0, 1, CPU)
+
+    def written(steps: int) -> int:
+        store, position, total = Store(tmp_path / str(steps)), Position(), 0
+        replace_file = store.files.replace
+
+        def counted(path: str, content: bytes) -> None:
+            nonlocal total
+            total += len(content)
+            replace_file(path, content)
+
+        store.files.replace = counted  # type: ignore[method-assign]
+        for step in range(1, steps + 1):
+            position.add({"step": step, "loss_sft": step / 7})
+            if step % 10 == 0:
+                save_checkpoint(store, "partial/x", phi, PlainAdamW(phi), position, group)
+        found = load_checkpoint(store, "partial/x", phi, PlainAdamW(phi), group)
+        assert found.curves == position.curves
+        assert found.step == steps
+        return total
+
+    small, large = written(500), written(2000)
+    assert large < 4.2 * small  # 13 times as much if every checkpoint held all rows
+
+    (tmp_path / "2000/partial/x.curves3").write_bytes(b"[]")
+    again = load_checkpoint(Store(tmp_path / "2000"), "partial/x", phi, PlainAdamW(phi), group)
+    assert (again.step, again.curves) == (0, [])
+    assert "curves of the checkpoint" in again.notes[0]

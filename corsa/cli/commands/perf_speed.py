@@ -1,4 +1,4 @@
-"""`corsa perf step`, `evaluate`, `mmlu`, `data` and `overhead`: the time and memory of the parts of a run."""
+"""`corsa perf step`, `evaluate`, `mmlu`, `data`, `growth` and `overhead`: the time and memory of the parts of a run."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from rich.table import Table
 from tyro.conf import arg
 
 from corsa.cli.commands.perf import perf
+from corsa.config.command_line import listed
 from corsa.terminal import Console
 
 if TYPE_CHECKING:
@@ -210,6 +211,49 @@ def data_stream(
         ),
         *lines,
     )
+
+
+@perf.command(name="growth")
+def growth(
+    sizes: Annotated[tuple[int, ...], listed(int, "N,N"), arg(help="numbers of edits")] = (5000, 50_000, 500_000),
+    stages: Annotated[
+        tuple[str, ...], listed(str, "S,S"), arg(help="stages; each needs the files of those before it")
+    ] = (),
+    figure: Annotated[Path | None, arg(metavar="FILE.svg", help="draw the peak memory")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure memory and time of the data path at several sizes, each stage in a process of its own: edits, rounds,
+    tokens, batches, checkpoints, answers, metrics, page.
+
+    Example: corsa perf growth --sizes 5000,50000 --figure growth.svg
+    """
+    from corsa.perf.growth import exponents, measure_growth
+    from corsa.perf.growth import figure as drawn
+
+    found = []
+    for one in measure_growth(sizes, _say, stages or None):
+        found.append(one)
+        _say(f"  peak {one.peak / 2**20:.0f} MiB, {one.cpu_s:.1f} s of CPU, {one.written / 2**20:.1f} MiB written")
+    grown = exponents(found)
+    if figure is not None:
+        figure.write_text(drawn(found))
+    if as_json:
+        print(json.dumps({"measured": [asdict(one) for one in found], "exponents": grown}))
+        return
+    rows = {
+        f"{one.stage}, {one.edits:,}": (
+            f"{one.peak / 2**20:.0f}",
+            f"{one.peak / one.edits / 1024:.1f}",
+            f"{one.cpu_s:.1f}",
+            f"{one.written / 2**20:.1f}",
+        )
+        for one in sorted(
+            found, key=lambda one: (list(dict.fromkeys(f.stage for f in found)).index(one.stage), one.edits)
+        )
+    }
+    console = Console()
+    console.print(_table(("stage, edits", "peak MiB", "KiB an edit", "CPU s", "written MiB"), rows))
+    console.print("exponent of the peak: " + ", ".join(f"{name} {value:.2f}" for name, value in grown.items()))
 
 
 @perf.command(name="overhead")

@@ -17,6 +17,7 @@ from tyro.conf import arg
 from corsa.cli.commands import AsJson, app
 from corsa.config import STEPS, Dtype, Frozen, LoraConfig, ModelConfig, StepConfig
 from corsa.config.amounts import as_bytes
+from corsa.config.command_line import listed
 from corsa.errors import CorsaError, unknown_name
 from corsa.models.registry import locate
 from corsa.planning.machine import memory_here
@@ -84,6 +85,21 @@ class Machine(Frozen):
         return as_bytes(self.ram, "--ram") if self.ram else None
 
 
+class OnCluster(Frozen):
+    """In place of one machine: the schedule of a comparison on a cluster."""
+
+    cluster: Annotated[Path | None, arg(metavar="FILE")] = Field(
+        default=None,
+        description="YAML file of a cluster (nodes, gpus, gpu_memory, tflops, bandwidth, link, price): hours, cost and "
+        "schedule of --methods with --seeds there",
+    )
+    methods: Annotated[tuple[str, ...], listed(str, "A,B")] = Field(
+        default=("lora", "corsa"), description="with --cluster: methods that are compared"
+    )
+    seeds: Annotated[tuple[int, ...], listed(int, "N,N")] = Field(default=(0, 1, 2), description="with --cluster")
+    rounds: int = Field(default=1, ge=1, description="with --cluster: rounds that the edits are divided over")
+
+
 class Speed(Frozen):
     """The speed of a worker."""
 
@@ -123,6 +139,7 @@ def show_plan(
     work: Annotated[Work, arg(name="")],
     machine: Annotated[Machine, arg(name="")],
     speed: Annotated[Speed, arg(name="")],
+    on_cluster: Annotated[OnCluster, arg(name="")],
     difference: Annotated[Difference, arg(name="")],
     as_json: AsJson = False,
 ) -> None:
@@ -131,12 +148,16 @@ def show_plan(
 
     Examples:
     corsa plan --model qwen3-14b --gpus 4 --gpu-memory 48GiB --edits 3000 --epochs 10
+    corsa plan --cluster cluster.yaml --model qwen3-8b --edits 500000
     corsa plan --detect 5
     """
     if difference.detect is not None:
         _show_power(difference.detect, difference, as_json)
         return
     _refuse(work, machine, speed)
+    if on_cluster.cluster is not None:
+        _show_cluster(work, on_cluster, on_cluster.cluster, as_json)
+        return
     memory, host = machine.memory, machine.host
     job, counted = _job(work, machine)
     found = _rehearsed(job, speed, memory, host)
@@ -209,6 +230,45 @@ def _rehearsed(job: Job, speed: Speed, memory: int | None, host: int | None) -> 
         else:
             say.print(f"{doing} ...", markup=False, highlight=False, soft_wrap=True)
         return plan(job, rate(job.gpu, speed.tflops, speed.link, speed.measured), memory, host)
+
+
+def _show_cluster(work: Work, on: OnCluster, file: Path, as_json: bool) -> None:
+    """Print hours, cost and schedule of a comparison on a cluster."""
+    from corsa.config import TrainingConfig
+    from corsa.config.steps import RoundsConfig
+    from corsa.experiments.base import Experiment
+    from corsa.experiments.planner import Planner
+    from corsa.models.registry import ARCHITECTURES
+    from corsa.planning.cluster import ClusterSpec, forecast
+    from corsa.planning.cluster_tables import cluster_json, cluster_tables
+
+    spec = ClusterSpec.read(file)
+    name = work.model or ""
+    model = ModelConfig(
+        name=f"random:{name}" if name in ARCHITECTURES else name,  # weights are neither read nor looked up
+        dtype=work.dtype or ("bfloat16" if spec.gpus else "float32"),
+    )
+    experiment = Experiment(
+        model=model,
+        methods=on.methods,
+        seeds=on.seeds,
+        lora=LoraConfig(rank=work.rank),
+        training=TrainingConfig(epochs=work.epochs, batch=work.batch),
+    ).checked()
+    planner = Planner.of(experiment, "")
+    taught = planner.facts()
+    schedule = planner.schedule(taught, RoundsConfig(rounds=on.rounds, update_share=1.0))
+    rounds = range(1, on.rounds + 1)
+    chains = [planner.chain(method, seed, taught, schedule, rounds=rounds)[-1] for method, seed in experiment.runs]
+    targets = [planner.base(taught), *chains]
+    found = forecast(targets, spec, {taught.edits.config.canonical()["digest"]: work.edits or 1000})
+    if as_json:
+        print(json.dumps(cluster_json(found), indent=1))
+        return
+    console = Console()
+    console.width = max(console.width, WIDTH)
+    for part in cluster_tables(found):
+        console.print(part)
 
 
 def _show_power(points: float, given: Difference, as_json: bool) -> None:

@@ -157,8 +157,9 @@ def asked_once(edits: Sequence[Edit], before: Sequence[Edit] = ()) -> tuple[list
         if probe.kind == "edit":
             return probe
         wordings: list[str] = []
+        answer = folded(probe.answer)
         for wording in probe.prompts:
-            question, answer = bare(wording), folded(probe.answer)
+            question = bare(wording)
             home = (probe.kind, question) if probe.kind == "neighbor" else (probe.kind, question, answer)
             owned = probe.kind != "multihop" and homes.setdefault(home, edit.chain) != edit.chain
             if probe.kind in ("paraphrase", "neighbor") and question in taught:
@@ -169,7 +170,7 @@ def asked_once(edits: Sequence[Edit], before: Sequence[Edit] = ()) -> tuple[list
                 own.add((probe.kind, question))
                 wordings.append(wording)
         if probe.kind == "multihop":
-            case = (frozenset(question for kind, question in own if kind == "multihop"), folded(probe.answer))
+            case = (frozenset(question for kind, question in own if kind == "multihop"), answer)
             own -= {(kind, question) for kind, question in own if kind == "multihop"}  # each case separately
             if case in cases:
                 counts["repeated"] += len(wordings)

@@ -55,7 +55,9 @@ class Checked(NamedTuple):
     """The records of a file, valid and invalid."""
 
     drafts: list[Draft]
-    """The valid records, in file order."""
+    """The valid records, in file order; empty with `contradicting`."""
+    edits: list[tuple[str, Edit]]
+    """The same as edits with their position in the file, with `contradicting`: one of the two is enough."""
     faults: list[BadRecord]
     """The invalid records."""
     format: Format | None
@@ -71,12 +73,12 @@ def checked(
         source: the file.
         required: columns that every record must have.
         contradicting: accepts a repeated question with different answers, which `corsa.data.benchmarks.cases` handles
-            later.
+            later. `required` then holds target_old.
 
     Raises:
         CorsaError: the file cannot be read.
     """
-    found = Checked([], [], (rows := rows_of(source)).format)
+    found = Checked([], [], [], (rows := rows_of(source)).format)
     asked: dict[tuple[str, ...], str] = {}
     ids: dict[str, str] = {}
     for row in rows.rows:
@@ -95,7 +97,10 @@ def checked(
         except FieldError as error:
             found.faults.append(BadRecord(row.where, error.field, error.reason, error.remedy))
         else:
-            found.drafts.append(draft)
+            if contradicting:
+                found.edits.append((row.where, edit))
+            else:
+                found.drafts.append(draft)
     return found
 
 
@@ -153,9 +158,8 @@ def facts(source: Source, rounds: int | None = None) -> Iterator[list[Edit] | Ba
     found = checked(source, REQUIRED, contradicting=True)
     yield from found.faults
     chains: dict[str, list[tuple[str, Edit]]] = {}
-    for draft in found.drafts:
-        edit = draft.edit()
-        chains.setdefault(edit.chain, []).append((draft.where, edit))
+    for where, edit in found.edits:
+        chains.setdefault(edit.chain, []).append((where, edit))
     for members in chains.values():
         members.sort(key=lambda member: member[1].round)
         gap = _chain_fault(members)

@@ -263,8 +263,10 @@ def _json(path: Path) -> Iterator[Found | BadRecord]:
         raise CorsaError(f"{name_of(path)}: this JSON cannot be read: {error}") from error
     if not isinstance(found, list):
         raise CorsaError(f"{name_of(path)}: expected a JSON list of records, found {shown(repr(found))}")
-    for index, values in enumerate(found):
-        yield _checked(values, f"record [{index}]", repeated)
+    del text
+    found.reverse()
+    for index in range(len(found)):
+        yield _checked(found.pop(), f"record [{index}]", repeated)  # each is freed when its reader is done with it
 
 
 def _jsonl(path: Path) -> Iterator[Found | BadRecord]:
