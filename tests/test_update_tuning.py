@@ -76,7 +76,7 @@ def test_the_first_trial_has_the_settings_as_given_and_the_rest_are_spread_over_
         domain, values = Domain.read(name, text), sorted(setting[name] for setting in found[1:])
         assert domain.low <= values[0] < values[-1] <= domain.high
         assert [value < domain.at(0.5) for value in values].count(True) in range(14, 19)  # half of 32, nearly
-        TrainingConfig(**{name: values[-1]})
+        TrainingConfig.model_validate({name: values[-1]})
 
 
 def test_what_is_given_is_kept_and_a_line_keeps_its_ridge() -> None:

@@ -166,7 +166,7 @@ def export(
             answers = reloading.gguf_lora(wanted.gguf_lora, opened.base, list(factors), asked, new_tokens)
             found.append(checked("gguf-lora", wanted.gguf_lora, error, answers))
     if wanted.merged or wanted.gguf:
-        stored: Stored = wanted.stored or opened.base.dtype
+        stored: Stored = wanted.stored or opened.base.element
         error = _merge(network, opened.change, stored)
         if wanted.merged:
             told(f"writing {wanted.merged}, and loading it with transformers")

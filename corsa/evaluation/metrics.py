@@ -246,7 +246,7 @@ def _comparison(
     """The metric of `a` minus that of `b`, on the probes and seeds common to both, after the same round. None if either
     has no value.
     """
-    ours, theirs = (Tally.joined([part[side] for part in parts]) for side in (0, 1))
+    ours, theirs = Tally.joined([part[0] for part in parts]), Tally.joined([part[1] for part in parts])
     seeds = np.intersect1d(ours.seed[ours.denominator > 0], theirs.seed[theirs.denominator > 0])
     ours, theirs = ours.of_seeds(seeds), theirs.of_seeds(seeds)
     units = np.union1d(ours.unit, theirs.unit)

@@ -170,7 +170,8 @@ def tallies(
     whole, found = Whole.of(predictions), Tallies()
     for part in parts(predictions, UNITS):
         rows = prepared(part, **how, whole=whole)
-        cells = {(str(m), int(t)): cell for (m, t), cell in rows.groupby(["method", "trained"], sort=False)}
+        groups: Any = rows.groupby(["method", "trained"], sort=False)
+        cells = {(str(m), int(t)): cell for (m, t), cell in groups}
         columns = {key: Columns(cell) for key, cell in cells.items()}
         counted = {key: {n: Counted.of(metric, c) for n, metric in METRICS.items()} for key, c in columns.items()}
         for key, metrics in counted.items():
@@ -187,7 +188,7 @@ def tallies(
                 both = [one[name].of_items(items).tally(found.units) for one in (ours, theirs)]
                 mine_of[name].append((both[0], both[1], len(items)))
         if how["rule"] != "exact":
-            strict = prepared(part, **how | {"rule": "exact"}, whole=whole)
+            strict = prepared(part, **{**how, "rule": "exact"}, whole=whole)
             for method, cell in strict[strict.trained == last].groupby("method", sort=False):
                 kept = found.exact.setdefault((str(method), last), {name: [] for name in METRICS})
                 for name, metric in METRICS.items():

@@ -39,13 +39,13 @@ def reported(answers: Iterable[tuple[str | Path, Shown]], schedule: pa.Table, ca
         if shown.trained is not None:
             rows = _with(rows, "trained", _same(shown.trained, len(rows)))
         if shown.method == BASE:
-            at = pc.index_in(rows["edit"].cast(pa.string()), value_set=schedule["edit"])
+            at = _places(rows["edit"], schedule["edit"])
             rows, at = rows.filter(at.is_valid()), at.drop_null()
             for name in ("learnt", "part"):
                 rows = _with(rows, name, schedule[name].take(at))
         case = _same("", len(rows))
         if cases is not None:
-            known = cases["case"].take(pc.index_in(rows["edit"].cast(pa.string()), value_set=cases["edit"]))
+            known = cases["case"].take(_places(rows["edit"], cases["edit"]))
             case = pc.fill_null(known, "")
         rows = rows.append_column("case", case.cast(pa.string()).dictionary_encode())
         found[shown.method == BASE].append(_coded(rows))
@@ -81,6 +81,12 @@ def _with(rows: pa.Table, name: str, values: pa.Array | pa.ChunkedArray) -> pa.T
     else:
         values = values.cast(rows.schema.field(name).type)
     return rows.set_column(at, name, values)
+
+
+def _places(values: pa.ChunkedArray, among: pa.ChunkedArray) -> pa.ChunkedArray:
+    """The position of each value among others; null for one that is not there."""
+    options = pc.SetLookupOptions(among.combine_chunks())
+    return pc.call_function("index_in", [values.cast(pa.string())], options)
 
 
 def _same(value: str | int, rows: int) -> pa.Array:

@@ -50,7 +50,7 @@ class TokenTable:
     def __contains__(self, id_: str) -> bool:
         return id_ in self._at
 
-    def longest(self, ids: Sequence[str], count: int) -> list[str]:
+    def longest(self, ids: list[str], count: int) -> list[str]:
         """The edits with the most tokens, in rising order; of equal ones, the last."""
         at = np.array([self._at[id_] for id_ in ids], dtype=np.int64)
         sizes = sum((np.diff(offsets)[at] for _, offsets in self._tokens.values()), np.zeros(len(at), dtype=np.int64))
