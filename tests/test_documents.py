@@ -74,7 +74,7 @@ def laid_out(words: list[str]) -> None:
         for model in value.split(",") if option in ("--model", "--models") else []:
             if model.endswith(".gguf"):
                 Path(model).parent.mkdir(parents=True, exist_ok=True)
-                Path(model).write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 0))
+                Path(model).write_bytes(b"GGUF" + struct.pack("<IQQQ", 3, 0, 0, 0))
         if option == "--config":
             Path(value).write_text("limit: 3\n")
         if option == "--mmlu" and value != "hub":

@@ -16,9 +16,11 @@ from tempfile import TemporaryDirectory
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from code_files import task, update, write_lines
+from safetensors.numpy import save_file
 
 from corsa.config import EvaluationConfig, LoraConfig, ModelConfig, StepConfig, TrainingConfig
 from corsa.data.benchmarks import Source
@@ -92,7 +94,7 @@ def files() -> None:
         Path("mmlu", part).mkdir(parents=True)
         Path("mmlu", part, f"anatomy_{part}.csv").write_text("What?,one,two,three,four,A\n")
     Path("line").mkdir()
-    Path("line", WEIGHTS).write_bytes(b"weights")
+    save_file({"lora_A.weight": np.ones((4, 8), np.float32)}, Path("line", WEIGHTS))
     settings = {"base_model_name_or_path": MODEL.name, "r": 4, "lora_alpha": 8}
     Path("line", "adapter_config.json").write_text(json.dumps(settings))
     edit = Edit.build(id="1/facts/0", prompt="Who leads Acme?", target_new="Ada", target_old="Bo")

@@ -125,7 +125,7 @@ def test_what_is_done_is_reported_as_partial(store: Store) -> None:
     experiment, steps = planned(store, so_far=True)
     begun(store, steps, "base", "lora/seed0/round1")
     said = io.StringIO()
-    assert launch(experiment, steps["report/single update"], Console(file=said, width=200)) == 0
+    assert launch(experiment, steps["report/single update"], Console(file=said, width=200)) == 0, said.getvalue()
     place = Path(next(line for line in said.getvalue().splitlines() if line.endswith("metrics.json")))
     metrics = json.loads(place.read_text())
     assert [row["method"] for row in metrics["rows"]] == ["base", "lora"]

@@ -120,4 +120,6 @@ def test_answers_know_the_case_of_their_edit(tmp_path: Path) -> None:
     pq.write_table(to_table(edits), tmp_path / "edits.parquet")
     step = SimpleNamespace(inputs={"edits/m": SimpleNamespace(kind=SimpleNamespace(name="edits"))})
     task: Any = SimpleNamespace(step=step, inputs={"edits/m": SimpleNamespace(local=tmp_path.joinpath)})
-    assert _cases(task) == {"m/7/1": "m/7", "m/7/2": "m/7"}
+    cases = _cases(task)
+    assert cases is not None
+    assert [(row["edit"], row["case"]) for row in cases.to_pylist()] == [("m/7/1", "m/7"), ("m/7/2", "m/7")]

@@ -14,8 +14,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
+from safetensors.numpy import save
 from synthetic_run import RUN, curves, predictions
 
 from corsa.cli.main import main
@@ -142,6 +144,9 @@ class Handler(BaseHTTPRequestHandler):
         del format, args
 
 
+WEIGHTS = save({"lora_A.weight": np.ones((4, 8), np.float32)})
+
+
 @pytest.fixture
 def hub() -> Iterator[Hub]:
     server = Hub()
@@ -156,7 +161,7 @@ def adapter(tmp_path: Path) -> Path:
     folder = tmp_path / "january"
     folder.mkdir()
     (folder / "adapter_config.json").write_text('{"r": 4, "lora_alpha": 8}')
-    (folder / "adapter_model.safetensors").write_bytes(b"weights")
+    (folder / "adapter_model.safetensors").write_bytes(WEIGHTS)
     (folder / "edits.parquet").write_bytes(b"facts")
     (folder / "README.md").write_text(text_of_card())
     return folder
@@ -186,7 +191,7 @@ def test_an_adapter_is_pushed_with_its_card_and_without_its_facts(hub: Hub, adap
     assert hub.created[0]["name"] == "facts"
     assert hub.created[0]["visibility"] == "private"
     assert set(hub.files) == {"adapter_config.json", "adapter_model.safetensors", "README.md"}
-    assert hub.files["adapter_model.safetensors"] == b"weights"
+    assert hub.files["adapter_model.safetensors"] == WEIGHTS
     assert push(hub.url, adapter, "acme/facts", "--facts").returncode == 0
     assert hub.files["edits.parquet"] == b"facts"
 
@@ -198,7 +203,7 @@ def test_a_dry_run_shows_what_a_push_would_send_and_sends_nothing(
     assert done.returncode == 0, done.stderr
     assert (hub.created, hub.files) == ([], {})
     assert "would send to acme/facts (private if it is new):" in done.stdout
-    assert "adapter_model.safetensors  7 bytes" in done.stdout
+    assert f"adapter_model.safetensors  {len(WEIGHTS)} bytes" in done.stdout
     assert "edits.parquet" not in done.stdout
     assert main(["push", str(adapter), "acme/facts", "--dry-run", "--facts", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)

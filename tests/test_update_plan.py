@@ -6,8 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from safetensors.numpy import save_file
 
 from corsa.config import EvaluationConfig, ModelConfig, TrainingConfig
 from corsa.data.benchmarks.file import Draft, drafts_of
@@ -39,7 +41,7 @@ def drafts(folder: Path, *rows: dict[str, Any]) -> list[Draft]:
 def adapter(folder: Path, *edits: Edit, base: str = "smollm2-135m", updates: int = 1) -> Path:
     """A line's directory. Its weights are not read in these tests."""
     folder.mkdir(parents=True)
-    (folder / WEIGHTS).write_bytes(b"weights")
+    save_file({"lora_A.weight": np.ones((4, 8), np.float32)}, folder / WEIGHTS)
     settings = {"base_model_name_or_path": base, "r": 4, "lora_alpha": 8}
     (folder / "adapter_config.json").write_text(json.dumps(settings))
     if edits:

@@ -74,6 +74,8 @@ def _coded(rows: pa.Table) -> pa.Table:
 
 def _with(rows: pa.Table, name: str, values: pa.Array | pa.ChunkedArray) -> pa.Table:
     at = rows.schema.get_field_index(name)
+    if at < 0:
+        return rows.append_column(name, values)
     if isinstance(values, pa.ChunkedArray):
         values = values.combine_chunks()
     if pa.types.is_string(values.type):

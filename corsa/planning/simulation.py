@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
-from rich.console import Console
-
 from corsa.flow.runner import Runner
 from corsa.flow.step import Step, topological
 from corsa.flow.task import Silent
+from corsa.terminal import Console
 
 Seconds = Callable[[Step], float]
 

@@ -160,4 +160,4 @@ def test_it_is_refused_under_stage_3() -> None:
 
 
 def test_it_refuses_what_it_cannot_do() -> None:
-    assert set(METHODS["alphaedit"].refuses) == {"adapter", "programs"}
+    assert set(METHODS["alphaedit"].refuses) == {"adapter", "programs", "4 bits"}

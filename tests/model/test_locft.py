@@ -140,4 +140,4 @@ def test_its_identity_depends_on_its_own_rate_and_on_nothing_of_lora() -> None:
 
 
 def test_it_refuses_what_it_cannot_do() -> None:
-    assert set(METHODS["locft"].refuses) == {"adapter", "programs"}
+    assert set(METHODS["locft"].refuses) == {"adapter", "programs", "4 bits"}

@@ -36,6 +36,8 @@ _EXPANDED, _RATIO = 64 << 20, 200
 # Where a file is
 
 
+_STORES = ("s3://", "gs://", "file://")
+"""The addresses of objects that are read like files."""
 _kept: dict[str, Path] = {}
 _names: dict[Path, str] = {}
 
@@ -50,7 +52,7 @@ def regular(path: str | Path) -> Path:
         CorsaError: standard input is a terminal, or cannot be read; there is no such object.
     """
     given = str(path)
-    if "://" in given:
+    if given.startswith(_STORES):
         return _fetched(given)
     place = Path(given).expanduser()
     if re.match(r"\w{2,}:/", given):  # pathlib turns :// into :/
