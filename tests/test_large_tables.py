@@ -101,6 +101,11 @@ def test_a_report_s_table_has_each_text_once_and_is_written_as_text(tmp_path: Pa
     assert not any(pa.types.is_dictionary(field.type) for field in pq.read_schema(tmp_path / "predictions.parquet"))
     again = read_reported(tmp_path / "predictions.parquet").to_pandas()
     pd.testing.assert_frame_equal(answers.text(again), answers.text(found))
+    # the table of a report is read beside a step's, as that of the adapter that an update goes on from
+    earlier = tmp_path / "predictions.parquet", Shown(answers="line", method="earlier")
+    both = reported([earlier, *shown], schedule, cases).to_pandas()
+    assert set(both["case"][(both.method == "earlier") & (both.edit == "B/1")]) == {"together"}
+    assert len(both[both.method == "earlier"]) == len(found)
 
 
 def test_a_page_shows_whole_facts_of_a_large_table(monkeypatch: pytest.MonkeyPatch) -> None:
