@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import rich.console
+from rich.markup import escape
 from rich.segment import Segment
 
 _PLAIN = "\n\t\u200c\u200d"  # the last two join letters of some scripts, and parts of an emoji
@@ -54,3 +56,15 @@ class Console(rich.console.Console):
         """As Rich's: whatever is printed, a table or a live line, becomes segments of text here."""
         for segment in super().render(renderable, options):
             yield segment if segment.control else Segment(visible(segment.text), segment.style)
+
+
+@contextmanager
+def working(doing: str) -> Iterator[None]:
+    """Says on stderr what is being done that takes a while: on a terminal until the block ends, else in a line."""
+    say = Console(stderr=True)
+    if say.is_terminal:
+        with say.status(escape(doing)):
+            yield
+    else:
+        say.print(f"{doing} ...", markup=False, highlight=False, soft_wrap=True)
+        yield

@@ -61,7 +61,7 @@ def finish(store: Store, step: Step, seconds: float, **tables: pd.DataFrame) -> 
 
 
 def answers(method: str) -> pd.DataFrame:
-    return TABLE[TABLE.method == method].drop(columns="method")
+    return TABLE[TABLE.method == method]
 
 
 def begun(store: Store, steps: dict[str, Step], *done: str) -> list[Record]:

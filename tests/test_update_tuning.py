@@ -17,12 +17,12 @@ from test_update_plan import ACME, adapter, drafts, facts_file, options
 from corsa.config import TrainingConfig
 from corsa.config.steps import ChoiceConfig, FewFactsConfig
 from corsa.data.edit import from_table, to_table
-from corsa.editing import choosing
-from corsa.editing.choosing import PARTS, counts, score, told
+from corsa.editing import tuning_steps
 from corsa.editing.history import join
 from corsa.editing.options import EditOptions
 from corsa.editing.plan import Tuned, plan_edit
 from corsa.editing.tuning import FEW, SEARCHED, Tuning, chosen, plan_tuning, settings, tune
+from corsa.editing.tuning_steps import PARTS, counts, score, told
 from corsa.errors import CorsaError
 from corsa.evaluation.sanity_questions import sanity_questions
 from corsa.flow import Step, Store
@@ -124,7 +124,7 @@ def test_of_many_facts_a_few_are_taught_in_each_trial(tmp_path: Path) -> None:
     commit(store, few.inputs["edits"], edits=to_table([*earlier, *edits]))
     config = FewFactsConfig(facts=FEW, update=2)
     task = Task(Step(few.name, few.kind, config, few.inputs), store)
-    assert choosing.take_few(task)["edits"] == FEW
+    assert tuning_steps.take_few(task)["edits"] == FEW
     kept = from_table(pq.read_table(task.output / "edits.parquet"))
     assert kept[:1] == earlier
     assert [edits.index(edit) for edit in kept[1:]] == [n * 40 // FEW for n in range(FEW)]
@@ -158,7 +158,7 @@ def test_the_best_trial_is_chosen_and_of_equal_ones_the_first(tmp_path: Path) ->
         commit(store, choice.inputs[trial.everyday], answers=everyday(kept[number]))
     assert chosen(tuning, store) is None
     task = Task(choice, store)
-    found = json.loads(task.commit(choosing.choose(task), 0.0).read("choice.json"))
+    found = json.loads(task.commit(tuning_steps.choose(task), 0.0).read("choice.json"))
     tuned = chosen(tuning, store)
     assert tuned is not None
     assert found["best"] == 1  # the second, which is as good as the third

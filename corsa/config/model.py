@@ -11,6 +11,11 @@ from corsa.config.base import Frozen, plain
 Dtype = Literal["float32", "bfloat16", "nf4"]
 """Data type of a frozen base. nf4: linear layers in blocks of 4 bits by bitsandbytes, all else in bfloat16."""
 
+NF4_IS_NOT_SHARDED = (
+    "--dtype nf4 is not sharded among workers: leave --sharding.zero-stage 3 out, or give --dtype bfloat16"
+)
+"""Why a base in 4 bits is refused at stage 3."""
+
 
 class ModelConfig(Frozen):
     """A base model and its prompt template. Part of the identity of everything computed with it."""

@@ -48,13 +48,13 @@ def _run_harness() -> StepFunction:
 
 
 def _take_few() -> StepFunction:
-    from corsa.editing.choosing import take_few
+    from corsa.editing.tuning_steps import take_few
 
     return take_few
 
 
 def _choose() -> StepFunction:
-    from corsa.editing.choosing import choose
+    from corsa.editing.tuning_steps import choose
 
     return choose
 

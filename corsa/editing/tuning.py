@@ -17,10 +17,10 @@ from rich.console import Console
 
 from corsa.config import TrainingConfig
 from corsa.config.steps import ChoiceConfig, FewFactsConfig, Trial
-from corsa.editing.choosing import told
 from corsa.editing.kinds import CHOICE, FEW_FACTS
 from corsa.editing.options import EditOptions, Teaching
 from corsa.editing.plan import Tuned, check_free, check_place, everyday_answers, plan_facts, with_setting
+from corsa.editing.tuning_steps import told
 from corsa.errors import CorsaError, StepsFailedError
 from corsa.experiments.runner import lasting, produce
 from corsa.flow import Step, Store

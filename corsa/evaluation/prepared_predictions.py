@@ -15,6 +15,8 @@ from corsa.evaluation.matching import normalise
 
 BASE = "base"
 """The value of the column `method` for the unedited model."""
+ROW_GROUP = 1 << 17
+"""Rows of a row group of a predictions table on disk."""
 
 RULES = {
     "words": ("words_new", "words_old"),

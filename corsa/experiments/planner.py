@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
 from corsa.config import AnswerEnd, EvaluationConfig, ModelConfig
+from corsa.config.model import NF4_IS_NOT_SHARDED
 from corsa.config.steps import (
     AnchorsConfig,
     EditsConfig,
@@ -299,9 +300,7 @@ def _refuse_4_bits(experiment: Experiment) -> None:
     if experiment.model.dtype == "nf4" and not placement.gpu:
         raise CorsaError("--dtype nf4 holds the base in 4 bits on a GPU: add --placement.gpu, or give --dtype bfloat16")
     if experiment.model.dtype == "nf4" and placement.sharding.zero_stage == 3:
-        raise CorsaError(
-            "--dtype nf4 is not sharded among workers: leave --sharding.zero-stage 3 out, or give --dtype bfloat16"
-        )
+        raise CorsaError(NF4_IS_NOT_SHARDED)
 
 
 def absolute(path: str | None) -> str | None:

@@ -12,12 +12,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from corsa.config.steps import Shown
-from corsa.evaluation.prepared_predictions import BASE
+from corsa.evaluation.prepared_predictions import BASE, ROW_GROUP
 
 TEXTS = ("method", "edit", "chain", "part", "kind", "prompt", "answer", "target_old", "output")
 """The columns of text."""
-ROW_GROUP = 1 << 17
-"""Rows of a row group on disk."""
 _CODES = pa.dictionary(pa.int32(), pa.string())
 
 
@@ -76,8 +74,6 @@ def _coded(rows: pa.Table) -> pa.Table:
 
 def _with(rows: pa.Table, name: str, values: pa.Array | pa.ChunkedArray) -> pa.Table:
     at = rows.schema.get_field_index(name)
-    if at < 0:
-        return rows.append_column(name, values)
     if isinstance(values, pa.ChunkedArray):
         values = values.combine_chunks()
     if pa.types.is_string(values.type):

@@ -178,7 +178,12 @@ def show_forecast(targets: Sequence[Step], cluster: str, console: Console) -> No
     from corsa.planning.cluster import ClusterSpec, forecast
     from corsa.planning.cluster_tables import cluster_tables
 
-    for part in cluster_tables(forecast(targets, ClusterSpec.read(Path(cluster)))):
+    spec = ClusterSpec.read(Path(cluster))
+    with terminal.working(
+        "rehearsing a step of each model for every size of group, to count memory and arithmetic (a minute)"
+    ):
+        found = forecast(targets, spec)
+    for part in cluster_tables(found):
         console.print(part)
 
 

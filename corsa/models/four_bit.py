@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from corsa.config.model import NF4_IS_NOT_SHARDED
 from corsa.errors import CorsaError
 
 if TYPE_CHECKING:
@@ -53,6 +54,6 @@ def refuse_without_gpu(device: torch.device | str, *, sharded: bool = False, ran
     if find_spec("bitsandbytes") is None:
         raise CorsaError(f"--dtype nf4 needs bitsandbytes: pip install 'corsa[four-bit]', or {remedy}")
     if sharded:
-        raise CorsaError(f"--dtype nf4 is not sharded among workers: leave --sharding.zero-stage 3 out, or {remedy}")
+        raise CorsaError(NF4_IS_NOT_SHARDED)
     if random:
         raise CorsaError(f"--dtype nf4 reads the weights of a model, and a random: model has none: {remedy}")

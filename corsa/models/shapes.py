@@ -70,14 +70,6 @@ def _whole(config: ModelConfig) -> PreTrainedConfig:
         ) from e
 
 
-def linear_weights(shape: PreTrainedConfig) -> list[int]:
-    """The number of weights of each linear layer but the output head, in module order."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(shape)
-    head = model.get_output_embeddings()
-    return [m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head]
-
-
 def read_architecture(place: str, revision: str = "main") -> PreTrainedConfig:
     """Reads the config.json of a directory or of a hub model. The file is untrusted.
 

@@ -15,11 +15,14 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from math import ceil, floor, log, log10
+from math import log
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from corsa.errors import CorsaError, unknown_name
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
 
 
 @dataclass(frozen=True)
@@ -68,38 +71,17 @@ def exponents(found: Sequence[Measured]) -> dict[str, float]:
     return grown
 
 
-def figure(found: Sequence[Measured]) -> str:
-    """Peak memory against edits, both on logarithmic axes, one line a stage, as SVG."""
-    width, height, left, low = 640, 400, 70, 350
-    sizes, peaks = [one.edits for one in found], [max(one.peak, 1 << 20) / 2**20 for one in found]
-    spans = [(floor(log10(min(each))), ceil(log10(max(each)) + 1e-9)) for each in (sizes, peaks)]
+def figure(found: Sequence[Measured]) -> go.Figure:
+    """Peak memory against edits, both on logarithmic axes, one line a stage."""
+    import plotly.graph_objects as go
 
-    def at(edits: float, mib: float) -> tuple[float, float]:
-        (x0, x1), (y0, y1) = spans
-        x = left + (log10(edits) - x0) / max(1, x1 - x0) * (width - left - 130)
-        return round(x, 1), round(low - (log10(mib) - y0) / max(1, y1 - y0) * (low - 20), 1)
-
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif"'
-    parts = [f'{head} font-size="12"><rect width="{width}" height="{height}" fill="white"/>']
-    for power in range(spans[0][0], spans[0][1] + 1):
-        x, y = at(10**power, 10 ** spans[1][0])
-        parts.append(f'<line x1="{x}" y1="20" x2="{x}" y2="{y}" stroke="#ddd"/>')
-        parts.append(f'<text x="{x}" y="{y + 16}" text-anchor="middle">{10**power:,}</text>')
-    for power in range(spans[1][0], spans[1][1] + 1):
-        x, y = at(10 ** spans[0][0], 10**power)
-        parts.append(f'<line x1="{x}" y1="{y}" x2="{width - 130}" y2="{y}" stroke="#ddd"/>')
-        parts.append(f'<text x="{x - 6}" y="{y + 4}" text-anchor="end">{10**power:,}</text>')
-    for number, stage in enumerate(dict.fromkeys(one.stage for one in found)):
-        own = sorted((one.edits, max(one.peak, 1 << 20) / 2**20) for one in found if one.stage == stage)
-        colour = _COLOURS[number % len(_COLOURS)]
-        points = " ".join(f"{x},{y}" for x, y in (at(*each) for each in own))
-        parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="2"/>')
-        parts.append(f'<text x="{width - 120}" y="{40 + 18 * number}" fill="{colour}">{stage}</text>')
-    parts.append(f'<text x="{left}" y="{height - 12}">edits</text><text x="8" y="14">peak memory, MiB</text></svg>')
-    return "\n".join(parts) + "\n"
-
-
-_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000", "#7f7f7f")
+    drawn = go.Figure(layout={"template": "simple_white"})
+    for stage in dict.fromkeys(one.stage for one in found):
+        own = sorted((one.edits, one.peak / 2**20) for one in found if one.stage == stage)
+        drawn.add_scatter(x=[edits for edits, _ in own], y=[peak for _, peak in own], name=stage, mode="lines+markers")
+    drawn.update_xaxes(type="log", title="edits")
+    drawn.update_yaxes(type="log", title="peak memory, MiB")
+    return drawn
 
 
 def write_records(edits: int, path: Path) -> None:
@@ -269,7 +251,7 @@ def _page(size: int, folder: Path) -> Path:
     return write_report(folder, metrics=metrics, predictions=predictions, curves=pd.DataFrame(), run={})
 
 
-_DO: dict[str, Callable[[int, Path], Path]] = {
+_RUNS: dict[str, Callable[[int, Path], Path]] = {
     "edits": _edits,
     "rounds": _rounds,
     "tokens": _tokens,
@@ -279,7 +261,7 @@ _DO: dict[str, Callable[[int, Path], Path]] = {
     "metrics": _metrics,
     "page": _page,
 }
-STAGES = tuple(_DO)
+STAGES = tuple(_RUNS)
 """In the order of a run: each reads the files of those before it."""
 
 
@@ -291,7 +273,7 @@ def stage(name: str, size: int, folder: Path) -> Measured:
         _prepared(name, Path(small))
     _forget_peak()
     before, began, cpu = _resident("VmRSS"), time.monotonic(), time.process_time()
-    made = _DO[name](size, folder)
+    made = _RUNS[name](size, folder)
     times = time.process_time() - cpu, time.monotonic() - began
     files = [made] if made.is_file() else [file for file in made.rglob("*") if file.is_file()]
     written = sum(file.stat().st_size for file in files)
@@ -302,7 +284,7 @@ def _prepared(name: str, folder: Path) -> None:
     """Runs the stages up to this one at a small size."""
     write_records(64, folder / "edits.jsonl")
     for each in STAGES[: STAGES.index(name) + 1]:
-        _DO[each](64, folder)
+        _RUNS[each](64, folder)
 
 
 def _forget_peak() -> None:

@@ -41,6 +41,8 @@ PROMPT, ANSWER, PROBES = 12, 8, 13
 """Tokens of a question and of an answer, and probes of an edit, as in CounterFact: assumed."""
 MMLU_TOKENS = 120
 """Tokens of an MMLU question beside the examples that its subject shares: assumed."""
+MMLU_SUBJECTS, MMLU_QUESTIONS = 57, 14_042
+"""Subjects and test questions of MMLU (Hendrycks et al. 2021)."""
 ROWS = 30_000.0
 """Answers per second of a report: assumed."""
 
@@ -159,7 +161,7 @@ class Durations:
     def questions(self, step: Step) -> int:
         """MMLU questions."""
         limits = [one.config.limit for one in topological([step]) if isinstance(one.config, QuestionsConfig)]
-        return 57 * limits[0] if limits and limits[0] else 14_042
+        return MMLU_SUBJECTS * limits[0] if limits and limits[0] else MMLU_QUESTIONS
 
     def forward(self, model: str, tokens: float) -> float:
         """Seconds of forward passes over so many tokens, shared by the workers."""
@@ -169,7 +171,7 @@ class Durations:
         """Seconds to answer the probes of facts: every token of an answer reads the weights once for a whole batch."""
         probes = facts * PROBES
         passes = ANSWER * probes / Placement().probe_batch / self.workers
-        weights = self.plans[config.model.name].parameters * (2 if config.model.dtype == "bfloat16" else 4)
+        weights = self.plans[config.model.name].parameters * (2 if config.model.element == "bfloat16" else 4)
         return self.forward(config.model.name, probes * (PROMPT + ANSWER)) + passes * weights / (
             self.spec.bandwidth * 1e9
         )

@@ -9,7 +9,8 @@ import torch
 
 from corsa.algorithm.packing import Triplet
 from corsa.config import LoraConfig, ModelConfig, ShardingConfig, StepConfig
-from corsa.models.shapes import architecture, linear_weights
+from corsa.lora.flat import linear_layers
+from corsa.models.shapes import architecture, skeleton
 from corsa.planning.memory import Holding, hold, in_4_bits, settings
 from corsa.planning.rates import Rate
 from corsa.planning.rehearsal import rehearse
@@ -142,7 +143,7 @@ def plan(job: Job, rate: Rate, memory: int | None, host: int | None) -> Plan:
         rehearse(shape, dtype, lora, job.step, triplets, checkpointing=checkpointing) for checkpointing in (False, True)
     )
     if four_bits:
-        weights = linear_weights(shape)
+        weights = [layer.weight.numel() for _, layer in linear_layers(skeleton(job.model))]
         plain, checkpointed = in_4_bits(plain, weights), in_4_bits(checkpointed, weights)
     for checkpointing, footprint in ((False, plain), (True, checkpointed)):
         passes = phases * (3 if checkpointing else 2) * -(-own // together)

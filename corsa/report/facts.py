@@ -82,7 +82,7 @@ def _table(columns: Sequence[str], rows: Sequence[tuple[str, ...]], of: int, whi
 
 
 def trials(found: dict[str, Any]) -> Table:
-    """The trials of `corsa edit --tune`. `found`: choice.json (`corsa.editing.choosing`)."""
+    """The trials of `corsa edit --tune`. `found`: choice.json (`corsa.editing.tuning_steps`)."""
     names = [name for name, (_, asked) in found["trials"][0]["judged"].items() if asked]
     rows = [
         (

@@ -32,6 +32,7 @@ from corsa.evaluation.mmlu import from_questions_table
 from corsa.evaluation.multiple_choice import ANSWERS, MultipleChoice
 from corsa.evaluation.perplexity import text_logprobs
 from corsa.evaluation.predict import PREDICTIONS, Predictor
+from corsa.evaluation.prepared_predictions import ROW_GROUP
 from corsa.evaluation.programs import PROGRAMS
 from corsa.evaluation.retrieval import Memory, Retrieval
 from corsa.evaluation.sanity_questions import judged, sanity_questions
@@ -269,5 +270,3 @@ def written(task: Task) -> int:
 
 
 _ORDER = ("edit", "probe", "wording", "draw")
-ROW_GROUP = 1 << 17
-"""Rows of a row group of predictions.parquet."""

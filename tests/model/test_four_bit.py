@@ -12,17 +12,21 @@ from corsa.config.steps import RoundsConfig
 from corsa.errors import CorsaError
 from corsa.experiments.base import Experiment
 from corsa.experiments.planner import Planner
+from corsa.lora.flat import linear_layers
 from corsa.methods import METHODS
 from corsa.models import four_bit, loading
 from corsa.models.four_bit import bytes_in_4_bits, quantization, refuse_without_gpu
 from corsa.models.registry import ARCHITECTURES
-from corsa.models.shapes import architecture, linear_weights
+from corsa.models.shapes import skeleton
 from corsa.planning.plan import Job, Plan, plan
 from corsa.planning.rates import Rate
 from corsa.planning.tables import tables
 
 BASE = ModelConfig(name="HuggingFaceTB/SmolLM2-135M-Instruct", dtype="nf4")
-SHAPE = architecture(ModelConfig(name="random:tiny-llama"))
+
+
+def linear_weights(name: str) -> list[int]:
+    return [layer.weight.numel() for _, layer in linear_layers(skeleton(ModelConfig(name=name)))]
 
 
 def job(dtype: Any, workers: int = 1) -> Job:
@@ -46,14 +50,14 @@ def test_the_linear_layers_of_a_model_are_counted_by_hand() -> None:
     hidden, inner, heads, keys = shape["hidden_size"], shape["intermediate_size"], 32, 8
     rows = [heads * 128, keys * 128, keys * 128]  # q, k, v
     layer = [*(hidden * n for n in rows), heads * 128 * hidden, *[hidden * inner] * 3]
-    assert linear_weights(architecture(ModelConfig(name="qwen3-8b"))) == layer * shape["num_hidden_layers"]
+    assert linear_weights("qwen3-8b") == layer * shape["num_hidden_layers"]
     # all are multiples of 64 * 256: 1/2 byte a weight, 1 byte per 64, 4 bytes per 64 * 256
     assert sum(map(bytes_in_4_bits, layer)) == sum(n // 2 + n // 64 + n // (64 * 256) * 4 for n in layer)
 
 
 def test_the_plan_counts_the_base_in_4_bits() -> None:
     four, half = planned("nf4"), planned("bfloat16")
-    (items, before), weights = (p.choices[0].holding.items for p in (four, half)), linear_weights(SHAPE)
+    (items, before), weights = (p.choices[0].holding.items for p in (four, half)), linear_weights("random:tiny-llama")
     rest = half.parameters - sum(weights)  # embeddings and norms, in bfloat16
     buffers = before["base"] - 2 * half.parameters
     assert 0 <= buffers < 1024

@@ -219,15 +219,15 @@ def growth(
     stages: Annotated[
         tuple[str, ...], listed(str, "S,S"), arg(help="stages; each needs the files of those before it")
     ] = (),
-    figure: Annotated[Path | None, arg(metavar="FILE.svg", help="draw the peak memory")] = None,
+    figure: Annotated[Path | None, arg(metavar="FILE.html", help="draw the peak memory")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure memory and time of the data path at several sizes, each stage in a process of its own: edits, rounds,
     tokens, batches, checkpoints, answers, metrics, page.
 
-    Example: corsa perf growth --sizes 5000,50000 --figure growth.svg
+    Example: corsa perf growth --sizes 5000,50000 --figure growth.html
     """
-    from corsa.perf.growth import exponents, measure_growth
+    from corsa.perf.growth import STAGES, exponents, measure_growth
     from corsa.perf.growth import figure as drawn
 
     found = []
@@ -236,10 +236,11 @@ def growth(
         _say(f"  peak {one.peak / 2**20:.0f} MiB, {one.cpu_s:.1f} s of CPU, {one.written / 2**20:.1f} MiB written")
     grown = exponents(found)
     if figure is not None:
-        figure.write_text(drawn(found))
+        drawn(found).write_html(figure)
     if as_json:
         print(json.dumps({"measured": [asdict(one) for one in found], "exponents": grown}))
         return
+    by_stage = sorted(found, key=lambda one: STAGES.index(one.stage))  # sizes stay in their order
     rows = {
         f"{one.stage}, {one.edits:,}": (
             f"{one.peak / 2**20:.0f}",
@@ -247,9 +248,7 @@ def growth(
             f"{one.cpu_s:.1f}",
             f"{one.written / 2**20:.1f}",
         )
-        for one in sorted(
-            found, key=lambda one: (list(dict.fromkeys(f.stage for f in found)).index(one.stage), one.edits)
-        )
+        for one in by_stage
     }
     console = Console()
     console.print(_table(("stage, edits", "peak MiB", "KiB an edit", "CPU s", "written MiB"), rows))

@@ -6,12 +6,10 @@ from __future__ import annotations
 
 import json
 import math
-from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
-from rich.markup import escape
 from tyro.conf import arg
 
 from corsa.cli.commands import AsJson, app
@@ -21,7 +19,7 @@ from corsa.config.command_line import listed
 from corsa.errors import CorsaError, unknown_name
 from corsa.models.registry import locate
 from corsa.planning.machine import memory_here
-from corsa.terminal import Console
+from corsa.terminal import Console, working
 
 if TYPE_CHECKING:
     from corsa.planning.plan import Job, Plan
@@ -197,7 +195,7 @@ def _job(work: Work, machine: Machine) -> tuple[Job, str]:
     from corsa.planning.plan import Job
 
     gpu = machine.gpus > 0
-    locate(work.model or "")
+    locate(work.model or "")  # refuses a malformed name in a line, before torch is loaded
     model = ModelConfig(name=work.model or "", dtype=work.dtype or ("bfloat16" if gpu else "float32"))
     tokens, counted = ASSUMED, "20 tokens an edit (assumed)"
     if work.benchmark:
@@ -222,13 +220,8 @@ def _rehearsed(job: Job, speed: Speed, memory: int | None, host: int | None) -> 
     from corsa.planning.plan import plan
     from corsa.planning.rates import rate
 
-    say = Console(stderr=True)
     doing = f"rehearsing a step of {job.model.name} without its weights, to count memory and arithmetic (half a minute)"
-    with ExitStack() as stack:
-        if say.is_terminal:
-            stack.enter_context(say.status(escape(doing)))
-        else:
-            say.print(f"{doing} ...", markup=False, highlight=False, soft_wrap=True)
+    with working(doing):
         return plan(job, rate(job.gpu, speed.tflops, speed.link, speed.measured), memory, host)
 
 
@@ -261,7 +254,8 @@ def _show_cluster(work: Work, on: OnCluster, file: Path, as_json: bool) -> None:
     rounds = range(1, on.rounds + 1)
     chains = [planner.chain(method, seed, taught, schedule, rounds=rounds)[-1] for method, seed in experiment.runs]
     targets = [planner.base(taught), *chains]
-    found = forecast(targets, spec, {taught.edits.config.canonical()["digest"]: work.edits or 1000})
+    with working(f"rehearsing a step of {name} for every size of group, to count memory and arithmetic (a minute)"):
+        found = forecast(targets, spec, {taught.edits.config.canonical()["digest"]: work.edits or 1000})
     if as_json:
         print(json.dumps(cluster_json(found), indent=1))
         return
