@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -81,6 +83,41 @@ def test_an_interrupted_run_says_how_to_go_on_and_does(undisturbed: Run, cluster
     run([*ARGUMENTS, "--storage", storage], cluster.environment)
     assert_went_on_from(position, undisturbed, storage, CORSA[2])
     assert_same_adapters(undisturbed.storage, storage, CORSA)
+
+
+BUSY = """
+import signal, sys, threading, time, ray
+from corsa.config.command_line import exit_with
+from corsa.flow.cluster import connect
+from rich.console import Console
+
+def command():
+    connect(Console(file=sys.stderr))
+    task = ray.remote(num_cpus=0)(lambda seconds: time.sleep(seconds))
+    def wait(seconds, again):
+        ray.get(task.remote(seconds))
+        while again:
+            ray.nodes()
+            ray.get(task.remote(seconds))
+    for seconds, again in [(600, False)] * 4 + [(0.001, True)] * 3:
+        threading.Thread(target=wait, args=(seconds, again), daemon=True).start()
+    time.sleep(1 + float(sys.argv[1]) / 3)
+    signal.raise_signal(signal.SIGINT if int(sys.argv[1]) % 2 else signal.SIGTERM)
+    time.sleep(60)
+
+exit_with(command)
+"""
+"""A driver that is interrupted while seven of its threads are in Ray."""
+
+
+@pytest.mark.parametrize("number", range(4))
+def test_threads_that_wait_in_ray_do_not_crash_an_interrupted_driver(number: int, cluster: Cluster) -> None:
+    """Leaving Ray in the ordinary way ends some of such drivers with status 1 or a segmentation fault."""
+    ended = subprocess.run(
+        [sys.executable, "-c", BUSY, str(number)], env=cluster.environment, capture_output=True, text=True, timeout=120
+    )
+    assert ended.returncode == (130 if number % 2 else 143), ended.stderr
+    assert "Traceback" not in ended.stderr
 
 
 def test_a_method_that_diverges_fails_alone(undisturbed: Run, cluster: Cluster, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 import tyro
 from tyro.conf import FlagCreatePairsOff
@@ -26,7 +27,7 @@ from corsa.cli.commands import runs as runs
 from corsa.cli.commands import serve as serve
 from corsa.cli.commands import undo as undo
 from corsa.cli.commands.perf import perf
-from corsa.config.command_line import answered
+from corsa.config.command_line import answered, leave
 from corsa.config.complaints import options_explained
 from corsa.errors import unknown_name
 
@@ -63,5 +64,10 @@ def _command(args: list[str]) -> int | None:
         )
 
 
+def run() -> NoReturn:
+    """The `corsa` program: `main`, and the end of its process."""
+    leave(main())
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import errno
 import io
 import logging
@@ -15,7 +16,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import tyro
 import yaml
@@ -87,9 +88,26 @@ def _place(error: Exception) -> str:
     return f", line {mark.line + 1}, column {mark.column + 1}: this is not YAML: {why}"
 
 
-def exit_with(main: Callable[[], int]) -> None:
+def exit_with(main: Callable[[], int]) -> NoReturn:
     """Run a command and exit with its status, see `answered`."""
-    sys.exit(answered(main))
+    leave(answered(main))
+
+
+def leave(status: int) -> NoReturn:
+    """End this process.
+
+    After an interruption, threads may still wait in Ray. Leaving the cluster or taking the interpreter apart under them
+    crashes the process now and then (ray-project/ray#47864), so it ends without either, as a killed process does. Ray
+    ends the processes that it has started for this one.
+    """
+    if status in _STOPPED and "ray" in sys.modules:
+        atexit.unregister(sys.modules["ray"]._private.worker.shutdown)
+        atexit._run_exitfuncs()  # such as the removal of temporary files
+        with suppress(OSError, ValueError, AttributeError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 class Terminated(KeyboardInterrupt):
@@ -147,6 +165,9 @@ def _interruption(error: BaseException | None) -> KeyboardInterrupt | None:
 
 NARROWEST = 20
 """Smallest number of columns that output is laid out for, on any terminal."""
+
+_STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
+"""Exit statuses after an interruption."""
 
 _NO_PLACE = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EBADF)
 """Errors of a standard output that is full or closed."""
