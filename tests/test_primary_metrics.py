@@ -15,10 +15,11 @@ import pytest
 from corsa.config.code_steps import CodeReportConfig
 from corsa.config.steps import EditsConfig, ReportConfig, Shown
 from corsa.data.edit import Edit, to_table
+from corsa.evaluation import mmlu, specificity
 from corsa.evaluation.metrics import METRICS
 from corsa.experiments.code.steps import RATES
 from corsa.experiments.planner import Planner
-from corsa.experiments.steps import _cases, _specificity
+from corsa.experiments.steps import _by_method, _cases
 from corsa.flow import Step
 from corsa.flow.step import topological
 
@@ -106,10 +107,40 @@ def test_mmlu_of_a_report_is_the_mean_over_seeds_beside_the_base(tmp_path: Path)
         inputs[name] = SimpleNamespace(local=folder.joinpath)
     shown = [Shown(answers=n, method=n.partition("/")[0], seed=int(n.partition("/")[2] or 0)) for n in right]
     task: Any = SimpleNamespace(inputs=inputs)
-    found = _specificity(task, shown)
+    found = _by_method(task, shown, mmlu.accuracy)
     assert found["lora"]["overall"]["value"] == pytest.approx(4 / 8)
     assert found["lora"]["overall"]["difference"]["value"] == pytest.approx(0.0)
     assert found["base"]["overall"]["difference"] is None
+    json.dumps(found, allow_nan=False)
+
+
+def test_every_seed_answers_the_everyday_questions() -> None:
+    single = import_module("single_update")
+    experiment = single.SingleUpdate(methods=("lora", "in-context"), seeds=(0, 3), everyday=True, limit=2)
+    report = single.single_update(Planner.of(experiment, "command"))
+    shown = [(one.method, one.seed) for one in report.config.everyday]
+    assert shown == [("base", 0), ("lora", 0), ("lora", 3)]  # in-context changes nothing about other questions
+    asked = [report.inputs[one.answers] for one in report.config.everyday]
+    assert [sorted(step.inputs) for step in asked] == [[], ["adapter"], ["adapter"]]
+    assert asked[2].inputs["adapter"].name == "world_facts/lora/seed3/round1"
+
+
+def test_everyday_answers_are_right_or_as_before() -> None:
+    """Four questions, two seeds: by hand, right are 2 and 1 of 4; as before or still right 3 and 1 of 4."""
+
+    def rows(*answers: tuple[str, bool]) -> list[dict[str, Any]]:
+        return [{"question": str(i), "output": output, "right": right} for i, (output, right) in enumerate(answers)]
+
+    base = rows(("Paris", True), ("gold", True), ("seven", False), ("Nile", True))
+    first = rows(("in Paris", True), ("tin", False), ("seven", False), ("Nile", True))
+    second = rows(("Rome", False), ("tin", False), ("eight", True), ("Nile", True))
+    found = specificity.everyday({0: first, 1: second}, base)
+    assert found["right"]["value"] == pytest.approx((2 + 2) / 8)
+    assert found["right"]["difference"]["value"] == pytest.approx(4 / 8 - 3 / 4)
+    assert found["kept"]["value"] == pytest.approx((3 + 1) / 8)
+    own = specificity.everyday({0: base})
+    assert own["right"]["value"] == pytest.approx(3 / 4)
+    assert own["kept"] is None
     json.dumps(found, allow_nan=False)
 
 

@@ -16,6 +16,7 @@ from corsa.cli.main import main
 from corsa.config.steps import JoinedConfig
 from corsa.errors import CorsaError
 from corsa.evaluation.metrics import compute
+from corsa.evaluation.specificity import everyday
 from corsa.experiments.report_spec import PAPER
 from corsa.flow import Step, Store
 from corsa.report.publishing import filled, markdown, record
@@ -59,6 +60,20 @@ def test_a_table_says_how_it_was_measured_and_what_it_shows(metrics: dict[str, A
     assert bare.startswith("60 facts, 5 seeds, ")
     assert "over facts and seeds, 2026-03-01:" in bare
     assert re.search(r"^- CoRSA is better than LoRA on forgetting .*corrected p = ", made, re.MULTILINE)
+
+
+def test_everyday_answers_have_columns_of_their_own(metrics: dict[str, Any]) -> None:
+    found = {"base": everyday({0: ROWS}), "lora": everyday({0: ROWS, 1: [*ROWS[:3], ROWS[3] | {"output": "d"}]}, ROWS)}
+    made = markdown(record(WITH, metrics | {"everyday": found}), columns=["forgetting"])
+    rows = {line.split(" | ")[0]: line.split(" | ")[2:] for line in made.splitlines() if line.startswith("| ")}
+    assert rows["| "] == ["everyday questions right ↑", "as before or still right ↑ |"]
+    assert [cell.split(" (")[0] for cell in rows["| base"]] == ["50.0 %", "– |"]
+    assert [cell.split(" (")[0] for cell in rows["| LoRA"]] == ["50.0 %", "87.5 %"]
+    assert rows["| CoRSA"] == ["–", "– |"]
+
+
+ROWS = [{"question": str(i), "output": text, "right": i % 2 == 0} for i, text in enumerate(("a", "b", "a", "c"))]
+"""Answers to four questions."""
 
 
 def test_columns_can_be_chosen(metrics: dict[str, Any]) -> None:

@@ -20,6 +20,7 @@ from synthetic_run import RUN, curves, predictions
 
 from corsa.config.steps import JoinedConfig
 from corsa.evaluation.metrics import compute
+from corsa.evaluation.specificity import everyday
 from corsa.experiments.kinds import PAPER, REPORT
 from corsa.experiments.steps import join_reports
 from corsa.flow import Step, Store
@@ -313,6 +314,19 @@ def test_only_primary_metrics_get_a_verdict_on_the_page(tmp_path: Path) -> None:
     assert len(re.findall(r"\bexploratory\b", page.text)) >= len(metrics["comparisons"]) - 1
     assert "intervals over facts and seeds" in page.text
     assert "beyond chance" not in page.text
+
+
+def test_everyday_questions_have_a_table(tmp_path: Path) -> None:
+    table = predictions()
+    rows = [{"question": str(i), "output": str(i), "right": i < 3} for i in range(4)]
+    found = {"base": everyday({0: rows}), "lora": everyday({0: rows, 1: rows}, rows)}
+    metrics = compute(table) | {"everyday": found}
+    page = Page(write_report(tmp_path, metrics=metrics, predictions=table, curves=pd.DataFrame(), run={}))
+    assert re.search(r"answered right.{0,80}75\.0 %.{0,200}75\.0 %", page.text, re.DOTALL)
+    assert re.search(r"as before, or still right.{0,80}–.{0,80}100\.0 %", page.text, re.DOTALL)
+    assert "right (as before or still right): base 75.0 %, LoRA 75.0 % (100.0 %)." in " ".join(
+        rendered(metrics).split()
+    )
 
 
 def test_a_page_of_one_seed_says_that_it_compares_adapters(tmp_path: Path) -> None:

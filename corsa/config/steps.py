@@ -362,6 +362,9 @@ class ReportConfig(Frozen):
     shown: tuple[Shown, ...]
     specificity: tuple[Shown, ...] = ()
     controls: tuple[Shown, ...] = Field(default=(), description="answers to everyday questions: before and after")
+    everyday: tuple[Shown, ...] = Field(
+        default=(), exclude_if=lambda shown: not shown, description="answers to everyday questions, by method and seed"
+    )
     capability: tuple[Shown, ...] = Field(
         default=(), exclude_if=lambda shown: not shown, description="measures of a gate: method `before` and `now`"
     )

@@ -22,7 +22,6 @@ from corsa.config.steps import (
     LinePlace,
     ReportConfig,
     RoundsConfig,
-    SanityQuestionsConfig,
     Shown,
     TakenBackConfig,
 )
@@ -44,9 +43,8 @@ from corsa.editing.options import (
     differences,
 )
 from corsa.errors import CorsaError, unknown_name
-from corsa.evaluation import sanity_questions
 from corsa.experiments.base import Experiment, check_trackers
-from corsa.experiments.kinds import REPORT, ROUND
+from corsa.experiments.kinds import REPORT
 from corsa.experiments.planner import Facts, Planner
 from corsa.experiments.runner import lasting
 from corsa.flow import Step
@@ -311,7 +309,7 @@ def reported(
     """
     experiment, tables = planner.experiment, [taught.edits] if before else list(taught.tables.values())
     before = before or planner.base(taught)
-    checked = [everyday_answers(planner, None)] + ([everyday_answers(planner, adapter)] if adapter else [])
+    checked = [planner.everyday_answers(None)] + ([planner.everyday_answers(adapter)] if adapter else [])
     measured, measures = capability_steps(planner, adapter, gates)
     inputs = [before, *answers, *tables, schedule, *(checked if adapter else []), *measured]
     config = ReportConfig(
@@ -339,14 +337,6 @@ _TOLD = (
     "evaluation",
     *(set(MethodSettings.model_fields) - {"memit", "alphaedit", "locft", "in_context"}),
 )
-
-
-def everyday_answers(planner: Planner[Experiment], adapter: Step | None) -> Step:
-    """The answers to the everyday questions of the base model, or of the one that the step `adapter` trained."""
-    tokens = planner.experiment.evaluation.new_tokens
-    config = SanityQuestionsConfig(model=planner.model, digest=sanity_questions.digest(), new_tokens=tokens)
-    name = f"{adapter.name}/controls" if adapter else "base/controls"
-    return Step(name, ROUND, config, {"adapter": adapter} if adapter else {}, planner.experiment.placement)
 
 
 def base_model(options: Options, line: Line | None) -> ModelConfig:

@@ -19,7 +19,7 @@ from corsa.config import TrainingConfig
 from corsa.config.steps import ChoiceConfig, FewFactsConfig, Trial
 from corsa.editing.kinds import CHOICE, FEW_FACTS
 from corsa.editing.options import EditOptions, Teaching
-from corsa.editing.plan import Tuned, check_free, check_place, everyday_answers, plan_facts, with_setting
+from corsa.editing.plan import Tuned, check_free, check_place, plan_facts, with_setting
 from corsa.editing.tuning_steps import told
 from corsa.errors import CorsaError, StepsFailedError
 from corsa.experiments.runner import lasting, produce
@@ -92,7 +92,7 @@ def plan_tuning(options: EditOptions) -> Tuning:
         edits = Step(f"edits/{name}", FEW_FACTS, FewFactsConfig(facts=few, update=number), {"edits": update.edits})
     taught = planner.with_reference(name, edits)
     schedule = update.schedule(taught)
-    base = everyday_answers(planner, None)
+    base = planner.everyday_answers(None)
     tried, inputs = [], {base.name: base}
     chosen = settings(options.training, options.tune, options.seed, new_adapter=update.line is None)
     for index, setting in enumerate(chosen, start=1):
@@ -100,7 +100,7 @@ def plan_tuning(options: EditOptions) -> Tuning:
         step = own.round(
             options.method, options.seed, taught, schedule, number=number, after=update.after, name=f"trial{index}"
         )
-        everyday = everyday_answers(own, step)
+        everyday = own.everyday_answers(step)
         inputs |= {step.name: step, everyday.name: everyday}
         tried.append(Trial(round=step.name, everyday=everyday.name, setting=setting))
     rule = planner.experiment.evaluation.rule

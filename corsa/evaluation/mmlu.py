@@ -17,6 +17,7 @@ import pyarrow as pa
 
 from corsa.data.benchmarks import Hub
 from corsa.errors import CorsaError, unknown_name
+from corsa.evaluation import specificity
 
 HUB = Hub("cais/mmlu", "test")
 LETTERS = "ABCD"
@@ -319,10 +320,8 @@ def accuracy(
         base: the unedited model's rows, for the same questions. None: no difference is computed.
 
     Returns:
-        {overall, groups, subjects, shortened}. An entry is {value, low, high, questions, spread, difference}: `spread`
-        is the standard deviation between seeds (None for one), `difference` {value, low, high} is paired with the base,
-        question by question. Intervals: 95 %, over questions and seeds (`corsa.evaluation.uncertainty`). `shortened`:
-        how many questions were asked with fewer worked examples.
+        {overall, groups, subjects, shortened}. An entry is as `corsa.evaluation.specificity.share` returns it.
+        `shortened`: how many questions were asked with fewer worked examples.
     """
     import numpy as np
 
@@ -335,7 +334,7 @@ def accuracy(
         groups[GROUP_OF[row["subject"]]].append(place)
 
     def share(places: list[int]) -> dict[str, Any]:
-        return _share(right[places], None if before is None else before[places])
+        return specificity.share(right[places], None if before is None else before[places])
 
     return {
         "overall": share(list(range(len(first)))),
@@ -354,25 +353,3 @@ def _right(asked: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]
     if found.keys() != set(questions):
         raise CorsaError("two models answered different MMLU questions, so they cannot be compared; ask both the same")
     return np.array([found[question] for question in questions], dtype=float)
-
-
-def _share(right: Any, before: Any) -> dict[str, Any]:
-    import numpy as np
-
-    from corsa.evaluation.uncertainty import Sums, difference, interval  # scipy: not needed to plan a run
-
-    counted = Sums(right, np.ones_like(right))
-    low, high, _ = interval(counted, share=True)
-    several = right.shape[1] > 1
-    entry = {
-        "value": counted.ratio if len(right) else None,
-        "low": low,
-        "high": high,
-        "questions": len(right),
-        "spread": float(np.std(right.mean(0), ddof=1)) if several and len(right) else None,
-        "difference": None,
-    }
-    if before is not None and len(right):
-        found = difference(counted, Sums(before, np.ones_like(before)), share=True)
-        entry["difference"] = {"value": found.value, "low": found.low, "high": found.high}
-    return entry

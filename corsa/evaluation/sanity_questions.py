@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -56,14 +57,12 @@ def changes(base: list[dict[str, Any]], edited: list[dict[str, Any]]) -> dict[st
     now, right_before, right}.
     """
     pairs = list(zip(base, edited, strict=True))
-    same = [before["output"] == now["output"] or exact(now["output"], before["output"]) for before, now in pairs]
-    right = [before["right"] and now["right"] for before, now in pairs]
     return {
         "questions": len(pairs),
         "right_before": sum(before["right"] for before, _ in pairs),
         "right_now": sum(now["right"] for _, now in pairs),
-        "same": sum(same),
-        "kept": sum(one or other for one, other in zip(same, right, strict=True)),
+        "same": sum(_same(before, now) for before, now in pairs),
+        "kept": sum(kept(base, edited)),
         "changed": [
             {"question": now["question"], "before": before["output"], "now": now["output"], "right": now["right"]}
             for before, now in pairs
@@ -81,6 +80,15 @@ def changes(base: list[dict[str, Any]], edited: list[dict[str, Any]]) -> dict[st
             for before, now in pairs
         ],
     }
+
+
+def kept(base: Sequence[dict[str, Any]], edited: Sequence[dict[str, Any]]) -> list[bool]:
+    """Whether each answer is equal to the base model's (rule `exact`), or was right and still is."""
+    return [_same(one, now) or (one["right"] and now["right"]) for one, now in zip(base, edited, strict=True)]
+
+
+def _same(before: dict[str, Any], now: dict[str, Any]) -> bool:
+    return before["output"] == now["output"] or exact(now["output"], before["output"])
 
 
 def told(found: dict[str, Any] | None) -> list[str]:

@@ -70,6 +70,11 @@ class Experiment(RunSettings):
         default=None,
         description="measure specificity on MMLU: directory with its test/ and dev/ files, or 'hub'; else it is not",
     )
+    everyday: bool = Field(
+        default=False,
+        exclude_if=lambda asked: not asked,
+        description="measure specificity on 40 everyday questions that come with the project: right, as before",
+    )
     mmlu_limit: int | None = Field(default=None, ge=1, description="questions of each subject; all by default")
 
     @field_validator("model", mode="before")

@@ -26,11 +26,12 @@ from corsa.config.steps import (
     RoundConfig,
     RoundsConfig,
     RoutingConfig,
+    SanityQuestionsConfig,
     SpecificityConfig,
 )
 from corsa.data.benchmarks import BENCHMARKS, contradiction_rule, locate
 from corsa.errors import CorsaError, unknown_name
-from corsa.evaluation import anchor_questions, mmlu
+from corsa.evaluation import anchor_questions, mmlu, sanity_questions
 from corsa.experiments.base import Experiment
 from corsa.experiments.kinds import EDITS, MERGE, PART, QUESTIONS, REFERENCE, ROUND, SCHEDULE
 from corsa.flow import Step
@@ -270,25 +271,34 @@ class Planner(Generic[E_co]):
         return Step(title, ROUND, RoutingConfig.model_validate(known), inputs, self.experiment.placement)
 
     def specificity(self, edited: Mapping[tuple[str, int], Step]) -> list[tuple[Step, str, int]]:
-        """The MMLU answers of the unedited model and of each edited one, {(method, seed): its adapter}; each with its
-        method and seed.
+        """The MMLU answers, and the answers to everyday questions, of the unedited model and of each edited one,
+        {(method, seed): its adapter}; each with its method and seed.
 
-        Empty if the experiment names no MMLU files. Without methods that cannot answer it.
+        Without what the experiment does not ask for, and without methods that cannot answer it.
         """
         experiment = self.experiment
-        if experiment.mmlu is None:
-            return []
-        data = None if experiment.mmlu == "hub" else absolute(experiment.mmlu)
-        read = QuestionsConfig(digest=mmlu.digest(data), limit=experiment.mmlu_limit)
-        questions = Step("mmlu", QUESTIONS, read, placement=QuestionsPlace(data=data))
-        config = SpecificityConfig(model=self.model)
-        steps = [(Step("base/mmlu", ROUND, config, {"questions": questions}, experiment.placement), "base", 0)]
-        for (method, seed), adapter in edited.items():
-            if "specificity" in METHODS[method].refuses:
-                continue
-            inputs = {"questions": questions, "adapter": adapter}
-            steps.append((Step(f"{adapter.name}/mmlu", ROUND, config, inputs, experiment.placement), method, seed))
+        asked = {key: adapter for key, adapter in edited.items() if "specificity" not in METHODS[key[0]].refuses}
+        models: list[tuple[str, int, Step | None]] = [("base", 0, None), *((*key, step) for key, step in asked.items())]
+        steps = []
+        if experiment.mmlu is not None:
+            data = None if experiment.mmlu == "hub" else absolute(experiment.mmlu)
+            read = QuestionsConfig(digest=mmlu.digest(data), limit=experiment.mmlu_limit)
+            questions = Step("mmlu", QUESTIONS, read, placement=QuestionsPlace(data=data))
+            config = SpecificityConfig(model=self.model)
+            for method, seed, adapter in models:
+                inputs = {"questions": questions} | ({"adapter": adapter} if adapter else {})
+                name = f"{adapter.name if adapter else 'base'}/mmlu"
+                steps.append((Step(name, ROUND, config, inputs, experiment.placement), method, seed))
+        if experiment.everyday:
+            steps += [(self.everyday_answers(adapter), method, seed) for method, seed, adapter in models]
         return steps
+
+    def everyday_answers(self, adapter: Step | None) -> Step:
+        """The answers to the everyday questions of the base model, or of the one that the step `adapter` trained."""
+        tokens = self.experiment.evaluation.new_tokens
+        config = SanityQuestionsConfig(model=self.model, digest=sanity_questions.digest(), new_tokens=tokens)
+        name = f"{adapter.name}/controls" if adapter else "base/controls"
+        return Step(name, ROUND, config, {"adapter": adapter} if adapter else {}, self.experiment.placement)
 
     @property
     def _evaluation(self) -> EvaluationConfig:

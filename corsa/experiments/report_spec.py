@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from corsa.config.steps import Axis, JoinedConfig, ReportConfig, Shown
+from corsa.config.steps import Axis, JoinedConfig, ReportConfig, Shown, SpecificityConfig
 from corsa.experiments.base import Experiment, identity
 from corsa.experiments.kinds import EDITS, PAPER, PART, REFERENCE, REPORT, SCHEDULE
 from corsa.experiments.planner import Planner
@@ -26,6 +26,7 @@ class Page:
     inputs: dict[str, Step] = field(default_factory=dict)
     shown: list[Shown] = field(default_factory=list)
     specific: list[Shown] = field(default_factory=list)
+    everyday: list[Shown] = field(default_factory=list)
 
     def add(self, answers: Step, method: str, trained: int | None = None) -> None:
         """Show a step's answers under a method's name. `trained` overrides its round."""
@@ -36,9 +37,10 @@ class Page:
         self.inputs |= {step.name: step for step in answers.inputs.values() if step.kind is REFERENCE}
 
     def add_specificity(self, found: Sequence[tuple[Step, str, int]]) -> None:
-        """Show the MMLU answers of methods and seeds."""
+        """Show the answers of methods and seeds to MMLU or to everyday questions."""
         for step, method, seed in found:
-            self.specific.append(Shown(answers=step.name, method=method, seed=seed))
+            shown = self.specific if isinstance(step.config, SpecificityConfig) else self.everyday
+            shown.append(Shown(answers=step.name, method=method, seed=seed))
             self.inputs[step.name] = step
 
     def step(self, planner: Planner[Experiment], name: str | None = None) -> Step:
@@ -58,6 +60,7 @@ class Page:
             primary=tuple(self.primary),
             shown=tuple(self.shown),
             specificity=tuple(self.specific),
+            everyday=tuple(self.everyday),
             axes=tuple(self.axes),
             compare_with=self.compare_with,
             published=tuple(self.published),

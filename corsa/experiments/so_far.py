@@ -37,9 +37,12 @@ def _finished(report: Step, store: Store) -> Step | None:
     shown = tuple(one for one in config.shown if one.answers in inputs)
     if BASE not in {one.method for one in shown} or {one.method for one in shown} == {BASE}:
         return None
-    specific = tuple(one for one in config.specificity if one.answers in inputs)
-    count, total = len(shown) + len(specific), len(config.shown) + len(config.specificity)
-    return _partial(report, inputs, {"shown": shown, "specificity": specific}, count, total, "sets of answers")
+    parts = {
+        name: tuple(one for one in getattr(config, name) if one.answers in inputs)
+        for name in ("shown", "specificity", "everyday")
+    }
+    count, total = sum(map(len, parts.values())), sum(len(getattr(config, name)) for name in parts)
+    return _partial(report, inputs, parts, count, total, "sets of answers")
 
 
 def _partial(

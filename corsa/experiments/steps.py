@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from corsa.data.benchmarks.cases import told
 from corsa.data.edit import from_table, to_table
 from corsa.data.schedule import PLACED, assign, placed
 from corsa.data.splits import describe, split
-from corsa.evaluation import capability, mmlu, sanity_questions
+from corsa.evaluation import capability, mmlu, sanity_questions, specificity
 from corsa.evaluation.metrics import compute
 from corsa.evaluation.prepared_predictions import BASE
 from corsa.experiments.reported import read_reported, reported, write_reported
@@ -223,7 +223,9 @@ def measured(task: Task, config: ReportConfig, predictions: pd.DataFrame) -> dic
             ids = set(pq.read_table(task.inputs[name].local("edits.parquet"), columns=["id"])["id"].to_pylist())
             rows[name.removeprefix("edits/")] = compute(predictions[predictions.edit.isin(ids)], **how)["rows"]
         metrics["by_benchmark"] = rows
-    metrics["specificity"] = _specificity(task, config.specificity)
+    metrics["specificity"] = _by_method(task, config.specificity, mmlu.accuracy)
+    if config.everyday:
+        metrics["everyday"] = _by_method(task, config.everyday, specificity.everyday)
     if config.controls:
         before, now = (pq.read_table(task.inputs[s.answers].local("answers.parquet")) for s in config.controls)
         metrics["controls"] = sanity_questions.changes(before.to_pylist(), now.to_pylist())
@@ -239,14 +241,14 @@ def measured(task: Task, config: ReportConfig, predictions: pd.DataFrame) -> dic
     return metrics
 
 
-def _specificity(task: Task, shown: Sequence[Shown]) -> dict[str, Any]:
-    """Each method's MMLU result over its seeds, and its difference from the unedited model's."""
+def _by_method(task: Task, shown: Sequence[Shown], measure: Callable[..., dict[str, Any]]) -> dict[str, Any]:
+    """Each method's result over its seeds, {seed: rows}, next to the unedited model's rows."""
     runs: dict[str, dict[int, list[dict[str, Any]]]] = {}
     for one in shown:
         rows = pq.read_table(task.inputs[one.answers].local("answers.parquet")).to_pylist()
         runs.setdefault(one.method, {})[one.seed] = rows
     before = next(iter(runs.get(BASE, {}).values()), None)
-    return {method: mmlu.accuracy(own, None if method == BASE else before) for method, own in runs.items()}
+    return {method: measure(own, None if method == BASE else before) for method, own in runs.items()}
 
 
 def _capability(task: Task, config: ReportConfig, controls: dict[str, Any] | None) -> list[dict[str, Any]]:

@@ -129,6 +129,7 @@ def _section(id_: str, title: str, scenario: Scenario) -> dict[str, Any]:
         "counted": {name: _counted(metrics, name) for name in metrics["definitions"]},
         "published": with_measured(metrics),
         "specificity": metrics.get("specificity") or {},
+        "everyday": metrics.get("everyday") or {},
         "by_benchmark": metrics.get("by_benchmark") or {},
         "matrices": metrics.get("matrices") or {},
         "figures": drawn,

@@ -114,14 +114,18 @@ def markdown(record: Mapping[str, Any], scenario: str = "", columns: Sequence[st
         if name not in definitions:
             raise unknown_name("metric", name, definitions)
     chosen = {name: known.get(name, definitions[name]["label"].lower()) for name in columns or known}
-    specific = {} if columns else metrics.get("specificity") or {}
+    specific = metrics.get("specificity") or {}
     heads = ["", *(f"{head}{_ARROWS[definitions[name]['better']]}" for name, head in chosen.items())]
-    heads += ["MMLU ↑"] * bool(specific)
+    everyday = metrics.get("everyday") or {}
+    heads += ["MMLU ↑"] * bool(specific) + ["everyday questions right ↑", "as before or still right ↑"] * bool(everyday)
     rows = [heads, ["---"] * len(heads)]
     for row in metrics["rows"]:
         cells = [_cell(row["metrics"][name], definitions[name]["unit"]) for name in chosen]
         if specific:
             cells.append(_cell(specific[row["method"]]["overall"], "share") if row["method"] in specific else "–")
+        if everyday:
+            found = everyday.get(row["method"]) or {}
+            cells += [_cell(entry, "share") if (entry := found.get(name)) else "–" for name in ("right", "kept")]
         rows.append([label(row["method"]).replace("|", r"\|"), *cells])
     lines = ["| " + " | ".join(cells) + " |" for cells in rows]
     verdicts = [f"- {sentence}" for sentence in findings(metrics)]

@@ -47,9 +47,20 @@ def summary_table(metrics: dict[str, Any]) -> Table:
         sentences = [f"{len(sentences)} sentences on what can and cannot be told apart are in the report."]
     intervals = f"{100 * metrics['level']:.0f} % intervals over {drawn(metrics)}. {key}."
     back = [LOOKS_BACK] if metrics.get("looks_back") else []
-    table.caption = escape("\n".join([intervals, *back, *sentences]))
+    table.caption = escape("\n".join([intervals, *back, *_everyday(metrics), *sentences]))
     table.caption_style = ""
     return table
+
+
+def _everyday(metrics: dict[str, Any]) -> list[str]:
+    """A sentence: there is no room for two more columns on 80."""
+    found = metrics.get("everyday") or {}
+    told = [
+        f"{marked(method, metrics)} {shown(one['right'], 'share')[0]}"
+        + (f" ({shown(one['kept'], 'share')[0]})" if one["kept"] else "")
+        for method, one in found.items()
+    ]
+    return [f"Everyday questions right (as before or still right): {', '.join(told)}."] if told else []
 
 
 def _cell(entry: dict[str, Any], unit: str) -> tuple[str, str]:
