@@ -39,7 +39,7 @@ def figures(metrics: dict[str, Any], curves: pd.DataFrame) -> list[Figure]:
     if len(metrics["methods"]) > _LINES and not curves.empty:  # one method with many settings: show only its own curve
         curves = curves[~curves.method.str.contains(" ")]
     settings = [_against_setting(metrics, axis) for axis in metrics.get("axes", ())]
-    rounds = [_efficacy_against_forgetting(metrics), _per_round(metrics)] if len(metrics["rounds"]) > 1 else []
+    rounds = [_learnt_against_forgotten(metrics), _per_round(metrics)] if len(metrics["rounds"]) > 1 else []
     return [*settings, _learning(curves), *rounds, _diagnostics(curves)]
 
 
@@ -98,43 +98,50 @@ def _learning(curves: pd.DataFrame) -> Figure:
     return figure if figure.plots else _without(figure, "No training curves were recorded.")
 
 
-def _efficacy_against_forgetting(metrics: dict[str, Any]) -> Figure:
+def _learnt_against_forgotten(metrics: dict[str, Any]) -> Figure:
     figure = Figure(
         "tradeoff",
-        "Update efficacy against forgetting",
-        f"After round {metrics['rounds'][-1]}. The best corner is top left: takes what is new, keeps what was learnt. "
-        f"{_what_bars_are(metrics)}",
+        "What is learnt against what is forgotten",
+        f"After round {metrics['rounds'][-1]}, a point for each method. The best corner is top left: takes what is "
+        f"new, keeps what was learnt. {_what_bars_are(metrics)}",
     )
-    plot = _plot("forgetting (%)", "update efficacy (%)")
-    for row in metrics["rows"]:
-        efficacy, forgetting = row["metrics"]["efficacy"], row["metrics"]["forgetting"]
-        if efficacy["value"] is None or forgetting["value"] is None:
-            continue
-        text = "<br>".join(
-            f"{name}: {value} ({ends})" if ends else f"{name}: {value}"
-            for name, (value, ends) in (
-                ("efficacy", shown(efficacy, "share")),
-                ("forgetting", shown(forgetting, "share")),
-            )
-        )
-        plot.add_scatter(
-            x=[100 * forgetting["value"]],
-            y=[100 * efficacy["value"]],
-            error_x=_bars([forgetting]),
-            error_y=_bars([efficacy]),
-            mode="markers",
-            name=label(row["method"]),
-            marker={"size": 12, "color": _colour(row["method"]), "symbol": _SYMBOLS.get(row["method"], "star")},
-            hovertemplate=f"{text}<extra>{label(row['method'])}</extra>",
-        )
-    if not plot.data:
-        return _without(
+    for learnt in ("efficacy", "generality"):
+        title = metrics["definitions"][learnt]["label"].lower()
+        plot = _plot("forgetting (%)", f"{title} (%)")
+        for row in metrics["rows"]:
+            _add_point(plot, row, "forgetting", learnt)
+        if plot.data:
+            plot.update_xaxes(range=[-4, 104])
+            plot.update_yaxes(range=[-4, 104])
+            figure.plots.append((f"{title} against forgetting", plot))
+    return (
+        figure
+        if figure.plots
+        else _without(
             figure, "Forgetting needs a fact learnt in an earlier round and still valid: there is none in this run."
         )
-    plot.update_xaxes(range=[-4, 104])
-    plot.update_yaxes(range=[-4, 104])
-    figure.plots.append(("", plot))
-    return figure
+    )
+
+
+def _add_point(plot: go.Figure, row: dict[str, Any], x: str, y: str) -> None:
+    """A method's point with its intervals, if it has both metrics."""
+    across, up = row["metrics"][x], row["metrics"][y]
+    if across["value"] is None or up["value"] is None:
+        return
+    text = "<br>".join(
+        f"{name}: {value} ({ends})" if ends else f"{name}: {value}"
+        for name, (value, ends) in ((y, shown(up, "share")), (x, shown(across, "share")))
+    )
+    plot.add_scatter(
+        x=[100 * across["value"]],
+        y=[100 * up["value"]],
+        error_x=_bars([across]),
+        error_y=_bars([up]),
+        mode="markers",
+        name=label(row["method"]),
+        marker={"size": 12, "color": _colour(row["method"]), "symbol": _SYMBOLS.get(row["method"], "star")},
+        hovertemplate=f"{text}<extra>{label(row['method'])}</extra>",
+    )
 
 
 def _per_round(metrics: dict[str, Any]) -> Figure:
