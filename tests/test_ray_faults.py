@@ -91,6 +91,8 @@ from corsa.config.command_line import exit_with
 from corsa.flow.cluster import connect
 from rich.console import Console
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background inherits that it is ignored
+
 def command():
     connect(Console(file=sys.stderr))
     task = ray.remote(num_cpus=0)(lambda seconds: time.sleep(seconds))
