@@ -13,6 +13,8 @@ from corsa.experiments.base import Experiment
 from corsa.experiments.planner import Facts, Planner
 from corsa.flow import Step
 
+pytestmark = [pytest.mark.long, pytest.mark.usefixtures("one_thread"), pytest.mark.timeout(600)]
+
 
 def settings(planner: Planner[Experiment], taught: Facts, schedule: Step) -> list[Step]:
     """Two rounds of two settings and one of a setting that diverges."""
@@ -29,7 +31,6 @@ def methods(planner: Planner[Experiment], taught: Facts, schedule: Step) -> list
     return [planner.round(method, 0, taught, schedule) for method in names]
 
 
-@pytest.mark.long
 def test_a_packed_round_is_the_same_result_as_one_alone(tmp_path: Path) -> None:
     alone, steps, failed_alone = taken(tmp_path / "alone", settings)
     packed, _, failed = taken(tmp_path / "packed", pack=3, chains=settings)
@@ -47,7 +48,6 @@ def test_a_packed_round_is_the_same_result_as_one_alone(tmp_path: Path) -> None:
         assert asked[0].output.tolist() == asked[1].output.tolist()
 
 
-@pytest.mark.long
 def test_a_method_is_packed_with_those_alone_that_leave_it_what_it_is(tmp_path: Path) -> None:
     alone, steps, failed_alone = taken(tmp_path / "alone", methods)
     packed, _, failed = taken(tmp_path / "packed", pack=3, chains=methods)
