@@ -32,7 +32,7 @@ class Nodes(Cluster):
     def script(self, *words: str) -> str:
         """The output of `cluster/local.sh WORDS`, which must succeed."""
         done = subprocess.run(
-            [ROOT / "cluster/local.sh", *words], env=self.shell, capture_output=True, text=True, timeout=150
+            [ROOT / "cluster/local.sh", *words], env=self.shell, capture_output=True, text=True, timeout=280
         )
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
