@@ -160,8 +160,8 @@ def _write_answers(edits: Sequence[Any], months: int, path: Path) -> None:
 
 
 def _watched(command: Sequence[str]) -> tuple[str, int, dict[str, int]]:
-    """Runs a command without a cluster in its environment: what it printed, and the peaks of its process and others."""
-    own = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    """Runs a command with a cluster of its own: what it printed, and the peaks of its process and others."""
+    own = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     driver, workers = 0, {}
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:
         running = subprocess.Popen(command, env=own, stdout=out, stderr=errors, text=True)
