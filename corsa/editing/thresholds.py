@@ -41,7 +41,7 @@ def judged(gates: Thresholds, metrics: dict[str, Any]) -> list[Verdict]:
         value, measured = row[of]["value"], ""
         least = name.startswith("min_")
         worst = value
-        if row[of]["interval"] == "sample":
+        if row[of].get("interval") == "sample":
             worst = row[of]["low" if least else "high"]
             end = f"at {'least' if least else 'most'} {100 * worst:.1f} %"
             measured = f"{100 * value:.1f} % by a sample, over all facts {end}"
