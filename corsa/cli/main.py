@@ -19,7 +19,6 @@ from corsa.cli.commands import evaluate as evaluate
 from corsa.cli.commands import export as export
 from corsa.cli.commands import merge as merge
 from corsa.cli.commands import perf_gpu as perf_gpu
-from corsa.cli.commands import perf_line as perf_line
 from corsa.cli.commands import perf_sandbox as perf_sandbox
 from corsa.cli.commands import perf_speed as perf_speed
 from corsa.cli.commands import plan as plan
