@@ -100,6 +100,7 @@ def curves(
                         "cosine": random.normal(0.1 - 0.4 * done, 0.15) if corsa else None,
                         "conflict": bool(corsa and random.random() < 0.4),
                         "sharpness": 0.02 * np.exp(-2 * done) + random.normal(0, 0.001) if corsa else None,
+                        "gradient_change": 0.1 * np.exp(-done) if corsa else None,
                         "grad_norm": 2 * np.exp(-done),
                         "learning_rate": 2e-4 * (1 - done),
                         "seconds": 1.5,

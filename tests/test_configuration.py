@@ -12,7 +12,7 @@ import pytest
 from conftest import ROOT
 from pydantic import ValidationError
 
-from corsa.config import STEPS, StepConfig
+from corsa.config import STEPS, Placement, StepConfig
 from corsa.config.command_line import answered, configure, exit_with
 from corsa.errors import CorsaError
 from corsa.experiments.code.base import CodeExperiment
@@ -20,7 +20,13 @@ from corsa.experiments.planner import Planner
 from corsa.experiments.runner import repeat_command
 from corsa.flow.step import Step, topological
 from corsa.flow.store import Store
-from corsa.training.resources import cpus_per_worker, groups_side_by_side, refuse_what_cannot_fit, threads_per_worker
+from corsa.training.resources import (
+    cpus_per_worker,
+    groups_side_by_side,
+    refuse_what_cannot_fit,
+    threads_per_worker,
+    trials_at_once,
+)
 from pipelines.continual import Continual, continual, main
 
 SCRIPT = ROOT / "pipelines" / "continual.py"
@@ -314,6 +320,23 @@ def test_a_node_s_cores_are_shared_by_its_workers() -> None:
     assert cpus_per_worker(placement, [{"CPU": 8.0}]) == pytest.approx(3.5)
     assert cpus_per_worker(placement, [{"CPU": 2.0}]) == 0.5
     assert cpus_per_worker(given("--placement.cpus", "3").placement, [{"CPU": 2.0}]) == 3
+
+
+def test_a_group_that_can_grow_leaves_room_for_all_its_workers_on_a_node() -> None:
+    placement = given("--workers", "2", "--max-workers", "3").placement
+    assert threads_per_worker(placement, 8) == 2
+    for cores in (2.0, 8.0, 12.0, 30.0):
+        reserved = cpus_per_worker(placement, [{"CPU": cores}])
+        for workers in (1, 2, 3):  # Ray adds the bundles of a node, and divides the sum
+            assert sum([reserved] * workers) // reserved == workers
+    assert sum([0.3] * 3) // 0.3 == 2, "which is why a reservation is a multiple of 1/8"
+    assert cpus_per_worker(given("--max-workers", "3", "--placement.cpus", "0.3").placement, [{"CPU": 2.0}]) == 0.25
+    refuse_what_cannot_fit(placement, [{"CPU": 2.0}])  # the least that it needs is there
+    assert groups_side_by_side(given("--max-workers", "4").placement, [{"CPU": 8.0}]) == 1
+    with pytest.raises(CorsaError, match="--max-workers: the trials of a sweep have groups of one size"):
+        trials_at_once(placement, [{"CPU": 8.0}])
+    with pytest.raises(ValueError, match="max_workers 1 is less than workers 2"):
+        Placement(workers=2, max_workers=1)
 
 
 def test_what_a_cluster_cannot_hold_is_refused_with_the_sum() -> None:

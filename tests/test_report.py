@@ -18,6 +18,7 @@ from plotly.offline import get_plotlyjs_version
 from rich.console import Console
 from synthetic_run import RUN, curves, predictions
 
+from corsa.config import ModelConfig
 from corsa.config.steps import JoinedConfig
 from corsa.evaluation.metrics import compute
 from corsa.evaluation.specificity import everyday
@@ -31,6 +32,7 @@ from corsa.report.findings import findings, shown, summary
 from corsa.report.layout import write_page
 from corsa.report.page import Scenario, write_paper, write_report
 from corsa.report.tables import summary_table
+from corsa.report.training import told_perturbation
 
 PRIMARY = ("efficacy", "forgetting")
 EVIL = "<script>alert('x')</script> & <b>bold</b>"
@@ -112,7 +114,7 @@ def test_every_method_and_figure_is_there(page: Page) -> None:
     for method in ("base", "LoRA", "CoRSA"):
         assert method in page.text
     plots = json.loads(page.unfolded("plots"))
-    counts = {"learning": 2, "tradeoff": 2, "rounds": 3, "diagnostics": 2}
+    counts = {"learning": 2, "tradeoff": 2, "rounds": 3, "diagnostics": 3}
     assert set(plots) == {f"{figure}-{index}" for figure, count in counts.items() for index in range(count)}
     drawn = {div["id"]: div for div in page.all("div") if div.get("role") == "img"}
     assert set(drawn) == set(plots)
@@ -360,3 +362,15 @@ def test_figures_of_the_paper_stand_beside_another_protocol_with_what_differs(
     assert "+12.42 points" in page.text
     assert ("which is another measure" in page.text) is said
     assert f"protocol: {protocol}{'' if said else ', 3 draws'}" in page.text
+
+
+@pytest.mark.parametrize(
+    ("dtype", "change", "told"),
+    [("bfloat16", 0.0048, True), ("bfloat16", 0.03, False), ("float32", 0.0048, False), ("bfloat16", None, False)],
+)
+def test_a_perturbation_that_drowns_in_rounding_is_told(dtype: Any, change: float | None, told: bool) -> None:
+    found = list(told_perturbation(ModelConfig(dtype=dtype), {} if change is None else {"gradient_change": change}))
+    assert len(found) == told
+    if told:
+        assert "changed the gradient by 0.48 % of its length" in found[0]
+        assert "--dtype float32" in found[0]

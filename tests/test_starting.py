@@ -126,3 +126,24 @@ def test_ports_in_use_are_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
         with fixed_ports():
             found = {int(os.environ["DASHBOARD_METRIC_PORT"]), int(os.environ["AUTOSCALER_METRIC_PORT"])}
     assert found < set(range(first + 2, first + 8))
+
+
+def test_the_second_attempt_waits_for_a_node_that_registers_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ray._private import services
+
+    looks = []
+
+    def late(*node: str) -> dict[str, str]:
+        looks.append(node)
+        if len(looks) < 3:
+            raise RuntimeError("no node yet")
+        return {"node_id": node[1]}
+
+    monkeypatch.setattr(services, "get_node", late)
+    with starting._patience(30):
+        assert services.get_node("gcs", "abc") == {"node_id": "abc"}
+    assert looks == [("gcs", "abc")] * 3
+    looks.clear()
+    with starting._patience(0), pytest.raises(RuntimeError, match="no node yet"):
+        services.get_node("gcs", "abc")
+    assert services.get_node is late

@@ -23,6 +23,7 @@ COLUMNS = (
     "cosine",
     "conflict",
     "sharpness",
+    "gradient_change",
     "grad_norm",
     "below",
     "skipped",
@@ -40,12 +41,15 @@ class Measured:
         at_peak: the same at phi + e, if the step was perturbed.
         cosine: the smallest cosine between two objectives' gradients at phi, (K, 1); None with one objective.
         conflict: whether it is below 0.
+        change: |g_PC(phi + e) - g_PC(phi)| / |g_PC(phi)|, (K, 1), if the step was perturbed. In a base that is not
+            float32, the rounding of both gradients is part of it.
     """
 
     at_phi: Tensor
     at_peak: Tensor | None = None
     cosine: Tensor | None = None
     conflict: Tensor | None = None
+    change: Tensor | None = None
 
     @classmethod
     def of(cls, sums: Tensor, inner: Products | None, settings: RowSettings) -> Measured:
@@ -78,7 +82,8 @@ def rows(
     *losses, new, old, below = measured.at_phi.double()
     found = {objective.column: loss for objective, loss in zip(objectives, losses, strict=True)}
     found |= {"logp_new": new / taught.edits, "logp_old": old / taught.pairs, "grad_norm": norm, "below": below}
-    found |= {"cosine": measured.cosine, "conflict": measured.conflict, "sharpness": measured.sharpness(settings)}
+    found |= {"cosine": measured.cosine, "conflict": measured.conflict}
+    found |= {"sharpness": measured.sharpness(settings), "gradient_change": measured.change}
     found = {name: column for name, column in found.items() if column is not None}
     table = torch.cat([column.double() for column in found.values()], 1).tolist()
     logs = []
@@ -86,7 +91,7 @@ def rows(
         own = {o.column for o in objectives if o.weight is None or getattr(config, o.weight) > 0}
         idle = {o.column for o in objectives} - own
         idle |= {"cosine", "conflict"} if len(own) < 2 else set()
-        idle |= {"sharpness"} if not config.sam else set()
+        idle |= {"sharpness", "gradient_change"} if not config.sam else set()
         log = dict.fromkeys(COLUMNS) | {n: v for n, v in zip(found, values, strict=True) if n not in idle}
         log["conflict"] = None if log["conflict"] is None else bool(log["conflict"])
         logs.append(log | {"below": int(log["below"] or 0), "skipped": not good})

@@ -123,7 +123,9 @@ def sharp_gradient(
     sharp = at_peak.merged(settings)
     if look is not None:
         look.keep(g, sharp)
-    return sharp, replace(measured, at_peak=at_peak.sums)
+    length = norm(g).clamp(min=settings.shared.eps)
+    change = norm(g.sub_(sharp)) / length  # in place: g is not used any more
+    return sharp, replace(measured, at_peak=at_peak.sums, change=change)
 
 
 def _e(phi: Tensor, direction: Tensor, settings: RowSettings) -> Tensor:
@@ -158,10 +160,11 @@ def _microbatch_sharp_gradient(
 ) -> tuple[Tensor, Measured]:
     """As `sharp_gradient`, but e comes from each micro-batch alone. Micro-batches are weighted by their edits.
 
-    The cosine is the mean over micro-batches with these weights. There is a conflict if any micro-batch has one.
+    The cosine and the change are means over micro-batches with these weights. There is a conflict if any micro-batch
+    has one.
     """
     objectives, adapters = len(running(settings)), len(settings.rows)
-    g, angles = torch.zeros_like(phi), phi.new_zeros(2, adapters, 1)
+    g, angles, change = torch.zeros_like(phi), phi.new_zeros(2, adapters, 1), phi.new_zeros(adapters, 1)
     sums = phi.new_zeros(2, objectives + 3, adapters, 1)
     for part in batch.parts:
         alone, share = Batch([part], part.edits, part.counts), part.edits / batch.edits
@@ -174,8 +177,9 @@ def _microbatch_sharp_gradient(
             row[objectives:] += of[objectives:]
         if found.cosine is not None and found.conflict is not None:
             angles += torch.stack([share * found.cosine, found.conflict])
-    reduce(g)
-    reduce(sums)
-    reduce(angles)
-    at_peak = sums[1] if settings.any("rho") else None
-    return g, Measured(sums[0], at_peak, *((angles[0], angles[1] > 0) if objectives > 1 else ()))
+        if found.change is not None:
+            change += share * found.change
+    for tensor in (g, sums, angles, change):
+        reduce(tensor)
+    measured = Measured(sums[0], *((None, angles[0], angles[1] > 0) if objectives > 1 else ()))
+    return g, replace(measured, at_peak=sums[1], change=change) if settings.any("rho") else measured

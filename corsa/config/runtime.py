@@ -61,6 +61,15 @@ class Placement(Frozen):
     """How steps are run. Never part of a step's identity: it changes the time a result takes, not the result."""
 
     workers: Annotated[int, plain()] = Field(default=1, ge=1, description="training workers of one group")
+    max_workers: Annotated[int | None, plain()] = Field(
+        default=None,
+        ge=1,
+        description="let the group grow to so many workers while the cluster has room, and shrink to --workers if "
+        "nodes are lost; each change goes on from the last checkpoint; default: its size is fixed",
+    )
+    resize_interval: float = Field(
+        default=60.0, gt=0, description="seconds between looks whether a group with --max-workers can grow"
+    )
     threads: int | None = Field(
         default=None, ge=1, description="CPU threads per worker; default: the node's cores divided by its workers"
     )
@@ -97,6 +106,17 @@ class Placement(Frozen):
     )
     heartbeat_timeout: float = Field(default=30.0, gt=0, description="seconds after which a silent worker is replaced")
     sharding: Annotated[ShardingConfig, plain("sharding")] = ShardingConfig()
+
+    @property
+    def most_workers(self) -> int:
+        """The workers that a group can have at most."""
+        return self.max_workers or self.workers
+
+    @model_validator(mode="after")
+    def _can_grow(self) -> Placement:
+        if self.most_workers < self.workers:
+            raise ValueError(f"max_workers {self.max_workers} is less than workers {self.workers}: give the larger one")
+        return self
 
     @field_validator("gpu_memory")
     @classmethod

@@ -72,6 +72,13 @@ class ReferenceConfig(Frozen):
     )
 
 
+class RecheckConfig(Frozen):
+    """How many facts of earlier rounds are asked again, and which: a random sample, drawn anew for every round."""
+
+    facts: int = Field(ge=1, description="size of the sample; all are asked if there are no more")
+    seed: int = Field(default=0, ge=0, description="of the draw")
+
+
 class PredictionConfig(Frozen):
     """What the answers of a model depend on. With an input `adapter` the model is edited, without one it is not.
 
@@ -82,6 +89,11 @@ class PredictionConfig(Frozen):
     evaluation: EvaluationConfig
     seed: int = Field(default=0, ge=0, description="of the training that the answers follow")
     round: int = Field(default=0, ge=0, description="the round after which it is asked")
+    recheck: RecheckConfig | None = Field(
+        default=None,
+        exclude_if=lambda recheck: recheck is None,
+        description="the sample of the facts of earlier rounds that is asked; default: all of them",
+    )
 
 
 class RoundConfig(PredictionConfig):

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from corsa.config.steps import RoundsConfig
+from corsa.config.steps import RecheckConfig, RoundsConfig
 from corsa.data.edit import Edit
 from corsa.errors import CorsaError
 
@@ -103,3 +103,25 @@ def valid_after(schedule: pa.Table, round_: int) -> list[dict[str, Any]]:
         if row["learnt"] <= round_ and row["learnt"] >= latest.setdefault(row["chain"], row)["learnt"]:
             latest[row["chain"]] = row
     return list(latest.values())
+
+
+def rechecked(
+    facts: Sequence[dict[str, Any]], round_: int, recheck: RecheckConfig | None
+) -> list[tuple[dict[str, Any], float]]:
+    """The facts that are asked after a round, each with the number of facts that it stands for.
+
+    Those that the round teaches are all asked. Of the earlier ones a simple random sample without replacement is, which
+    depends on the seed, the round and the chains, and on nothing else.
+
+    Args:
+        facts: that are valid after the round (`valid_after`).
+        round_: the round.
+        recheck: the sample; None: all facts are asked.
+    """
+    earlier = sorted(fact["chain"] for fact in facts if fact["learnt"] < round_)
+    if recheck is None or len(earlier) <= recheck.facts:
+        return [(fact, 1.0) for fact in facts]
+    drawn = np.random.default_rng([recheck.seed, round_]).choice(len(earlier), recheck.facts, replace=False)
+    weights = dict.fromkeys((earlier[i] for i in drawn), len(earlier) / recheck.facts)
+    weights |= {fact["chain"]: 1.0 for fact in facts if fact["learnt"] == round_}
+    return [(fact, weights[fact["chain"]]) for fact in facts if fact["chain"] in weights]

@@ -23,6 +23,7 @@ from corsa.config import (
     plain,
 )
 from corsa.config.command_line import listed
+from corsa.config.steps import RecheckConfig
 from corsa.methods import METHODS
 
 TEACHING = tuple(name for name, method in METHODS.items() if "adapter" not in method.refuses)
@@ -88,8 +89,20 @@ class Options(Frozen):
     )
     dry_run: bool = Field(default=False, description="show the steps and which are done, run nothing")
     quiet: bool = Field(default=False, description="show no progress")
+    recheck: int | None = Field(
+        default=None,
+        ge=1,
+        description="earlier facts that are asked again: a random sample of so many, drawn anew for each update; the "
+        "gates then judge the worse end of a 95 % interval; default: all",
+    )
+    recheck_seed: int = Field(default=0, ge=0, le=SEEDS, description="of the draw of --recheck")
     evaluation: EvaluationConfig = EvaluationConfig()
     placement: Placement = Placement()
+
+    @property
+    def sample(self) -> RecheckConfig | None:
+        """The earlier facts that are asked again; None: all."""
+        return RecheckConfig(facts=self.recheck, seed=self.recheck_seed) if self.recheck else None
 
 
 class Teaching(Options, MethodSettings):

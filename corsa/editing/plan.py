@@ -9,7 +9,7 @@ from __future__ import annotations
 import shlex
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -190,7 +190,8 @@ def evaluation_planner(options: EvaluateOptions, model: ModelConfig) -> Planner[
         evaluation=options.evaluation,
         placement=options.placement,
     )
-    return Planner.of(experiment, shlex.join(["corsa", "evaluate", *differences(options)]))
+    planner = Planner.of(experiment, shlex.join(["corsa", "evaluate", *differences(options)]))
+    return replace(planner, recheck=options.sample)
 
 
 def asked_facts(planner: Planner, options: EvaluateOptions, line: Line | None) -> tuple[Facts, int, Step | None]:
@@ -202,6 +203,11 @@ def asked_facts(planner: Planner, options: EvaluateOptions, line: Line | None) -
     rounds = 1
     if options.edits and options.benchmark:
         raise CorsaError("give --edits or --benchmark, not both")
+    if options.recheck and (options.edits or options.benchmark or options.endpoint):
+        raise CorsaError(
+            "--recheck draws among the facts that an adapter was taught: give --adapter alone, without --edits, "
+            "--benchmark and --endpoint"
+        )
     if options.edits:
         path = regular(options.edits).absolute()
         taught = planner.with_reference(stem(path), facts_step(planner, path, drafts_of(path), None, options))
@@ -273,7 +279,7 @@ def _planner(options: Teaching, line: Line | None) -> Planner[Experiment]:
     planner = Planner.of(experiment, _command(options))  # an unknown model is refused before anything else is done
     experiment.evaluation.checked(experiment.model)
     check_trackers(options.track)
-    return planner
+    return replace(planner, recheck=options.sample)
 
 
 def _plan(options: Teaching, update: Update, tuned: Tuned | None = None) -> Plan:
@@ -308,7 +314,7 @@ def reported(
     side effects.
     """
     experiment, tables = planner.experiment, [taught.edits] if before else list(taught.tables.values())
-    before = before or planner.base(taught)
+    before = before or planner.base(taught, answers[-1] if answers else None)
     checked = [planner.everyday_answers(None)] + ([planner.everyday_answers(adapter)] if adapter else [])
     measured, measures = capability_steps(planner, adapter, gates)
     inputs = [before, *answers, *tables, schedule, *(checked if adapter else []), *measured]
@@ -322,7 +328,7 @@ def reported(
         kinds=experiment.evaluation.kinds,
         taught_questions=True,
         headlines=HEADLINES,
-        shown=(Shown(answers=before.name, method="base"), *shown),
+        shown=(Shown(answers=before.name, method="base", trained=0 if planner.recheck else None), *shown),
         controls=tuple(Shown(answers=step.name, method="controls") for step in checked) if adapter else (),
         capability=tuple(measures),
         notes=tuple(notes),

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from corsa.config.steps import FactsConfig, LineConfig
@@ -16,6 +17,7 @@ from corsa.data.benchmarks.cases import asked_once
 from corsa.data.benchmarks.file import Draft, drafts_of
 from corsa.data.edit import Edit, from_table, to_table
 from corsa.editing.history import WEIGHTS, Standing, join, reworded, taken_back
+from corsa.evaluation.prepared_predictions import BASE
 from corsa.flow.task import Task
 
 
@@ -31,10 +33,13 @@ def import_line(task: Task) -> dict[str, Any]:
         shutil.copyfile(source / "edits.parquet", task.output / "edits.parquet")
         metrics["edits"] = pq.read_metadata(source / "edits.parquet").num_rows
     if (source / "predictions.parquet").is_file():
-        rows = pq.read_table(source / "predictions.parquet").to_pylist()
-        named = [row | {"method": config.method, "seed": config.seed} for row in rows if row["method"] != "base"]
-        schema = pq.read_schema(source / "predictions.parquet")
-        pq.write_table(pa.Table.from_pylist(named, schema=schema), task.output / "predictions.parquet")
+        rows = pq.read_table(source / "predictions.parquet")
+        rows = rows.filter(pc.not_equal(rows["method"], BASE))
+        for name, value in (("method", config.method), ("seed", config.seed)):
+            field = rows.schema.field(name)
+            same = pa.repeat(pa.scalar(value, field.type), len(rows))
+            rows = rows.set_column(rows.schema.get_field_index(name), field, same)
+        pq.write_table(rows, task.output / "predictions.parquet")
     return metrics
 
 

@@ -22,7 +22,7 @@ from corsa.config.evaluation import ProbeKind
 from corsa.evaluation.metric_definitions import METRICS, Columns, Metric
 from corsa.evaluation.prepared_predictions import BASE, check, prepared
 from corsa.evaluation.tallies import NOTHING, Asked, Cell, Counted, Tally, tallies
-from corsa.evaluation.uncertainty import LEVEL, Difference, difference, interval
+from corsa.evaluation.uncertainty import LEVEL, Difference, difference, interval, sample_interval
 from corsa.evaluation.verdicts import comparison, judged, planned_pairs
 
 
@@ -60,8 +60,10 @@ def compute(
         {value: share of their wordings answered right, edits, probes}, null if none was asked. A row is {method, round,
         metrics: {name: value}}; a value is {value, low, high, interval, edits, probes, rule, seeds, reason}, with
         nulls and a reason if there is nothing to count; in `rows` a share also has `exact`, the same by the rule
-        "exact". `interval` is "facts and seeds", "facts" (one seed) or
-        "exact". A comparison is described in `corsa.evaluation.verdicts`.
+        "exact". `interval` is "facts and seeds", "facts" (one seed), "exact" or "sample" (a sample of the earlier facts
+        was asked: the value is an estimate of that over all facts, and the interval is the error of this estimate). A
+        comparison is described in `corsa.evaluation.verdicts`. `recheck` is {asked, of}: earlier facts asked after the
+        last round, and all earlier facts; None if all were asked.
 
     Raises:
         CorsaError: no rows, missing columns, an unknown rule, protocol or primary metric.
@@ -119,6 +121,7 @@ def compute(
             for method in taught
             if taught_questions and (method, last) in cells
         },
+        "recheck": _recheck(edited[edited.trained == last]),
         "standing": "evaluation" if (predictions.part == "evaluation").any() else "earlier",
         "over": "cases" if found.cases < found.chains else "facts",
         "primary": list(primary),
@@ -144,6 +147,14 @@ def compute(
         },
         "comparisons": comparisons,
     }
+
+
+def _recheck(rows: pd.DataFrame) -> dict[str, int] | None:
+    """How many earlier facts were asked, of how many; None if all were. `rows`: of the last round."""
+    if "weight" not in rows.columns:
+        return None
+    drawn = rows[rows.weight > 1].drop_duplicates("chain")
+    return {"asked": len(drawn), "of": round(float(drawn.weight.sum()))} if len(drawn) else None
 
 
 def forgotten(asked: Asked) -> dict[str, Any]:
@@ -225,7 +236,12 @@ def _value(name: str, tally: Tally, asked: Asked, cell: Cell, rule: str) -> dict
     }
     if math.isnan(sums.ratio) or (method == BASE and name == "agreement"):
         return entry | {"edits": 0, "probes": 0, "reason": _reason(name, asked, tally.rows, cell)}
-    low, high, source = interval(sums, share=metric.unit == "share")
+    share, drawn = metric.unit == "share", tally.weight > 1
+    if drawn.any():
+        parts = (tally.only(chosen).sums() for chosen in (~drawn, drawn))
+        low, high, source = sample_interval(*parts, weight=float(tally.weight[drawn][0]), share=share)
+    else:
+        low, high, source = interval(sums, share=share)
     entry |= {"value": sums.ratio, "low": low, "high": high, "interval": source}
     if source is None:
         entry["reason"] = "no interval: one fact only, or all facts alike"

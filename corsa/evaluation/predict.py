@@ -46,6 +46,7 @@ PREDICTIONS = pa.schema(
         ("matched_old", pa.bool_()),
         ("exact_new", pa.bool_()),  # rule `exact`
         ("exact_old", pa.bool_()),
+        ("weight", pa.float64()),  # facts that this one stands for: more than 1 in a sample of the earlier facts
     ]
 )
 """One row per wording and draw."""
@@ -69,11 +70,15 @@ class Mode(NamedTuple):
 
 @dataclass(frozen=True)
 class Taught:
-    """An edit with its place in the scenario: the round that teaches it, and its part ("update" or "evaluation")."""
+    """An edit with its place in the scenario: the round that teaches it, and its part ("update" or "evaluation").
+
+    weight: the number of facts that it stands for, if a sample of the earlier facts is asked.
+    """
 
     edit: Edit
     learnt: int
     part: str
+    weight: float = 1.0
 
 
 @dataclass
@@ -263,4 +268,5 @@ class Predictor:
             "matched_old": match.old,
             "exact_new": match.exact_new,
             "exact_old": match.exact_old,
+            "weight": taught.weight,
         }

@@ -43,6 +43,7 @@ class Whole:
 
     paraphrased: the benchmarks that ask paraphrases. evaluation: some facts are in the evaluation set. revised: some
     facts are. edited: some method besides the base model was asked. learnt: the last round that teaches a fact.
+    sampled: the base model was asked a sample, drawn for the last round.
     """
 
     paraphrased: frozenset[str]
@@ -50,6 +51,7 @@ class Whole:
     revised: bool
     edited: bool
     learnt: int
+    sampled: bool
 
     @classmethod
     def of(cls, predictions: pd.DataFrame) -> Whole:
@@ -64,6 +66,7 @@ class Whole:
             bool(taught.duplicated(["method", "seed", "chain"]).any()),
             bool(edited.any()),
             int(predictions.learnt.max()),
+            bool((_weight(predictions)[~edited] > 1).any()),
         )
 
 
@@ -94,8 +97,8 @@ def prepared(
     gave the former answer after its own round (revised facts), or the new answer (facts taught once). compared (bool):
     the base model answered the same question. agrees (bool): this answer is the same as the base model's. any_right
     (bool): some wording of the probe was answered right. leads (bool): the first row of a probe (for metrics that count
-    a probe once). scored (bool): has log-probabilities. The rows of the base model are repeated for every round, for
-    exactly the facts that the other methods are asked after that round.
+    a probe once). scored (bool): has log-probabilities. weight (float): facts that the fact stands for. The rows of the
+    base model are repeated for every round, for exactly the facts that the other methods are asked after that round.
 
     Args:
         predictions: the predictions table. The column `benchmark` groups facts to decide whether they have paraphrases;
@@ -115,6 +118,7 @@ def prepared(
         rows[column] = rows[column].astype(str)
     rows["benchmark"] = _benchmark(predictions)
     rows["case"] = _case(predictions)
+    rows["weight"] = _weight(predictions)
     if protocol != "full":
         order = rows.probe.astype("int64") * (int(rows.wording.max()) + 1) + rows.wording
         first = order.groupby([rows.edit, rows.kind]).transform("min")
@@ -177,6 +181,13 @@ def _case(predictions: pd.DataFrame) -> pd.Series:
     return chain.where(case == "", case)
 
 
+def _weight(predictions: pd.DataFrame) -> pd.Series:
+    """How many facts the fact of each row stands for; 1 where a table does not say it."""
+    if "weight" not in predictions.columns:
+        return pd.Series(1.0, predictions.index)
+    return predictions.weight.astype(float).fillna(1.0)
+
+
 def _benchmark(predictions: pd.DataFrame) -> pd.Series:
     if "benchmark" in predictions.columns:
         return predictions.benchmark.astype(str)
@@ -213,7 +224,9 @@ def _with_displaced(rows: pd.DataFrame, revised: bool) -> pd.DataFrame:
 
 
 def _base_after_every_round(rows: pd.DataFrame, whole: Whole) -> pd.DataFrame:
-    """Repeat the answers of the base model for every round: the base model never changes."""
+    """Repeat the answers of the base model for every round: the base model never changes. Of a sample only the last
+    round has them: earlier rounds were asked other facts.
+    """
     base, edited = rows[rows.method == BASE], rows[rows.method != BASE]
     if base.empty:
         return rows
@@ -221,6 +234,6 @@ def _base_after_every_round(rows: pd.DataFrame, whole: Whole) -> pd.DataFrame:
         return base.assign(trained=whole.learnt)
     copies = [
         base[base.item.isin(edited.item[edited.trained == number])].assign(trained=number)
-        for number in sorted(edited.trained.unique())
+        for number in sorted(edited.trained.unique())[-1 if whole.sampled else 0 :]
     ]
     return pd.concat([*copies, edited], ignore_index=True)

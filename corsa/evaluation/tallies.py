@@ -27,29 +27,32 @@ Cell = tuple[str, int]
 class Tally(NamedTuple):
     """The sums of a metric, one for each unit and seed that has rows: arrays of shape (sums,), in the order of both.
 
-    probes: wordings with something to count. rows: rows that count.
+    numerator, denominator: times the weight. weight: how many units the unit stands for; more than 1 if it was drawn at
+    random among others. probes: wordings with something to count. rows: rows that count.
     """
 
     unit: np.ndarray
     seed: np.ndarray
     numerator: np.ndarray
     denominator: np.ndarray
+    weight: np.ndarray
     probes: int
     rows: int
 
     @classmethod
     def joined(cls, tallies: Sequence[Tally]) -> Tally:
         """The tally of all parts."""
-        arrays = zip(*(tally[:4] for tally in tallies), strict=True)
-        unit, seed, above, below = (np.concatenate(parts) for parts in arrays)
-        return cls(unit, seed, above, below, sum(t.probes for t in tallies), sum(t.rows for t in tallies))
+        arrays = zip(*(tally[:5] for tally in tallies), strict=True)
+        joined = (np.concatenate(parts) for parts in arrays)
+        return cls(*joined, probes=sum(t.probes for t in tallies), rows=sum(t.rows for t in tallies))
 
     def of_seeds(self, seeds: np.ndarray) -> Tally:
         """The sums of these seeds."""
-        chosen = np.isin(self.seed, seeds)
-        return self._replace(
-            **{name: getattr(self, name)[chosen] for name in ("unit", "seed", "numerator", "denominator")}
-        )
+        return self.only(np.isin(self.seed, seeds))
+
+    def only(self, chosen: np.ndarray) -> Tally:
+        """These sums; `chosen` is (sums,) bool."""
+        return self._replace(**{name: getattr(self, name)[chosen] for name in self._fields[:5]})
 
     def sums(self, units: np.ndarray | None = None) -> Sums:
         """Sums per unit and seed, in the order of `units` (by default the counted units) and of the seeds."""
@@ -62,7 +65,7 @@ class Tally(NamedTuple):
         return Sums(above, below)
 
 
-NOTHING = Tally(*(np.empty(0, dtype=kind) for kind in ("int64", "int64", "float64", "float64")), probes=0, rows=0)
+NOTHING = Tally(*(np.empty(0, dtype=kind) for kind in ("int64", "int64", *["float64"] * 3)), probes=0, rows=0)
 
 
 class Counted(NamedTuple):
@@ -73,14 +76,15 @@ class Counted(NamedTuple):
     item: np.ndarray
     numerator: np.ndarray
     denominator: np.ndarray
+    weight: np.ndarray
 
     @classmethod
     def of(cls, metric: Metric, cell: Columns) -> Counted:
         """The rows of a cell."""
         chosen, numerator, denominator = metric.count(cell)
-        parts = (cell.unit_code, cell.seed, cell.item, numerator, denominator)
-        unit, seed, item, above, below = (np.broadcast_to(part, chosen.shape)[chosen] for part in parts)
-        return cls(unit, seed, item, above.astype(float), below.astype(float))
+        parts = (cell.unit_code, cell.seed, cell.item, numerator, denominator, cell.weight)
+        unit, seed, item, above, below, weight = (np.broadcast_to(part, chosen.shape)[chosen] for part in parts)
+        return cls(unit, seed, item, above * weight, below * weight, weight)
 
     def of_items(self, items: np.ndarray) -> Counted:
         """The rows of these wordings."""
@@ -93,12 +97,14 @@ class Counted(NamedTuple):
         seeds, column = np.unique(self.seed, return_inverse=True)
         cell, size = row * len(seeds) + column, len(units) * len(seeds)
         some = np.flatnonzero(np.bincount(cell, minlength=size))
-        above, below = (np.bincount(cell, part, minlength=size) for part in (self.numerator, self.denominator))
+        parts = (self.numerator, self.denominator, self.weight)
+        above, below, weight = (np.bincount(cell, part, minlength=size)[some].astype(float) for part in parts)
         return Tally(
             units[some // max(1, len(seeds))] + before,
             seeds[some % max(1, len(seeds))],
-            above[some].astype(float),
-            below[some].astype(float),
+            above,
+            below,
+            weight / np.bincount(cell, minlength=size)[some],
             len(np.unique(self.item[self.denominator > 0])),
             len(self.unit),
         )

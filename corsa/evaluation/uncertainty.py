@@ -13,6 +13,9 @@ if facts and seeds contribute equally. (S - 1) / w gives at most 5.8 % and is us
 
 With one seed the error covers only the facts: it is the uncertainty of this adapter, not of the method.
 
+If some facts were drawn at random from a list whose other facts were not asked, `sample_interval` gives the interval of
+the number that asking all would give, for this adapter (Cochran 1977, sections 2.5 to 2.8 and 6.4).
+
 A comparison takes the difference of influences cell by cell. This is valid whether or not two runs with the same seed
 are correlated.
 """
@@ -27,7 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import brentq
 from scipy.special import ndtr, stdtr, stdtrit
-from scipy.stats import binom, binomtest, chi2, nct
+from scipy.stats import binom, binomtest, chi2, hypergeom, nct
 
 LEVEL = 0.95
 POWER = 0.8
@@ -108,13 +111,13 @@ class Estimate(NamedTuple):
 
 
 class Interval(NamedTuple):
-    """A 95 % interval and what it treats as random; `exact`: the binomial interval over facts. Both ends are None if
-    the facts give no interval.
+    """A 95 % interval and what it treats as random; `exact`: the binomial interval over facts; `sample`: which facts
+    were asked. Both ends are None if the facts give no interval.
     """
 
     low: float | None
     high: float | None
-    source: Literal["facts and seeds", "facts", "exact"] | None
+    source: Literal["facts and seeds", "facts", "exact", "sample"] | None
 
 
 class Difference(NamedTuple):
@@ -161,6 +164,45 @@ def interval(sums: Sums, *, share: bool) -> Interval:
     found = estimate(counted)
     low, high = found.share_limits() if share and 0 < found.value < 1 else found.limits()
     return Interval(float(low), float(high), "facts and seeds" if seeds > 1 else "facts")
+
+
+def sample_interval(asked: Sums, drawn: Sums, weight: float, *, share: bool) -> Interval:
+    """95 % interval of the ratio that asking all facts would give, if some of them are a simple random sample.
+
+    Only the drawn facts err, and the less the larger their part of all is: the variance of their mean is multiplied by
+    1 - 1 / weight (the finite population correction). If all drawn facts agree, the exact hypergeometric bound says how
+    many of the others can differ; values other than shares then get no interval. The denominators of the facts that
+    were not asked are taken as those of the drawn ones on average.
+
+    Args:
+        asked: facts that were asked without a draw.
+        drawn: facts of the sample; both ends of the ratio are multiplied by `weight`.
+        weight: facts that each of the sample stands for.
+        share: whether the ratio is a share.
+    """
+    counted = drawn.counted
+    facts = len(counted.denominator)
+    if not facts:
+        return Interval(None, None, None)
+    if _alike(counted):
+        if not share:
+            return Interval(None, None, None)
+        differ = _most_unseen(facts, round(weight * facts))
+        low, high = counted.ratio * (1 - differ), counted.ratio + differ * (1 - counted.ratio)
+    else:
+        found = estimate(counted)
+        found = found._replace(error=found.error * (1 - 1 / weight) ** 0.5)
+        low, high = found.share_limits() if share and 0 < found.value < 1 else found.limits()
+    above, below, rest = asked.numerator.sum(), asked.denominator.sum(), drawn.denominator.sum()
+    low, high = (float((above + end * rest) / (below + rest)) for end in (low, high))
+    return Interval(low, high, "sample")
+
+
+def _most_unseen(drawn: int, of: int) -> float:
+    """The largest share of `of` facts that may differ if none of `drawn` does: the end of the exact 95 % interval."""
+    differing = np.arange(of - drawn + 1)
+    none = hypergeom.pmf(0, of, differing, drawn)
+    return float(differing[none >= (1 - LEVEL) / 2].max()) / of
 
 
 def difference(a: Sums, b: Sums, *, share: bool = False) -> Difference:

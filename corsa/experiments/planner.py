@@ -22,6 +22,7 @@ from corsa.config.steps import (
     PredictionConfig,
     QuestionsConfig,
     QuestionsPlace,
+    RecheckConfig,
     ReferenceConfig,
     RoundConfig,
     RoundsConfig,
@@ -84,11 +85,13 @@ class Planner(Generic[E_co]):
         model: its model with the revision filled in. Every step depends on this value, so the files of a model are
             hashed once.
         command: the command that repeats the run. Reports show it.
+        recheck: the sample of the facts of earlier rounds that is asked after a round; None: all are asked.
     """
 
     experiment: E_co
     model: ModelConfig
     command: str
+    recheck: RecheckConfig | None = None
 
     @staticmethod
     def of(experiment: E, command: str) -> Planner[E]:
@@ -193,6 +196,8 @@ class Planner(Generic[E_co]):
             raise CorsaError(f"{method} cannot edit a base in 4 bits: {why}; give --dtype bfloat16")
         settings = self.experiment.model_copy(update={"model": self.model})
         config = record.round_config(settings, seed, number)
+        if self.recheck:
+            config = config.model_copy(update={"recheck": self.recheck})
         own = taught.ending(config.training.answer_end) if isinstance(config, RoundConfig) else taught
         inputs = {**own.tables, "schedule": schedule} | ({"previous": after} if after and record.continues else {})
         if known and record.looks_back(config):
@@ -235,16 +240,24 @@ class Planner(Generic[E_co]):
         config = AnchorsConfig(model=self.model, digest=anchor_questions.digest(), new_tokens=ANCHOR_TOKENS)
         return Step("base/anchors", ROUND, config, placement=self.experiment.placement)
 
-    def base(self, taught: Facts) -> Step:
-        """The answers of the unedited model."""
+    def base(self, taught: Facts, beside: Step | None = None) -> Step:
+        """The answers of the unedited model. If a sample of earlier facts is asked (`recheck`), they are those of the
+        facts that the step `beside` asks an edited model.
+        """
         config = PredictionConfig(model=self.model, evaluation=self._evaluation)
-        return Step(f"{taught.name}/base", ROUND, config, taught.tables, self.experiment.placement)
+        inputs = taught.tables
+        if self.recheck and beside:
+            assert isinstance(beside.config, PredictionConfig)
+            config = config.model_copy(update={"round": beside.config.round, "recheck": self.recheck})
+            inputs = {**inputs, "schedule": beside.inputs["schedule"]}
+        return Step(f"{taught.name}/base", ROUND, config, inputs, self.experiment.placement)
 
     def answers(self, name: str, taught: Facts, schedule: Step, adapter: Step, seed: int = 0, round_: int = 1) -> Step:
         """The answers of an edited model to the probes of facts, as valid after a round. `adapter` is the step that
         trained the model.
         """
-        config = PredictionConfig(model=self.model, evaluation=self._evaluation, seed=seed, round=round_)
+        known = {"seed": seed, "round": round_, "recheck": self.recheck}
+        config = PredictionConfig(model=self.model, evaluation=self._evaluation, **known)
         inputs = {**taught.tables, "schedule": schedule, "adapter": adapter}
         return Step(f"{name}/asked/{taught.name}", ROUND, config, inputs, self.experiment.placement)
 

@@ -49,7 +49,8 @@ def reported(answers: Iterable[tuple[str | Path, Shown]], schedule: pa.Table, ca
             case = pc.fill_null(known, "")
         rows = rows.append_column("case", case.cast(pa.string()).dictionary_encode())
         found[shown.method == BASE].append(_coded(rows))
-    return pa.concat_tables(found[True] + found[False]).unify_dictionaries()
+    every = found[True] + found[False]  # tables of an earlier version have no `weight`
+    return pa.concat_tables(every, promote_options="default").unify_dictionaries()
 
 
 def write_reported(table: pa.Table, path: Path) -> None:

@@ -38,7 +38,7 @@ from corsa.flow.store import Artifact
 from corsa.flow.task import Task
 from corsa.methods import looks_back, method_of
 from corsa.report.page import Scenario, write_paper, write_report
-from corsa.report.training import told_training
+from corsa.report.training import told_perturbation, told_training
 from corsa.report.update import told_forgotten
 
 
@@ -278,13 +278,13 @@ def _named(artifact: Artifact, file: str, method: str) -> pd.DataFrame:
 
 def _trained(task: Task) -> list[tuple[str, str]]:
     """What the training of each round did, as (name of its step, a sentence without its stop)."""
-    rounds = [(step, step.config) for step in topological([task.step])[:-1]]
-    return [
-        (step.name, text)
-        for step, config in rounds
-        if isinstance(config, RoundConfig)
-        for text in told_training(config.training, task.store.artifact(step.fingerprint).metrics)
-    ]
+    found = []
+    for step in topological([task.step])[:-1]:
+        if isinstance(config := step.config, RoundConfig):
+            metrics = task.store.artifact(step.fingerprint).metrics
+            texts = (*told_training(config.training, metrics), *told_perturbation(config.model, metrics))
+            found += [(step.name, text) for text in texts]
+    return found
 
 
 def _looks_back(answers: Step) -> bool:

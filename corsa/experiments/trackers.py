@@ -21,7 +21,7 @@ from corsa.errors import CorsaError, unknown_name
 from corsa.flow.store import Artifact
 from corsa.terminal import without_user
 
-_CURVES = ("logp_new", "logp_old", "cosine", "sharpness", "grad_norm", "learning_rate")
+_CURVES = ("logp_new", "logp_old", "cosine", "sharpness", "gradient_change", "grad_norm", "learning_rate")
 """Columns of the curves that are sent, besides the loss of each objective (`loss_NAME`)."""
 
 

@@ -118,7 +118,20 @@ def _free_ports(count: int) -> list[int]:
 @contextmanager
 def _patience(seconds: int) -> Iterator[None]:
     """Inside, Ray waits `seconds` for each of its parts."""
-    from ray._private import ray_constants
+    from ray._private import ray_constants, services
+
+    find = services.get_node
+
+    def found(*node: Any) -> Any:
+        """Ray's driver gives up after the first failed look that ends later than 30 s, a number in its code."""
+        end = time.monotonic() + seconds
+        while True:
+            try:
+                return find(*node)
+            except RuntimeError:  # the raylet has not registered yet
+                if time.monotonic() > end:
+                    raise
+                time.sleep(0.5)
 
     limits = {"RAY_agent_register_timeout_ms": str(1000 * seconds)}
     limits["RAY_gcs_server_request_timeout_seconds"] = str(seconds)
@@ -126,6 +139,7 @@ def _patience(seconds: int) -> Iterator[None]:
         patch.dict(os.environ, limits),
         patch.object(ray_constants, "RAY_DASHBOARD_STARTUP_TIMEOUT_S", seconds),
         patch.object(ray_constants, "GCS_SERVER_REQUEST_TIMEOUT_SECONDS", seconds),
+        patch.object(services, "get_node", found),
     ):
         yield
 

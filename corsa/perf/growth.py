@@ -84,12 +84,12 @@ def figure(found: Sequence[Measured]) -> go.Figure:
     return drawn
 
 
-def write_records(edits: int, path: Path) -> None:
-    """Writes a file of JSON lines with an old answer, two paraphrases and ten neighbors an edit. No question occurs
-    twice.
+def write_records(edits: int, path: Path, first: int = 0, neighbors: int = 10) -> None:
+    """Writes a file of JSON lines with an old answer, two paraphrases and some neighbors an edit. No question occurs
+    twice, and none is in a file with other numbers (`first` and up).
     """
     with path.open("w") as file:
-        for i in range(edits):
+        for i in range(first, first + edits):
             who, place, before = f"Person {i}", f"City {i % 997}", f"Town {i % 991}"
             file.write(
                 json.dumps(
@@ -100,7 +100,8 @@ def write_records(edits: int, path: Path) -> None:
                         "subject": who,
                         "paraphrases": [f"In which place is the home of {who}?", f"{who} has a house in which place?"],
                         "neighbors": [
-                            {"prompt": f"Where does neighbor {n} of {who} live?", "answer": before} for n in range(10)
+                            {"prompt": f"Where does neighbor {n} of {who} live?", "answer": before}
+                            for n in range(neighbors)
                         ],
                     }
                 )
@@ -196,12 +197,13 @@ def _answers(size: int, folder: Path) -> Path:
     for method, trained in (("base", 0), ("corsa", 1)):
         with pq.ParquetWriter(folder / f"{method}.parquet", PREDICTIONS) as writer:
             for start in range(0, len(edits), PART):
-                rows = [row for edit in edits[start : start + PART] for row in _rows_of(edit, trained)]
+                rows = [row for edit in edits[start : start + PART] for row in answers_of(edit, trained)]
                 write_sorted(writer, [rows_table(rows, seed=0, trained=trained)])
     return folder / "corsa.parquet"
 
 
-def _rows_of(edit: Any, trained: int) -> Iterator[dict[str, Any]]:
+def answers_of(edit: Any, trained: int) -> Iterator[dict[str, Any]]:
+    """Rows of the predictions table for an edit; about two thirds of the answers of a trained model are right."""
     for p, probe in enumerate(edit.probes):
         for w, prompt in enumerate(probe.prompts):
             new = trained > 0 and (len(prompt) + p) % 3 > 0

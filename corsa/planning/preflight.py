@@ -60,7 +60,7 @@ def available(placement: Placement) -> int | None:
     if placement.gpu:
         return as_bytes(placement.gpu_memory, "--placement.gpu-memory") if placement.gpu_memory else memory_here(True)
     memory = memory_here(False)
-    return None if memory is None else memory // placement.workers
+    return None if memory is None else memory // placement.most_workers
 
 
 def _easy(model: ModelConfig, memory: int) -> bool:

@@ -188,12 +188,17 @@ def _diagnostics(curves: pd.DataFrame) -> Figure:
         "diagnostics",
         "Inside the step",
         "Cosine between the gradients of two objectives, the smallest of all pairs (CoRSA: L_SFT and L_DPO; below 0 "
-        "they conflict and are projected), and sharpness: "
-        f"how far the loss rises at the worst nearby point, L(phi + e) - L(phi). "
+        "they conflict and are projected); sharpness: how far the loss rises at the worst nearby point, "
+        "L(phi + e) - L(phi); and how much the gradient changes there, as a part of its length. "
         f"{_conflict(curves)}{_unit(curves).capitalize()}.",
     )
-    for column, heading in (("cosine", "Smallest cosine of two gradients"), ("sharpness", "Sharpness")):
-        if plot := _through_training(curves, column, "cosine" if column == "cosine" else "nats"):
+    shown = {
+        "cosine": ("Smallest cosine of two gradients", "cosine"),
+        "sharpness": ("Sharpness", "nats"),
+        "gradient_change": ("Change of the gradient", "|g(phi + e) - g(phi)| / |g(phi)|"),
+    }
+    for column, (heading, title) in shown.items():
+        if column in curves and (plot := _through_training(curves, column, title)):
             figure.plots.append((heading, plot))
     return figure if figure.plots else _without(figure, "Plain LoRA computes neither gradient cosine nor sharpness.")
 

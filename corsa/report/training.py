@@ -5,7 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from corsa.config import TrainingConfig
+from corsa.config import ModelConfig, TrainingConfig
+
+ROUNDING = 0.005
+"""About how much of its length the gradient changes by rounding alone, if phi is perturbed in a bfloat16 base."""
+_DROWNED = ROUNDING * (4 / 3) ** 0.5
+"""A smaller change has a cosine below 0.5 with the change without rounding, if both parts are orthogonal."""
 
 
 def told_training(training: TrainingConfig, found: Mapping[str, Any]) -> Iterator[str]:
@@ -28,3 +33,19 @@ def told_training(training: TrainingConfig, found: Mapping[str, Any]) -> Iterato
         yield f"taught the base model's own answers to {questions} beside them, {training.anchored} in every step"
     if found.get("replayed_from"):
         yield f"looked back at {found['replayed_from']} facts of earlier updates, {training.replayed} in every step"
+
+
+def told_perturbation(model: ModelConfig, found: Mapping[str, Any]) -> Iterator[str]:
+    """Says if the change of the gradient that SAM uses is mostly rounding.
+
+    Args:
+        model: the base model.
+        found: the metrics in the record of the round's step.
+    """
+    change = found.get("gradient_change")
+    if change is not None and model.dtype != "float32" and change < _DROWNED:
+        yield (
+            f"SAM's perturbation changed the gradient by {100 * change:.2g} % of its length (median of the steps). The "
+            f"rounding of a bfloat16 base alone changes it by about {100 * ROUNDING:g} %, so the direction that SAM "
+            "used is mostly noise: give --dtype float32, a larger --corsa.rho, or train without SAM"
+        )

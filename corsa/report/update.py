@@ -198,10 +198,15 @@ def told_forgotten(metrics: dict[str, Any]) -> Iterator[str]:
     counts = metrics["forgotten"].get(row["method"])
     if counts is None or row["metrics"]["forgetting"]["value"] is None:
         return
-    taught, other = counts["taught"], counts["other"]
+    taught, other, entry = counts["taught"], counts["other"], row["metrics"]["forgetting"]
     right, lost = (taught[name] + other[name] for name in ("right", "lost"))
     yield (
         f"Earlier facts: {lost} of {right} answers that were right when they were learnt are wrong now "
-        f"({100 * row['metrics']['forgetting']['value']:.0f} %): {taught['lost']} of {taught['right']} to questions as "
-        f"taught, {other['lost']} of {other['right']} to other wordings ({counts['facts']} facts)."
+        f"({100 * entry['value']:.0f} %): {taught['lost']} of {taught['right']} to questions as taught, "
+        f"{other['lost']} of {other['right']} to other wordings ({counts['facts']} facts)."
     )
+    if sample := metrics.get("recheck"):
+        yield (
+            f"Of {sample['of']:,} earlier facts a random sample of {sample['asked']:,} was asked. Forgetting over all "
+            f"of them is {100 * entry['low']:.1f} to {100 * entry['high']:.1f} % (95 % interval of the sample)."
+        )

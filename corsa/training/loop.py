@@ -48,6 +48,8 @@ CURVES = pa.schema(
         # L_Update(phi + e) - L_Update(phi); null if the step was not perturbed. Scope microbatch: each micro-batch has
         # its own e; mean weighted by edits.
         ("sharpness", pa.float64()),
+        # |g_PC(phi + e) - g_PC(phi)| / |g_PC(phi)|; null if the step was not perturbed. Scope microbatch: as sharpness.
+        ("gradient_change", pa.float64()),
         # Edits of the batch whose new answer was not above `training.stop_above`, at phi; null without that setting.
         ("below", pa.int32()),
         ("grad_norm", pa.float64()),

@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 from corsa.config import Placement
+from corsa.errors import CorsaError
 from corsa.flow.cluster import Resources, check_fits, lanes, nodes
 
 
 def threads_per_worker(placement: Placement, cpus: float) -> int:
     """CPU threads of one worker on a node with `cpus` cores, if all workers of the group share it."""
-    return placement.threads or max(1, int(cpus) // placement.workers)
+    return placement.threads or max(1, int(cpus) // placement.most_workers)
 
 
 def cpus_per_worker(placement: Placement, on: list[Resources] | None = None) -> float:
-    """CPUs reserved for one worker: a little less than its threads, which leaves room for one more task."""
+    """CPUs reserved for one worker: a little less than its threads, which leaves room for one more task.
+
+    Of a group that can grow, a multiple of 1/8: Ray counts how many workers fit into a sum of these by division
+    (`ElasticScalingPolicy`), which rounds other fractions down to one worker less.
+    """
     if placement.cpus is not None:
-        return placement.cpus
-    cores = _smallest_node(on)
-    if placement.gpu:
-        return 1.0
-    return max(0.5, round(threads_per_worker(placement, cores) * (cores - 1) / cores, 2))
+        cpus = placement.cpus
+    elif placement.gpu:
+        cpus = 1.0
+    else:
+        cores = _smallest_node(on)
+        cpus = max(0.5, round(threads_per_worker(placement, cores) * (cores - 1) / cores, 2))
+    return max(0.125, cpus * 8 // 1 / 8) if placement.max_workers else cpus
 
 
 def refuse_what_cannot_fit(placement: Placement, on: list[Resources] | None = None) -> None:
@@ -40,11 +47,17 @@ def groups_side_by_side(placement: Placement, on: list[Resources] | None = None)
     if not placement.gpu:
         cores = sum(node.get("CPU", 0.0) for node in found)
         workers = min(workers, int(cores // threads_per_worker(placement, _smallest_node(found))))
-    return max(1, workers // placement.workers)
+    return max(1, workers // placement.most_workers)
 
 
 def trials_at_once(placement: Placement, on: list[Resources] | None = None) -> tuple[int, str]:
-    """How many trials run at once, and the arithmetic in words. A trial needs no CPU besides its workers."""
+    """How many trials run at once, and the arithmetic in words. A trial needs no CPU besides its workers.
+
+    Raises:
+        CorsaError: the groups can grow, but Ray Tune reserves the same for every trial.
+    """
+    if placement.max_workers:
+        raise CorsaError("--max-workers: the trials of a sweep have groups of one size, give --workers alone")
     found = nodes() if on is None else on
     count = groups_side_by_side(placement, found)
     if placement.gpu:

@@ -32,7 +32,9 @@ def in_group(
     Args:
         work: the function that every worker runs.
         config: its argument, the same on all workers.
-        placement: how many workers, on which devices, and how often they may fail.
+        placement: how many workers, on which devices, and how often they may fail. A group that can grow
+            (`max_workers`) starts with what the cluster has, and is started again when that has changed. It waits
+            without a limit for the least that it needs: Ray's elastic policy has none.
         storage: where Ray Train keeps its own state.
         tables: {shard name: local Parquet file}. Every worker streams every whole file.
 
@@ -59,7 +61,8 @@ def in_group(
         train_loop_config=dict(config),
         torch_config=Rendezvous(),
         scaling_config=ScalingConfig(
-            num_workers=placement.workers,
+            num_workers=(placement.workers, placement.max_workers) if placement.max_workers else placement.workers,
+            elastic_resize_monitor_interval_s=placement.resize_interval,
             use_gpu=placement.gpu,
             resources_per_worker={"CPU": cpus_per_worker(placement)},
         ),

@@ -15,7 +15,7 @@ from corsa.algorithm.packing import ANCHOR, EARLIER, TAUGHT, Triplet
 from corsa.config.evaluation import SHALLOW
 from corsa.config.steps import AnchorsConfig, PredictionConfig, RoundConfig
 from corsa.data.edit import Edit, EditTable
-from corsa.data.schedule import held_before, taught_in, valid_after
+from corsa.data.schedule import held_before, rechecked, taught_in, valid_after
 from corsa.evaluation.predict import Taught
 from corsa.evaluation.retrieval import FACTS, Memory
 from corsa.evaluation.shallow_edit_probes import with_shallow_edit_probes
@@ -55,21 +55,23 @@ PART = 8192
 class AskedFacts:
     """The facts that a step asks. An edit is made when it is asked.
 
-    edits: one a fact; chains, learnt, parts: of the same facts (`corsa.evaluation.predict.Taught`). numbers: of their
+    edits: one a fact; learnt, parts, weights: of the same facts (`corsa.evaluation.predict.Taught`). numbers: of their
     chains, in order of first appearance.
     """
 
     edits: Sequence[Edit]
     learnt: Sequence[int]
     parts: Sequence[str]
+    weights: Sequence[float]
     numbers: np.ndarray
 
     @classmethod
-    def of(cls, edits: Sequence[Edit], facts: Sequence[tuple[int, str, int, str]]) -> AskedFacts:
-        """Facts given as (position in `edits`, chain, learnt, part)."""
-        places, chains, learnt, parts = zip(*facts, strict=True) if facts else ((), (), (), ())
+    def of(cls, edits: Sequence[Edit], facts: Sequence[tuple[int, str, int, str, float]]) -> AskedFacts:
+        """Facts given as (position in `edits`, chain, learnt, part, weight)."""
+        places, chains, learnt, parts, weights = zip(*facts, strict=True) if facts else ((), (), (), (), ())
         number = {chain: i for i, chain in enumerate(dict.fromkeys(chains))}
-        return cls(at(edits, places), learnt, parts, np.array([number[chain] for chain in chains], dtype=np.int64))
+        numbers = np.array([number[chain] for chain in chains], dtype=np.int64)
+        return cls(at(edits, places), learnt, parts, weights, numbers)
 
     @property
     def pieces(self) -> int:
@@ -83,7 +85,8 @@ class AskedFacts:
             mine &= self.numbers // PART == piece
         places = np.flatnonzero(mine).tolist()
         return [
-            Taught(edit, self.learnt[i], self.parts[i]) for edit, i in zip(at(self.edits, places), places, strict=True)
+            Taught(edit, self.learnt[i], self.parts[i], self.weights[i])
+            for edit, i in zip(at(self.edits, places), places, strict=True)
         ]
 
 
@@ -105,12 +108,13 @@ def open_step(task: Task, context: WorkerContext, adapters: int = 1) -> tuple[St
     loaded = context.open(config, sample, adapters)
     if "schedule" not in task.step.inputs:  # then the scenario decides which round teaches an edit
         own_rounds, chains = edits.column("round"), edits.column("chain")
-        asked = AskedFacts.of(probed, [(at, chains[at], own_rounds[at], "") for at in places.values()])
+        asked = AskedFacts.of(probed, [(at, chains[at], own_rounds[at], "", 1.0) for at in places.values()])
         return StepFacts([], [], [], asked, []), loaded
     schedule = shared_table(task, "schedule", context.group)
     now = [id_ for id_ in taught_in(schedule, config.round) if id_ in places]
     facts = [fact for fact in valid_after(schedule, config.round) if fact["edit"] in places]
-    asked = AskedFacts.of(probed, [(places[f["edit"]], f["chain"], f["learnt"], f["part"]) for f in facts])
+    drawn = rechecked(facts, config.round, config.recheck)
+    asked = AskedFacts.of(probed, [(places[f["edit"]], f["chain"], f["learnt"], f["part"], w) for f, w in drawn])
     before = [table.triplet(fact["edit"]) for fact in held_before(schedule, config.round) if fact["edit"] in places]
     if "known_schedule" in task.step.inputs:  # the chain began with facts of another table
         known = context.tables[task.step.inputs["known_reference"].fingerprint]

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from statistics import median
 from typing import Any
 
 import pandas as pd
@@ -158,6 +159,8 @@ def _write_curves(task: Task, curves: list[dict[str, Any]], facts: StepFacts) ->
     planned = len(curves) // curves[-1]["epoch"] * training.epochs  # every epoch has the same number of steps
     beside = {"replayed_from": len(facts.earlier)} if training.replay else {}
     beside |= {"anchored_on": len(facts.anchors)} if training.anchor else {}
+    changes = [c["gradient_change"] for c in curves if c.get("gradient_change") is not None and not c["skipped"]]
+    beside |= {"gradient_change": median(changes)} if changes else {}
     return beside | {
         "steps": len(curves),
         "steps_planned": planned,

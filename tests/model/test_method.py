@@ -305,6 +305,11 @@ def test_with_scope_microbatch_the_log_has_the_means_over_micro_batches(setting:
     assert log["conflict"] is True
     rises = [rise_of(setting, setting.start, part, c) for part in parts]
     assert log["sharpness"] == pytest.approx(4 / 6 * rises[0] + 2 / 6 * rises[1], rel=1e-3)
+    changes = []
+    for part in parts:
+        g, sharp = (find(setting, setting.start, part, c) for find in (literal_gradient, literal_sharp_gradient))
+        changes.append(float((sharp - g).norm() / g.norm()))
+    assert log["gradient_change"] == pytest.approx(4 / 6 * changes[0] + 2 / 6 * changes[1], rel=1e-3)
     with torch.no_grad():
         setting.lora.phi.copy_(setting.start)
     batch = cut(agreeing, 1)
@@ -368,6 +373,7 @@ def test_log_says_what_happened(setting: Setting) -> None:
     assert log["sharpness"] == pytest.approx(rise, rel=1e-3)
     sharp = literal_sharp_gradient(setting, setting.start, setting.edits, c)
     assert log["grad_norm"] == pytest.approx(float(sharp.norm()), rel=1e-3)
+    assert log["gradient_change"] == pytest.approx(float((sharp - g).norm() / g.norm()), rel=1e-3)
     with torch.no_grad():
         new, old = answer_logprobs(setting.model, pack(setting.edits), 6)
     assert log["logp_new"] == pytest.approx(float(new.mean()), rel=1e-5)

@@ -1,4 +1,4 @@
-"""`corsa perf step`, `evaluate`, `mmlu`, `data`, `growth` and `overhead`: the time and memory of the parts of a run."""
+"""`corsa perf step`, `evaluate`, `mmlu`, `data`, `growth`, `line` and `overhead`: what the parts of a run cost."""
 
 from __future__ import annotations
 
@@ -253,6 +253,37 @@ def growth(
     console = Console()
     console.print(_table(("stage, edits", "peak MiB", "KiB an edit", "CPU s", "written MiB"), rows))
     console.print("exponent of the peak: " + ", ".join(f"{name} {value:.2f}" for name, value in grown.items()))
+
+
+@perf.command(name="line")
+def line(
+    storage: Annotated[str, arg(metavar="FOLDER", help="an empty folder, which keeps the line and the update")],
+    model: Model = "random:tiny-llama",
+    months: Annotated[int, arg(help="updates of the line")] = 36,
+    facts: Annotated[int, arg(help="facts of each update, and of the measured one")] = 50,
+    options: Annotated[str, arg(help="further options of `corsa edit`, in quotes")] = "",
+    as_json: AsJson = False,
+) -> None:
+    """Make a line of many updates without training, teach it one update more by `corsa edit`, and measure time, memory
+    and disk of that. The answers of the earlier updates are made up.
+
+    Example: corsa perf line --storage /tmp/line --options="--recheck 300"
+    """
+    from corsa.perf.line import measure_line
+
+    found = measure_line(model, Path(storage), months, facts, shlex.split(options), _say)
+    peaks = {"the command": found.driver_peak, **found.workers_peak}
+    steps = sorted(found.steps_s.items(), key=lambda one: -one[1])
+    _show(
+        found,
+        as_json,
+        f"update {months + 1}: {facts} facts after {found.earlier:,}, {found.asked:,} answers, {found.wall_s:.1f} s",
+        _table(("step", "seconds"), {name: (f"{seconds:.1f}",) for name, seconds in steps}),
+        _table(("process", "peak MiB"), {name: (f"{peak / 2**20:.0f}",) for name, peak in peaks.items()}),
+        f"disk, MiB: the line {found.before / 2**20:.1f} before, {found.written / 2**20:.1f} after; its steps in the "
+        f"store {found.stored / 2**20:.1f}",
+        found.headline,
+    )
 
 
 @perf.command(name="overhead")
