@@ -239,6 +239,15 @@ def test_an_output_that_is_full_or_closed_is_said(tmp_path: Path) -> None:
 
 
 @pytest.mark.process
+def test_an_input_that_is_closed_is_said() -> None:
+    done = corsa("data", "-", "<&-")
+    assert (done.returncode, done.stderr) == (
+        2,
+        "error: - is standard input, and that is closed: pipe a file into it, or name one\n",
+    )
+
+
+@pytest.mark.process
 @pytest.mark.parametrize("how", [{"PYTHONIOENCODING": "ascii"}, {"LANG": "C", "LC_ALL": "C", "PYTHONUTF8": "0"}])
 def test_text_that_an_encoding_lacks_is_written_in_escapes(how: dict[str, str]) -> None:
     code = (

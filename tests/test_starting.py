@@ -49,6 +49,19 @@ def test_an_address_at_which_nothing_listens_is_refused() -> None:
     assert "nothing answers" in error_at("no-such-host.invalid:6379", 5)
 
 
+@pytest.mark.parametrize(
+    ("address", "why"),
+    [
+        ("http://127.0.0.1:8265", "this is a dashboard, as `ray job submit` uses it"),
+        ("127.0.0.1", "this is no address"),
+        ("ray://head", "this is no address"),
+    ],
+)
+def test_an_address_of_another_form_is_refused_with_the_right_form(address: str, why: str) -> None:
+    said = error_at(address)
+    assert f"cannot reach the Ray cluster at {address}: {why}; a cluster's is HOST:6379 or ray://HOST:10001." in said
+
+
 def test_something_that_is_no_cluster_is_refused() -> None:
     with listening(lambda connection: connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")) as address:
         assert "it is not a Ray cluster" in error_at(address)
@@ -59,7 +72,8 @@ def test_something_that_is_no_cluster_is_refused() -> None:
 def test_a_server_that_speaks_as_ray_does_is_let_pass() -> None:
     with listening(lambda connection: connection.sendall(bytes([0, 0, 0, 4, 0, 0, 0, 0, 0]))) as address:
         refuse_what_does_not_answer(address)
-    refuse_what_does_not_answer("auto")
+    for address in ("auto", "local"):
+        refuse_what_does_not_answer(address)
 
 
 def test_a_start_that_fails_is_tried_once_more_with_longer_limits_and_other_ports() -> None:

@@ -18,7 +18,7 @@ from corsa.flow.task import Progress, Silent
 from corsa.flow.waiting import waited_for
 
 _LOOK = 0.5  # seconds between looks at the board
-_PATIENCE = 5.0  # seconds that the last look may take
+_LAST = 5.0  # seconds that the last look may take
 _PERIOD = 60.0  # seconds between two plain lines of a chain that stays in one phase
 _PATIENCE = 45.0  # seconds without any progress before the cluster is asked what is waited for
 _KEPT = 1000  # changes of phase that are kept until the next look
@@ -99,7 +99,7 @@ def watch(console: Console, running: Callable[[], Sequence[str]], quiet: bool = 
 
         thread = threading.Thread(target=poll, name="progress", daemon=True)
         thread.start()
-        closing.callback(thread.join, _PATIENCE)  # leaving the cluster under a thread that asks it can crash
+        closing.callback(thread.join, _LAST)  # leaving the cluster under a thread that asks it can crash
         closing.callback(over.set)
         yield board
 

@@ -28,14 +28,25 @@ _PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 
 _SETTINGS = 4  # type of the frame that every HTTP/2 server, as each of Ray's is, sends first
 
 
+_FORMS = "a cluster's is HOST:6379 or ray://HOST:10001"
+
+
 def refuse_what_does_not_answer(address: str, seconds: float = ANSWER) -> None:
-    """Raises `CorsaError` if no Ray cluster answers at `HOST:PORT` or `ray://HOST:PORT`.
+    """Raises `CorsaError` if `address` has another form than `HOST:PORT`, `ray://HOST:PORT`, "auto" or "local", or if no
+    Ray cluster answers there.
 
     Ray itself would retry for many minutes.
     """
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if not host or not port.isdecimal():  # "auto" and the like
+    if address in ("auto", "local"):
         return
+    scheme, mark, place = address.rpartition("://")
+    host, _, port = place.rpartition(":")
+    if scheme in ("http", "https"):
+        raise CorsaError(_unreachable(address, f"this is a dashboard, as `ray job submit` uses it; {_FORMS}"))
+    if mark and scheme != "ray":  # of an extension of Ray
+        return
+    if not host or not port.isdecimal():
+        raise CorsaError(_unreachable(address, f"this is no address; {_FORMS}"))
     try:
         with socket.create_connection((host.strip("[]"), int(port)), timeout=seconds) as connection:
             if os.environ.get("RAY_USE_TLS", "0") not in ("", "0"):
