@@ -32,7 +32,7 @@ _FORMS = "a cluster's is HOST:6379 or ray://HOST:10001"
 
 
 def refuse_what_does_not_answer(address: str, seconds: float = ANSWER) -> None:
-    """Raises `CorsaError` if `address` has another form than `HOST:PORT`, `ray://HOST:PORT`, "auto" or "local", or if no
+    """Raises `CorsaError` if `address` is not `HOST:PORT`, `ray://HOST:PORT`, "auto" or "local", or if no
     Ray cluster answers there.
 
     Ray itself would retry for many minutes.
