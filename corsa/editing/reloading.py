@@ -6,6 +6,7 @@ generation is shared.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,9 @@ def adapter(directory: Path, base: ModelConfig, questions: Sequence[str], new_to
     """The answers of a base model with an adapter that PEFT loads."""
     from peft import PeftModel
 
-    model = PeftModel.from_pretrained(load_model(base), str(directory)).eval()  # type: ignore[arg-type]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT uses old names of transformers
+        model = PeftModel.from_pretrained(load_model(base), str(directory)).eval()  # type: ignore[arg-type]
     return _generated(model, load_tokenizer(base), base, questions, new_tokens)
 
 
