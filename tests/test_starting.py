@@ -8,6 +8,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
+from functools import wraps
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -140,3 +142,19 @@ def test_ports_in_use_are_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
         with fixed_ports():
             found = {int(os.environ["DASHBOARD_METRIC_PORT"]), int(os.environ["AUTOSCALER_METRIC_PORT"])}
     assert found < set(range(first + 2, first + 8))
+
+
+def test_the_agents_port_is_known_before_the_agent_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the raylet waits 15 s for the agent, which takes longer to start on a busy machine."""
+    from ray._private import services
+
+    files: list[str] = []
+    plain = wraps(services.start_raylet)(
+        lambda *given, **named: files.extend(p.read_text() for p in tmp_path.iterdir())
+    )
+    monkeypatch.setattr(services, "start_raylet", plain)
+    given = [str(tmp_path)] * 12  # the third is the node's id, the twelfth the directory of the session
+    given[2] = "ab"
+    with fixed_ports():
+        services.start_raylet(*given, dashboard_agent_listen_port=20123)
+    assert files == ["20123"]

@@ -12,6 +12,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from inspect import signature
 from typing import Any
 from unittest.mock import patch
 
@@ -96,12 +97,15 @@ def start(init: Callable[[], Any], say: Callable[[str], object]) -> Any:
 def fixed_ports() -> Iterator[None]:
     """Inside, Ray starts with given free ports, for every part whose port it would not choose itself or would wait for
     the part to report. On a busy machine Ray gives up that wait after 15 s.
+
+    The raylet waits for a file with the agent's port even if that is given, so the file is written before.
     """
-    from ray._private import parameter
+    from ray._private import parameter, services
+    from ray._raylet import DASHBOARD_AGENT_LISTEN_PORT_NAME, persist_port
 
     names = ("dashboard_agent_listen_port", "metrics_agent_port", "metrics_export_port", "runtime_env_agent_port")
     dashboard, autoscaler, *ports = _free_ports(len(names) + 2)
-    plain = parameter.RayParams
+    plain, plain_raylet = parameter.RayParams, services.start_raylet
     own = {"DASHBOARD_METRIC_PORT": str(dashboard), "AUTOSCALER_METRIC_PORT": str(autoscaler)}
 
     def with_ports(*given: Any, **named: Any) -> Any:
@@ -110,7 +114,17 @@ def fixed_ports() -> Iterator[None]:
             setattr(found, name, port)
         return found
 
-    with patch.dict(os.environ, own), patch.object(parameter, "RayParams", with_ports):
+    def with_file(*given: Any, **named: Any) -> Any:
+        how = signature(plain_raylet).bind_partial(*given, **named).arguments
+        agent = how["session_dir"], how["node_id"], DASHBOARD_AGENT_LISTEN_PORT_NAME
+        persist_port(*agent, how["dashboard_agent_listen_port"])
+        return plain_raylet(*given, **named)
+
+    with (
+        patch.dict(os.environ, own),
+        patch.object(parameter, "RayParams", with_ports),
+        patch.object(services, "start_raylet", with_file),
+    ):
         yield
 
 
