@@ -153,7 +153,7 @@ def test_the_agents_port_is_known_before_the_agent_runs(tmp_path: Path, monkeypa
         lambda *given, **named: files.extend(p.read_text() for p in tmp_path.iterdir())
     )
     monkeypatch.setattr(services, "start_raylet", plain)
-    given = [str(tmp_path)] * 12  # the third is the node's id, the twelfth the directory of the session
+    given: list[Any] = [str(tmp_path)] * 12  # the third is the node's id, the twelfth the directory of the session
     given[2] = "ab"
     with fixed_ports():
         services.start_raylet(*given, dashboard_agent_listen_port=20123)

@@ -100,8 +100,10 @@ def fixed_ports() -> Iterator[None]:
 
     The raylet waits for a file with the agent's port even if that is given, so the file is written before.
     """
+    from ray import _raylet
     from ray._private import parameter, services
-    from ray._raylet import DASHBOARD_AGENT_LISTEN_PORT_NAME, persist_port
+
+    raylet: Any = _raylet  # a compiled module, without types
 
     names = ("dashboard_agent_listen_port", "metrics_agent_port", "metrics_export_port", "runtime_env_agent_port")
     dashboard, autoscaler, *ports = _free_ports(len(names) + 2)
@@ -116,8 +118,8 @@ def fixed_ports() -> Iterator[None]:
 
     def with_file(*given: Any, **named: Any) -> Any:
         how = signature(plain_raylet).bind_partial(*given, **named).arguments
-        agent = how["session_dir"], how["node_id"], DASHBOARD_AGENT_LISTEN_PORT_NAME
-        persist_port(*agent, how["dashboard_agent_listen_port"])
+        agent = how["session_dir"], how["node_id"], raylet.DASHBOARD_AGENT_LISTEN_PORT_NAME
+        raylet.persist_port(*agent, how["dashboard_agent_listen_port"])
         return plain_raylet(*given, **named)
 
     with (
