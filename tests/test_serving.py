@@ -42,6 +42,7 @@ import sys, xllamacpp
 model, port, *adapters = sys.argv[1:]
 settings = xllamacpp.CommonParams()
 settings.model.path, settings.port = model, int(port)
+settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = 1  # more would wait for each other by spinning
 settings.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(path, 1.0) for path in adapters]
 server = xllamacpp.Server(settings)
 sys.stdin.read()
