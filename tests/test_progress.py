@@ -31,7 +31,9 @@ def test_a_phase_is_said_at_once_and_then_a_line_a_minute() -> None:
     said: list[tuple[int, str]] = []
     for second in range(200):
         line = LINE | {"epoch": 1, "epochs": 9, "step": second, "steps": 900, "loss": 0.25, "eta_s": 900 - second}
-        said += [(second, s) for s in report.at(second, [line], [line] if second == 5 else [], ["corsa/seed0/round1"])]
+        said += [
+            (second, s) for s in report.at(second, [line], [line] if second == 5 else [], [["corsa/seed0/round1"]])
+        ]
     assert [second for second, _ in said] == [5, 65, 125, 185]
     rest = "round 1/3  epoch 1/9  step 65/900  loss 0.250  0:13:55 left"
     assert said[1][1] == f"running  corsa/seed0  training  {rest}"
@@ -39,8 +41,18 @@ def test_a_phase_is_said_at_once_and_then_a_line_a_minute() -> None:
 
 def test_a_step_without_a_line_of_its_own_is_said_every_minute() -> None:
     report = Report(nothing)
-    said = [line for second in range(130) for line in report.at(second, [], [], ["report/continual"])]
+    said = [line for second in range(130) for line in report.at(second, [], [], [["report/continual"]])]
     assert said == ["running  report/continual"] * 2
+
+
+def test_steps_that_wait_for_their_turn_have_no_line_of_their_own() -> None:
+    group = ["base/anchors", "facts/base", "base/controls"]
+    report = Report(nothing)
+    said = [line for second in range(70) for line in report.at(second, [], [], [group])]
+    assert said == ["running  base/anchors  and 2 more steps"]
+    report, line = Report(nothing), {"chain": "base/anchors", "phase": "evaluating"}
+    said = [text for second in range(130) for text in report.at(second, [line], [], [group, ["edits"]])]
+    assert said == ["running  base/anchors  evaluating", "running  edits"] * 2
 
 
 def test_probes_are_counted() -> None:
@@ -58,7 +70,7 @@ def test_a_run_that_stands_still_says_what_it_waits_for() -> None:
     said: list[tuple[int, str]] = []
     for second in range(200):
         line: dict[str, Any] = LINE | {"step": min(second, 20)}  # it makes progress for twenty seconds
-        said += [(second, s) for s in report.at(second, [line], [], ["x"]) if s.startswith("waiting")]
+        said += [(second, s) for s in report.at(second, [line], [], [["x"]]) if s.startswith("waiting")]
     assert [second for second, _ in said] == [65, 110, 155]
     assert said[0][1] == "waiting  nothing has moved for 45 s: 2 x 1 CPU are waited for"
     assert len(asked) == 3
@@ -68,8 +80,8 @@ def test_nothing_is_asked_while_it_moves_and_nothing_said_where_nothing_is_waite
     asked: list[int] = []
     moving, still = Report(lambda: asked.append(1)), Report(nothing)
     for second in range(300):
-        moving.at(second, [LINE | {"step": second}], [], ["x"])
-        assert not [s for s in still.at(second, [], [], ["x"]) if s.startswith("waiting")]
+        moving.at(second, [LINE | {"step": second}], [], [["x"]])
+        assert not [s for s in still.at(second, [], [], [["x"]]) if s.startswith("waiting")]
     assert not asked
 
 

@@ -103,7 +103,8 @@ def test_pip_refuses_a_file_that_is_not_the_one_that_was_locked(tmp_path: Path) 
 def test_the_makefile_installs_from_the_lock_files_alone() -> None:
     text = (ROOT / "Makefile").read_text()
     installs = [line.strip() for line in text.splitlines() if "pip install" in line]
-    assert len(installs) == 3  # the project itself; and two tools with a pinned version, for `lock` and `audit`
+    assert len(installs) == 5  # the project itself; and with a pinned version two tools, for `lock` and `audit`, and
+    # the two servers of `test-serving`
     assert [i for i in installs if "--no-deps --no-build-isolation -e ." in i or re.search(r"==[\d.]+$", i)] == installs
     used = {name for line in re.findall(r"\$\(INSTALL\) (.+)", text) for name in line.split()}
     assert used == {"base", "dev", "harness"}

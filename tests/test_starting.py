@@ -8,6 +8,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
+from functools import wraps
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -49,6 +51,19 @@ def test_an_address_at_which_nothing_listens_is_refused() -> None:
     assert "nothing answers" in error_at("no-such-host.invalid:6379", 5)
 
 
+@pytest.mark.parametrize(
+    ("address", "why"),
+    [
+        ("http://127.0.0.1:8265", "this is a dashboard, as `ray job submit` uses it"),
+        ("127.0.0.1", "this is no address"),
+        ("ray://head", "this is no address"),
+    ],
+)
+def test_an_address_of_another_form_is_refused_with_the_right_form(address: str, why: str) -> None:
+    said = error_at(address)
+    assert f"cannot reach the Ray cluster at {address}: {why}; a cluster's is HOST:6379 or ray://HOST:10001." in said
+
+
 def test_something_that_is_no_cluster_is_refused() -> None:
     with listening(lambda connection: connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")) as address:
         assert "it is not a Ray cluster" in error_at(address)
@@ -59,7 +74,8 @@ def test_something_that_is_no_cluster_is_refused() -> None:
 def test_a_server_that_speaks_as_ray_does_is_let_pass() -> None:
     with listening(lambda connection: connection.sendall(bytes([0, 0, 0, 4, 0, 0, 0, 0, 0]))) as address:
         refuse_what_does_not_answer(address)
-    refuse_what_does_not_answer("auto")
+    for address in ("auto", "local"):
+        refuse_what_does_not_answer(address)
 
 
 def test_a_start_that_fails_is_tried_once_more_with_longer_limits_and_other_ports() -> None:
@@ -147,3 +163,19 @@ def test_the_second_attempt_waits_for_a_node_that_registers_late(monkeypatch: py
     with starting._patience(0), pytest.raises(RuntimeError, match="no node yet"):
         services.get_node("gcs", "abc")
     assert services.get_node is late
+
+
+def test_the_agents_port_is_known_before_the_agent_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the raylet waits 15 s for the agent, which takes longer to start on a busy machine."""
+    from ray._private import services
+
+    files: list[str] = []
+    plain = wraps(services.start_raylet)(
+        lambda *given, **named: files.extend(p.read_text() for p in tmp_path.iterdir())
+    )
+    monkeypatch.setattr(services, "start_raylet", plain)
+    given: list[Any] = [str(tmp_path)] * 12  # the third is the node's id, the twelfth the directory of the session
+    given[2] = "ab"
+    with fixed_ports():
+        services.start_raylet(*given, dashboard_agent_listen_port=20123)
+    assert files == ["20123"]

@@ -83,9 +83,10 @@ def _refuse(event: tyro._errors.ParseErrorEvent) -> None:
     if isinstance(event, errors.MissingArgs):
         missing, parser = event.missing_arguments, event.missing_arguments[0].local_root_parser
         program = f"{event.prog} {parser.prog_suffix}".strip()
+        needs = f"needs {_joined([_name(one.arg) for one in missing])}"
         if event.unrecognized_tokens:  # most often a required option, misspelt
-            raise _unrecognized(program, event.unrecognized_tokens, _options(parser, program, []))
-        raise CorsaError(f"{program} needs {_joined([_name(one.arg) for one in missing])}; see {program} --help")
+            raise _unrecognized(program, event.unrecognized_tokens, _options(parser, program, []), f", which {needs}")
+        raise CorsaError(f"{program} {needs}; see {program} --help")
     if isinstance(event, errors.MissingSubcommand):
         names = list(event.subcommand_spec.parser_from_name)
         program = f"{event.prog} {event.subcommand_spec.prog_suffix}".strip()
@@ -112,10 +113,10 @@ def _refuse_unrecognized(
     raise _unrecognized(owner, words, _options(parser_spec, prog.partition(" ")[0], args))
 
 
-def _unrecognized(program: str, words: Sequence[str], known: Sequence[tuple[str, str]]) -> CorsaError:
+def _unrecognized(program: str, words: Sequence[str], known: Sequence[tuple[str, str]], needs: str = "") -> CorsaError:
     word = next((word for word in words if word.startswith("-")), words[0]).partition("=")[0]
     if not word.startswith("-"):
-        return CorsaError(f"{_shown(word)} belongs to no option of {program}; see {program} --help")
+        return CorsaError(f"{_shown(word)} belongs to no option of {program}{needs}; see {program} --help")
     own = [option for option, owner in known if owner == program]
     last = {option.strip("-").rpartition(".")[2]: option for option in own}
     like = get_close_matches(word.strip("-").rpartition(".")[2], list(last), n=1, cutoff=2 / 3)
@@ -130,7 +131,10 @@ def _options(parser: Any, program: str, args: list[str]) -> list[tuple[str, str]
 
 
 def _name(argument: Any) -> str:
-    return "/".join(argument.lowered.name_or_flags) if not argument.is_positional() else argument.display_name()
+    if not argument.is_positional():
+        return "/".join(argument.lowered.name_or_flags)
+    metavar = str(argument.lowered.metavar)
+    return metavar if metavar.isupper() and metavar.isalpha() else argument.display_name()
 
 
 def _expected(argument: Any) -> str:

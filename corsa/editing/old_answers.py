@@ -35,7 +35,10 @@ def complete(task: Task) -> dict[str, Any]:
     change = read_factors(task.inputs["line"].local("adapter"))[0] if "line" in task.inputs else {}
     options: dict[str, Any] = {"num_cpus": cpus_per_worker(placement), "num_gpus": int(placement.gpu)}
     worker = ray.remote(_ask).options(**options, max_retries=placement.max_failures)
+    missing = f"{len(asked)} missing old answer{'s' * (len(asked) > 1)}"
+    task.progress.post({"chain": task.name, "phase": f"asking the model for {missing}"})
     answers, known = ray.get(worker.remote(task.config, placement, asked, change))
+    task.progress.post({"chain": task.name, "phase": "done"})
     return write_edits(task, drafts, answers) | {"asked": len(asked), "known": len(known)}
 
 

@@ -6,6 +6,8 @@ generation is shared.
 
 from __future__ import annotations
 
+import os
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,27 +25,35 @@ from corsa.models.loading import load_model, load_tokenizer
 
 def merged(directory: Path, base: ModelConfig, questions: Sequence[str], new_tokens: int) -> list[str]:
     """The answers of a directory of merged weights, loaded by transformers with its own tokenizer."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, base.element)).eval()
-    return _generated(model, AutoTokenizer.from_pretrained(directory), base, questions, new_tokens)
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    return _generated(_loaded(directory, base), tokenizer, base, questions, new_tokens)
 
 
 def gguf_model(file: Path, base: ModelConfig, questions: Sequence[str], new_tokens: int) -> list[str]:
     """The answers of a merged GGUF file, loaded by transformers with the tokenizer in the file."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
-    where: dict[str, Any] = {"gguf_file": file.name}
-    model = AutoModelForCausalLM.from_pretrained(file.parent, dtype=getattr(torch, base.element), **where).eval()
-    tokenizer = AutoTokenizer.from_pretrained(file.parent, **where)
-    return _generated(model, tokenizer, base, questions, new_tokens)
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    return _generated(_loaded(file.parent, base, gguf_file=file.name), tokenizer, base, questions, new_tokens)
+
+
+def _loaded(directory: Path, base: ModelConfig, **where: Any) -> Any:
+    """A model that transformers loads, on the CPU."""
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # transformers imports DeepSpeed, which would warn of a missing GPU
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, base.element), **where).eval()
 
 
 def adapter(directory: Path, base: ModelConfig, questions: Sequence[str], new_tokens: int) -> list[str]:
     """The answers of a base model with an adapter that PEFT loads."""
     from peft import PeftModel
 
-    model = PeftModel.from_pretrained(load_model(base), str(directory)).eval()  # type: ignore[arg-type]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT uses old names of transformers
+        model = PeftModel.from_pretrained(load_model(base), str(directory)).eval()  # type: ignore[arg-type]
     return _generated(model, load_tokenizer(base), base, questions, new_tokens)
 
 

@@ -164,7 +164,8 @@ class Predictor:
 
     def answers(self, prompts: Sequence[str]) -> list[str]:
         """The model's greedy one-line answers."""
-        return self._generated(prompts, Mode(self.config.new_tokens, lines=False), draw=None)
+        mode = Mode(self.config.new_tokens, lines=False)
+        return self._generated(prompts, mode, None, lambda done: self.told(done, len(prompts)))
 
     def _generated(
         self, questions: Sequence[str], mode: Mode, draw: int | None, told: Callable[[int], None] = lambda done: None

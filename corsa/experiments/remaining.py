@@ -39,7 +39,7 @@ def left(pending: Sequence[Step], finished: Iterable[Record]) -> str:
     if not known:
         return ""
     about = timedelta(seconds=round(sum(known.values())))
-    return f"about {about} left" + f" and {unknown} steps of which nothing is known" * bool(unknown)
+    return f"about {about} left" + f" and {unknown} step{'s' * (unknown > 1)} of which nothing is known" * bool(unknown)
 
 
 _DATA = ("edits", "questions")

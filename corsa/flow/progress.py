@@ -18,7 +18,7 @@ from corsa.flow.task import Progress, Silent
 from corsa.flow.waiting import waited_for
 
 _LOOK = 0.5  # seconds between looks at the board
-_PATIENCE = 5.0  # seconds that the last look may take
+_LAST = 5.0  # seconds that the last look may take
 _PERIOD = 60.0  # seconds between two plain lines of a chain that stays in one phase
 _PATIENCE = 45.0  # seconds without any progress before the cluster is asked what is waited for
 _KEPT = 1000  # changes of phase that are kept until the next look
@@ -67,13 +67,13 @@ class Board:
 
 
 @contextmanager
-def watch(console: Console, running: Callable[[], Sequence[str]], quiet: bool = False) -> Iterator[Progress]:
+def watch(console: Console, running: Callable[[], Sequence[Sequence[str]]], quiet: bool = False) -> Iterator[Progress]:
     """A `Progress` that the console shows: on a terminal one live line per chain, elsewhere a plain line at each phase
     and every minute. If nothing changes, a line says what is waited for.
 
     Args:
         console: where it is shown.
-        running: names the steps that are running.
+        running: names the steps that are running, in lists of those that run one after another.
         quiet: show nothing. Without a cluster nothing is shown either.
     """
     if quiet or "ray" not in sys.modules or not sys.modules["ray"].is_initialized():
@@ -99,7 +99,7 @@ def watch(console: Console, running: Callable[[], Sequence[str]], quiet: bool = 
 
         thread = threading.Thread(target=poll, name="progress", daemon=True)
         thread.start()
-        closing.callback(thread.join, _PATIENCE)  # leaving the cluster under a thread that asks it can crash
+        closing.callback(thread.join, _LAST)  # leaving the cluster under a thread that asks it can crash
         closing.callback(over.set)
         yield board
 
@@ -114,18 +114,25 @@ class Report:
         self._said: dict[str, float] = {}  # name of a chain or step -> when it was last said
 
     def at(
-        self, now: float, lines: Sequence[dict[str, Any]], begun: Sequence[dict[str, Any]], running: Sequence[str]
+        self,
+        now: float,
+        lines: Sequence[dict[str, Any]],
+        begun: Sequence[dict[str, Any]],
+        running: Sequence[Sequence[str]],
     ) -> list[str]:
-        """The lines to print at time `now` (seconds of a monotonic clock)."""
+        """The lines to print at time `now` (seconds of a monotonic clock). Steps without a line share one per list."""
         if (seen := (list(lines), list(running))) != self._seen:
             self._seen, self._moved, self._asked = seen, now, now
         said = [self._say(now, line["chain"], cells(line)[1:]) for line in begun]
         chains = {line["chain"]: line for line in lines}
-        steps = [name for name in running if not any(name == c or name.startswith(f"{c}/") for c in chains)]
-        for name in [*chains, *steps]:
+        more = {name: cells(line)[1:] for name, line in chains.items()}
+        for first, *later in running:
+            if not any(name == c or name.startswith(f"{c}/") for name in (first, *later) for c in chains):
+                more[first] = [f"and {len(later)} more step{'s' * (len(later) > 1)}"] if later else []
+        for name, what in more.items():
             if now - self._said.setdefault(name, now) >= _PERIOD:
-                said.append(self._say(now, name, cells(chains[name])[1:] if name in chains else []))
-        self._said = {name: when for name, when in self._said.items() if name in chains or name in steps}
+                said.append(self._say(now, name, what))
+        self._said = {name: when for name, when in self._said.items() if name in more}
         if running and now - self._asked >= _PATIENCE:
             self._asked = now
             if what := self._waited_for():

@@ -149,10 +149,11 @@ class Runner:
         busy = [steps[0].kind for steps in self.running + starting]
         return limit - sum((other.on_cluster or other.together) == outside for other in busy)
 
-    def at_work(self) -> list[str]:
-        """The names of the unfinished steps that run on the cluster."""
+    def at_work(self) -> list[list[str]]:
+        """The names of the unfinished steps that run on the cluster, in lists of those that run one after another."""
+        done = self.outcome.artifacts
         lists = [steps for steps in list(self.running) if steps[0].kind.on_cluster]
-        return [s.name for steps in lists for s in steps if s.fingerprint not in self.outcome.artifacts]
+        return [names for steps in lists if (names := [s.name for s in steps if s.fingerprint not in done])]
 
     def start(self, steps: list[Step]) -> None:
         for step in steps:

@@ -12,6 +12,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from inspect import signature
 from typing import Any
 from unittest.mock import patch
 
@@ -28,14 +29,25 @@ _PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 
 _SETTINGS = 4  # type of the frame that every HTTP/2 server, as each of Ray's is, sends first
 
 
+_FORMS = "a cluster's is HOST:6379 or ray://HOST:10001"
+
+
 def refuse_what_does_not_answer(address: str, seconds: float = ANSWER) -> None:
-    """Raises `CorsaError` if no Ray cluster answers at `HOST:PORT` or `ray://HOST:PORT`.
+    """Raises `CorsaError` if `address` is not `HOST:PORT`, `ray://HOST:PORT`, "auto" or "local", or if no
+    Ray cluster answers there.
 
     Ray itself would retry for many minutes.
     """
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if not host or not port.isdecimal():  # "auto" and the like
+    if address in ("auto", "local"):
         return
+    scheme, mark, place = address.rpartition("://")
+    host, _, port = place.rpartition(":")
+    if scheme in ("http", "https"):
+        raise CorsaError(_unreachable(address, f"this is a dashboard, as `ray job submit` uses it; {_FORMS}"))
+    if mark and scheme != "ray":  # of an extension of Ray
+        return
+    if not host or not port.isdecimal():
+        raise CorsaError(_unreachable(address, f"this is no address; {_FORMS}"))
     try:
         with socket.create_connection((host.strip("[]"), int(port)), timeout=seconds) as connection:
             if os.environ.get("RAY_USE_TLS", "0") not in ("", "0"):
@@ -85,12 +97,17 @@ def start(init: Callable[[], Any], say: Callable[[str], object]) -> Any:
 def fixed_ports() -> Iterator[None]:
     """Inside, Ray starts with given free ports, for every part whose port it would not choose itself or would wait for
     the part to report. On a busy machine Ray gives up that wait after 15 s.
+
+    The raylet waits for a file with the agent's port even if that is given, so the file is written before.
     """
-    from ray._private import parameter
+    from ray import _raylet
+    from ray._private import parameter, services
+
+    raylet: Any = _raylet  # a compiled module, without types
 
     names = ("dashboard_agent_listen_port", "metrics_agent_port", "metrics_export_port", "runtime_env_agent_port")
     dashboard, autoscaler, *ports = _free_ports(len(names) + 2)
-    plain = parameter.RayParams
+    plain, plain_raylet = parameter.RayParams, services.start_raylet
     own = {"DASHBOARD_METRIC_PORT": str(dashboard), "AUTOSCALER_METRIC_PORT": str(autoscaler)}
 
     def with_ports(*given: Any, **named: Any) -> Any:
@@ -99,7 +116,17 @@ def fixed_ports() -> Iterator[None]:
             setattr(found, name, port)
         return found
 
-    with patch.dict(os.environ, own), patch.object(parameter, "RayParams", with_ports):
+    def with_file(*given: Any, **named: Any) -> Any:
+        how = signature(plain_raylet).bind_partial(*given, **named).arguments
+        agent = how["session_dir"], how["node_id"], raylet.DASHBOARD_AGENT_LISTEN_PORT_NAME
+        raylet.persist_port(*agent, how["dashboard_agent_listen_port"])
+        return plain_raylet(*given, **named)
+
+    with (
+        patch.dict(os.environ, own),
+        patch.object(parameter, "RayParams", with_ports),
+        patch.object(services, "start_raylet", with_file),
+    ):
         yield
 
 

@@ -81,6 +81,7 @@ def _ask_sanity_questions(task: Task, context: WorkerContext, post: Post) -> dic
         context.group.device,
         context.placement.probe_batch,
         loaded.packed,
+        told=lambda done, of: post({"answered": done, "probes": of}),
     )
     with edited(task, loaded, context.group), context.group.in_step(loaded.model):
         rows = judged(predictor.answers([entry.question for entry in sanity_questions()]))
@@ -98,6 +99,7 @@ def _ask_anchors(task: Task, context: WorkerContext, post: Post) -> dict[str, An
     evaluation = EvaluationConfig(new_tokens=config.new_tokens)
     batch = context.placement.probe_batch
     predictor = Predictor(loaded.model, loaded.encoder, evaluation, group.device, batch, loaded.packed)
+    predictor.told = lambda done, of: post({"answered": done, "probes": of})
     questions = anchor_questions()
     with loaded.lora.off(), group.in_step(loaded.model):
         outputs = predictor.answers(questions)

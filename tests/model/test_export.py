@@ -94,13 +94,14 @@ def changed(model: Any, change: dict[str, torch.Tensor]) -> dict[str, torch.Tens
 
 
 def test_every_form_answers_as_the_adapter_does_and_transformers_reads_its_weights(
-    base: Path, adapter: Path, facts: str, tmp_path: Path
+    base: Path, adapter: Path, facts: str, tmp_path: Path, recwarn: pytest.WarningsRecorder
 ) -> None:
     from transformers import AutoModelForCausalLM
 
     wanted = Wanted(tmp_path / "merged", tmp_path / "m.gguf", tmp_path / "lora.gguf", tmp_path / "peft")
     found = {one.form: one for one in export(adapter, wanted, edits=facts, new_tokens=4)}
     assert set(found) == {"merged", "gguf", "gguf-lora", "adapter"}
+    assert not [str(w.message) for w in recwarn if w.category is FutureWarning], "nothing that a user could act on"
     for one in found.values():
         assert (one.asked, one.differences, one.applied) == (3, [], True), one
         assert one.moved == 3, "the adapter must change the answers, or equal answers show nothing"

@@ -94,6 +94,24 @@ def test_corsa_data_names_what_to_look_at(tmp_path: Path, capsys: Capture) -> No
     assert (found["not_asked_taught"], found["with_aliases"]) == (1, 1)
 
 
+def test_corsa_data_says_how_many_facts_it_shows_and_in_which_signs(
+    tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = written(tmp_path / "f.jsonl", fact(), fact(prompt="2?"))
+    said = shown(capsys, path, "--show", "1")
+    assert "As the model sees 1 of 2; --show 2 shows all (· between tokens, ␣ a space):" in said
+    assert "As the model sees 2 (·" in shown(capsys, path)
+    assert "As the model sees" not in shown(capsys, path, "--show", "0")
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii", errors="backslashreplace")
+    monkeypatch.setattr(sys, "stdout", out)
+    assert main(["data", path]) == 0
+    out.flush()
+    plain = out.buffer.getvalue().decode()  # type: ignore[attr-defined]
+    assert "(| between tokens, _ a space):" in plain
+    assert "Q|:|_" in plain
+    assert "\\u" not in plain
+
+
 def test_a_sound_file_has_no_remark(tmp_path: Path, capsys: Capture) -> None:
     assert "1 facts, no fault found" in shown(capsys, written(tmp_path / "f.jsonl", fact()))
 

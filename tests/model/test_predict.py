@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,12 +14,21 @@ from tiny import CPU, FAMILIES, LORA, SLIDING, shaken, tiny_model
 
 from corsa.algorithm.logprobs import answer_logprobs
 from corsa.algorithm.packing import Triplet, pack
-from corsa.config import EvaluationConfig
+from corsa.config import EvaluationConfig, ModelConfig, Placement
+from corsa.config.steps import AnchorsConfig, SanityQuestionsConfig
 from corsa.data.edit import Edit
+from corsa.evaluation.anchor_questions import anchor_questions
 from corsa.evaluation.generation import generate, newline_tokens
 from corsa.evaluation.predict import PREDICTIONS, Predictor, Taught
+from corsa.evaluation.sanity_questions import sanity_questions
+from corsa.experiments.kinds import ROUND
+from corsa.flow import Step, Store
+from corsa.flow.task import Task
 from corsa.lora.flat import Lora
 from corsa.models.encoding import Encoder
+from corsa.training.rounds import take_rounds
+from corsa.training.worker_context import WorkerContext
+from corsa.training.worker_group import WorkerGroup
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -167,6 +177,31 @@ def test_rows_are_those_of_the_predictions_table(predictor: Callable[..., Predic
     assert table.to_pylist() == [labels | row for row in rows]
     nullable = {"logp_new", "logp_old"}
     assert all(table[name].null_count == 0 for name in PREDICTIONS.names if name not in nullable)
+
+
+def test_answers_are_counted_while_they_come(predictor: Callable[..., Predictor]) -> None:
+    told: list[tuple[int, int]] = []
+    asking = predictor(batch=2)
+    asking.told = lambda done, of: told.append((done, of))
+    assert len(asking.answers(["Who?", "Where?", "When?"])) == 3
+    assert told == [(2, 3), (3, 3)]
+
+
+@pytest.mark.parametrize(("kind", "of"), [(SanityQuestionsConfig, sanity_questions), (AnchorsConfig, anchor_questions)])
+def test_steps_that_ask_everyday_questions_say_how_far_they_are(kind: Any, of: Any, tmp_path: Path) -> None:
+    config, questions = kind(model=ModelConfig(name="random:tiny-llama"), digest="d", new_tokens=1), len(of())
+    posted: list[dict[str, Any]] = []
+
+    class Board:
+        def post(self, line: Mapping[str, Any]) -> None:
+            posted.append(dict(line))
+
+    context = WorkerContext(WorkerGroup(0, 1, CPU), Placement(threads=1, probe_batch=20), {})
+    assert take_rounds([Task(Step("asked", ROUND, config), Store(tmp_path))], context, Board()) == {}
+    counts = [line["answered"] for line in posted if line.get("answered") and line["phase"] == "evaluating"]
+    assert counts == sorted(set(counts))
+    assert (len(counts) >= questions // 20, counts[-1]) == (True, questions)
+    assert {line["probes"] for line in posted if line.get("answered")} == {questions}
 
 
 def test_every_wording_is_asked_once_in_the_order_of_the_probes(predictor: Callable[..., Predictor]) -> None:

@@ -46,6 +46,8 @@ def ask(
 
     if question is not None and not question.strip():
         raise CorsaError("the question is empty: ask something, or leave it out and type as many as you like")
+    if question is None and sys.stdin is None:
+        raise CorsaError("there is no question, and standard input is closed: give a question")
     lines = [open_line(directory) for directory in adapter]
     config = base_model(Options(model=model, template=template), lines[0] if lines else None)
 
@@ -59,18 +61,23 @@ def ask(
 
 
 def _converse(models, candidates: tuple[str, ...], new_tokens: int, as_json: bool) -> int:
-    asks = sys.stdin.isatty()
+    asks, asked = sys.stdin.isatty(), 0
     if asks:
         print("Ask; an empty line or Ctrl-D ends it.", file=sys.stderr)
     while True:
         try:
             question = input("? " if asks else "").strip()
         except EOFError:
-            return 0
+            if asks or asked:
+                return 0
+            raise CorsaError("there is no question, and standard input is empty: give a question") from None
+        except UnicodeDecodeError as error:
+            raise CorsaError(f"standard input is not text in {error.encoding}") from error
         if not question:
             if asks:
                 return 0
             continue
+        asked += 1
         _show(models.ask(question, candidates, new_tokens), as_json)
 
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 from tyro.conf import Positional, arg
 
@@ -20,6 +20,18 @@ if TYPE_CHECKING:
 
 PIECES = 200
 """Tokens of a prompt or an answer that are shown."""
+
+
+class Marks(NamedTuple):
+    """What is shown between tokens, for a space and for a line's end."""
+
+    between: str
+    space: str
+    line: str
+
+
+MARKS, ASCII_MARKS = Marks("·", "␣", "⏎"), Marks("|", "_", "\\n")
+"""The marks, and those for a terminal that lacks them."""
 
 
 @app.command(name="data")
@@ -271,6 +283,7 @@ def _print(found: Found, shown: Sequence[dict[str, Any]]) -> None:
     from corsa.terminal import Console
 
     console, counts = Console(), found.counts
+    marks = MARKS if _has(console.encoding, MARKS) else ASCII_MARKS
 
     def say(line: str) -> None:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
@@ -293,13 +306,17 @@ def _print(found: Found, shown: Sequence[dict[str, Any]]) -> None:
         lost = [f"{count} {kind}" for kind, count in counts.get("without_column", {}).items()]
         without = f"; {' and '.join(lost)} questions have no column in this form and are left out" if lost else ""
         say(f"  wrote {converted['facts']} facts to {converted['file']}{without}")
+    if shown:
+        among = len(found.records)
+        others = f" of {among}; --show {among} shows all" * (len(shown) < among)
+        say(f"\nAs the model sees {len(shown)}{others} ({marks.between} between tokens, {marks.space} a space):")
     for row in shown:
         say(f"\n{plain(row['id'], 200)}")
         for name in ("prompt", "target_new", "target_old"):
             if row[name] is None:
                 say(f"  {name:<11}  (asked of the model)")
                 continue
-            pieces = Text("·", style="dim").join(Text(_visible(p["text"])) for p in row[name][:PIECES])
+            pieces = Text(marks.between, style="dim").join(Text(_visible(p["text"], marks)) for p in row[name][:PIECES])
             if len(row[name]) > PIECES:
                 pieces.append(f" ... and {len(row[name]) - PIECES} more tokens", style="dim")
             console.print(Text(f"  {name:<11}  ").append_text(pieces), soft_wrap=True, highlight=False)
@@ -311,7 +328,15 @@ def _print(found: Found, shown: Sequence[dict[str, Any]]) -> None:
         say(f"  answer       tokens {first + 1} to {end} of {end}: what is learnt, its end token included")
 
 
-def _visible(text: str) -> str:
+def _has(encoding: str, marks: Marks) -> bool:
+    try:
+        "".join(marks).encode(encoding)
+    except (UnicodeEncodeError, LookupError):
+        return False
+    return True
+
+
+def _visible(text: str, marks: Marks = MARKS) -> str:
     from corsa.terminal import visible
 
-    return visible(text.replace("\n", "⏎").replace(" ", "␣"))
+    return visible(text.replace("\n", marks.line).replace(" ", marks.space))

@@ -49,7 +49,7 @@ def regular(path: str | Path) -> Path:
     `-` is standard input. The first bytes of a pipe give its format: Parquet, a JSON list, JSON lines, or CSV.
 
     Raises:
-        CorsaError: standard input is a terminal, or cannot be read; there is no such object.
+        CorsaError: standard input is a terminal or closed, or cannot be read; there is no such object.
     """
     given = str(path)
     if given.startswith(_STORES):
@@ -62,8 +62,9 @@ def regular(path: str | Path) -> Path:
         return place
     if given not in _kept:
         try:
-            if given == "-" and sys.stdin.isatty():
-                raise CorsaError("- is standard input, and that is a terminal: pipe a file into it, or name one")
+            if given == "-" and (sys.stdin is None or sys.stdin.isatty()):
+                why = "is closed" if sys.stdin is None else "is a terminal"
+                raise CorsaError(f"- is standard input, and that {why}: pipe a file into it, or name one")
             with nullcontext(sys.stdin.buffer) if given == "-" else place.open("rb") as file:
                 content = file.read(_PIPED + 1)
         except OSError as error:
