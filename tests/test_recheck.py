@@ -221,9 +221,9 @@ def test_only_what_an_adapter_was_taught_can_be_sampled(tmp_path: Path) -> None:
 
 def test_answers_of_an_earlier_version_are_reported_beside_those_of_a_sample(tmp_path: Path) -> None:
     rows = pa.Table.from_pandas(table(RecheckConfig(facts=60))[list(PREDICTIONS.names)], schema=PREDICTIONS)
-    edited = rows.filter(pc.equal(rows["method"], "lora"))
-    pq.write_table(edited.filter(pc.equal(edited["trained"], 1)).drop_columns("weight"), tmp_path / "then.parquet")
-    pq.write_table(edited.filter(pc.equal(edited["trained"], 2)), tmp_path / "now.parquet")
+    edited = rows.filter(pc.field("method") == "lora")
+    pq.write_table(edited.filter(pc.field("trained") == 1).drop_columns("weight"), tmp_path / "then.parquet")
+    pq.write_table(edited.filter(pc.field("trained") == 2), tmp_path / "now.parquet")
     schedule = pa.Table.from_pylist(standing(), schema=ROUNDS)
     shown = [(tmp_path / f"{name}.parquet", Shown(answers=name, method="lora")) for name in ("then", "now")]
     found = reported(shown, schedule, None).to_pandas()

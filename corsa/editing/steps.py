@@ -34,7 +34,7 @@ def import_line(task: Task) -> dict[str, Any]:
         metrics["edits"] = pq.read_metadata(source / "edits.parquet").num_rows
     if (source / "predictions.parquet").is_file():
         rows = pq.read_table(source / "predictions.parquet")
-        rows = rows.filter(pc.not_equal(rows["method"], BASE))
+        rows = rows.filter(pc.field("method") != BASE)
         for name, value in (("method", config.method), ("seed", config.seed)):
             field = rows.schema.field(name)
             same = pa.repeat(pa.scalar(value, field.type), len(rows))

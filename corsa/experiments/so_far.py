@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 from corsa.config.steps import JoinedConfig, ReportConfig
@@ -46,7 +47,7 @@ def _finished(report: Step, store: Store) -> Step | None:
 
 
 def _partial(
-    report: Step, inputs: dict[str, Step], change: dict[str, object], count: int, total: int, what: str
+    report: Step, inputs: dict[str, Step], change: Mapping[str, object], count: int, total: int, what: str
 ) -> Step | None:
     if not inputs:
         return None
