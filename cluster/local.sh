@@ -31,9 +31,11 @@ loopback='
 import sys
 from ray._private import ray_constants, services
 from ray.scripts import scripts
+from corsa.flow.starting import fixed_ports
 ray_constants.ENABLE_RAY_CLUSTER = True
 services.resolve_ip_for_localhost = lambda host: host
-sys.exit(scripts.main())
+with fixed_ports():  # else a raylet gives up after 15 s in which an agent has not reported its port
+    sys.exit(scripts.main())
 '
 
 fail() { # MESSAGE
