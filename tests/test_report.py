@@ -284,6 +284,14 @@ def test_the_terminal_table_fits_eighty_columns() -> None:
     assert "…" not in text
 
 
+def test_a_long_name_of_a_method_cuts_nothing_off() -> None:
+    lines = rendered(compute(predictions(chains=16, methods=("lora", "replay-pcgrad")))).splitlines()
+    assert max(map(len, lines)) <= 80
+    text = " ".join(" ".join(lines).split())
+    assert "activation" in text
+    assert "higher is better, ↓ lower is better." in text
+
+
 def test_it_is_said_plainly_when_corsa_does_not_beat_lora() -> None:
     table = predictions(chains=8, seeds=3)
     same = pd.concat([table[table.method != "corsa"], table[table.method == "lora"].assign(method="corsa")])

@@ -29,7 +29,7 @@ def summary_table(metrics: dict[str, Any]) -> Table:
     table = Table(
         title=escape(title), title_justify="left", caption_justify="left", box=box.SIMPLE_HEAD, pad_edge=False
     )
-    table.add_column("method", no_wrap=True)
+    table.add_column("method", overflow="fold")  # a long name makes room for the numbers
     for name, heading in chosen.items():
         table.add_column(f"{heading} {_ARROWS[definitions[name]['better']]}", justify="right", min_width=10)
     specific = metrics.get("specificity") or {}
