@@ -19,7 +19,7 @@ from corsa.evaluation import mmlu, specificity
 from corsa.evaluation.metrics import METRICS
 from corsa.experiments.code.steps import RATES
 from corsa.experiments.planner import Planner
-from corsa.experiments.steps import _by_method, _cases
+from corsa.experiments.steps import _by_method, _cases, _told_once
 from corsa.flow import Step
 from corsa.flow.step import topological
 
@@ -142,6 +142,11 @@ def test_everyday_answers_are_right_or_as_before() -> None:
     assert own["right"]["value"] == pytest.approx(3 / 4)
     assert own["kept"] is None
     json.dumps(found, allow_nan=False)
+
+
+def test_what_several_steps_say_is_told_once() -> None:
+    said = [("a/seed0/round2", "looked back"), ("a/seed0/round3", "stopped"), ("a/seed1/round2", "looked back")]
+    assert _told_once(said) == ["a/seed0/round2 and 1 more: looked back.", "a/seed0/round3: stopped."]
 
 
 def test_answers_know_the_case_of_their_edit(tmp_path: Path) -> None:

@@ -287,6 +287,15 @@ def _trained(task: Task) -> list[tuple[str, str]]:
     return found
 
 
+def _told_once(said: Iterable[tuple[str, str]]) -> list[str]:
+    """Sentences about steps, each once: seeds and rounds often say the same."""
+    names: dict[str, list[str]] = {}
+    for name, text in said:
+        names.setdefault(text, []).append(name)
+    more = {text: f" and {len(own) - 1} more" if len(own) > 1 else "" for text, own in names.items()}
+    return [f"{own[0]}{more[text]}: {text}." for text, own in names.items()]
+
+
 def _looks_back(answers: Step) -> bool:
     """Whether these answers are of a model that was taught earlier facts again."""
     adapter = answers.inputs.get("adapter", answers)
@@ -295,7 +304,7 @@ def _looks_back(answers: Step) -> bool:
 
 def _notes(task: Task) -> list[str]:
     """Notes that a reader needs to interpret the numbers."""
-    notes = [f"{name}: {text}." for name, text in _trained(task)]
+    notes = _told_once(_trained(task))
     for step in topological([task.step])[:-1]:
         found = task.store.artifact(step.fingerprint).metrics
         notes += [f"{step.name}: {text}." for text in found.get("notes", ())]
