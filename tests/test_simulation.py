@@ -55,7 +55,9 @@ def test_a_real_run_takes_what_the_simulation_says(tmp_path: Path, lanes: int) -
     took = time.monotonic() - began
     assert took > found.seconds  # never faster: every step sleeps
     order = [span.step.name for span in sorted(found.spans, key=lambda span: span.start)]
-    assert (tmp_path / "log").read_text().split()[:2] == order[:2]
+    log = (tmp_path / "log").read_text().split()
+    assert log[0] == order[0]
+    assert set(log[1 : 1 + lanes]) == set(order[1 : 1 + lanes])  # those of two lanes start at the same time
 
 
 def test_a_group_starts_once_for_a_list_of_steps(tmp_path: Path) -> None:
