@@ -103,7 +103,7 @@ up() {
     ! running head || fail "it is up already (process $(cat "$DIRECTORY/head.pid")): cluster/local.sh down ends it"
     secret
     start head --head --port="$PORT" --dashboard-host=127.0.0.1 --dashboard-port="$DASHBOARD" \
-        --dashboard-agent-listen-port=0 --ray-client-server-port="$((PORT + 1))" --temp-dir="$DIRECTORY/ray"
+        --ray-client-server-port="$((PORT + 1))" --temp-dir="$DIRECTORY/ray"
     join node
     cat <<END
 two nodes of $CPUS CPUs, logs in $DIRECTORY
@@ -116,7 +116,7 @@ END
 
 join() { # NAME
     # Each node has its own directory: nodes that share one remove the working directories of each other's jobs.
-    start "$1" --address="127.0.0.1:$PORT" --dashboard-agent-listen-port=0 --temp-dir="$DIRECTORY/$1"
+    start "$1" --address="127.0.0.1:$PORT" --temp-dir="$DIRECTORY/$1"
 }
 
 down() {

@@ -15,7 +15,8 @@ import pytest
 from scipy import stats
 from test_update_plan import ACME, OLD, adapter, drafts, facts_file, options
 
-from corsa.config.steps import RecheckConfig, RoundConfig, Shown
+from corsa.config.evaluation import RecheckConfig
+from corsa.config.steps import RoundConfig, Shown
 from corsa.data.schedule import ROUNDS, rechecked
 from corsa.editing.history import join
 from corsa.editing.options import EvaluateOptions, Gates, differences

@@ -100,8 +100,9 @@ def leave(status: int) -> NoReturn:
     crashes the process now and then (ray-project/ray#47864), so it ends without either, as a killed process does. Ray
     ends the processes that it has started for this one.
     """
-    if status in _STOPPED and "ray" in sys.modules:
-        atexit.unregister(sys.modules["ray"]._private.worker.shutdown)
+    shutdown = getattr(sys.modules.get("ray._private.worker"), "shutdown", None)  # absent if the import was interrupted
+    if status in _STOPPED and shutdown:
+        atexit.unregister(shutdown)
         atexit._run_exitfuncs()  # such as the removal of temporary files
         with suppress(OSError, ValueError, AttributeError):
             sys.stdout.flush()

@@ -177,3 +177,10 @@ class SamplingConfig(Frozen):
         description="nucleus sampling: the smallest set of tokens with this total probability is kept",
     )
     new_tokens: int = Field(default=512, ge=1, description="maximum tokens of a program")
+
+
+class RecheckConfig(Frozen):
+    """How many facts of earlier rounds are asked again, and which: a random sample, drawn anew for every round."""
+
+    facts: int = Field(ge=1, description="size of the sample; all are asked if there are no more")
+    seed: int = Field(default=0, ge=0, description="of the draw")

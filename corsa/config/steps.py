@@ -19,7 +19,7 @@ from corsa.config import (
     StepConfig,
     TrainingConfig,
 )
-from corsa.config.evaluation import ProbeKind, Protocol, Rule
+from corsa.config.evaluation import ProbeKind, Protocol, RecheckConfig, Rule
 
 
 class EditsConfig(Frozen):
@@ -70,13 +70,6 @@ class ReferenceConfig(Frozen):
     answer_end: AnswerEnd = Field(
         default="end_token", description="what follows an answer (`TrainingConfig.answer_end`)"
     )
-
-
-class RecheckConfig(Frozen):
-    """How many facts of earlier rounds are asked again, and which: a random sample, drawn anew for every round."""
-
-    facts: int = Field(ge=1, description="size of the sample; all are asked if there are no more")
-    seed: int = Field(default=0, ge=0, description="of the draw")
 
 
 class PredictionConfig(Frozen):

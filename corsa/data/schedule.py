@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from corsa.config.steps import RecheckConfig, RoundsConfig
+from corsa.config.evaluation import RecheckConfig
+from corsa.config.steps import RoundsConfig
 from corsa.data.edit import Edit
 from corsa.errors import CorsaError
 

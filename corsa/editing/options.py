@@ -23,7 +23,7 @@ from corsa.config import (
     plain,
 )
 from corsa.config.command_line import listed
-from corsa.config.steps import RecheckConfig
+from corsa.config.evaluation import RecheckConfig
 from corsa.methods import METHODS
 
 TEACHING = tuple(name for name, method in METHODS.items() if "adapter" not in method.refuses)

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
@@ -17,6 +16,7 @@ from corsa.data.benchmarks.cases import asked_once
 from corsa.data.benchmarks.file import Draft, drafts_of
 from corsa.data.edit import Edit, from_table, to_table
 from corsa.editing.history import WEIGHTS, Standing, join, reworded, taken_back
+from corsa.evaluation.predict import with_values
 from corsa.evaluation.prepared_predictions import BASE
 from corsa.flow.task import Task
 
@@ -35,10 +35,7 @@ def import_line(task: Task) -> dict[str, Any]:
     if (source / "predictions.parquet").is_file():
         rows = pq.read_table(source / "predictions.parquet")
         rows = rows.filter(pc.field("method") != BASE)
-        for name, value in (("method", config.method), ("seed", config.seed)):
-            field = rows.schema.field(name)
-            same = pa.repeat(pa.scalar(value, field.type), len(rows))
-            rows = rows.set_column(rows.schema.get_field_index(name), field, same)
+        rows = with_values(rows, method=config.method, seed=config.seed)
         pq.write_table(rows, task.output / "predictions.parquet")
     return metrics
 

@@ -58,6 +58,15 @@ TEMPERATURE, TOP_P = 0.7, 1.0
 """How the protocol `authors` samples, as the published evaluation code does."""
 
 
+def with_values(rows: pa.Table, **values: Any) -> pa.Table:
+    """The rows with other columns: each named one has the same value in every row, in the type that it had."""
+    for name, value in values.items():
+        field = rows.schema.field(name)
+        same = pa.repeat(pa.scalar(value, field.type), len(rows))
+        rows = rows.set_column(rows.schema.get_field_index(name), field, same)
+    return rows
+
+
 class Mode(NamedTuple):
     """How to generate an answer. `tokens`: most tokens; `lines`: it may have several lines (newlines do not end it);
     `other`: the question is asked in the other prompt template.

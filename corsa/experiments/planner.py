@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
 from corsa.config import AnswerEnd, EvaluationConfig, ModelConfig
+from corsa.config.evaluation import RecheckConfig
 from corsa.config.model import NF4_IS_NOT_SHARDED
 from corsa.config.steps import (
     AnchorsConfig,
@@ -22,7 +23,6 @@ from corsa.config.steps import (
     PredictionConfig,
     QuestionsConfig,
     QuestionsPlace,
-    RecheckConfig,
     ReferenceConfig,
     RoundConfig,
     RoundsConfig,

@@ -138,25 +138,18 @@ def _write_answers(edits: Sequence[Any], months: int, path: Path) -> None:
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
-    from corsa.evaluation.predict import PREDICTIONS
+    from corsa.evaluation.predict import PREDICTIONS, with_values
 
     def table(trained: int) -> pa.Table:
         rows = [row | {"learnt": edit.round} for edit in edits for row in answers_of(edit, trained)]
         return pa.Table.from_pylist(rows, schema=PREDICTIONS)
 
-    def named(rows: pa.Table, method: str, trained: int) -> pa.Table:
-        for name, value in (("method", method), ("seed", 0), ("trained", trained)):
-            at = PREDICTIONS.get_field_index(name)
-            rows = rows.set_column(
-                at, PREDICTIONS.field(at), pa.repeat(pa.scalar(value, PREDICTIONS.field(at).type), len(rows))
-            )
-        return rows
-
     taught = table(1)
     with pq.ParquetWriter(path, PREDICTIONS) as writer:
-        writer.write_table(named(table(0), "base", 0))
+        writer.write_table(with_values(table(0), method="base", seed=0, trained=0))
         for month in range(1, months + 1):
-            writer.write_table(named(taught.filter(pc.field("learnt") <= month), "lora", month))
+            rows = taught.filter(pc.field("learnt") <= month)
+            writer.write_table(with_values(rows, method="lora", seed=0, trained=month))
 
 
 def _watched(command: Sequence[str]) -> tuple[str, int, dict[str, int]]:

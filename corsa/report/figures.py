@@ -114,12 +114,10 @@ def _learnt_against_forgotten(metrics: dict[str, Any]) -> Figure:
             plot.update_xaxes(range=[-4, 104])
             plot.update_yaxes(range=[-4, 104])
             figure.plots.append((f"{title} against forgetting", plot))
-    return (
-        figure
-        if figure.plots
-        else _without(
-            figure, "Forgetting needs a fact learnt in an earlier round and still valid: there is none in this run."
-        )
+    if figure.plots:
+        return figure
+    return _without(
+        figure, "Forgetting needs a fact learnt in an earlier round and still valid: there is none in this run."
     )
 
 
