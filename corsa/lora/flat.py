@@ -19,8 +19,11 @@ from torch import Tensor, nn
 
 from corsa.config import LoraConfig
 from corsa.errors import CorsaError, nearest
-from corsa.lora.branch import LoraBranch
+from corsa.lora.branch import ApplyA, ApplyB
 from corsa.lora.factors import Adapter, Factors
+
+SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Layers of one module that transformers calls with the same input."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +111,9 @@ class Lora:
         self._active = True
         self._only: int | None = None
         self._factors: list[Tensor] = []
+        self._together = _same_input([s.name for s in self.sites])
+        self._input: Any = None  # of the group that runs, and what A made of it for each site that has not run
+        self._narrow: dict[int, Tensor] = {}
         self._device = layers[0][1].weight.device
         self.resize(adapters)
         self.initialise(seed)
@@ -164,8 +170,30 @@ class Lora:
         if not self.trains_a:
             factors[0::2] = [a.detach() for a in factors[0::2]]
         self._factors = factors if self._only is None else [f[self._only : self._only + 1] for f in factors]
+        self._input, self._narrow = None, {}
 
     def _add(self, i: int, x: Any, output: Any) -> Tensor | None:
         if not self._active:
             return None
-        return LoraBranch.apply(x, output, self._factors[2 * i], self._factors[2 * i + 1], self.scale)
+        if self._input is not x or i not in self._narrow:  # the first site of a group computes for the others too
+            group = self._together[i]
+            self._input = x
+            self._narrow = dict(
+                zip(group, ApplyA.apply(x, self.scale, *(self._factors[2 * j] for j in group)), strict=True)
+            )
+        narrow = self._narrow.pop(i)
+        if not self._narrow:
+            self._input = None  # so that it is freed where nothing keeps it
+        return ApplyB.apply(narrow, output, self._factors[2 * i + 1])
+
+
+def _same_input(names: list[str]) -> list[list[int]]:
+    """For each site, the numbers of all sites with the same input, its own among them."""
+    groups: dict[tuple[str, int], list[int]] = {}
+    keys = []
+    for i, name in enumerate(names):
+        module, _, layer = name.rpartition(".")
+        group = next((g for g, layers in enumerate(SAME_INPUT) if layer in layers), -1 - i)
+        keys.append((module, group))
+        groups.setdefault(keys[-1], []).append(i)
+    return [groups[key] for key in keys]

@@ -18,7 +18,8 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from corsa.config import LoraConfig
 from corsa.errors import CorsaError
-from corsa.lora.branch import LoraBranch
+from corsa.lora.attached import attached
+from corsa.lora.branch import ApplyA, ApplyB
 from corsa.lora.flat import Lora, linear_layers
 from corsa.lora.peft_format import PREFIX, load_adapter, save_adapter
 from corsa.models.recomputed_norms import recompute_norms
@@ -135,23 +136,43 @@ def test_factors_stay_float32_on_a_half_precision_base() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_derivative_is_autograd_s_of_the_written_formula_bit_for_bit(dtype: torch.dtype) -> None:
-    """Also for two cotangents in one batched backward pass, and for two adapters."""
+    """Also for two cotangents in one batched backward pass, two adapters, and two sites with one input."""
     draw = torch.Generator().manual_seed(0)
-    x, output, a, b = (torch.randn(shape, generator=draw) for shape in ((4, 3, 8), (4, 3, 6), (2, 2, 8), (2, 6, 2)))
-    leaves = [t.to(dtype).requires_grad_() for t in (x, output)] + [t.requires_grad_() for t in (a, b)]
-    x, output, a, b = leaves
-    narrow = 0.5 * torch.bmm(x.float().reshape(2, 6, 8), a.mT)
-    written = (output + torch.bmm(narrow, b.mT).view(4, 3, 6)).to(dtype)
-    found = LoraBranch.apply(x, output, a, b, 0.5)
-    assert torch.equal(found, written)
-    cotangents = torch.randn(2, 4, 3, 6, generator=draw).to(dtype)
-    for one, other in zip(
-        torch.autograd.grad(found, leaves, cotangents, is_grads_batched=True),
-        torch.autograd.grad(written, leaves, cotangents, is_grads_batched=True),
-        strict=True,
-    ):
-        assert one.dtype == other.dtype
-        assert torch.equal(one, other)
+    x, first, second = (torch.randn(4, 3, n, generator=draw).to(dtype).requires_grad_() for n in (8, 6, 5))
+    a, c = (torch.randn(2, 2, 8, generator=draw).requires_grad_() for _ in range(2))
+    b, d = (torch.randn(2, n, 2, generator=draw).requires_grad_() for n in (6, 5))
+    narrow = (0.5 * torch.bmm(x.float().reshape(2, 6, 8), torch.cat([a, c], 1).mT)).split(2, 2)
+    written = [
+        (output + torch.bmm(part, factor.mT).view(output.shape)).to(dtype)
+        for output, part, factor in zip((first, second), narrow, (b, d), strict=True)
+    ]
+    joint = ApplyA.apply(x, 0.5, a, c)
+    found = [ApplyB.apply(joint[0], first, b), ApplyB.apply(joint[1], second, d)]
+    cotangents = [torch.randn(2, 4, 3, n, generator=draw).to(dtype) for n in (6, 5)]
+    leaves = [x, first, second, a, b, c, d]
+    one, other = (torch.autograd.grad(out, leaves, cotangents, is_grads_batched=True) for out in (found, written))
+    for mine, autograd_s in zip((*found, *one), (*written, *other), strict=True):
+        assert mine.dtype == autograd_s.dtype
+        assert torch.equal(mine, autograd_s)
+
+
+def test_sites_share_a_product_only_where_they_have_one_input(family: str) -> None:
+    """A model that gives k another input than q is computed as PEFT does: each site from its own input."""
+    model = tiny_model(family)
+    lora = shaken(Lora(model, LORA))
+    names = [[lora.sites[j].name.rsplit(".", 1)[-1] for j in group] for group in lora._together]
+    assert names[:7] == [["q_proj", "k_proj", "v_proj"]] * 3 + [["o_proj"]] + [["gate_proj", "up_proj"]] * 2 + [
+        ["down_proj"]
+    ]
+    layers: Any = model.get_decoder().layers
+    for layer in layers:
+        layer.self_attn.k_proj.register_forward_pre_hook(lambda module, args: (2 * args[0],))
+    changed = logits(model)
+    with lora.off():
+        base = logits(model)
+    with attached(model, lora.adapter()), lora.off():
+        torch.testing.assert_close(logits(model), changed, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(base, changed, atol=1e-2)
 
 
 def test_a_half_precision_base_keeps_no_float32_copy_of_its_activations(family: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -763,7 +764,9 @@ def test_no_step_holds_all_logits_in_float32(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_a_step_launches_no_more_operations_than_its_layers_need() -> None:
-    """Counted by torch's profiler. A site: two products forward and four backward, for all objectives together."""
+    """Counted by torch's profiler. A site has one product forward and two backward with B, for all objectives together,
+    and the sites with one input (q, k and v; gate and up) have one and two with their A factors.
+    """
     model = tiny_model("qwen3")
     lora, edits = shaken(Lora(model, LORA), 0.02), triplets(4)
     part = MicroBatch(pack(edits), torch.full((2, 4), -5.0), counts([edits], CPU))
@@ -773,9 +776,18 @@ def test_a_step_launches_no_more_operations_than_its_layers_need() -> None:
     with profile(activities=[ProfilerActivity.CPU]) as profiled:
         corsa_step(model, lora.phi, batch, rows(config()), optimizer, 1.0, alone)
     counted = Counter(event.name for event in profiled.events() or () if not _inner(event, event.name))
-    sites, without_gradient = len(lora.sites), 3  # nothing before the inputs of the first q, k and v has a gradient
-    assert counted["aten::bmm"] == 2 * (6 * sites - without_gradient)
+    sites, inputs, without_gradient = len(lora.sites), 4 * model.config.num_hidden_layers, 1  # the first layer's input
+    assert counted["aten::bmm"] == 2 * (3 * sites + 3 * inputs - without_gradient)
     assert counted["aten::item"] <= 4  # each is a wait for the device
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+def test_a_pass_compiled_by_inductor_takes_no_batch_of_cotangents() -> None:
+    """The reason why torch.compile is not a setting. If this fails, docs/performance.md is out of date."""
+    weight, x = torch.randn(4, 4, requires_grad=True), torch.randn(3, 4)
+    out = torch.compile(lambda w: torch.nn.functional.silu(x @ w.T))(weight)
+    with pytest.raises(RuntimeError):
+        torch.autograd.grad(out, weight, torch.randn(2, 3, 4), is_grads_batched=True)
 
 
 def _inner(event: Any, name: str) -> bool:
