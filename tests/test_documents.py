@@ -29,8 +29,6 @@ from corsa.cli.commands import app
 from corsa.config.command_line import answered
 
 SHELL = [block for block in blocks() if not block.elsewhere and list(block.commands())]
-OPTIONS_OF_ALL = "--training.batch"
-"""docs/results.md has a block of options that follow each of its commands."""
 
 FILES = ("--data", "--then-data", "--other-data", "--temporal-data", "--memit.corpus", "--humaneval")
 
@@ -133,8 +131,6 @@ def accepted(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
 def tried(words: list[str], monkeypatch: pytest.MonkeyPatch, storage: Path) -> None:
     """Tries a command as far as that is cheap. An unknown command is an error."""
     first = words[0]
-    if first == OPTIONS_OF_ALL:
-        words = ["python", "pipelines/single_update.py", *words]
     if first == "ray":
         assert words[:3] == ["ray", "job", "submit"]
         words = words[words.index("--") + 1 :]
