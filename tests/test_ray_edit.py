@@ -119,6 +119,21 @@ def test_trials_choose_settings_and_the_best_is_the_adapter(folder: Path, cluste
     assert json.loads(again.stdout)["tuned"] == update.tuned
 
 
+def test_a_sample_of_the_earlier_facts_is_asked_again(folder: Path, cluster: Cluster) -> None:
+    facts_file(folder, {"prompt": "Where is Oz?", "target_new": "Here"}, name="march.jsonl")
+    words = ["edit", "--edits", "march.jsonl", "--adapter", "february", "--out", "march", *QUICK, "--recheck", "1"]
+    done = corsa(folder, cluster, *words)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = pd.read_parquet(folder / "march" / "predictions.parquet")
+    asked = rows[rows.trained == 3].groupby("method").edit.unique()
+    standing = {"1/january/1", "2/february/0", "2/february/1"}
+    (earlier,) = set(asked["lora"]) - {"3/march/0"}
+    assert earlier in standing
+    assert set(asked["lora"]) == {earlier, "3/march/0"}
+    assert json.loads((folder / "march" / "metrics.json").read_text())["recheck"] == {"asked": 1, "of": 3}
+    assert len(open_line(folder / "march").edits) == 5  # the line keeps every fact
+
+
 def test_a_fact_is_taken_back_and_a_line_rolled_back(folder: Path, cluster: Cluster) -> None:
     undone = corsa(
         folder, cluster, "undo", "--adapter", "february", "--edit", "Where is Acme?", "--out", "mended", *QUICK
