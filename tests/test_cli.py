@@ -225,3 +225,17 @@ def test_corsa_serve_says_that_it_still_loads_until_it_has_loaded() -> None:
     assert lines[:2] == ["loading base, january ...", "still loading, 0 s"]
     time.sleep(0.1)
     assert len(told.getvalue().splitlines()) <= len(lines) + 1  # one may have been under way
+
+
+def test_corsa_serve_says_what_is_missing_before_it_loads_a_model(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ray = pytest.importorskip("ray")
+    monkeypatch.setattr("corsa.flow.cluster.connect", lambda console: None)
+    monkeypatch.delattr(ray, "serve", raising=False)
+    monkeypatch.setitem(sys.modules, "ray.serve", None)
+    assert main(["serve"]) == 2
+    assert capsys.readouterr() == (
+        "",
+        "error: corsa serve needs Ray Serve: pip install 'corsa[serve]' (no module ray.serve)\n",
+    )
