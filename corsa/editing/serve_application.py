@@ -41,7 +41,8 @@ def run(model: ModelConfig, adapters: Mapping[str, str], *, host: str, port: int
         serve.start(http_options={"host": host, "port": port})
         serve.run(deployment(serve.ingress(build)()).bind(), name="corsa", route_prefix="/")
     except RuntimeError as error:
-        raise CorsaError(f"the server could not be started: {str(error).splitlines()[0]}") from error
+        cause = getattr(error, "cause", None) or error  # a failure in one of Ray's processes comes with a traceback
+        raise CorsaError(f"the server could not be started: {str(cause).splitlines()[0]}") from error
 
 
 def stop() -> None:
