@@ -10,13 +10,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 from synthetic_run import RUN, curves, predictions
 
 from corsa.cli.commands.serve import _loading
 from corsa.cli.main import main
-from corsa.config import Frozen
+from corsa.config import Frozen, ModelConfig
+from corsa.editing import serve_application
+from corsa.errors import CorsaError
 from corsa.evaluation.metrics import compute
 from corsa.flow.lease import Leases
 from corsa.flow.step import Kind, Step, StepFunction
@@ -225,3 +228,29 @@ def test_corsa_serve_says_that_it_still_loads_until_it_has_loaded() -> None:
     assert lines[:2] == ["loading base, january ...", "still loading, 0 s"]
     time.sleep(0.1)
     assert len(told.getvalue().splitlines()) <= len(lines) + 1  # one may have been under way
+
+
+def test_corsa_serve_says_why_it_cannot_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    exceptions = pytest.importorskip("ray").exceptions
+    error = exceptions.RayTaskError(
+        "ProxyActor.ready", "Traceback\n  ...", RuntimeError("port 8000 is taken\nsee logs")
+    )
+    served = MagicMock()
+    served.start.side_effect = error.as_instanceof_cause()
+    monkeypatch.setattr(serve_application, "ray_serve", lambda: served)
+    with pytest.raises(CorsaError, match=r"^the server could not be started: port 8000 is taken$"):
+        serve_application.run(ModelConfig(), {}, host="127.0.0.1", port=8000, gpu=False)
+
+
+def test_corsa_serve_says_what_is_missing_before_it_loads_a_model(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ray = pytest.importorskip("ray")
+    monkeypatch.setattr("corsa.flow.cluster.connect", lambda console: None)
+    monkeypatch.delattr(ray, "serve", raising=False)
+    monkeypatch.setitem(sys.modules, "ray.serve", None)
+    assert main(["serve"]) == 2
+    assert capsys.readouterr() == (
+        "",
+        "error: corsa serve needs Ray Serve: pip install 'corsa[serve]' (no module ray.serve)\n",
+    )

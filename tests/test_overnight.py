@@ -18,7 +18,9 @@ from rich.console import Console
 from single_update import SingleUpdate, single_update
 from synthetic_run import predictions
 
-from corsa.config import ModelConfig
+from corsa.config import EvaluationConfig, ModelConfig
+from corsa.config.steps import ServedConfig
+from corsa.editing.kinds import SERVED
 from corsa.errors import CorsaError
 from corsa.experiments import runner
 from corsa.experiments.base import Experiment
@@ -101,6 +103,22 @@ def test_the_time_follows_the_facts_and_a_wider_likeness(store: Store) -> None:
     assert found[more["lora/seed0/round1"].fingerprint] == 240.0
     _, longer = planned(store, limit=60, training={"epochs": 40})  # type: ignore[arg-type]
     assert longer["lora/seed0/round1"].fingerprint not in expected(longer.values(), records)
+
+
+def test_the_answers_of_a_server_are_no_likeness(store: Store) -> None:
+    """Their configuration names the model by a text, and the time is the server's."""
+    _, steps = planned(store)
+    records = begun(store, steps, "base")
+    served = ServedConfig(
+        address="http://localhost:8000/v1",
+        model="m",
+        template="qa",
+        evaluation=EvaluationConfig(),
+        round=1,
+        asked="now",
+    )
+    asked = Step("served", SERVED, served, {"edits": steps["edits/world_facts"]})
+    assert left([steps["lora/seed0/round1"]], [*records, finish(store, asked, 1)]) == ""
 
 
 def test_a_done_step_says_how_far_the_run_is(store: Store, tmp_path: Path) -> None:

@@ -9,10 +9,12 @@ from typing import Annotated, Any
 from uuid import uuid4
 
 from fastapi import FastAPI
+from fastapi.concurrency import iterate_in_threadpool
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, StreamingResponse
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from corsa.editing.serving import Ended, ServedModels, Wanted
+from corsa.editing.serving import Ended, Pieces, ServedModels, Wanted
 from corsa.errors import CorsaError
 
 
@@ -29,6 +31,11 @@ class Request(BaseModel):
     stream: bool = False
     n: int = 1
     logprobs: bool | int | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_the_default(cls, body: Any) -> Any:
+        return {name: value for name, value in body.items() if value is not None} if isinstance(body, dict) else body
 
     def wanted(self, tokens: int) -> Wanted:
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
@@ -73,8 +80,12 @@ def interface(models: ServedModels) -> FastAPI:
     def refused(_: Any, error: CorsaError) -> JSONResponse:
         return _error(400, str(error))
 
+    @app.exception_handler(RequestValidationError)
+    def malformed(_: Any, error: RequestValidationError) -> JSONResponse:
+        return _error(400, _complaint(error.errors()[0]))
+
     @app.post("/v1/completions")
-    def complete(request: Completion) -> Any:
+    async def complete(request: Completion) -> Any:
         if wrong := _unknown(models, request):
             return wrong
         if not isinstance(request.prompt, str) and len(request.prompt) != 1:
@@ -83,14 +94,15 @@ def interface(models: ServedModels) -> FastAPI:
         (ids,) = models.encoder.texts([text])
         if not ids:
             raise CorsaError("the prompt is empty")
-        return _answered(models, request, ids, request.max_tokens, chat=False)
+        return await _answered(models, request, ids, request.max_tokens, chat=False)
 
     @app.post("/v1/chat/completions")
-    def chat(request: Chat) -> Any:
+    async def chat(request: Chat) -> Any:
         if wrong := _unknown(models, request):
             return wrong
         ids = models.encoder.conversation([message.turn() for message in request.messages])
-        return _answered(models, request, ids, request.max_completion_tokens or request.max_tokens or 256, chat=True)
+        tokens = request.max_completion_tokens or request.max_tokens or min(256, max(models.context - len(ids), 1))
+        return await _answered(models, request, ids, tokens, chat=True)
 
     return app
 
@@ -104,6 +116,15 @@ def _error(status: int, message: str) -> JSONResponse:
     return JSONResponse({"error": {"message": message, "type": "invalid_request_error"}}, status)
 
 
+def _complaint(error: dict[str, Any]) -> str:
+    """What is wrong with a request: one of pydantic's errors, in a line."""
+    if error["type"] == "json_invalid":
+        return f"the request is not JSON: {error['ctx']['error']} at character {error['loc'][-1]}"
+    if error["loc"] == ("body",):
+        return "send a JSON object, with the header Content-Type: application/json"
+    return f"{'.'.join(map(str, error['loc'][1:]))}: {error['msg']}"
+
+
 def _unknown(models: ServedModels, request: Request) -> JSONResponse | None:
     if request.model not in models.names:
         return _error(404, f"no model {request.model!r} is served here, only {', '.join(models.names)}")
@@ -112,7 +133,12 @@ def _unknown(models: ServedModels, request: Request) -> JSONResponse | None:
     return None
 
 
-def _answered(models: ServedModels, request: Request, ids: Sequence[int], tokens: int, *, chat: bool) -> Any:
+async def _answered(models: ServedModels, request: Request, ids: Sequence[int], tokens: int, *, chat: bool) -> Any:
+    if len(ids) + tokens > models.context:
+        raise CorsaError(
+            f"the prompt has {len(ids)} tokens and its answer may have {tokens}, and the model's context holds "
+            f"{models.context}: lower max_tokens or shorten the prompt"
+        )
     pieces = models.pieces(request.model, ids, request.wanted(tokens))
     about = {
         "id": f"{'chatcmpl' if chat else 'cmpl'}-{uuid4().hex}",
@@ -121,14 +147,36 @@ def _answered(models: ServedModels, request: Request, ids: Sequence[int], tokens
     }
     if request.stream:
         kind = "chat.completion.chunk" if chat else "text_completion"
-        return StreamingResponse(_events(pieces, about | {"object": kind}, chat), media_type="text/event-stream")
-    *parts, end = pieces
+        return _Stream(pieces, about | {"object": kind}, chat)
+    *parts, end = await _whole(pieces)
     text = "".join(map(str, parts))
     assert isinstance(end, Ended)
     said = {"message": {"role": "assistant", "content": text}} if chat else {"text": text}
     usage = {"prompt_tokens": len(ids), "completion_tokens": end.tokens, "total_tokens": len(ids) + end.tokens}
     choice = {"index": 0, **said, "finish_reason": end.reason, "logprobs": None}
     return about | {"object": "chat.completion" if chat else "text_completion", "choices": [choice], "usage": usage}
+
+
+async def _whole(pieces: Pieces) -> list[str | Ended]:
+    """All pieces of an answer. If its reader goes away, Ray Serve cancels this, and the generation ends."""
+    try:
+        return [piece async for piece in iterate_in_threadpool(pieces)]
+    finally:
+        pieces.close()
+
+
+class _Stream(StreamingResponse):
+    """Server-sent events. A reader that goes away ends the generation."""
+
+    def __init__(self, pieces: Pieces, about: dict[str, Any], chat: bool) -> None:
+        super().__init__(_events(pieces, about, chat), media_type="text/event-stream")
+        self._pieces = pieces
+
+    async def __call__(self, *connection: Any) -> None:
+        try:
+            await super().__call__(*connection)
+        finally:
+            self._pieces.close()
 
 
 def _events(pieces: Iterator[str | Ended], about: dict[str, Any], chat: bool) -> Iterator[str]:

@@ -45,7 +45,7 @@ class Thresholds(Frozen):
 
 
 class Gates(Thresholds):
-    """The same for an update, and how much less the model may be able to do after it."""
+    """What a run must reach, and how much less the model may be able to do after it; otherwise the status is 3."""
 
     gate: Annotated[tuple[str, ...], listed(str, "G,G"), plain()] = Field(
         default=(),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,9 +23,9 @@ def run(model: ModelConfig, adapters: Mapping[str, str], *, host: str, port: int
         gpu: whether the model runs on a GPU.
 
     Raises:
-        CorsaError: Ray Serve is not installed, or the models cannot be loaded.
+        CorsaError: the models cannot be loaded.
     """
-    serve = _ray_serve()
+    serve = ray_serve()
 
     def build() -> Any:
         from corsa.editing.openai_interface import interface
@@ -40,19 +41,26 @@ def run(model: ModelConfig, adapters: Mapping[str, str], *, host: str, port: int
         serve.start(http_options={"host": host, "port": port})
         serve.run(deployment(serve.ingress(build)()).bind(), name="corsa", route_prefix="/")
     except RuntimeError as error:
-        raise CorsaError(f"the server could not be started: {str(error).splitlines()[0]}") from error
+        cause = getattr(error, "cause", None) or error  # a failure in one of Ray's processes comes with a traceback
+        raise CorsaError(f"the server could not be started: {str(cause).splitlines()[0]}") from error
 
 
 def stop() -> None:
-    """Ends the server. A cluster that was joined keeps running."""
-    _ray_serve().shutdown()
+    """Ends the server if one was started. A cluster that was joined keeps running."""
+    if serve := sys.modules.get("ray.serve"):
+        serve.shutdown()
 
 
-def _ray_serve() -> Any:
+def ray_serve() -> Any:
+    """Ray Serve. Call it after `corsa.flow.cluster.connect`, which sets what Ray reads at import.
+
+    Raises:
+        CorsaError: Ray Serve is not installed.
+    """
     try:
         from ray import serve
-    except ImportError as error:
-        raise CorsaError(f"corsa serve needs Ray Serve: pip install 'corsa[serve]' ({error})") from error
+    except ModuleNotFoundError as error:  # its own text gives other advice
+        raise CorsaError(f"corsa serve needs Ray Serve: pip install 'corsa[serve]' (no module {error.name})") from error
     if not os.environ.get("CORSA_VERBOSE"):
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
     return serve

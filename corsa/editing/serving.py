@@ -6,8 +6,9 @@ request to request and the base is loaded once.
 
 from __future__ import annotations
 
+import sys
 import threading
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
@@ -59,6 +60,35 @@ def names_of(adapters: Sequence[str | Path]) -> dict[str, str]:
     return found
 
 
+class Pieces(Iterator[str | Ended]):
+    """The pieces of an answer while a thread generates it, and its end."""
+
+    def __init__(self, answer: Callable[[Callable[[str], None], threading.Event], Ended]) -> None:
+        self._queue: SimpleQueue[str | Ended | BaseException] = SimpleQueue()
+        self._gone = threading.Event()
+        self._ended = False
+        threading.Thread(target=self._work, args=(answer,), daemon=True).start()
+
+    def close(self) -> None:
+        """Ends the generation, also while another thread waits for the next piece."""
+        self._gone.set()
+
+    def __next__(self) -> str | Ended:
+        if self._ended:
+            raise StopIteration
+        piece = self._queue.get()
+        self._ended = not isinstance(piece, str)
+        if isinstance(piece, BaseException):
+            raise piece
+        return piece
+
+    def _work(self, answer: Callable[[Callable[[str], None], threading.Event], Ended]) -> None:
+        try:
+            self._queue.put(answer(self._queue.put, self._gone))
+        except BaseException as error:
+            self._queue.put(error)
+
+
 class ServedModels:
     """Answers of a base model ("base") and of adapters by their names."""
 
@@ -68,36 +98,17 @@ class ServedModels:
         self._ends = end_tokens(models.model, models.encoder.tokenizer)
         self._lock = threading.Lock()
         self.encoder = models.encoder
+        positions = getattr(models.model.config.get_text_config(), "max_position_embeddings", None)
+        self.context: int = positions or sys.maxsize
+        """Most tokens of a prompt and its answer."""
 
     @property
     def names(self) -> list[str]:
         return list(self._changes)
 
-    def pieces(self, name: str, prompt: Sequence[int], wanted: Wanted) -> Generator[str | Ended, None, None]:
-        """The answer of the model `name` to a prompt (token ids), piece by piece as it is generated, and its end.
-
-        A reader that goes away ends the generation.
-        """
-        queue: SimpleQueue[str | Ended | BaseException] = SimpleQueue()
-        gone = threading.Event()
-
-        def work() -> None:
-            try:
-                queue.put(self._answer(name, prompt, wanted, queue.put, gone))
-            except BaseException as error:
-                queue.put(error)
-
-        threading.Thread(target=work, daemon=True).start()
-        try:
-            while True:
-                piece = queue.get()
-                if isinstance(piece, BaseException):
-                    raise piece
-                yield piece
-                if isinstance(piece, Ended):
-                    return
-        finally:
-            gone.set()
+    def pieces(self, name: str, prompt: Sequence[int], wanted: Wanted) -> Pieces:
+        """The answer of the model `name` to a prompt (token ids), piece by piece as it is generated, and its end."""
+        return Pieces(lambda put, gone: self._answer(name, prompt, wanted, put, gone))
 
     def _answer(
         self, name: str, prompt: Sequence[int], wanted: Wanted, put: Callable[[str], None], gone: threading.Event

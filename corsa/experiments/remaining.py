@@ -49,7 +49,8 @@ _DATA = ("edits", "questions")
 def _likeness(kind: str, config: Mapping[str, Any]) -> Iterator[str]:
     """What steps of similar speed have in common, from the closest likeness to the widest."""
     yield repr([kind, sorted((k, v) for k, v in config.items() if k not in ("seed", "round"))])
-    step, training, evaluation, model = (config.get(name) or {} for name in ("step", "training", "evaluation", "model"))
+    parts = (config.get(name) for name in ("step", "training", "evaluation", "model"))
+    step, training, evaluation, model = (part if isinstance(part, Mapping) else {} for part in parts)
     method = [bool(step.get("lambda")), bool(step.get("rho")), step.get("pcgrad") == "off"]
     size = [model.get("name"), model.get("dtype"), training.get("epochs"), evaluation.get("protocol")]
     yield repr([kind, sorted(config), size, method])

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +20,7 @@ from fact_files import fact, written
 from test_side_by_side import TINY, write_adapter
 
 from corsa.cli.main import main
-from corsa.editing.serving import Ended, ServedModels, Wanted, _Text, names_of
+from corsa.editing.serving import Ended, Pieces, ServedModels, Wanted, _Text, names_of
 from corsa.errors import CorsaError
 from corsa.evaluation.endpoint import Endpoint
 from corsa.evaluation.side_by_side import SideBySide
@@ -79,6 +80,12 @@ def refused(address: str, path: str, **body: Any) -> tuple[int, str]:
     return error.value.code, error.value.read().decode()
 
 
+def refused_text(address: str, path: str, text: str, kind: str = "application/json") -> str:
+    with pytest.raises(urllib.error.HTTPError) as error:
+        urllib.request.urlopen(urllib.request.Request(f"{address}/{path}", text.encode(), {"Content-Type": kind}))
+    return error.value.read().decode()
+
+
 def test_base_and_adapters_answer_by_name_as_corsa_ask_does(models: SideBySide, address: str) -> None:
     with urllib.request.urlopen(f"{address}/models") as answer:
         names = [entry["id"] for entry in json.load(answer)["data"]]
@@ -134,9 +141,68 @@ def test_wrong_requests_say_why(address: str) -> None:
     assert "only base, january, february" in refused(address, "completions", **asked | {"model": "march"})[1]
     assert "not supported here" in refused(address, "completions", **asked, n=2)[1]
     assert "one prompt" in refused(address, "completions", **asked | {"prompt": ["a", "b"]})[1]
-    assert refused(address, "completions", **asked, max_tokens=0)[0] == 422
+    assert refused(address, "completions", **asked, max_tokens=0) == (
+        400,
+        '{"error":{"message":"max_tokens: Input should be greater than or equal to 1","type":"invalid_request_error"}}',
+    )
+    assert "prompt: Field required" in refused(address, "completions", model="base")[1]
+    assert "send a JSON object" in refused_text(address, "completions", json.dumps(asked), kind="text/plain")
+    assert "not JSON: Expecting ',' delimiter at character 16" in refused_text(
+        address, "completions", '{"model": "base"'
+    )
     image = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]
     assert "not text" in refused(address, "chat/completions", model="base", messages=image)[1]
+
+
+def test_an_answer_fits_into_the_model_s_context(models: SideBySide, address: str, encoder: Encoder) -> None:
+    """Otherwise one request keeps all later ones waiting."""
+    context, length = models.model.config.max_position_embeddings, len(encoder.prompt(QUESTION))
+    asked: dict[str, Any] = {"model": "base", "prompt": PROMPT, "max_tokens": 10**12}
+    status, why = refused(address, "completions", **asked)
+    assert status == 400
+    assert f"has {length} tokens and its answer may have {10**12}, and the model's context holds {context}" in why
+    long = [{"role": "user", "content": "word " * context}]
+    assert "shorten the prompt" in refused(address, "chat/completions", model="base", messages=long)[1]
+
+
+def test_null_is_the_default(address: str) -> None:
+    asked: dict[str, Any] = {"model": "base", "prompt": PROMPT}
+    nothing = dict.fromkeys(("max_tokens", "temperature", "top_p", "seed", "stop", "n", "stream"))
+    assert (
+        post(address, "completions", **asked, **nothing)["choices"] == post(address, "completions", **asked)["choices"]
+    )
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_cancelled_request_ends_its_generation(stream: bool) -> None:
+    """Ray Serve cancels a request whose reader goes away, mostly while a thread waits for the next piece."""
+    from corsa.editing.openai_interface import _Stream, _whole
+
+    begun, ended = threading.Event(), threading.Event()
+
+    def answer(put: Callable[[str], None], gone: threading.Event) -> Ended:
+        put("and")
+        begun.set()
+        gone.wait(60)
+        ended.set()
+        return Ended("stop", 1)
+
+    async def cancelled() -> None:
+        pieces = Pieces(answer)
+
+        async def nothing(*_: Any) -> Any:
+            await asyncio.sleep(0 if _ else 60)
+
+        coroutine = _Stream(pieces, {}, False)({"type": "http"}, nothing, nothing) if stream else _whole(pieces)
+        request = asyncio.create_task(coroutine)
+        await asyncio.to_thread(begun.wait)
+        await asyncio.sleep(0.1)
+        request.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await request
+        assert await asyncio.to_thread(ended.wait, 30)
+
+    asyncio.run(cancelled())
 
 
 def test_a_reader_that_goes_away_ends_the_generation(

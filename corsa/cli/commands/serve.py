@@ -41,7 +41,7 @@ def serve(
     from corsa.editing.history import open_line
     from corsa.editing.options import Options
     from corsa.editing.plan import base_model
-    from corsa.editing.serve_application import run, stop
+    from corsa.editing.serve_application import ray_serve, run, stop
     from corsa.editing.serving import BASE, names_of
     from corsa.flow.cluster import connect, disconnect
 
@@ -51,13 +51,14 @@ def serve(
     console = Console()
     connect(console)
     try:
+        ray_serve()  # if it is missing, this is known before a model is loaded
         with _loading(", ".join([config.name, *named]), console):
             run(config, named, host=host, port=port, gpu=gpu)
         for line in _ready(f"http://{host}:{port}/v1", [BASE, *named]):
             console.print(line, markup=False, highlight=False, soft_wrap=True)
         threading.Event().wait()
     except KeyboardInterrupt:
-        pass
+        console.print("stopping")  # takes seconds
     finally:
         stop()
         disconnect()
