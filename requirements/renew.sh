@@ -24,8 +24,8 @@ compile() { # FILE ARGUMENT...: standard input is the list of what is wanted
     mv "$file.new" "$file"
 }
 
-except() { # FILE...: what these files have already
-    sed -n 's/^\([A-Za-z0-9._-]*\)==.*/--no-emit-package=\1/p' "$@"
+except() { # FILE...: what these files have already, on every platform (a package with a marker is repeated)
+    sed -n '/ ; /!s/^\([A-Za-z0-9._-]*\)==.*/--no-emit-package=\1/p' "$@"
 }
 
 echo torch >requirements/excluded

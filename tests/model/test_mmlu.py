@@ -6,6 +6,7 @@ import csv
 import json
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -326,12 +327,12 @@ EACH = 8
 @pytest.mark.skipif(not PUBLISHED.is_dir(), reason=f"needs the published files, {PUBLISHED}")
 def test_answers_are_those_of_the_evaluation_harness(tmp_path: Path, encoder: Encoder, one_thread: None) -> None:
     """The harness's own task files on the same rows: the same letter for every question, and its log-likelihoods."""
-    yaml = pytest.importorskip("yaml")
-    lm_eval = pytest.importorskip("lm_eval")
+    import yaml
+
     from corsa.config import ModelConfig
     from corsa.models.loading import load_model
 
-    definitions = Path(lm_eval.__file__).parent / "tasks" / "mmlu" / "default"
+    definitions = Path(import_module("lm_eval").__file__ or "").parent / "tasks" / "mmlu" / "default"
     tags = {
         path.stem.removeprefix("mmlu_"): yaml.safe_load(path.read_text()) for path in definitions.glob("mmlu_*.yaml")
     }
@@ -342,10 +343,9 @@ def test_answers_are_those_of_the_evaluation_harness(tmp_path: Path, encoder: En
     model, tokenizer = load_model(ModelConfig()), encoder.tokenizer
     template = yaml.safe_load((definitions / "_default_template_yaml").read_text())
     tasks = {name: harness_task(template | tags[name], tmp_path) for name in SAMPLE}
-    harness = pytest.importorskip("lm_eval.models.huggingface").HFLM(
-        pretrained=model, tokenizer=tokenizer, batch_size=8
-    )
-    evaluate = pytest.importorskip("lm_eval.evaluator").evaluate
+    hugging_face = import_module("lm_eval.models.huggingface").HFLM
+    harness = hugging_face(pretrained=model, tokenizer=tokenizer, batch_size=8)
+    evaluate = import_module("lm_eval.evaluator").evaluate
     samples = evaluate(harness, tasks, limit=EACH, log_samples=True, bootstrap_iters=0)["samples"]
 
     questions = questions_of(PUBLISHED, limit=EACH)
@@ -375,4 +375,4 @@ def harness_task(entries: dict[str, Any], folder: Path) -> Any:
     kept = {key: value for key, value in entries.items() if key not in ("include", "tag", "task_alias")}
     local = {"dataset_path": "json", "dataset_name": None, "num_fewshot": 5}
     local["dataset_kwargs"] = {"data_files": files, "cache_dir": str(folder / "cache")}
-    return pytest.importorskip("lm_eval.api.task").ConfigurableTask(config=kept | local)
+    return import_module("lm_eval.api.task").ConfigurableTask(config=kept | local)
