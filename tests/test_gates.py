@@ -92,12 +92,20 @@ def test_a_loss_above_the_bound_fails_and_nothing_measured_fails() -> None:
     assert "nothing to measure" in str(verdict)
 
 
-def test_names_of_gates(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A harness with two tasks."""
     monkeypatch.setattr(harness, "find_spec", lambda name: object())
+    monkeypatch.setattr(harness, "known_tasks", lambda: frozenset({"gsm8k", "ifeval"}))
+
+
+def test_names_of_gates(installed: None, monkeypatch: pytest.MonkeyPatch) -> None:
     assert tasks_of(Gates(gate=("lm-eval:gsm8k", "ifeval"))) == ("gsm8k", "ifeval")
     assert tasks_of(Gates(gate=("capability",))) == ()
     with pytest.raises(CorsaError, match="unknown gate 'capabilty'"):
         tasks_of(Gates(gate=("capabilty",)))
+    with pytest.raises(CorsaError, match="the harness has no task 'gms8k', did you mean 'gsm8k'; `lm-eval ls tasks`"):
+        tasks_of(Gates(gate=("lm-eval:gms8k",)))
     with pytest.raises(CorsaError, match="--limit bounds the documents"):
         tasks_of(Gates(gate=("capability",), limit=3))
     monkeypatch.setattr(harness, "find_spec", lambda name: None)
@@ -105,8 +113,7 @@ def test_names_of_gates(monkeypatch: pytest.MonkeyPatch) -> None:
         tasks_of(Gates(gate=("lm-eval:gsm8k",)))
 
 
-def test_a_gate_adds_steps_and_changes_no_other(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(harness, "find_spec", lambda name: object())
+def test_a_gate_adds_steps_and_changes_no_other(installed: None, tmp_path: Any) -> None:
     plain = plan_edit(options(tmp_path))
     gates = Gates(gate=("capability", "lm-eval:gsm8k"), limit=100)
     gated = plan_edit(options(tmp_path, gates=gates))
@@ -121,10 +128,7 @@ def test_a_gate_adds_steps_and_changes_no_other(tmp_path: Any, monkeypatch: pyte
     assert "--max-loss" not in " ".join(differences(options(tmp_path, gates=gates)))
 
 
-def test_a_task_of_ones_own_is_read_from_its_file_and_part_of_the_identity(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(harness, "find_spec", lambda name: object())
+def test_a_task_of_ones_own_is_read_from_its_file_and_part_of_the_identity(installed: None, tmp_path: Path) -> None:
     (tmp_path / "asked.jsonl").write_text("{}")
     file = tmp_path / "own.yaml"
     file.write_text("task: own\ndataset_path: json\ndataset_kwargs: {data_files: {test: asked.jsonl, more: [none]}}\n")

@@ -22,7 +22,7 @@ def tasks_of(gates: Gates) -> tuple[str, ...]:
     """The tasks of the evaluation harness that the gates name.
 
     Raises:
-        CorsaError: a gate is unknown, or the harness is not installed.
+        CorsaError: a gate or a task is unknown, or the harness is not installed.
     """
     tasks: list[str] = []
     for gate in gates.gate:
@@ -33,7 +33,7 @@ def tasks_of(gates: Gates) -> tuple[str, ...]:
                 raise CorsaError(f"unknown gate {gate!r}: known are capability and lm-eval:TASK,TASK")
             tasks.append(gate)
     if tasks:
-        check_harness()
+        check_harness([name for name in tasks if not _is_file(name)])
     elif gates.limit is not None:
         raise CorsaError("--limit bounds the documents of --gate lm-eval:TASK: give such a gate with it")
     return tuple(tasks)
@@ -51,7 +51,7 @@ def capability_steps(
     if not gates.gate or adapter is None:
         return [], []
     place, steps = planner.experiment.placement, []
-    own = {name: own_task(name) for name in tasks if name.endswith((".yaml", ".yml"))}
+    own = {name: own_task(name) for name in tasks if _is_file(name)}
     for edited in (None, adapter):
         inputs = {"adapter": edited} if edited else {}
         owner = edited.name if edited else "base"
@@ -64,3 +64,8 @@ def capability_steps(
     half = len(steps) // 2
     shown = [Shown(answers=step.name, method="before" if i < half else "now") for i, step in enumerate(steps)]
     return steps, shown
+
+
+def _is_file(name: str) -> bool:
+    """Whether a task is described by a file."""
+    return name.endswith((".yaml", ".yml"))

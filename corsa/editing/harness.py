@@ -5,6 +5,8 @@ The harness reads its tasks' data from the Hugging Face hub. A task in a file of
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,15 +19,33 @@ import yaml
 from corsa.config import Placement
 from corsa.config.bounded_yaml import read_yaml
 from corsa.config.steps import HarnessConfig
-from corsa.errors import CorsaError
+from corsa.errors import CorsaError, nearest
 from corsa.evaluation.capability import MEASURED
 from corsa.flow.task import Task
 
 
-def check_harness() -> None:
-    """Raises CorsaError if the harness is not installed."""
+def check_harness(names: Sequence[str] = ()) -> None:
+    """Check that the harness is installed and knows tasks, groups or tags of these names.
+
+    Raises:
+        CorsaError: it is not installed, or it has no task of one of the names.
+    """
     if find_spec("lm_eval") is None:
         raise CorsaError("--gate lm-eval:TASK needs the evaluation harness: pip install 'corsa[harness]'")
+    for name in names:
+        if name not in known_tasks():
+            near = nearest(name, known_tasks())
+            raise CorsaError(
+                f"--gate lm-eval: the harness has no task {name!r}"
+                f"{f', did you mean {near!r}' if near else ''}; `lm-eval ls tasks` lists them, and FILE.yaml describes "
+                "a task of your own"
+            )
+
+
+@cache
+def known_tasks() -> frozenset[str]:
+    """The names of the harness's tasks, groups and tags. Reads some 10,000 files: it takes seconds."""
+    return frozenset(import_module("lm_eval.tasks").TaskManager().all_tasks)
 
 
 def own_task(path: str) -> dict[str, Any]:
@@ -71,7 +91,9 @@ def run_tasks(task: Task) -> dict[str, Any]:
     change = read_factors(task.inputs["adapter"].local("adapter"))[0] if "adapter" in task.inputs else {}
     options: dict[str, Any] = {"num_cpus": cpus_per_worker(placement), "num_gpus": int(placement.gpu)}
     worker = ray.remote(_measure).options(**options, max_retries=placement.max_failures)
+    task.progress.post({"chain": task.name, "phase": f"running {', '.join(task.config.tasks)}"})
     rows = ray.get(worker.remote(task.config, placement, change))
+    task.progress.post({"chain": task.name, "phase": "done"})
     pq.write_table(pa.Table.from_pylist(rows, schema=MEASURED), task.output / "measured.parquet")
     return {"items": len(rows)}
 
@@ -94,13 +116,20 @@ def _measure(config: HarnessConfig, placement: Placement, change: Any) -> list[d
         language_model = wrapped(
             pretrained=model, tokenizer=tokenizer, device=str(device), batch_size=placement.probe_batch
         )
-        found = simple_evaluate(
-            language_model,
-            tasks=[config.own.get(name, name) for name in config.tasks],
-            limit=config.limit,
-            apply_chat_template=chat,
-            bootstrap_iters=0,
-        )
+        try:
+            found = simple_evaluate(
+                language_model,
+                tasks=[config.own.get(name, name) for name in config.tasks],
+                limit=config.limit,
+                apply_chat_template=chat,
+                bootstrap_iters=0,
+            )
+        except OSError as error:  # with the ConnectionError of the datasets package
+            raise CorsaError(
+                f"--gate lm-eval: the data of {', '.join(config.tasks)} cannot be loaded: {error}. The harness reads "
+                "the Hugging Face hub: make it reachable from the workers, or describe a task with local files "
+                "(lm-eval:FILE.yaml)"
+            ) from error
     return measured_rows(found)
 
 

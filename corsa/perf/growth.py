@@ -75,12 +75,12 @@ def figure(found: Sequence[Measured]) -> go.Figure:
     """Peak memory against edits, both on logarithmic axes, one line a stage."""
     import plotly.graph_objects as go
 
-    drawn = go.Figure(layout={"template": "simple_white"})
+    drawn = go.Figure(layout={"template": "simple_white", "margin": {"t": 20, "b": 50}})
     for stage in dict.fromkeys(one.stage for one in found):
         own = sorted((one.edits, one.peak / 2**20) for one in found if one.stage == stage)
         drawn.add_scatter(x=[edits for edits, _ in own], y=[peak for _, peak in own], name=stage, mode="lines+markers")
-    drawn.update_xaxes(type="log", title="edits")
-    drawn.update_yaxes(type="log", title="peak memory, MiB")
+    drawn.update_xaxes(type="log", title="edits", dtick=1, tickformat=",d")
+    drawn.update_yaxes(type="log", title="peak memory, MiB", dtick=1, tickformat=",d")
     return drawn
 
 
