@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator, Sequence
+from secrets import randbits
 from typing import Annotated, Any
 from uuid import uuid4
 
@@ -26,7 +27,7 @@ class Request(BaseModel):
     model: str
     temperature: Annotated[float, Field(ge=0, le=2)] = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0)] = Field(default_factory=lambda: randbits(32))  # sampled answers differ without it
     stop: str | list[str] | None = None
     stream: bool = False
     n: int = 1

@@ -111,6 +111,11 @@ def test_a_completion_has_the_form_of_openai_s(address: str, encoder: Encoder) -
     )
 
 
+def test_sampled_answers_differ_without_a_seed(address: str) -> None:
+    asked: dict[str, Any] = {"model": "base", "prompt": PROMPT, "max_tokens": 12, "seed": None}
+    assert len({post(address, "completions", **asked)["choices"][0]["text"] for _ in range(3)}) > 1
+
+
 @pytest.mark.parametrize("chat", [False, True])
 def test_a_stream_says_the_same_in_pieces(address: str, chat: bool) -> None:
     path = "chat/completions" if chat else "completions"
@@ -166,8 +171,8 @@ def test_an_answer_fits_into_the_model_s_context(models: SideBySide, address: st
 
 
 def test_null_is_the_default(address: str) -> None:
-    asked: dict[str, Any] = {"model": "base", "prompt": PROMPT}
-    nothing = dict.fromkeys(("max_tokens", "temperature", "top_p", "seed", "stop", "n", "stream"))
+    asked: dict[str, Any] = {"model": "base", "prompt": PROMPT, "seed": 5}
+    nothing = dict.fromkeys(("max_tokens", "temperature", "top_p", "stop", "n", "stream"))
     assert (
         post(address, "completions", **asked, **nothing)["choices"] == post(address, "completions", **asked)["choices"]
     )
