@@ -94,6 +94,8 @@ def test_an_adapter_is_not_applied_although_a_servers_arithmetic_differs() -> No
     assert compared(rows("a", "b", "c", "new", new=3), base).applied
     assert compared(rows("a", "x", "y", "z"), base).applied, "an adapter that taught badly is applied all the same"
     assert not compared(rows("a", "b", "c", "d", new=1), rows("a", "b", "c", "d", new=1)).applied
+    quantised = compared(rows("a more", "b less", "c", "other"), rows("a word", "b", "c", "d"))
+    assert (quantised.same, quantised.alike, quantised.applied) == (1, 3, False), "the base model in other arithmetic"
 
 
 @pytest.mark.parametrize(

@@ -125,21 +125,23 @@ class Comparison(NamedTuple):
 
     Attributes:
         same: answers in the base model's words.
+        alike: answers that begin with the same word as the base model's.
         of: questions that both were asked.
         gained: questions about the facts that the server answers with the new answer (rule `words`) and the base model
             does not.
     """
 
     same: int
+    alike: int
     of: int
     gained: int
 
     @property
     def applied(self) -> bool:
-        """False if nothing of the facts shows, and at least half of the answers are the base model's. A server's
-        arithmetic is not this machine's, so a few answers of the base model itself may differ.
+        """False if nothing of the facts shows, and at least half of the answers begin as the base model's. A server's
+        arithmetic is not this machine's (quantised weights, for one), so the base model may go on in other words.
         """
-        return not self.of or bool(self.gained) or 2 * self.same < self.of
+        return not self.of or bool(self.gained) or 2 * self.alike < self.of
 
     def __str__(self) -> str:
         same = f"{self.same} of {self.of} served answers are the base model's, word for word"
@@ -158,6 +160,7 @@ def compared(served: Sequence[dict[str, Any]], base: Sequence[dict[str, Any]]) -
     taught = [(now, was) for now, was in pairs if now["kind"] in ("edit", "paraphrase")]
     return Comparison(
         same=sum(now["output"] == was["output"] for now, was in pairs),
+        alike=sum(now["output"].split()[:1] == was["output"].split()[:1] for now, was in pairs),
         of=len(pairs),
         gained=sum(now["words_new"] and not was["words_new"] for now, was in taught),
     )
