@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from bucket import Bucket
 from flow_steps import ADD, chain, execute, step
+from fsspec.implementations.local import LocalFileSystem
+from pyarrow import fs
 
 from corsa.errors import CorsaError
 from corsa.flow import Store
@@ -104,6 +108,29 @@ def test_a_network_share_is_asked_again_too(tmp_path: Path, monkeypatch: pytest.
     assert Files(tmp_path).publish("one", b"1")
     assert not failures
     assert [path.name for path in tmp_path.iterdir()] == ["one"]  # no attempt left anything behind
+
+
+def test_a_file_whose_upload_fails_when_it_ends_is_sent_again(tmp_path: Path) -> None:
+    """As in S3, where data goes out when the stream is closed."""
+
+    class Lost(io.BytesIO):
+        def close(self) -> None:
+            if not self.closed:
+                super().close()
+                raise OSError(errno.ETIMEDOUT, "no answer")
+
+    class Unreliable(LocalFileSystem):
+        writes = 0
+
+        def open(self, path: str, mode: str = "rb", **options: Any) -> Any:
+            self.writes += mode == "wb"
+            return Lost() if mode == "wb" and self.writes == 1 else super().open(path, mode, **options)
+
+    (tmp_path / "output" / "folder").mkdir(parents=True)
+    (tmp_path / "output" / "folder" / "file").write_text("content")
+    unreliable = fs.PyFileSystem(fs.FSSpecHandler(Unreliable(skip_instance_cache=True)))
+    Files(tmp_path / "store", unreliable).upload(tmp_path / "output", "kept")
+    assert (tmp_path / "store" / "kept" / "folder" / "file").read_text() == "content"
 
 
 def test_a_write_whose_answer_was_lost_is_ours(tmp_path: Path, log: Path, monkeypatch: pytest.MonkeyPatch) -> None:

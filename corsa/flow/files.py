@@ -9,6 +9,7 @@ import hashlib
 import logging
 import os
 import re
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from copy import copy
@@ -171,8 +172,13 @@ class Files:
             self._patiently(self._upload, source, folder)
 
     def _upload(self, source: Path, folder: str) -> None:
+        # Not by `fs.copy_files`: it ignores an error when a stream is closed, so a file can be lost in silence.
         self.system.create_dir(self.inside(folder))
-        fs.copy_files(str(source), self.inside(folder), fs.LocalFileSystem(), self.system)
+        for file in sorted(path for path in source.rglob("*") if path.is_file()):
+            target = self.inside(f"{folder}/{file.relative_to(source).as_posix()}")
+            self.system.create_dir(target.rpartition("/")[0])
+            with file.open("rb") as content, self.system.open_output_stream(target, compression=None) as stream:
+                shutil.copyfileobj(content, stream, 1 << 20)
 
     def remove(self, path: str) -> None:
         """Delete a file or a folder if it exists."""

@@ -215,8 +215,10 @@ class Runner:
             return
         self.running.remove(steps)
         for step in steps:
-            if not self.note(step) and not self.drop(step):
-                cause = causes.get(step.fingerprint, "its function returned without a result and without a cause")
+            damage: list[str] = []
+            if not self.note(step, damage.append) and not self.drop(step):
+                missing = "; ".join(damage) or "its function returned without a result and without a cause"
+                cause = causes.get(step.fingerprint, missing)
                 self.outcome.failed[step.name] = cause
                 self.dead.add(step.fingerprint)
                 self.say(f"failed   {step.name}: {cause}")
@@ -224,11 +226,11 @@ class Runner:
             if self.drop(step):
                 del self.waiting[fingerprint]
 
-    def note(self, step: Step) -> bool:
-        """Whether the step has its result by now; reported the first time."""
+    def note(self, step: Step, say: Callable[[str], object] = lambda damage: None) -> bool:
+        """Whether the step has its result by now; reported the first time. `say` gets what is wrong with a result."""
         if step.fingerprint in self.outcome.artifacts:
             return True
-        if found := self.store.find(step, checksums=True):
+        if found := self.store.find(step, checksums=True, say=say):
             self.outcome.artifacts[step.fingerprint] = found
             self.say(f"done     {step.name}  {found.record.seconds:.1f} s{self.how_far(step)}")
             for text in found.metrics.get("notes", ()):
