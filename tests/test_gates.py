@@ -96,7 +96,7 @@ def test_a_loss_above_the_bound_fails_and_nothing_measured_fails() -> None:
 def installed(monkeypatch: pytest.MonkeyPatch) -> None:
     """A harness with two tasks."""
     monkeypatch.setattr(harness, "find_spec", lambda name: object())
-    monkeypatch.setattr(harness, "known_tasks", lambda: frozenset({"gsm8k", "ifeval"}))
+    monkeypatch.setattr(harness, "known_tasks", lambda: ("gsm8k", "ifeval"))
 
 
 def test_names_of_gates(installed: None, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,9 +43,9 @@ def check_harness(names: Sequence[str] = ()) -> None:
 
 
 @cache
-def known_tasks() -> frozenset[str]:
+def known_tasks() -> tuple[str, ...]:
     """The names of the harness's tasks, groups and tags. Reads some 10,000 files: it takes seconds."""
-    return frozenset(import_module("lm_eval.tasks").TaskManager().all_tasks)
+    return tuple(import_module("lm_eval.tasks").TaskManager().all_tasks)
 
 
 def own_task(path: str) -> dict[str, Any]:

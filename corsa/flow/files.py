@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import logging
 import os
 import re
@@ -14,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from copy import copy
 from pathlib import Path
-from typing import ParamSpec, TypeVar
+from typing import BinaryIO, ParamSpec, TypeVar
 from urllib.parse import unquote
 from uuid import uuid4
 
@@ -148,9 +149,13 @@ class Files:
             with self._aside(path, content) as aside:
                 aside.replace(self.inside(path))
         else:
-            self.system.create_dir(self.inside(path).rpartition("/")[0])
-            with self.system.open_output_stream(self.inside(path), compression=None) as stream:
-                stream.write(content)
+            self._send(path, io.BytesIO(content))
+
+    def _send(self, path: str, content: BinaryIO) -> None:
+        """Write a file of a file system that is not local."""
+        self.system.create_dir(self.inside(path).rpartition("/")[0])
+        with self.system.open_output_stream(self.inside(path), compression=None) as stream:
+            shutil.copyfileobj(content, stream, 1 << 20)
 
     @contextmanager
     def _aside(self, path: str, content: bytes) -> Iterator[Path]:
@@ -173,12 +178,9 @@ class Files:
 
     def _upload(self, source: Path, folder: str) -> None:
         # Not by `fs.copy_files`: it ignores an error when a stream is closed, so a file can be lost in silence.
-        self.system.create_dir(self.inside(folder))
         for file in sorted(path for path in source.rglob("*") if path.is_file()):
-            target = self.inside(f"{folder}/{file.relative_to(source).as_posix()}")
-            self.system.create_dir(target.rpartition("/")[0])
-            with file.open("rb") as content, self.system.open_output_stream(target, compression=None) as stream:
-                shutil.copyfileobj(content, stream, 1 << 20)
+            with file.open("rb") as content:
+                self._send(f"{folder}/{file.relative_to(source).as_posix()}", content)
 
     def remove(self, path: str) -> None:
         """Delete a file or a folder if it exists."""

@@ -189,11 +189,11 @@ class Lora:
 
 def _same_input(names: list[str]) -> list[list[int]]:
     """For each site, the numbers of all sites with the same input, its own among them."""
-    groups: dict[tuple[str, int], list[int]] = {}
-    keys = []
+    groups: list[list[int]] = []
+    found: dict[Any, list[int]] = {}
     for i, name in enumerate(names):
         module, _, layer = name.rpartition(".")
-        group = next((g for g, layers in enumerate(SAME_INPUT) if layer in layers), -1 - i)
-        keys.append((module, group))
-        groups.setdefault(keys[-1], []).append(i)
-    return [groups[key] for key in keys]
+        key = module, next((layers for layers in SAME_INPUT if layer in layers), layer)
+        groups.append(found.setdefault(key, []))
+        groups[-1].append(i)
+    return groups

@@ -157,7 +157,7 @@ def test_the_derivative_is_autograd_s_of_the_written_formula_bit_for_bit(dtype: 
 
 
 def test_sites_share_a_product_only_where_they_have_one_input(family: str) -> None:
-    """A model that gives k another input than q is computed as PEFT does: each site from its own input."""
+    """A model that gives k another input than q has the outputs of an attached adapter: each site reads its own."""
     model = tiny_model(family)
     lora = shaken(Lora(model, LORA))
     names = [[lora.sites[j].name.rsplit(".", 1)[-1] for j in group] for group in lora._together]
