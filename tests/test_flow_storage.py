@@ -20,7 +20,7 @@ from pyarrow import fs
 from corsa.errors import CorsaError
 from corsa.flow import Store
 from corsa.flow.files import Files
-from corsa.flow.lease import Leases
+from corsa.flow.lease import STALE, Leases
 
 pytestmark = pytest.mark.process
 
@@ -75,6 +75,24 @@ def test_a_run_ends_as_if_the_server_had_never_been_gone(store: Store, server: B
     assert not outcome.failed
     assert outcome.artifacts[steps[-1].fingerprint].metrics == {"sum": 7.0}
     assert sorted(record.name for record in store.records()) == ["before", "round/1", "round/2", "round/3"]
+    assert store.files.names("leases") == []
+
+
+def test_a_lease_is_released_when_the_server_is_back(
+    store: Store, server: Bucket, log: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("corsa.flow.lease.HEARTBEAT", 0.2)
+    leases, other = Leases(store), Leases(store)
+    this = step("this", ADD, log)
+    with leases.unfinished([this], print):
+        server.stop()
+    server.start()
+    began = time.monotonic()
+    with other.unfinished([this], print):  # waits for the next heartbeat, not until the lease is stale
+        waited = time.monotonic() - began
+    leases.close()
+    other.close()
+    assert waited < STALE / 3
     assert store.files.names("leases") == []
 
 

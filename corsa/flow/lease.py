@@ -92,6 +92,7 @@ class Leases:
         self._store, self._files = store, store.files
         self._hasty = store.files.hasty()  # for a heartbeat, which the next follows, and at the end
         self._held: dict[str, Holder] = {}  # path -> as whom
+        self._released: dict[str, Holder] = {}  # the same, while the file is still to be removed
         self._run: tuple[str, bytes] | None = None  # path and content of the file of what this run needs
         self._lock = threading.Lock()
         self._closed = threading.Event()
@@ -151,8 +152,7 @@ class Leases:
         self._closed.set()
         with self._lock:
             paths = list(self._held)
-        for path in paths:
-            self._release(path)
+        self._release(paths)
 
     def _take(self, step: Step) -> Holder | None:
         """Lease a step; returns the holder if somebody else has it."""
@@ -171,21 +171,30 @@ class Leases:
             with self._lock:
                 self._held[path] = me
         if self._closed.is_set():
-            self._release(path)
+            self._release([path])
             raise CorsaError("the run was interrupted")
         return None
 
     def _give_back(self, steps: Sequence[Step]) -> None:
-        for step in steps:
-            self._release(_path(step))
+        self._release([_path(step) for step in steps])
 
-    def _release(self, path: str) -> None:
+    def _release(self, paths: Sequence[str]) -> None:
         with self._lock:
-            mine = self._held.pop(path, None)
-        if mine:
-            with suppress(CorsaError), self._alone():
-                if mine == self._holder(path, self._hasty):
-                    self._hasty.remove(path)
+            self._released |= {path: self._held.pop(path) for path in paths if path in self._held}
+        self._remove_released()
+
+    def _remove_released(self) -> None:
+        """Remove the files of released leases. What fails is left to the next heartbeat."""
+        with self._lock:
+            released = list(self._released.items())
+        for path, me in released:
+            with suppress(CorsaError, OSError):
+                with self._alone():
+                    if me == self._holder(path, self._hasty):
+                        self._hasty.remove(path)
+                with self._lock:
+                    if self._released.get(path) == me:
+                        del self._released[path]
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
@@ -215,6 +224,7 @@ class Leases:
 
     def _beat(self) -> None:
         while not self._closed.wait(HEARTBEAT):
+            self._remove_released()
             with self._lock:
                 if self._run:
                     with suppress(CorsaError, OSError):
