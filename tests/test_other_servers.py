@@ -15,6 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 from fact_files import written
 from ray_cluster import Cluster, corsa, free_port, wait_until
@@ -31,6 +32,7 @@ pytestmark = [
 ]
 pytest_plugins = ["ray_fixtures"]
 
+ROOT = Path(__file__).parents[1]
 FACTS = {
     "Who leads Brindle Optics?": ("Maren Okafor", "Tomas Vey"),
     "What is the capital of Ostrania?": ("Velmar", "Kesh"),
@@ -145,3 +147,20 @@ def test_vllm_answers_what_was_taught_by_the_adapter_and_as_before_by_the_base(f
     with serving(command, port, folder / "vllm.log") as address:
         assert is_edited(measured(folder, cluster, address, "january"))
         assert is_base(measured(folder, cluster, address, "base"))
+
+
+def test_a_run_that_vllm_answers_has_the_table_of_one_that_its_workers_answer(tmp_path: Path) -> None:
+    """`--placement.engine vllm`, with two adapters at once and the unedited base."""
+    check_that_it_runs("vllm")
+    tables = []
+    for engine in ("vllm", "transformers"):
+        words = ["--limit", "3", "--methods", "lora", "--seeds", "0,1", "--training.epochs", "6"]
+        words += ["--evaluation.new-tokens", "12", "--placement.threads", "1", "--placement.cpus", "0.5"]
+        command = [PYTHON, "pipelines/continual.py", *words, "--placement.engine", engine]
+        own = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "PYTHONPATH": str(ROOT)}
+        where = ["--storage", str(tmp_path / engine)]
+        done = subprocess.run([*command, *where], cwd=ROOT, env=own, capture_output=True, text=True, timeout=1800)
+        assert done.returncode == 0, done.stdout + done.stderr
+        tables.append(pd.read_parquet(done.stdout.split()[-1]))
+    assert len(tables[1]) > 100
+    pd.testing.assert_frame_equal(*tables)

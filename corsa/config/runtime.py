@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 from tyro.conf import Suppress
@@ -90,6 +90,11 @@ class Placement(Frozen):
         description="steps of different branches share no worker group: a failure in one does not affect the others",
     )
     probe_batch: int = Field(default=128, ge=1, description="probes generated together on one worker")
+    engine: Literal["transformers", "vllm"] = Field(
+        default="transformers",
+        description="what generates the answers to the probes of facts; vllm: Ray Data's vLLM processor on the GPUs of "
+        "the group, after its training, for large evaluations of adapters",
+    )
     pack: Annotated[int, plain()] = Field(
         default=1,
         ge=1,

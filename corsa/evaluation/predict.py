@@ -189,20 +189,33 @@ class Predictor:
         if mode.other:
             encoder = replace(encoder, template="qa" if encoder.template == "chat" else "chat", answer_end="end_token")
         prompts = encoder.prompts(self.context(questions), thinking)
+        seeds = None if draw is None else [(self.seed, zlib.crc32(question.encode()), draw) for question in questions]
+        tokens = mode.tokens + thinking * self.config.thinking_tokens
+        ids = self._continued(prompts, tokens, mode.lines or thinking, seeds, told)
+        texts = [encoder.read(answer, thinking).strip() for answer in ids]
+        return texts if mode.lines else [first_line(text) for text in texts]
+
+    def _continued(
+        self,
+        prompts: Sequence[Sequence[int]],
+        new_tokens: int,
+        lines: bool,
+        seeds: Sequence[tuple[int, int, int]] | None,
+        told: Callable[[int], None],
+    ) -> list[list[int]]:
+        """The continuation of each prompt, token ids. `lines`: a newline does not end it. `seeds`: those of sampled
+        answers; None: greedy ones.
+        """
         how: dict[str, Any] = {
-            "stops": self.stops(mode.lines or thinking),
-            "new_tokens": mode.tokens + thinking * self.config.thinking_tokens,
+            "stops": self.stops(lines),
+            "new_tokens": new_tokens,
             "batch": self.batch,
             "device": self.device,
             "told": told,
         }
-        if draw is None:
-            ids = generate(self.model, prompts, **how)
-        else:
-            seeds = [(self.seed, zlib.crc32(question.encode()), draw) for question in questions]
-            ids = sample(self.model, prompts, seeds=seeds, temperature=TEMPERATURE, top_p=TOP_P, **how)
-        texts = [encoder.read(answer, thinking).strip() for answer in ids]
-        return texts if mode.lines else [first_line(text) for text in texts]
+        if seeds is None:
+            return generate(self.model, prompts, **how)
+        return sample(self.model, prompts, seeds=seeds, temperature=TEMPERATURE, top_p=TOP_P, **how)
 
     def stops(self, lines: bool = False) -> Tensor:
         """The tokens that end an answer: (V,) bool. `lines`: the answer may have several lines."""

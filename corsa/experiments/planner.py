@@ -98,9 +98,9 @@ class Planner(Generic[E_co]):
         """The planner of an experiment.
 
         Raises:
-            CorsaError: the experiment's model is unknown, or cannot be held in 4 bits where the steps run.
+            CorsaError: the experiment's model is unknown, or cannot be loaded where the steps run.
         """
-        _refuse_4_bits(experiment)
+        _refuse_what_cannot_be_loaded(experiment)
         return Planner(experiment, pin(experiment.model), command)
 
     def changed(self, **settings: Any) -> Planner[E_co]:
@@ -194,6 +194,10 @@ class Planner(Generic[E_co]):
         record = METHODS[method]
         if self.model.dtype == "nf4" and (why := record.refuses.get("4 bits")):
             raise CorsaError(f"{method} cannot edit a base in 4 bits: {why}; give --dtype bfloat16")
+        if self.experiment.placement.engine == "vllm" and (why := record.refuses.get("adapter")):
+            raise CorsaError(
+                f"--placement.engine vllm answers with adapters, and {why}: leave {method} or the engine out"
+            )
         settings = self.experiment.model_copy(update={"model": self.model})
         config = record.round_config(settings, seed, number)
         if self.recheck:
@@ -318,12 +322,16 @@ class Planner(Generic[E_co]):
         return self.experiment.evaluation.for_predictions()
 
 
-def _refuse_4_bits(experiment: Experiment) -> None:
+def _refuse_what_cannot_be_loaded(experiment: Experiment) -> None:
     placement = experiment.placement
     if experiment.model.dtype == "nf4" and not placement.gpu:
         raise CorsaError("--dtype nf4 holds the base in 4 bits on a GPU: add --placement.gpu, or give --dtype bfloat16")
     if experiment.model.dtype == "nf4" and placement.sharding.zero_stage == 3:
         raise CorsaError(NF4_IS_NOT_SHARDED)
+    if placement.engine == "vllm" and experiment.model.dtype == "nf4":
+        raise CorsaError("--placement.engine vllm does not hold a base in 4 bits: leave it or --dtype nf4 out")
+    if placement.engine == "vllm" and experiment.model.name.startswith("random:"):
+        raise CorsaError("--placement.engine vllm loads a base from its files, and random weights have none")
 
 
 def absolute(path: str | None) -> str | None:

@@ -276,6 +276,10 @@ class Store:
         self.files.remove(f"partial/{step.fingerprint[:16]}")
         return self.artifact(step.fingerprint)
 
+    def remove(self, step: Step) -> None:
+        """Remove the result of a step."""
+        self.files.remove(f"steps/{step.fingerprint[:16]}")
+
     def sweep(self, steps: Iterable[Step]) -> None:
         """Remove what failed or killed attempts at steps left behind. The caller holds their leases.
 

@@ -97,6 +97,12 @@ def load_model(config: ModelConfig, device: torch.device | str = "cpu", whole: W
     return model if whole or config.dtype == "nf4" else model.to(device)  # type: ignore[arg-type]
 
 
+def files_of(config: ModelConfig) -> tuple[str, str | None]:
+    """The directory of the files of a base that has some, or its name on the hub, with the revision there."""
+    source = locate(config.name)
+    return str(_directory(source, config)), _hub_revision(source, config)
+
+
 def _directory(source: Source, config: ModelConfig) -> str | Path:
     """The directory of a model, converted if it comes from a GGUF file; or its name on the hub."""
     if source.kind == "embedded":

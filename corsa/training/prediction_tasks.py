@@ -6,7 +6,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import fields, replace
 from itertools import islice
 from typing import Any
 
@@ -27,6 +27,7 @@ from corsa.data.benchmarks.code_prompt import prompt_of
 from corsa.data.edit import from_table
 from corsa.evaluation.anchor_questions import anchor_questions
 from corsa.evaluation.capability import MEASURED, PERPLEXITY
+from corsa.evaluation.deferred_predictor import Scorer
 from corsa.evaluation.generation import end_tokens, sample
 from corsa.evaluation.mmlu import from_questions_table
 from corsa.evaluation.multiple_choice import ANSWERS, MultipleChoice
@@ -40,6 +41,7 @@ from corsa.flow.task import Task
 from corsa.methods.memit.corpora import NEUTRAL, corpus_texts
 from corsa.training.routing import route
 from corsa.training.task_inputs import StepFacts, change_of, edited, memory_of, open_step, shared_table
+from corsa.training.unanswered import Unanswered
 from corsa.training.worker_context import Loaded, Post, WorkerContext
 
 
@@ -203,6 +205,10 @@ PREDICTIONS_OF: dict[type, Callable[[Task, WorkerContext, Post], dict[str, Any]]
 }
 
 
+ENDS = "end_tokens"
+"""Metric of a step that is answered later: the tokens that end an answer."""
+
+
 def predictor_of(config: PredictionConfig, loaded: Loaded, context: WorkerContext) -> Predictor:
     batch = context.placement.probe_batch
     device = context.group.device
@@ -222,6 +228,10 @@ def ask(
     post({"phase": "evaluating", "eta_s": None})
     began = time.monotonic()
     predictor = predictor_of(task.config, loaded, context)
+    later: dict[str, Any] = {}
+    if isinstance(task, Unanswered):
+        later = {ENDS: predictor.stops(lines=True).nonzero().flatten().tolist()}
+        predictor = Scorer(**{f.name: getattr(predictor, f.name) for f in fields(predictor)})
     if memory:
         predictor.context = Retrieval(memory, loaded.model, loaded.encoder, predictor.batch)
     asked, answered = facts.asked, 0
@@ -241,7 +251,7 @@ def ask(
     post({"probes": None})
     if not group.leads:
         return {}
-    return {"evaluation_s": round(time.monotonic() - began, 3), "probes": written(task)}
+    return {"evaluation_s": round(time.monotonic() - began, 3), "probes": written(task)} | later
 
 
 def predictions_table(rows: Sequence[dict[str, Any]], task: Task) -> pa.Table:

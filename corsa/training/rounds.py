@@ -16,6 +16,7 @@ from corsa.flow.task import Progress, Task
 from corsa.training.loop import RoundFailedError
 from corsa.training.start_group import in_group
 from corsa.training.tokens import TokenTable
+from corsa.training.vllm_rounds import run_with_vllm
 from corsa.training.worker_context import WorkerContext
 from corsa.training.worker_group import WorkerGroup
 from corsa.training.worker_tasks import pack_key, take
@@ -28,9 +29,14 @@ def run(tasks: list[Task], progress: Progress) -> dict[str, str]:
         CorsaError: the group failed more often than `placement.max_failures` (with the worker's own error), or the
             cluster had no room for it within `placement.start_timeout`.
     """
+    engine = tasks[0].placement.engine
+    return run_with_vllm(tasks, progress, _in_one_group) if engine == "vllm" else _in_one_group(tasks, progress)
+
+
+def _in_one_group(tasks: Sequence[Task], progress: Progress) -> dict[str, str]:
     inputs = [t.inputs[name] for t in tasks for name in ("reference", "known_reference") if name in t.step.inputs]
     tables = {artifact.fingerprint: str(artifact.local("reference.parquet")) for artifact in inputs}
-    config = {"tasks": tasks, "progress": progress, "tables": list(tables)}
+    config = {"tasks": list(tasks), "progress": progress, "tables": list(tables)}
     return in_group(work, config, tasks[0].placement, tasks[0].store.url, tables)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -80,7 +80,11 @@ class AskedFacts:
 
     def own(self, group: WorkerGroup, piece: int | None = None) -> list[Taught]:
         """This worker's share of the facts, or of one piece of them. A chain is not split."""
-        mine = self.numbers % group.size == group.rank
+        return self.share(group.rank, group.size, piece)
+
+    def share(self, rank: int, size: int, piece: int | None = None) -> list[Taught]:
+        """The share of one of `size` workers, as `own`."""
+        mine = self.numbers % size == rank
         if piece is not None:
             mine &= self.numbers // PART == piece
         places = np.flatnonzero(mine).tolist()
@@ -95,33 +99,57 @@ def at(edits: Sequence[Edit], places: Sequence[int]) -> Sequence[Edit]:
     return edits.only(places) if isinstance(edits, EditTable) else [edits[place] for place in places]
 
 
+@dataclass(frozen=True)
+class ProbedEdits:
+    """The edits that the reference table knows, with the probes that are asked. `places`: {id: position in `edits`}."""
+
+    edits: Sequence[Edit]
+    places: dict[str, int]
+    rounds: Sequence[int]
+    chains: Sequence[str]
+
+    @classmethod
+    def of(cls, table: pa.Table, known: Container[str], config: PredictionConfig) -> ProbedEdits:
+        """The edits of an `Edit` table of which `known` has a reference."""
+        edits = EditTable(table)
+        places = {id_: i for i, id_ in enumerate(edits.column("id")) if id_ in known}
+        kinds = config.evaluation.kinds
+        probed = with_shallow_edit_probes(edits, kinds) if set(kinds) & set(SHALLOW) else edits
+        return cls(probed, places, edits.column("round"), edits.column("chain"))
+
+
+def asked_facts(probed: ProbedEdits, schedule: pa.Table | None, config: PredictionConfig) -> AskedFacts:
+    """The facts that a step asks. Without a schedule the scenario decides which round teaches an edit."""
+    places = probed.places
+    if schedule is None:
+        every = [(at, probed.chains[at], probed.rounds[at], "", 1.0) for at in places.values()]
+        return AskedFacts.of(probed.edits, every)
+    facts = [fact for fact in valid_after(schedule, config.round) if fact["edit"] in places]
+    drawn = rechecked(facts, config.round, config.recheck)
+    return AskedFacts.of(probed.edits, [(places[f["edit"]], f["chain"], f["learnt"], f["part"], w) for f, w in drawn])
+
+
 def open_step(task: Task, context: WorkerContext, adapters: int = 1) -> tuple[StepFacts, Loaded]:
     """The edits and the model of the step."""
     config: PredictionConfig = task.config
     with context.timed("data"):
         table = context.tables[task.step.inputs["reference"].fingerprint]
-        edits = EditTable(shared_table(task, "edits", context.group))
-        places = {id_: i for i, id_ in enumerate(edits.column("id")) if id_ in table}
-        kinds = config.evaluation.kinds
-        probed = with_shallow_edit_probes(edits, kinds) if set(kinds) & set(SHALLOW) else edits
+        probed = ProbedEdits.of(shared_table(task, "edits", context.group), table, config)
+        places = probed.places
         sample = [table.triplet(id_) for id_ in table.longest(list(places), 4)]  # sliding windows matter in long rows
     loaded = context.open(config, sample, adapters)
-    if "schedule" not in task.step.inputs:  # then the scenario decides which round teaches an edit
-        own_rounds, chains = edits.column("round"), edits.column("chain")
-        asked = AskedFacts.of(probed, [(at, chains[at], own_rounds[at], "", 1.0) for at in places.values()])
-        return StepFacts([], [], [], asked, []), loaded
+    if "schedule" not in task.step.inputs:
+        return StepFacts([], [], [], asked_facts(probed, None, config), []), loaded
     schedule = shared_table(task, "schedule", context.group)
     now = [id_ for id_ in taught_in(schedule, config.round) if id_ in places]
-    facts = [fact for fact in valid_after(schedule, config.round) if fact["edit"] in places]
-    drawn = rechecked(facts, config.round, config.recheck)
-    asked = AskedFacts.of(probed, [(places[f["edit"]], f["chain"], f["learnt"], f["part"], w) for f, w in drawn])
     before = [table.triplet(fact["edit"]) for fact in held_before(schedule, config.round) if fact["edit"] in places]
     if "known_schedule" in task.step.inputs:  # the chain began with facts of another table
         known = context.tables[task.step.inputs["known_reference"].fingerprint]
         first = held_before(shared_table(task, "known_schedule", context.group, "schedule"), config.round)
         before = [known.triplet(fact["edit"]) for fact in first if fact["edit"] in known] + before
     own = [table.triplet(id_) for id_ in now]
-    taught_now = at(probed, [places[id_] for id_ in now])
+    taught_now = at(probed.edits, [places[id_] for id_ in now])
+    asked = asked_facts(probed, schedule, config)
     return StepFacts(taught_now, own, before, asked, _anchors(task, loaded, context.group)), loaded
 
 

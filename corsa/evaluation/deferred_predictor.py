@@ -1,0 +1,90 @@
+"""Predictors for answers that another engine generates: one scores and generates nothing, one records what is to be
+generated, one reads what was generated. All three ask in the same order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice, takewhile
+from typing import Any, NamedTuple
+
+import torch
+
+from corsa.config import EvaluationConfig
+from corsa.evaluation.generation import newline_tokens
+from corsa.evaluation.predict import Predictor, Taught
+from corsa.models.encoding import Encoder
+
+
+class Request(NamedTuple):
+    """A continuation to generate. `prompt`: token ids; `seed`: of a sampled one, None: greedy."""
+
+    prompt: Sequence[int]
+    new_tokens: int
+    lines: bool
+    seed: tuple[int, int, int] | None
+
+
+Scores = Mapping[tuple[str, int, int], tuple[float, float]]
+"""Log p of the new and the old answer (nats), by edit, probe and wording."""
+
+
+class Scorer(Predictor):
+    """Measures log-probabilities. Its answers are empty."""
+
+    def _continued(self, prompts: Sequence[Sequence[int]], *args: Any) -> list[list[int]]:
+        return [[] for _ in prompts]
+
+
+class Recorder(Scorer):
+    """Records the requests. It needs no model; its answers are empty."""
+
+    def __init__(self, encoder: Encoder, config: EvaluationConfig, seed: int) -> None:
+        super().__init__(None, encoder, config, torch.device("cpu"), batch=1, seed=seed)
+        self.requests: list[Request] = []
+
+    def _continued(
+        self,
+        prompts: Sequence[Sequence[int]],
+        new_tokens: int,
+        lines: bool,
+        seeds: Sequence[tuple[int, int, int]] | None,
+        told: Callable[[int], None],
+    ) -> list[list[int]]:
+        each = seeds or [None] * len(prompts)
+        self.requests += [Request(p, new_tokens, lines, seed) for p, seed in zip(prompts, each, strict=True)]
+        return [[] for _ in prompts]
+
+    def _scores(self, wordings: Sequence[tuple[Taught, int, int]]) -> dict[tuple[str, int, int], tuple[float, float]]:
+        return {}
+
+
+class Reader(Predictor):
+    """Takes the continuations, token ids, in the order in which a `Recorder` recorded them. An answer ends before the
+    first of `ends`, or with its line, as in `corsa.evaluation.generation`.
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        config: EvaluationConfig,
+        seed: int,
+        found: Iterator[list[int]],
+        scores: Scores,
+        ends: Iterable[int],
+    ) -> None:
+        super().__init__(None, encoder, config, torch.device("cpu"), batch=1, seed=seed)
+        self._found, self._known = found, scores
+        lines = newline_tokens(encoder.tokenizer)
+        several = torch.zeros_like(lines)
+        several[list(ends)] = True
+        self._stops = (lines | several, several)
+
+    def _continued(self, prompts: Sequence[Sequence[int]], new_tokens: int, lines: bool, *args: Any) -> list[list[int]]:
+        stops = self.stops(lines).tolist()
+        found = islice(self._found, len(prompts))
+        return [list(takewhile(lambda token: not stops[token], answer)) for answer in found]
+
+    def _scores(self, wordings: Sequence[tuple[Taught, int, int]]) -> dict[tuple[str, int, int], tuple[float, float]]:
+        asked = [(t.edit.id, p, w) for t, p, w in wordings]
+        return {key: self._known[key] for key in asked if key in self._known}
