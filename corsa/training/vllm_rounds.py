@@ -152,7 +152,7 @@ def _commit(
 
 def _scores(rows: pa.Table) -> Scores:
     """The log-probabilities that the worker group measured."""
-    known = rows.filter(pa.compute.is_valid(rows["logp_new"])).select(
+    known = rows.filter(rows["logp_new"].is_valid()).select(
         ["edit", "probe", "wording", "logp_new", "logp_old"]
     )
     columns = [column.to_pylist() for column in known.columns]
