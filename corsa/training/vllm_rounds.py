@@ -152,8 +152,6 @@ def _commit(
 
 def _scores(rows: pa.Table) -> Scores:
     """The log-probabilities that the worker group measured."""
-    known = rows.filter(rows["logp_new"].is_valid()).select(
-        ["edit", "probe", "wording", "logp_new", "logp_old"]
-    )
+    known = rows.filter(rows["logp_new"].is_valid()).select(["edit", "probe", "wording", "logp_new", "logp_old"])
     columns = [column.to_pylist() for column in known.columns]
     return {(e, p, w): (new, old) for e, p, w, new, old in zip(*columns, strict=True)}
