@@ -73,6 +73,12 @@ class Files:
         other.patience = 0.0
         return other
 
+    def within(self, folder: str) -> Files:
+        """The files below a folder of these."""
+        other = copy(self)
+        other.root, other.url = f"{self.root}/{folder}", f"{self.url}/{folder}"
+        return other
+
     def inside(self, path: str) -> str:
         """The path as the file system knows it."""
         return f"{self.root}/{path}"

@@ -18,6 +18,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
+from copy import copy
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cache, cached_property
@@ -166,6 +167,13 @@ class Store:
         self.files = Files(root, filesystem)
         self.url = self.files.url
 
+    def within(self, folder: str) -> Store:
+        """A store in a folder of this one."""
+        other = copy(self)
+        other.files = self.files.within(folder)
+        other.url = other.files.url
+        return other
+
     # What is there
 
     def artifact(self, fingerprint: str) -> Artifact:
@@ -275,10 +283,6 @@ class Store:
             self.files.replace(path, text)
         self.files.remove(f"partial/{step.fingerprint[:16]}")
         return self.artifact(step.fingerprint)
-
-    def remove(self, step: Step) -> None:
-        """Remove the result of a step."""
-        self.files.remove(f"steps/{step.fingerprint[:16]}")
 
     def sweep(self, steps: Iterable[Step]) -> None:
         """Remove what failed or killed attempts at steps left behind. The caller holds their leases.

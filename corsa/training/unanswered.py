@@ -7,38 +7,32 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from corsa.flow.step import Kind, Step, StepFunction
-from corsa.flow.store import Artifact
+from corsa.flow.store import Artifact, Store
 from corsa.flow.task import Task
 
 
 class Unanswered(Task):
-    """The task of a step without its answers. Its result is that of another step, `left`, until the answers are there:
-    the adapter, the curves, and a table of predictions in which only the log-probabilities are known.
+    """The task of a step without its answers. What the group leaves is kept beside the step's checkpoints until the
+    answers are there: the adapter, the curves, and predictions of which only the log-probabilities are known.
     """
 
     @cached_property
-    def left(self) -> Step:
-        """The step under which the worker group commits."""
-        kind = Kind("unanswered", _in_its_group, self.step.kind.version)
-        return Step(f"{self.step.name}/unanswered", kind, self.step.config, self.step.inputs, self.step.placement)
+    def beside(self) -> Store:
+        """Where the worker group commits. It is removed when the step itself is committed."""
+        return self.store.within(f"partial/{self.fingerprint[:16]}")
 
     @cached_property
-    def left_there(self) -> Artifact:
+    def left(self) -> Artifact:
         """What the worker group left."""
-        return self.store.artifact(self.left.fingerprint)
+        return self.beside.artifact(self.fingerprint)
 
     @property
     def finished(self) -> Artifact | None:
-        return self.store.find(self.left, checksums=True)
+        return self.beside.find(self.step, checksums=True)
 
     @cached_property
     def output(self) -> Path:
-        return self.store.workspace(self.left)
+        return self.beside.workspace(self.step)
 
     def commit(self, metrics: Mapping[str, Any], seconds: float) -> Artifact:
-        return self.store.commit(self.left, self.output, metrics, seconds)
-
-
-def _in_its_group() -> StepFunction:
-    raise AssertionError("its worker group makes it (corsa.training.vllm_rounds)")
+        return self.beside.commit(self.step, self.output, metrics, seconds)

@@ -125,14 +125,13 @@ def _processor(
         }
     each = {"CPU": cpus_per_worker(placement)} | ({"GPU": 1.0} if placement.gpu else {})
     engines = 1 if sharded else placement.workers
-    remote = next((a.store.url for a in adapters if not a.store.files.local), None)
     config = vLLMEngineProcessorConfig(
         model_source=source,
         engine_kwargs=engine,
         concurrency=(engines, engines),
         batch_size=256,
         placement_group_config={"bundle_per_worker": each},
-        dynamic_lora_loading_path=remote,
+        dynamic_lora_loading_path=_bucket(asked[0]) or None,
         chat_template_stage=False,
         tokenize_stage=False,
         detokenize_stage=False,
@@ -162,14 +161,14 @@ def _processor(
 
 
 def _names(asked: Sequence[Asked]) -> list[str]:
-    """What each adapter is called: its directory, or its path below a bucket; "" for the base."""
-    return [
-        "" if one.adapter is None else one.adapter.path("adapter").removeprefix(_bucket(one.adapter)) for one in asked
-    ]
+    """What each adapter is called: its directory, or its path in a bucket; "" for the base."""
+    return ["" if one.adapter is None else one.adapter.path("adapter").removeprefix(_bucket(one)) for one in asked]
 
 
-def _bucket(adapter: Artifact) -> str:
-    return "" if adapter.store.files.local else f"{adapter.store.url}/"
+def _bucket(asked: Asked) -> str:
+    """The bucket that holds the adapter, as `s3://NAME/`; "" if it is in a directory."""
+    found = re.match(r"\w+://[^/]+/", asked.adapter.url) if asked.adapter else None
+    return found[0] if found else ""
 
 
 def _table(asked: Sequence[Asked], names: Sequence[str]) -> pa.Table:

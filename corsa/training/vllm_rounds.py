@@ -87,7 +87,7 @@ def _answer_together(tasks: Sequence[Unanswered], model: ModelConfig, progress: 
         progress.post({**line, "answered": done, "probes": total})
 
     told(0)
-    ends = tasks[0].left_there.metrics[ENDS]
+    ends = tasks[0].left.metrics[ENDS]
     found = continuations(asked, model, ends, tasks[0].placement, told)
     seconds = (time.monotonic() - began) / len(tasks)
     for task, known, answers in zip(tasks, facts, found, strict=True):
@@ -120,7 +120,7 @@ def _adapter(task: Unanswered) -> Artifact | None:
     """The result that has the adapter of the model that is asked: of the step itself, or of its input."""
     if "adapter" in task.step.inputs:
         return task.inputs["adapter"]
-    left = task.left_there
+    left = task.left
     return left if any(Path(file).parts[0] == "adapter" for file in left.record.files) else None
 
 
@@ -128,7 +128,7 @@ def _commit(
     task: Unanswered, facts: AskedFacts, encoder: Encoder, answers: Sequence[list[int]], seconds: float
 ) -> None:
     """Commit the step: what its group left, with the answers."""
-    done, left = Task(task.step, task.store, task.progress), task.left_there
+    done, left = Task(task.step, task.store, task.progress), task.left
     for file in left.record.files:
         if file != PREDICTIONS_FILE:
             (done.output / file).parent.mkdir(parents=True, exist_ok=True)
@@ -147,7 +147,6 @@ def _commit(
     metrics = {name: value for name, value in left.metrics.items() if name != ENDS}
     metrics |= {"probes": written(done), "evaluation_s": round(metrics["evaluation_s"] + seconds, 3), "engine": "vllm"}
     done.commit(metrics, left.record.seconds + seconds)
-    task.store.remove(task.left)
 
 
 def _scores(rows: pa.Table) -> Scores:

@@ -18,6 +18,8 @@ from corsa.errors import CorsaError
 from corsa.experiments.base import Experiment
 from corsa.experiments.planner import Facts, Planner
 from corsa.flow import Step, Store
+from corsa.flow.garbage_collection import waste
+from corsa.flow.lease import Leases
 from corsa.flow.task import Silent, Task
 from corsa.models.loading import load_model, load_tokenizer
 from corsa.training import vllm_rounds
@@ -120,6 +122,10 @@ def test_what_was_trained_is_kept_when_the_answers_fail(
         monkeypatch.setattr(vllm_rounds, "continuations", fail)
         with pytest.raises(CorsaError, match="no memory"):
             groups(tasks, context)
+        leases = Leases(store[0])
+        leases.protect([tasks[0].step], [tasks[0].step])
+        assert [one.path for one in waste(store[0], [], 0)[0] if one.path.startswith("partial/")] == []
+        leases.close()
         monkeypatch.setattr(vllm_rounds, "continuations", transformers_and_peft)
         return groups(tasks, context)
 
@@ -130,6 +136,7 @@ def test_what_was_trained_is_kept_when_the_answers_fail(
     assert failed == {}
     assert groups.taken == [[steps[0].name]]
     assert len(tables(store[0], steps)) == 1
+    assert store[0].files.names(f"partial/{steps[0].fingerprint[:16]}") == []
 
 
 def refusal(settings: dict[str, Any], method: str = "lora", **model: Any) -> Callable[[], object]:
