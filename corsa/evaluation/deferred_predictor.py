@@ -4,10 +4,12 @@ generated, one reads what was generated. All three ask in the same order.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice, takewhile
-from typing import Any, NamedTuple
+from typing import Any
 
+import pyarrow as pa
 import torch
 
 from corsa.config import EvaluationConfig
@@ -15,15 +17,15 @@ from corsa.evaluation.generation import newline_tokens
 from corsa.evaluation.predict import Predictor, Taught
 from corsa.models.encoding import Encoder
 
-
-class Request(NamedTuple):
-    """A continuation to generate. `prompt`: token ids; `seed`: of a sampled one, None: greedy."""
-
-    prompt: Sequence[int]
-    new_tokens: int
-    lines: bool
-    seed: tuple[int, int, int] | None
-
+REQUESTS = pa.schema(
+    [
+        ("tokens", pa.list_(pa.int32())),  # of the prompt
+        ("new_tokens", pa.int32()),  # most that are generated
+        ("lines", pa.bool_()),  # a newline does not end the answer
+        ("seed", pa.int64()),  # of a sampled answer; null: greedy
+    ]
+)
+"""The continuations to generate, one a row. In a large run there are millions, so they are columns."""
 
 Scores = Mapping[tuple[str, int, int], tuple[float, float]]
 """Log p of the new and the old answer (nats), by edit, probe and wording."""
@@ -41,7 +43,12 @@ class Recorder(Scorer):
 
     def __init__(self, encoder: Encoder, config: EvaluationConfig, seed: int) -> None:
         super().__init__(None, encoder, config, torch.device("cpu"), batch=1, seed=seed)
-        self.requests: list[Request] = []
+        self._requests: list[pa.RecordBatch] = []
+
+    @property
+    def requests(self) -> pa.Table:
+        """What was recorded so far (`REQUESTS`)."""
+        return pa.Table.from_batches(self._requests, REQUESTS)
 
     def _continued(
         self,
@@ -51,8 +58,11 @@ class Recorder(Scorer):
         seeds: Sequence[tuple[int, int, int]] | None,
         told: Callable[[int], None],
     ) -> list[list[int]]:
-        each = seeds or [None] * len(prompts)
-        self.requests += [Request(p, new_tokens, lines, seed) for p, seed in zip(prompts, each, strict=True)]
+        same = [[new_tokens] * len(prompts), [lines] * len(prompts)]
+        drawn = [zlib.crc32(repr(seed).encode()) for seed in seeds] if seeds else [None] * len(prompts)
+        columns = [list(map(list, prompts)), *same, drawn]
+        arrays = [pa.array(values, field.type) for values, field in zip(columns, REQUESTS, strict=True)]
+        self._requests.append(pa.record_batch(arrays, schema=REQUESTS))
         return [[] for _ in prompts]
 
     def _scores(self, wordings: Sequence[tuple[Taught, int, int]]) -> dict[tuple[str, int, int], tuple[float, float]]:
@@ -69,12 +79,12 @@ class Reader(Predictor):
         encoder: Encoder,
         config: EvaluationConfig,
         seed: int,
-        found: Iterator[list[int]],
+        found: pa.ChunkedArray,
         scores: Scores,
         ends: Iterable[int],
     ) -> None:
         super().__init__(None, encoder, config, torch.device("cpu"), batch=1, seed=seed)
-        self._found, self._known = found, scores
+        self._found, self._known = _lists(found), scores
         lines = newline_tokens(encoder.tokenizer)
         several = torch.zeros_like(lines)
         several[list(ends)] = True
@@ -88,3 +98,8 @@ class Reader(Predictor):
     def _scores(self, wordings: Sequence[tuple[Taught, int, int]]) -> dict[tuple[str, int, int], tuple[float, float]]:
         asked = [(t.edit.id, p, w) for t, p, w in wordings]
         return {key: self._known[key] for key in asked if key in self._known}
+
+
+def _lists(column: pa.ChunkedArray) -> Iterator[list[int]]:
+    """The values of a column of lists, of which few are Python objects at a time."""
+    return (row for start in range(0, len(column), 4096) for row in column.slice(start, 4096).to_pylist())

@@ -5,18 +5,17 @@ from __future__ import annotations
 import json
 import logging
 import re
-import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from unittest.mock import patch
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from corsa.config import ModelConfig, Placement
 from corsa.errors import CorsaError
-from corsa.evaluation.deferred_predictor import Request
 from corsa.evaluation.predict import TEMPERATURE, TOP_P
 from corsa.flow.ray_data import as_dataset, retried
 from corsa.flow.store import Artifact
@@ -26,6 +25,7 @@ from corsa.training.resources import cpus_per_worker
 RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM takes as the largest rank of its adapters."""
 
+_ANSWERS = pa.schema([("number", pa.int64()), ("tokens", pa.list_(pa.int32()))])
 _BLOCK = 1024  # requests per block
 _TOGETHER = 8  # adapters on a GPU at a time
 
@@ -35,7 +35,7 @@ class Asked:
     """What one adapter, or the base (`adapter` None), is to continue."""
 
     adapter: Artifact | None
-    requests: Sequence[Request]
+    requests: pa.Table  # `corsa.evaluation.deferred_predictor.REQUESTS`
 
 
 def continuations(
@@ -44,8 +44,9 @@ def continuations(
     ends: Sequence[int],
     placement: Placement,
     told: Callable[[int], None] = lambda done: None,
-) -> list[list[list[int]]]:
-    """The continuation of each request, token ids, in their order. They may go on after the end of an answer.
+) -> list[pa.ChunkedArray]:
+    """For each adapter the continuation of each request, token ids (list<int32>), in their order. Each may go on after
+    the end of its answer.
 
     One engine per worker of the placement, on its GPU (or its CPUs); with a sharded base one engine on all of them.
 
@@ -61,21 +62,19 @@ def continuations(
     """
     from ray.exceptions import RayError, UserCodeException
 
-    table = _table(asked, _names(asked))
+    table = _table(asked)
     if not len(table):
-        return [[] for _ in asked]
+        return [pa.chunked_array([], _ANSWERS.field("tokens").type) for _ in asked]
+    parts: list[pa.Table] = []
     processor = _processor(asked, table, model, ends, placement)
-    found: list[list[int]] = [[] for _ in range(len(table))]
 
     def attempt() -> None:
-        done = 0
-        batches = processor(as_dataset(table, _BLOCK)).iter_batches(batch_size=None, batch_format="pyarrow")
+        parts.clear()
+        answered = processor(as_dataset(table, _BLOCK)).iter_batches(batch_size=None, batch_format="pyarrow")
         try:
-            for batch in batches:
-                for number, tokens in zip(batch["number"].to_pylist(), batch["tokens"].to_pylist(), strict=True):
-                    found[number] = tokens
-                done += len(batch)
-                told(done)
+            for batch in answered:
+                parts.append(cast(pa.Table, batch).select(_ANSWERS.names).cast(_ANSWERS))
+                told(sum(map(len, parts)))
         except UserCodeException as error:  # not a lost engine: it would fail again
             raise CorsaError(f"vLLM did not answer: {_cause(error)}") from error
 
@@ -83,8 +82,9 @@ def continuations(
         retried(placement, attempt)
     except RayError as error:
         raise CorsaError(f"vLLM did not answer: {_cause(error)}") from error
+    found = pa.concat_tables(parts).sort_by("number")["tokens"]
     starts = [sum(len(one.requests) for one in asked[:i]) for i in range(len(asked))]
-    return [found[start : start + len(one.requests)] for start, one in zip(starts, asked, strict=True)]
+    return [found.slice(start, len(one.requests)) for start, one in zip(starts, asked, strict=True)]
 
 
 def _cause(error: Exception) -> str:
@@ -105,10 +105,8 @@ def _processor(
     source, revision = files_of(model)
     sharded = placement.sharding.zero_stage == 3
     adapters = [one.adapter for one in asked if one.adapter]
-    longest = max(
-        len(prompt) + tokens
-        for prompt, tokens in zip(table["tokens"].to_pylist(), table["new_tokens"].to_pylist(), strict=True)
-    )
+    prompts = pc.call_function("list_value_length", [table["tokens"]]).to_numpy()
+    longest = int((prompts + table["new_tokens"].to_numpy()).max())
     engine: dict[str, Any] = {
         "dtype": model.element,
         "max_model_len": longest + 1,
@@ -140,7 +138,7 @@ def _processor(
     ended = [int(token) for token in ends]
 
     def request(row: dict[str, Any]) -> dict[str, Any]:
-        greedy = row["seed"] < 0
+        greedy = row["seed"] is None
         sampling = {
             "temperature": 0.0 if greedy else TEMPERATURE,
             "top_p": 1.0 if greedy else TOP_P,
@@ -160,31 +158,23 @@ def _processor(
         return build_processor(config, request, answer, preprocess_map_kwargs=little, postprocess_map_kwargs=little)
 
 
-def _names(asked: Sequence[Asked]) -> list[str]:
-    """What each adapter is called: its directory, or its path in a bucket; "" for the base."""
-    return ["" if one.adapter is None else one.adapter.path("adapter").removeprefix(_bucket(one)) for one in asked]
-
-
 def _bucket(asked: Asked) -> str:
     """The bucket that holds the adapter, as `s3://NAME/`; "" if it is in a directory."""
     found = re.match(r"\w+://[^/]+/", asked.adapter.url) if asked.adapter else None
     return found[0] if found else ""
 
 
-def _table(asked: Sequence[Asked], names: Sequence[str]) -> pa.Table:
-    """All requests. `seed`: -1 for a greedy one. No column is called `prompt`: Ray Data would take it for a text."""
-    every = [(name, request) for name, one in zip(names, asked, strict=True) for request in one.requests]
-    seeds = [-1 if r.seed is None else zlib.crc32(repr(r.seed).encode()) for _, r in every]
-    return pa.table(
-        {
-            "number": pa.array(range(len(every)), pa.int64()),
-            "adapter": pa.array([name for name, _ in every], pa.string()),
-            "tokens": pa.array([list(r.prompt) for _, r in every], pa.list_(pa.int32())),
-            "new_tokens": pa.array([r.new_tokens for _, r in every], pa.int32()),
-            "lines": pa.array([r.lines for _, r in every], pa.bool_()),
-            "seed": pa.array(seeds, pa.int64()),
-        }
-    )
+def _table(asked: Sequence[Asked]) -> pa.Table:
+    """All requests, with their number and adapter: its directory, or its path in a bucket; "" for the base.
+
+    No column is called `prompt`: Ray Data would take it for a text.
+    """
+    named = []
+    for one in asked:
+        name = one.adapter.path("adapter").removeprefix(_bucket(one)) if one.adapter else ""
+        named.append(one.requests.append_column("adapter", pa.repeat(pa.scalar(name), len(one.requests))))
+    table = pa.concat_tables(named)
+    return table.append_column("number", pa.array(range(len(table)), pa.int64()))
 
 
 def _rank(adapters: Sequence[Artifact]) -> int:

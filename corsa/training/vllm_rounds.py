@@ -11,7 +11,6 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -108,7 +107,7 @@ def _pieces(facts: AskedFacts) -> Iterator[list[Taught]]:
     return (facts.share(0, 1, piece) for piece in range(facts.pieces))
 
 
-def _recorded(task: Task, facts: AskedFacts, encoder: Encoder) -> list[Any]:
+def _recorded(task: Task, facts: AskedFacts, encoder: Encoder) -> pa.Table:
     """What is to be generated for the step."""
     recorder = Recorder(encoder, task.config.evaluation, task.config.seed)
     for piece in _pieces(facts):
@@ -124,9 +123,7 @@ def _adapter(task: Unanswered) -> Artifact | None:
     return left if any(Path(file).parts[0] == "adapter" for file in left.record.files) else None
 
 
-def _commit(
-    task: Unanswered, facts: AskedFacts, encoder: Encoder, answers: Sequence[list[int]], seconds: float
-) -> None:
+def _commit(task: Unanswered, facts: AskedFacts, encoder: Encoder, answers: pa.ChunkedArray, seconds: float) -> None:
     """Commit the step: what its group left, with the answers."""
     done, left = Task(task.step, task.store, task.progress), task.left
     for file in left.record.files:
@@ -137,7 +134,7 @@ def _commit(
         encoder,
         task.config.evaluation,
         task.config.seed,
-        iter(answers),
+        answers,
         _scores(pq.read_table(left.local(PREDICTIONS_FILE))),
         left.metrics[ENDS],
     )

@@ -41,14 +41,14 @@ def transformers_and_peft(asked: Sequence[Asked], model: ModelConfig, ends: Sequ
         if one.adapter:
             edited = PeftModel.from_pretrained(edited, str(one.adapter.local("adapter"))).eval()
         own = []
-        for request in one.requests:
-            assert request.seed is None
-            prompt = torch.tensor([list(request.prompt)])
-            how: dict[str, Any] = {"do_sample": False, "max_new_tokens": request.new_tokens, "pad_token_id": end}
+        for request in one.requests.to_pylist():
+            assert request["seed"] is None
+            prompt = torch.tensor([request["tokens"]])
+            how: dict[str, Any] = {"do_sample": False, "max_new_tokens": request["new_tokens"], "pad_token_id": end}
             with torch.no_grad():
                 ids = edited.generate(prompt, attention_mask=torch.ones_like(prompt), eos_token_id=list(ends), **how)
             own.append(ids[0, prompt.shape[1] :].tolist())
-        found.append(own)
+        found.append(pa.chunked_array([own], pa.list_(pa.int32())))
     return found
 
 
