@@ -11,6 +11,7 @@ compared with those of the base model with the change attached.
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -133,6 +134,8 @@ def export(
         _check_free(place)
     if wanted.rank is not None and not (wanted.adapter or wanted.gguf_lora):
         raise CorsaError("--rank is of an adapter: give --adapter DIR or --gguf-lora FILE with it")
+    # Saving a model imports DeepSpeed, which warns if there is no GPU. All of an export is on the CPU.
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
     opened = _open(source, edits, model)
     asked = opened.questions[:questions]
     told(f"loading {opened.base.name}, {len(asked)} questions")

@@ -6,7 +6,6 @@ generation is shared.
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,7 +40,6 @@ def gguf_model(file: Path, base: ModelConfig, questions: Sequence[str], new_toke
 
 def _loaded(directory: Path, base: ModelConfig, **where: Any) -> Any:
     """A model that transformers loads, on the CPU."""
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # transformers imports DeepSpeed, which would warn of a missing GPU
     from transformers import AutoModelForCausalLM
 
     return AutoModelForCausalLM.from_pretrained(directory, dtype=getattr(torch, base.element), **where).eval()
