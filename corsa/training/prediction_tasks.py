@@ -6,7 +6,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import fields, replace
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -209,10 +209,12 @@ ENDS = "end_tokens"
 """Metric of a step that is answered later: the tokens that end an answer."""
 
 
-def predictor_of(config: PredictionConfig, loaded: Loaded, context: WorkerContext) -> Predictor:
+def predictor_of(
+    config: PredictionConfig, loaded: Loaded, context: WorkerContext, kind: type[Predictor] = Predictor
+) -> Predictor:
     batch = context.placement.probe_batch
     device = context.group.device
-    return Predictor(loaded.model, loaded.encoder, config.evaluation, device, batch, loaded.packed, config.seed)
+    return kind(loaded.model, loaded.encoder, config.evaluation, device, batch, loaded.packed, config.seed)
 
 
 def ask(
@@ -227,11 +229,8 @@ def ask(
     group = context.group
     post({"phase": "evaluating", "eta_s": None})
     began = time.monotonic()
-    predictor = predictor_of(task.config, loaded, context)
-    later: dict[str, Any] = {}
-    if isinstance(task, Unanswered):
-        later = {ENDS: predictor.stops(lines=True).nonzero().flatten().tolist()}
-        predictor = Scorer(**{f.name: getattr(predictor, f.name) for f in fields(predictor)})
+    later = isinstance(task, Unanswered)
+    predictor = predictor_of(task.config, loaded, context, Scorer if later else Predictor)
     if memory:
         predictor.context = Retrieval(memory, loaded.model, loaded.encoder, predictor.batch)
     asked, answered = facts.asked, 0
@@ -251,7 +250,8 @@ def ask(
     post({"probes": None})
     if not group.leads:
         return {}
-    return {"evaluation_s": round(time.monotonic() - began, 3), "probes": written(task)} | later
+    ends = {ENDS: predictor.stops(lines=True).nonzero().flatten().tolist()} if later else {}
+    return {"evaluation_s": round(time.monotonic() - began, 3), "probes": written(task)} | ends
 
 
 def predictions_table(rows: Sequence[dict[str, Any]], task: Task) -> pa.Table:

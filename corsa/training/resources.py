@@ -1,4 +1,7 @@
-"""How many workers fit, how many CPUs each reserves, and how many groups run at once. Imports neither torch nor ray."""
+"""How many workers fit, how many CPUs each reserves, how many groups run at once, and whether vLLM can run here.
+
+Imports neither torch nor ray.
+"""
 
 from __future__ import annotations
 

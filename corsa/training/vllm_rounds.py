@@ -50,10 +50,12 @@ def run_with_vllm(tasks: Sequence[Task], progress: Progress, in_one_group: InGro
         missing = {task.fingerprint for task in waiting}
         ready = [task for task in waiting if not any(n.fingerprint in missing for n in task.step.inputs.values())]
         waiting = [task for task in waiting if task not in ready]
-        for task in [task for task in ready if any(n.fingerprint in failed for n in task.step.inputs.values())]:
-            ready.remove(task)
-            failed[task.fingerprint] = "not run: a step that it needs failed"
-        own = [Unanswered(task.step, task.store, task.progress) if _asks(task) else task for task in ready]
+        own: list[Task] = []
+        for task in ready:
+            if before := [needed.name for needed in task.step.inputs.values() if needed.fingerprint in failed]:
+                failed[task.fingerprint] = f"not run: {before[0]} failed"
+            else:
+                own.append(Unanswered(task.step, task.store, task.progress) if _asks(task) else task)
         if unfinished := [task for task in own if task.finished is None]:
             failed |= in_one_group(unfinished, progress)
         _answer([t for t in own if isinstance(t, Unanswered) and t.fingerprint not in failed], progress)

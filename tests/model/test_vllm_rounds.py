@@ -29,7 +29,7 @@ from corsa.training.vllm_engine import Asked
 from corsa.training.vllm_rounds import run_with_vllm
 from corsa.training.worker_context import WorkerContext
 
-pytestmark = pytest.mark.model
+pytestmark = [pytest.mark.model, pytest.mark.filterwarnings("ignore::FutureWarning")]  # PEFT: old names of transformers
 
 
 def transformers_and_peft(asked: Sequence[Asked], model: ModelConfig, ends: Sequence[int], *rest: Any) -> Any:
