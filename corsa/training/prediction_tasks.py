@@ -227,7 +227,7 @@ def ask(
 ) -> dict[str, Any]:
     """Ask the model in its current state, and write the answers. Facts of the memory stand before each question."""
     group = context.group
-    post({"phase": "evaluating", "eta_s": None})
+    post({"phase": "evaluating"})
     began = time.monotonic()
     later = isinstance(task, Unanswered)
     predictor = predictor_of(task.config, loaded, context, Scorer if later else Predictor)

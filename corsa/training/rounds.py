@@ -101,7 +101,7 @@ def _together(waiting: Sequence[Task], failed: Mapping[str, str], most: int) -> 
 
 
 class _Line:
-    """The progress line of the chain of `task`, one of `tasks`. Posted values are added to the shown ones."""
+    """The progress line of the chain of `task`, one of `tasks`. Posted values are added to those of the same phase."""
 
     def __init__(self, task: Task, tasks: Sequence[Task], group: WorkerGroup, progress: Progress) -> None:
         self._progress = progress if group.leads else None
@@ -110,9 +110,11 @@ class _Line:
         if chain != task.name:
             last = max(t.config.round for t in tasks if _chain(t) == chain)
             self._shown |= {"round": task.config.round, "rounds": last}
+        self._of_chain = self._shown
 
     def post(self, more: dict[str, Any]) -> None:
-        self._shown |= more
+        begins = "phase" in more and more["phase"] != self._shown.get("phase")
+        self._shown = (self._of_chain if begins else self._shown) | more
         if self._progress:
             self._progress.post(self._shown)
 

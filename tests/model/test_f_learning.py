@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 import torch
+from one_worker import taken
 from tiny import EDITS, Bench, round_config, triplets
 
 from corsa.config import STEPS, FLearningConfig, StepConfig
@@ -17,6 +21,7 @@ from corsa.lora.attached import attached
 from corsa.lora.factors import Adapter
 from corsa.methods.f_learning import FLearningRoundConfig
 from corsa.methods.f_learning.teach import teach
+from corsa.training.rounds import take_rounds
 from pipelines.sensitivity import Sensitivity, sensitivity
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -102,3 +107,27 @@ def test_the_sensitivity_scenario_sweeps_alpha() -> None:
     (axis,) = [axis for axis in report.axes if axis.name == "alpha"]
     assert axis.points == {f"f-learning alpha={alpha:g}": ("f-learning", alpha) for alpha in (0.05, 0.1, 1.0)}
     assert FLearningConfig().alpha in Sensitivity().alphas
+
+
+class Lines:
+    """A `Progress` that keeps every line."""
+
+    def __init__(self) -> None:
+        self.posted: list[dict[str, Any]] = []
+
+    def post(self, line: Mapping[str, Any]) -> None:
+        self.posted.append(dict(line))
+
+
+def test_the_line_of_a_phase_says_nothing_of_the_phase_before(tmp_path: Path) -> None:
+    lines = Lines()
+    taken(
+        tmp_path,
+        lambda planner, facts, schedule: planner.chain("f-learning", 0, facts, schedule, rounds=(1, 2)),
+        take=lambda tasks, context: take_rounds(tasks, context, lines),
+    )
+    phases = [[*group] for _, group in groupby(lines.posted, key=itemgetter("phase"))]
+    round_ = ["loading", "training", "forgetting", "training", "evaluating"]
+    assert [group[0]["phase"] for group in phases] == [*round_, "done", *round_, "done"]
+    assert all(group[0].keys() == {"chain", "phase", "round", "rounds"} for group in phases)
+    assert [group[-1].get("step") for group in phases[:5]] == [None, None, 6, 6, None]  # 3 epochs of 2 batches

@@ -45,7 +45,6 @@ def teach(round_: Round) -> Taught:
     name, module = down_projections(round_.model)[layer]
     dense = Dense(module)
     before: Any = dict(round_.before or {})
-    round_.post({"phase": "training"})
     with round_.lora.off(), attached(round_.model, before), dense.added():
         curves = round_.train(round_.triplets, "all", dense.phi)
     change = dense.matrix.detach().cpu()

@@ -45,7 +45,6 @@ def solved_once(
         solve: from the key statistics to the round's change (module name -> (outputs, inputs)) and its metrics, on the
             model as edited so far.
     """
-    round_.post({"phase": "training"})
     before: Any = dict(round_.before or {})
     began = time.monotonic()
     found: Mapping[str, Tensor] = {}
