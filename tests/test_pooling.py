@@ -24,8 +24,10 @@ def test_runs_with_other_seeds_are_the_run_with_all_seeds() -> None:
     whole = predictions(chains=8, seeds=3)
     base = whole.method == "base"
     parts = {f"run{n}": of(whole[base | (whole.seed == n)]) for n in range(3)}
+    for number, part in enumerate(parts.values()):
+        part.metrics["cost"] = {"lora": 10.0 + number, "corsa": 40.0}
     found = pooled(parts)
-    assert found.metrics == compute(whole) | {"looks_back": []}
+    assert found.metrics == compute(whole) | {"looks_back": [], "cost": {"lora": 11.0, "corsa": 40.0}}
     assert found.metrics["seeds"] == [0, 1, 2]
     assert len(found.predictions) == len(whole)
 

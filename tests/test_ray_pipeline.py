@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pandas as pd
@@ -51,6 +52,15 @@ def test_a_run_ends_with_three_paths_and_a_table(undisturbed: Run) -> None:
             *ROUNDS,
         )
     }
+
+
+def test_what_a_method_cost_is_the_training_of_all_its_rounds(undisturbed: Run) -> None:
+    cost = json.loads(undisturbed.finished.paths[1].read_text())["cost"]
+    assert cost.keys() == {"lora", "corsa"}
+    for method, seconds in cost.items():
+        own = [record.metrics["training_s"] for name, record in undisturbed.records.items() if f"/{method}/" in name]
+        assert len(own) == 3
+        assert seconds == pytest.approx(sum(own))
 
 
 def test_what_was_asked_is_in_the_predictions(undisturbed: Run) -> None:

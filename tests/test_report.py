@@ -124,6 +124,18 @@ def test_every_method_and_figure_is_there(page: Page) -> None:
         assert {trace["name"] for trace in plots[f"tradeoff-{number}"]["data"]} == {"LoRA", "CoRSA"}
 
 
+def test_a_point_is_as_large_as_its_method_is_costly(tmp_path: Path) -> None:
+    table = predictions()
+    metrics = compute(table) | {"cost": {"lora": 10.0, "corsa": 40.0}}
+    page = Page(write_report(tmp_path, metrics=metrics, predictions=table, curves=pd.DataFrame(), run={}))
+    traces = {trace["name"]: trace for trace in json.loads(page.unfolded("plots"))["tradeoff-0"]["data"]}
+    areas = {name: trace["marker"]["size"] ** 2 for name, trace in traces.items()}
+    assert areas["CoRSA"] == pytest.approx(4 * areas["LoRA"])
+    assert "training: 40 s" in traces["CoRSA"]["hovertemplate"]
+    assert "The area of a point is the time that training took." in page.text
+    assert re.search(r"training time.{0,120}10 s.{0,40}40 s", page.text, re.DOTALL)
+
+
 def test_tables_have_scoped_headers_and_sections_are_linked(page: Page) -> None:
     assert all(header.get("scope") in ("row", "col") for header in page.all("th"))
     targets = {attributes["id"] for _, attributes in page.tags if "id" in attributes}

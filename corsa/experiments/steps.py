@@ -8,6 +8,7 @@ import platform
 from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import pandas as pd
@@ -233,6 +234,7 @@ def measured(task: Task, config: ReportConfig, predictions: pd.DataFrame) -> dic
         metrics["capability"] = _capability(task, config, metrics.get("controls"))
     metrics |= {
         "training": [text for _, text in _trained(task)],
+        "cost": _cost(task, config.shown),
         "looks_back": sorted({s.method for s in config.shown if _looks_back(task.step.inputs[s.answers])}),
         "headlines": list(config.headlines),
         "axes": [axis.canonical() for axis in config.axes],
@@ -249,6 +251,19 @@ def _by_method(task: Task, shown: Sequence[Shown], measure: Callable[..., dict[s
         runs.setdefault(one.method, {})[one.seed] = rows
     before = next(iter(runs.get(BASE, {}).values()), None)
     return {method: measure(own, None if method == BASE else before) for method, own in runs.items()}
+
+
+def _cost(task: Task, shown: Sequence[Shown]) -> dict[str, float]:
+    """Seconds of training of each method that was trained in this run: over all rounds, as a mean over seeds."""
+    rounds = {task.step.inputs[s.answers].fingerprint: s for s in shown if s.method != BASE}  # each once
+    spent: dict[str, dict[int, float]] = {}
+    for one in rounds.values():
+        artifact = task.inputs[one.answers]
+        if (seconds := artifact.metrics.get("training_s")) is not None:
+            seeds = spent.setdefault(one.method, {})
+            seed = getattr(task.step.inputs[one.answers].config, "seed", one.seed)
+            seeds[seed] = seeds.get(seed, 0.0) + seconds
+    return {method: mean(seeds.values()) for method, seeds in spent.items()}
 
 
 def _capability(task: Task, config: ReportConfig, controls: dict[str, Any] | None) -> list[dict[str, Any]]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pandas as pd
@@ -105,11 +105,14 @@ def _learnt_against_forgotten(metrics: dict[str, Any]) -> Figure:
         f"After round {metrics['rounds'][-1]}, a point for each method. The best corner is top left: takes what is "
         f"new, keeps what was learnt. {_what_bars_are(metrics)}",
     )
+    cost = metrics.get("cost") or {}
+    if cost:
+        figure = replace(figure, caption=f"{figure.caption} The area of a point is the time that training took.")
     for learnt in ("efficacy", "generality"):
         title = metrics["definitions"][learnt]["label"].lower()
         plot = _plot("forgetting (%)", f"{title} (%)")
         for row in metrics["rows"]:
-            _add_point(plot, row, "forgetting", learnt)
+            _add_point(plot, row, "forgetting", learnt, cost)
         if plot.data:
             plot.update_xaxes(range=[-4, 104])
             plot.update_yaxes(range=[-4, 104])
@@ -121,8 +124,14 @@ def _learnt_against_forgotten(metrics: dict[str, Any]) -> Figure:
     )
 
 
-def _add_point(plot: go.Figure, row: dict[str, Any], x: str, y: str) -> None:
-    """A method's point with its intervals, if it has both metrics."""
+_POINT = 12
+"""Width of a point in pixels, without a cost."""
+_COSTLIEST = 26
+"""Width of the point of the method with the largest cost."""
+
+
+def _add_point(plot: go.Figure, row: dict[str, Any], x: str, y: str, cost: Mapping[str, float]) -> None:
+    """A method's point with its intervals, if it has both metrics. Its area is proportional to the method's cost."""
     across, up = row["metrics"][x], row["metrics"][y]
     if across["value"] is None or up["value"] is None:
         return
@@ -130,6 +139,9 @@ def _add_point(plot: go.Figure, row: dict[str, Any], x: str, y: str) -> None:
         f"{name}: {value} ({ends})" if ends else f"{name}: {value}"
         for name, (value, ends) in ((y, shown(up, "share")), (x, shown(across, "share")))
     )
+    seconds = cost.get(row["method"])
+    if seconds is not None:
+        text += f"<br>training: {seconds:.3g} s"
     plot.add_scatter(
         x=[100 * across["value"]],
         y=[100 * up["value"]],
@@ -137,7 +149,11 @@ def _add_point(plot: go.Figure, row: dict[str, Any], x: str, y: str) -> None:
         error_y=_bars([up]),
         mode="markers",
         name=label(row["method"]),
-        marker={"size": 12, "color": _colour(row["method"]), "symbol": _SYMBOLS.get(row["method"], "star")},
+        marker={
+            "size": _COSTLIEST * math.sqrt(seconds / max(cost.values())) if seconds else _POINT,
+            "color": _colour(row["method"]),
+            "symbol": _SYMBOLS.get(row["method"], "star"),
+        },
         hovertemplate=f"{text}<extra>{label(row['method'])}</extra>",
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from statistics import mean
 from typing import Any
 
 import pandas as pd
@@ -61,6 +62,7 @@ def pooled(runs: Mapping[str, Scenario]) -> Scenario:
         for id_, run in runs.items()
         for method in run.metrics.get("looks_back", ())
     ]
+    metrics["cost"] = _cost(runs, twice)
     return Scenario(
         metrics, predictions, pd.concat(curves, ignore_index=True) if curves else pd.DataFrame(), _about(runs)
     )
@@ -73,6 +75,16 @@ def _model(run: Scenario) -> Any:
 def _adapters(run: Scenario) -> set[tuple[str, int]]:
     edited = run.predictions[run.predictions.method != BASE]
     return {(str(method), int(seed)) for method, seed in zip(edited.method, edited.seed, strict=True)}
+
+
+def _cost(runs: Mapping[str, Scenario], twice: set[str]) -> dict[str, float]:
+    """Each method's training time, as a mean over the seeds of all runs."""
+    times: dict[str, list[float]] = {}
+    for id_, run in runs.items():
+        for method, seconds in (run.metrics.get("cost") or {}).items():
+            seeds = sum(name == method for name, _ in _adapters(run))
+            times.setdefault(f"{method} {id_}" if method in twice else method, []).extend([seconds] * seeds)
+    return {method: mean(own) for method, own in times.items() if own}
 
 
 def _named(rows: pd.DataFrame, id_: str, twice: set[str]) -> pd.DataFrame:

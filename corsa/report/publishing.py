@@ -118,6 +118,9 @@ def markdown(record: Mapping[str, Any], scenario: str = "", columns: Sequence[st
     heads = ["", *(f"{head}{_ARROWS[definitions[name]['better']]}" for name, head in chosen.items())]
     everyday = metrics.get("everyday") or {}
     heads += ["MMLU ↑"] * bool(specific) + ["everyday questions right ↑", "as before or still right ↑"] * bool(everyday)
+    cost = metrics.get("cost") or {}
+    least = min(cost, key=lambda method: cost[method], default="")
+    heads += [f"training time, {label(least)} = 1 ↓"] * (len(cost) > 1)
     rows = [heads, ["---"] * len(heads)]
     for row in metrics["rows"]:
         cells = [_cell(row["metrics"][name], definitions[name]["unit"]) for name in chosen]
@@ -126,6 +129,9 @@ def markdown(record: Mapping[str, Any], scenario: str = "", columns: Sequence[st
         if everyday:
             found = everyday.get(row["method"]) or {}
             cells += [_cell(entry, "share") if (entry := found.get(name)) else "–" for name in ("right", "kept")]
+        if len(cost) > 1:
+            known = cost[least] and row["method"] in cost
+            cells.append(f"{cost[row['method']] / cost[least]:.1f}" if known else "–")
         rows.append([label(row["method"]).replace("|", r"\|"), *cells])
     lines = ["| " + " | ".join(cells) + " |" for cells in rows]
     verdicts = [f"- {sentence}" for sentence in findings(metrics)]

@@ -138,7 +138,7 @@ def teach_method(task: Task, context: WorkerContext, post: Post) -> dict[str, An
             save_file({name: part.contiguous() for name, part in taught.state.items()}, task.output / STATE)
         if taught.memory:
             taught.memory.save(task.output / FACTS)
-        metrics |= {} if taught.curves is None else _write_curves(task, taught.curves, facts)
+        metrics = ({} if taught.curves is None else _write_curves(task, taught.curves, facts)) | metrics
     return metrics
 
 

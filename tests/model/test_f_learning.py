@@ -57,6 +57,11 @@ def test_with_nothing_subtracted_it_is_plain_lora(bench: Bench, tmp_path: Path) 
     assert metrics["rank"] == 2 * lora.config.rank
 
 
+def test_both_phases_count_as_training_time(bench: Bench, tmp_path: Path) -> None:
+    _, curves, metrics = taught(bench, tmp_path)
+    assert metrics["training_s"] > 1.3 * sum(step["seconds"] for step in curves)  # both have as many steps
+
+
 def test_what_is_subtracted_makes_the_old_answers_less_likely(bench: Bench, tmp_path: Path) -> None:
     before = [taught(bench, tmp_path / str(alpha), alpha=alpha)[1][0]["logp_old"] for alpha in (0.0, 0.5, 1.0)]
     assert before[0] > before[1] > before[2]  # when the learning begins
