@@ -79,10 +79,10 @@ def begin(
     rest = max(width - common(family) for family, width in zip(together, widths, strict=True))
     begun = [max(0, width - rest) for width in widths]  # tokens in the first pass: no rest exceeds `rest`
     passed = len(begun) * max(begun) + len(prompts) * rest  # positions computed in two passes
-    fits = max(begun) + rest + new_tokens <= _window(model)
+    fits = max(begun) + rest + new_tokens <= window(model)
     if not fits or passed > _SAVES * len(prompts) * max(widths):
-        return _padded(prompts, device)
-    ids, seen = _padded([family[0][:n] for family, n in zip(together, begun, strict=True)], device)
+        return padded(prompts, device)
+    ids, seen = padded([family[0][:n] for family, n in zip(together, begun, strict=True)], device)
     model(
         input_ids=ids,
         attention_mask=seen,
@@ -94,11 +94,11 @@ def begin(
     family_of = torch.tensor([f for f, family in enumerate(together) for _ in family], device=device)
     cache.batch_select_indices(family_of)
     left = [prompt[n:] for family, n in zip(together, begun, strict=True) for prompt in family]
-    ids, own = _padded(left, device)
+    ids, own = padded(left, device)
     return ids, torch.cat([seen[family_of], own], dim=1)
 
 
-def _window(model: Any) -> float:
+def window(model: Any) -> float:
     """Positions that every layer sees. Padding between a beginning and its rest counts like tokens. So a prompt must
     fit into a sliding window, and layers that carry a state are not supported (0).
     """
@@ -108,7 +108,7 @@ def _window(model: Any) -> float:
     return getattr(config, "sliding_window", None) or float("inf")
 
 
-def _padded(rows: Sequence[Tokens], device: torch.device | str) -> tuple[Tensor, Tensor]:
+def padded(rows: Sequence[Tokens], device: torch.device | str) -> tuple[Tensor, Tensor]:
     """Rows padded on the left, and where they hold tokens: (R, W) each."""
     width = max(map(len, rows))
     ids = torch.tensor([[0] * (width - len(row)) + list(row) for row in rows], device=device)

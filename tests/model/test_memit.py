@@ -30,6 +30,7 @@ from corsa.experiments.steps import _notes
 from corsa.flow.step import topological
 from corsa.lora.attached import attached
 from corsa.lora.weight_deltas import load_delta, save_delta
+from corsa.methods.memit import algorithm
 from corsa.methods.memit.algorithm import closed_form, find_target, last_subject_token, memit, request
 from corsa.methods.memit.corpora import NEUTRAL, NEUTRAL_NAME, corpus_texts
 from corsa.methods.memit.key_statistics import KeyStatistics, down_projections, gather
@@ -346,6 +347,24 @@ def test_a_target_lowers_its_loss_within_its_bound(encoder: Encoder) -> None:
     assert (found.z - h.z).norm() <= config.clamp_norm_factor * h.z.norm() * (1 + 1e-5)
     prompt = torch.tensor([wanted.wordings[0].prompt])
     assert close(h.z, model(prompt, output_hidden_states=True).hidden_states[3][0, -1], 1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_no_change_reaches_is_computed_once_and_the_target_is_the_same(
+    family: str, encoder: Encoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = deep_model(family)
+    config, wanted = settings(model, gradient_steps=4), request(encoder, EDITS[1], ["Because of it", "Then"])
+    tokens: list[int] = []
+    model.register_forward_pre_hook(lambda _, args, named: tokens.append(named["input_ids"].numel()), with_kwargs=True)
+    found = find_target(model, wanted, 2, config)
+    once = tokens.copy()
+    monkeypatch.setattr(algorithm, "window", lambda model: 0)  # as if nothing could be computed before
+    tokens.clear()
+    whole = find_target(model, wanted, 2, config)
+    assert close(found.z, whole.z, 1e-4)
+    assert found.loss == pytest.approx(whole.loss, rel=1e-4)
+    assert sum(once) < 0.7 * sum(tokens)
 
 
 def test_a_folder_without_a_delta_is_refused(tmp_path: Path) -> None:

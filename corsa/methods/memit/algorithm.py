@@ -10,13 +10,15 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 from corsa.data.edit import Edit
+from corsa.evaluation.prefix_cache import padded, window
 from corsa.lora.attached import attached
 from corsa.methods.memit.key_statistics import KeyStatistics, down_projections, watch
 from corsa.methods.memit.settings import EditSettings, Settings
@@ -130,26 +132,16 @@ def find_target(model: Any, wanted: Request, layer: int, settings: EditSettings)
     """
     answer, asked = wanted.answer, len(wanted.wordings)
     rows = [w.prompt + answer[:-1] for w in wanted.wordings] + ([wanted.essence] if wanted.essence else [])
-    width = max(map(len, rows))  # padded on the left: the last tokens of every row are those whose logits are needed
-    padding = [width - len(row) for row in rows]
-    ids = torch.tensor([[0] * pad + row for pad, row in zip(padding, rows, strict=True)], device=model.device)
-    mask = torch.tensor([[0] * pad + [1] * (width - pad) for pad in padding], device=model.device)
     ends = [w.subject for w in wanted.wordings] + ([len(wanted.essence) - 1] if wanted.essence else [])
-    places = torch.tensor([pad + end for pad, end in zip(padding, ends, strict=True)], device=model.device)
+    begun = _begun(model, rows, ends)
     answers = torch.tensor(answer, device=model.device).expand(asked, -1)[..., None]  # (W, m, 1)
 
     delta = torch.zeros(model.get_decoder().config.hidden_size, device=model.device, requires_grad=True)
     adam = torch.optim.Adam([delta], lr=settings.learning_rate)
     h = essence_before = torch.empty(0)
     for step in range(settings.gradient_steps):
-        with _added(model.get_decoder().layers[layer], places, delta) as unchanged, torch.enable_grad():
-            logits = model(
-                input_ids=ids,
-                attention_mask=mask,
-                position_ids=(mask.cumsum(1) - 1).clamp(min=0),
-                logits_to_keep=len(answer),
-                use_cache=False,
-            ).logits
+        with _added(model.get_decoder().layers[layer], begun.places, delta) as unchanged, torch.enable_grad():
+            logits = begun.logits(model, len(answer))
         logp = logits.float().log_softmax(-1)  # (W or W + 1, m, V)
         essence = logp[asked:, -1]
         if step == 0:
@@ -165,6 +157,64 @@ def find_target(model: Any, wanted: Request, layer: int, settings: EditSettings)
         with torch.no_grad():
             delta.mul_((settings.clamp_norm_factor * h.norm() / delta.norm()).clamp(max=1.0))
     raise AssertionError("unreachable: the last step returns")
+
+
+@dataclass(frozen=True)
+class _Begun:
+    """Prompts whose tokens before the changed place have been computed: no change reaches them.
+
+    Attributes:
+        keys_and_values: of these tokens, of each layer; none if nothing was computed before.
+        ids: the other tokens, (R, T), padded on the left: the logits that are needed are those of the last ones.
+        seen: which positions hold tokens, of those before and then of `ids`, (R, P + T).
+        places: the changed place of each row in `ids`, (R,).
+    """
+
+    keys_and_values: list[tuple[Tensor, Tensor]]
+    ids: Tensor
+    seen: Tensor
+    places: Tensor
+
+    def logits(self, model: Any, last: int) -> Tensor:
+        """The logits (R, last, V) at the last tokens of each row."""
+        cache = None
+        if self.keys_and_values:
+            cache = DynamicCache(config=model.config)
+            for layer, (keys, values) in enumerate(self.keys_and_values):
+                cache.update(keys, values, layer)
+        return model(
+            input_ids=self.ids,
+            attention_mask=self.seen,
+            position_ids=(self.seen.cumsum(1) - 1).clamp(min=0)[:, -self.ids.shape[1] :],
+            past_key_values=cache,
+            use_cache=cache is not None,
+            logits_to_keep=last,
+        ).logits
+
+
+@torch.no_grad()
+def _begun(model: Any, rows: Sequence[list[int]], ends: Sequence[int]) -> _Begun:
+    """Computes the tokens of each row before `ends` once, for all steps of the search."""
+    longest = max(ends) + max(len(row) - end for row, end in zip(rows, ends, strict=True))
+    starts = ends if any(ends) and longest <= window(model) else [0] * len(rows)
+    ids, seen = padded([row[start:] for row, start in zip(rows, starts, strict=True)], model.device)
+    places = [ids.shape[1] - (len(row) - end) for row, end in zip(rows, ends, strict=True)]
+    begun = _Begun([], ids, seen, torch.tensor(places, device=model.device))
+    if not any(starts):
+        return begun
+    ids, before = padded([row[:start] for row, start in zip(rows, starts, strict=True)], model.device)
+    cache = DynamicCache(config=model.config)
+    model(
+        input_ids=ids,
+        attention_mask=before,
+        position_ids=(before.cumsum(1) - 1).clamp(min=0),
+        past_key_values=cache,
+        logits_to_keep=1,
+        use_cache=True,
+    )
+    layers: Any = cache.layers
+    known = [(layer.keys, layer.values) for layer in layers]
+    return replace(begun, keys_and_values=known, seen=torch.cat([before, seen], dim=1))
 
 
 @contextmanager
