@@ -3,7 +3,7 @@ made from such records.
 
 In a document, `<!-- table: NAME -->` and `<!-- end -->` enclose the table of the record NAME.json. `NAME/SCENARIO` is
 one scenario of a joined report (write _ for a blank). Names of metrics after it, separated by commas, are the columns;
-by default the headlines.
+by default the headlines. `cost` among them adds the training time: name it only if the machine did nothing else.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from corsa.errors import CorsaError, unknown_name
 from corsa.report.findings import drawn, findings, headlines, label, shown
 
 _KEPT = ("title", "created", "command", "commits", "versions", "hardware", "config", "skipped", "notes")
+_COST = "cost"
 _ARROWS = {"high": " ↑", "low": " ↓"}
 _START = r"<!-- table: (?P<name>[^\s,]+)(?: (?P<columns>[\w,]+))? -->\n"
 _TABLE = re.compile(rf"{_START}(?P<old>(?:(?!<!-- table:).)*?)(?P<end><!-- end -->)", re.DOTALL)
@@ -110,6 +111,8 @@ def markdown(record: Mapping[str, Any], scenario: str = "", columns: Sequence[st
         metrics = metrics[scenario]
     definitions = metrics["definitions"]
     known = headlines(metrics)
+    cost = (metrics.get("cost") or {}) if _COST in columns else {}
+    columns = [name for name in columns if name != _COST]
     for name in columns:
         if name not in definitions:
             raise unknown_name("metric", name, definitions)
@@ -118,7 +121,6 @@ def markdown(record: Mapping[str, Any], scenario: str = "", columns: Sequence[st
     heads = ["", *(f"{head}{_ARROWS[definitions[name]['better']]}" for name, head in chosen.items())]
     everyday = metrics.get("everyday") or {}
     heads += ["MMLU ↑"] * bool(specific) + ["everyday questions right ↑", "as before or still right ↑"] * bool(everyday)
-    cost = metrics.get("cost") or {}
     least = min(cost, key=lambda method: cost[method], default="")
     heads += [f"training time, {label(least)} = 1 ↓"] * (len(cost) > 1)
     rows = [heads, ["---"] * len(heads)]

@@ -21,9 +21,9 @@ def edit(options: Annotated[EditOptions, arg(name="")], as_json: AsJson = False)
     Later: corsa edit --edits more.jsonl --adapter adapters/january --out adapters/february --max-forgetting 0.1
 
     Which --method: keep lora. corsa is measured to do no better on one batch of facts, and a step takes 3.2 times as
-    long. Choose it if the old answer must not come back: it lowers the old answer's log-probability by another 3 nats.
-    The other methods were not measured with enough facts and seeds to be recommended (docs/results.md). --tune 8
-    chooses settings on your own facts.
+    long. Choose it if the old answer must not come back: it lowers the old answer's log-probability by 3 to 8 nats.
+    f-learning is measured to do no better either. The others were not measured with enough facts and seeds to be
+    recommended (docs/results.md). --tune 8 chooses settings on your own facts: the learning rate matters most.
     """
     from corsa.cli.commands.results import teach, teach_tuned
     from corsa.editing.plan import plan_edit
