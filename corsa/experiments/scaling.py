@@ -66,7 +66,7 @@ def _points(task: Task, name: str, metrics: dict[str, Any]) -> list[dict[str, An
         point = {"model": config.models[name], "benchmark": config.benchmarks[name], "method": method}
         point |= {"parameters": max((t["parameters"] for t in taken if t.get("parameters")), default=None)}
         point |= {measure: rows[method][measure] for measure in ("generality", "forgetting")}
-        point["training_s"] = sum(t.get("training_s", 0.0) for t in taken) / seeds
+        point["training_s"] = metrics["cost"].get(method, 0.0)
         point["worker_hours"] = sum(r.seconds * r.metrics.get("workers", 1) for r in records) / 3600 / seeds
         point["peak_memory"] = max((t["peak_memory"] for t in taken if t.get("peak_memory")), default=None)
         points.append(point | {"gpu": any(t.get("gpu") for t in taken)})

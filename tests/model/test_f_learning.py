@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
@@ -13,12 +14,14 @@ import torch
 from one_worker import taken
 from tiny import EDITS, Bench, round_config, triplets
 
+from corsa.algorithm.packing import Triplet
 from corsa.config import STEPS, FLearningConfig, StepConfig
 from corsa.config.steps import ReportConfig
 from corsa.experiments.planner import Planner
 from corsa.flow.step import topological
 from corsa.lora.attached import attached
 from corsa.lora.factors import Adapter
+from corsa.methods.base import Round, Taught
 from corsa.methods.f_learning import FLearningRoundConfig
 from corsa.methods.f_learning.teach import teach
 from corsa.training.rounds import take_rounds
@@ -58,8 +61,21 @@ def test_with_nothing_subtracted_it_is_plain_lora(bench: Bench, tmp_path: Path) 
 
 
 def test_both_phases_count_as_training_time(bench: Bench, tmp_path: Path) -> None:
-    _, curves, metrics = taught(bench, tmp_path)
-    assert metrics["training_s"] > 1.3 * sum(step["seconds"] for step in curves)  # both have as many steps
+    seconds: dict[str, float] = {}
+
+    def timed(round_: Round) -> Taught:
+        def train(examples: Sequence[Triplet], name: str, phi: torch.nn.Parameter | None = None, /) -> Any:
+            curves = round_.train(examples, name, phi)
+            seconds[name] = sum(step["seconds"] for step in curves)
+            return curves
+
+        return teach(replace(round_, train=train))
+
+    plain = dict(round_config(epochs=4)) | {"step": STEPS["lora"](StepConfig())}
+    config = FLearningRoundConfig(**plain, f_learning=FLearningConfig())
+    metrics = bench.teach(timed, config, tmp_path).metrics
+    assert seconds.keys() == {"forgetting", "learning"}
+    assert metrics["training_s"] == pytest.approx(sum(seconds.values()), abs=1e-3)
 
 
 def test_what_is_subtracted_makes_the_old_answers_less_likely(bench: Bench, tmp_path: Path) -> None:

@@ -36,20 +36,19 @@ def teach(round_: Round) -> Taught:
         return lora.adapter(), curves
 
     metrics: dict[str, Any] = {}
-    start, spent = known, list[dict[str, Any]]()
+    start, forgetting = known, list[dict[str, Any]]()
     if backwards := [_backwards(t) for t in round_.triplets if t.old]:  # without an old answer, nothing is forgotten
         round_.post({"phase": "forgetting"})
         old, forgetting = delta(backwards, "forgetting", *known)
         weights = [1.0] * len(known) + [-alpha]
         start = [{name: stack([*(adapter[name] for adapter in known), old[name]], weights) for name in old}]
         metrics["forgetting_loss_sft"] = forgetting[-1]["loss_sft"]
-        spent += forgetting
     round_.post({"phase": "training"})
     new, curves = delta(round_.triplets, "learning", *start)
     adapter = {name: stack([*(part[name] for part in start), new[name]]) for name in new}
     if config.f_learning.rank is not None:
         adapter, metrics["cut_error"] = compress(adapter, config.f_learning.rank)
-    metrics["training_s"] = round(sum(step["seconds"] for step in [*spent, *curves]), 3)
+    metrics["training_s"] = round(sum(step["seconds"] for step in [*forgetting, *curves]), 3)
     metrics["rank"] = max(factors.rank for factors in adapter.values())
     return Taught(adapter, metrics, curves)
 
