@@ -131,8 +131,8 @@ def test_a_configuration_cannot_be_changed() -> None:
 def test_names_that_are_not_known_are_refused_with_the_nearest() -> None:
     assert error_of("--methods", "crosa") == (
         "unknown method 'crosa': did you mean 'corsa'? Known: lora, corsa, corsa-no-sam, corsa-no-dpo, "
-        "corsa-no-pcgrad, corsa-published, replay, corsa-replay, replay-pcgrad, alphaedit, f-learning, "
-        "in-context, joint, locft, memit"
+        "corsa-no-pcgrad, corsa-published, replay, corsa-replay, replay-pcgrad, replay-ridge, alphaedit, "
+        "f-learning, in-context, joint, locft, memit"
     )
     assert "unknown benchmark 'conterfact': did you mean 'counterfact'?" in error_of("--benchmark", "conterfact")
     for nothing in ("--methods", "--seeds"):

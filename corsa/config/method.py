@@ -317,5 +317,6 @@ STEPS = {
     "replay": _lora,
     "corsa-replay": lambda step: step,
     "replay-pcgrad": lambda step: _lora(step).model_copy(update={"pcgrad": "symmetric", "replay": step.replay or 1.0}),
+    "replay-ridge": _lora,
 }
 """Methods that are settings of the one step: each is made from the configured CoRSA step (Table 9)."""

@@ -101,6 +101,10 @@ def published_training(training: TrainingConfig) -> TrainingConfig:
     return training.model_copy(update={"first_rate": "zero", "answer_end": "turn"})
 
 
+RIDGE_GAIN = 4.0
+"""With a ridge, the norm of each new A, in norms of the usual one."""
+
+
 ALONE = {"replay": 0.0, "anchor": 0.0, "ridge": None}
 """Settings of a training that uses the round's own edits alone."""
 
@@ -120,10 +124,25 @@ def replaying(training: TrainingConfig) -> TrainingConfig:
     return found
 
 
+def reading_little(training: TrainingConfig) -> TrainingConfig:
+    """Replay, with a ridge of 0.01 where the settings give none, as in `corsa edit`.
+
+    A is `RIDGE_GAIN` times as large and fixed, so a change of B counts for that much more. B's rate is divided by it:
+    with one setting, this method and the others change the model equally fast.
+
+    Raises:
+        CorsaError: replay leaves no room for the round's own edits.
+    """
+    found = replaying(training)
+    rate = found.learning_rate / RIDGE_GAIN
+    return found if found.ridge else found.model_copy(update={"ridge": 0.01, "learning_rate": rate})
+
+
 TRAININGS = {
     "corsa-published": published_training,
     "replay": replaying,
     "corsa-replay": replaying,
     "replay-pcgrad": replaying,
+    "replay-ridge": reading_little,
 }
 """Methods with their own training settings: each is made from the configured training."""

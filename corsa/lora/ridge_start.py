@@ -14,10 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from corsa.config import RIDGE_GAIN
 from corsa.lora.flat import Lora, target_layers
-
-GAIN = 4.0
-"""The norm of each new A, in norms of the usual one: B alone is trained, and learns at the usual rate."""
 
 
 @torch.no_grad()
@@ -66,8 +64,8 @@ def _factor(x: Tensor, ridge: float) -> Tensor:
 
 
 def damped(a: Tensor, factor: Tensor) -> Tensor:
-    """A (C + r c I)^-1 for A (K, rank, d), each adapter's with `GAIN` times its former norm."""
+    """A (C + r c I)^-1 for A (K, rank, d), each adapter's with `RIDGE_GAIN` times its former norm."""
     rows = a.double().flatten(0, 1)
     found = torch.cholesky_solve(rows.T.contiguous(), factor).T.view_as(a)
     norms = [torch.linalg.matrix_norm(each, keepdim=True) for each in (a.double(), found)]
-    return (GAIN * norms[0] / norms[1] * found).to(a.dtype)
+    return (RIDGE_GAIN * norms[0] / norms[1] * found).to(a.dtype)

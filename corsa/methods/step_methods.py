@@ -19,6 +19,7 @@ _LABELS = {
     "replay": "LoRA with replay",
     "corsa-replay": "CoRSA with replay",
     "replay-pcgrad": "LoRA with replay and PCGrad",
+    "replay-ridge": "LoRA with replay and ridge",
 }
 _LOOKS = {"lora": ("#c2681d", "square"), "corsa": ("#2f7fd6", "circle")}
 

@@ -218,7 +218,7 @@ def test_joint_training_does_not_go_on_from_the_round_before(tmp_path: Path) -> 
 def test_reports_mark_methods_that_look_back() -> None:
     plain = experiment("x.jsonl")
     found = {name: looks_back(METHODS[name].round_config(plain, 0, 2)) for name in METHODS}
-    backwards = {"replay", "corsa-replay", "replay-pcgrad", "joint", "in-context"}
+    backwards = {"replay", "corsa-replay", "replay-pcgrad", "replay-ridge", "joint", "in-context"}
     assert {name for name, back in found.items() if back} == backwards
     assert looks_back(METHODS["lora"].round_config(experiment("x.jsonl", replay=0.25), 0, 2))
     metrics = {"looks_back": ["replay"]}

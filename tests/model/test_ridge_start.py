@@ -13,12 +13,12 @@ from torch import Tensor
 
 from corsa.algorithm.logprobs import answer_logprobs
 from corsa.algorithm.packing import Triplet, pack
-from corsa.config import TrainingConfig
+from corsa.config import RIDGE_GAIN, TrainingConfig
 from corsa.config.steps import RoundsConfig
 from corsa.experiments.planner import Planner
 from corsa.flow import Step
 from corsa.lora.flat import Lora
-from corsa.lora.ridge_start import GAIN, read_little
+from corsa.lora.ridge_start import read_little
 
 PLAIN = {"lambda": 0.0, "rho": 0.0, "pcgrad": "off"}
 ROWS = [[5, 17, 300, 41, 8, 2], [9, 77, 1000], [31, 4, 15, 92]]
@@ -57,7 +57,7 @@ def test_a_is_multiplied_by_the_regularised_inverse_of_the_second_moment(family:
         inverse = torch.linalg.inv(moment + ridge * moment.trace() / site.inputs * torch.eye(site.inputs))
         for row in range(2):
             expected = old[row] @ inverse
-            expected *= GAIN * old[row].norm() / expected.norm()
+            expected *= RIDGE_GAIN * old[row].norm() / expected.norm()
             found = new[row].detach().double()
             assert float((found - expected).norm() / expected.norm()) < 1e-4
     assert not any(b.any() for b in lora.factors()[1::2])
@@ -120,3 +120,18 @@ def test_a_new_adapter_with_a_ridge_depends_on_the_everyday_questions(tmp_path: 
     for method in ("f-learning", "joint"):
         assert rounds(method, ridge=0.01)[1].fingerprint == rounds(method)[1].fingerprint
     assert "ridge" not in TrainingConfig().canonical()
+
+
+def test_the_method_with_a_ridge_is_replay_with_it_at_the_rate_of_the_others(tmp_path: Path) -> None:
+    """The change of a step is B's, times A: A is `RIDGE_GAIN` times as large, so the rate is that much smaller."""
+    data = file_of_facts(tmp_path / "own.jsonl", 4)
+
+    def first(method: str, **training: Any) -> Step:
+        planner = Planner.of(experiment(data, **training), "")
+        taught = planner.facts()
+        return planner.chain(method, 0, taught, planner.schedule(taught, RoundsConfig(rounds=1)), rounds=(1,))[0]
+
+    as_edit = {"replay": 0.5, "ridge": 0.01, "learning_rate": 5e-4}
+    assert first("replay-ridge", learning_rate=2e-3).config == first("lora", **as_edit).config
+    assert first("replay-ridge", **as_edit).config == first("lora", **as_edit).config
+    assert first("replay-ridge", ridge=0.1).config == first("replay", ridge=0.1).config
