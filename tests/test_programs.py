@@ -15,13 +15,14 @@ import pytest
 import torch
 from code_files import task, update, write_lines
 from tiny import tiny_model
+from transformers import TopPLogitsWarper
 
 from corsa.config.code_steps import CodeReportConfig, CodeShown
 from corsa.config.sandbox import Limits
 from corsa.data.benchmarks.programs import program_in, read_problems
 from corsa.data.edit import from_table
 from corsa.errors import CorsaError
-from corsa.evaluation.generation import generate, sample
+from corsa.evaluation.generation import generate, nucleus, sample
 from corsa.evaluation.pass_at_k import Tried, measure, pass_at, tried
 from corsa.experiments.code.steps import as_edits, measured
 from corsa.sandbox.batch import judge
@@ -306,3 +307,28 @@ def test_draws_follow_the_distribution_that_top_p_leaves() -> None:
     shares = np.bincount([tokens[0] for tokens in found], minlength=4) / count
     assert shares[2] == shares[3] == 0
     assert math.isclose(shares[0], 0.625, abs_tol=0.03)
+
+
+@pytest.mark.parametrize("top_p", [1e-9, 0.3, 0.7, 0.95, 0.9999])
+def test_the_nucleus_is_that_of_transformers(top_p: float) -> None:
+    """At several widths: few tokens hold the nucleus of a sharp distribution, nearly all that of a flat one."""
+    logits = torch.randn(12, 20_000, generator=torch.Generator().manual_seed(0)).double()
+    logits *= torch.tensor([20.0, 5.0, 1.0, 0.01]).repeat(3)[:, None]
+    theirs: Any = TopPLogitsWarper(top_p)
+    kept = theirs(None, logits).isfinite()
+    p = logits.softmax(-1)
+    assert torch.equal(nucleus(p, top_p), p * kept)
+
+
+def test_of_equally_likely_tokens_the_first_stay() -> None:
+    """The definition, literally: in the order of a stable sort, the shortest beginning that holds `top_p`."""
+    p = torch.tensor([[4, 8, 4, 4, 8, 4], [1, 1, 1, 1, 1, 1], [0, 0, 9, 0, 0, 0]]).double()
+    p /= p.sum(-1, keepdim=True)
+    for top_p in (0.1, 0.5, 0.6, 0.8, 0.99):
+        for row, found in zip(p, nucleus(p, top_p), strict=True):
+            kept, held = set[int](), 0.0
+            for i in sorted(range(6), key=lambda i: -float(row[i])):
+                if held < top_p:
+                    kept.add(i)
+                held += float(row[i])
+            assert set(found.nonzero()[:, 0].tolist()) == kept & set(row.nonzero()[:, 0].tolist())

@@ -99,9 +99,7 @@ def sample(
     def choose(logits: Tensor, alive: Sequence[int], step: int) -> Tensor:
         p = (logits.double() / temperature).softmax(-1)
         if top_p < 1:
-            likeliest, tokens = p.sort(dim=-1, descending=True, stable=True)
-            before = likeliest.cumsum(-1) - likeliest
-            p = p.scatter(-1, tokens, likeliest.masked_fill(before >= top_p, 0.0))  # the most likely token always stays
+            p = nucleus(p, top_p)
         # In vocabulary order: in order of probability, rounding in a batch could swap tokens of nearly equal
         # probability.
         drawn = torch.tensor([draws[i][step] for i in alive], device=logits.device, dtype=p.dtype)[:, None]
@@ -110,6 +108,24 @@ def sample(
         return place.clamp(max=p.shape[-1] - 1)[:, 0]
 
     return _generate(model, prompts, stops, new_tokens, batch, device, choose, told, said)
+
+
+def nucleus(p: Tensor, top_p: float) -> Tensor:
+    """Probabilities (R, V) with all but the likeliest tokens that hold `top_p` set to 0 (Holtzman et al. 2020, arXiv
+    1904.09751). The likeliest token always stays. Of equally likely ones the first stay.
+
+    The few likeliest are searched first: to sort a whole vocabulary takes longer than a forward pass of a small model.
+    """
+    size = p.shape[-1]
+    for few in (min(256, size), min(8192, size), size):
+        likeliest = p.topk(few).values
+        before = likeliest.cumsum(-1) - likeliest
+        if few == size or bool((before[:, -1] >= top_p).all()):
+            break
+    kept = (before < top_p).sum(-1, keepdim=True).clamp(min=1)
+    least = likeliest.gather(-1, kept - 1)
+    more, equal = p > least, p == least
+    return p.masked_fill(~(more | (equal & (equal.cumsum(-1) <= kept - more.sum(-1, keepdim=True)))), 0.0)
 
 
 def _generate(

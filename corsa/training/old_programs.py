@@ -60,6 +60,9 @@ def compute(task: Task) -> dict[str, Any]:
     table = pq.read_table(task.inputs["problems"].local("problems.parquet"), columns=["id", "prompt", "part"])
     taught = table.filter(pc.field("part") == "taught")
 
+    line = {"chain": task.name, "phase": "evaluating"}
+    task.progress.post(line)
+
     def write() -> int:
         answered = map_with_model(
             as_dataset(taught, PROMPTS_PER_BATCH),
@@ -74,6 +77,9 @@ def compute(task: Task) -> dict[str, Any]:
             for batch in answered.iter_batches(batch_size=None, batch_format="pyarrow"):
                 writer.write_table(cast(pa.Table, batch).select(PROGRAMS.names))
                 count += len(cast(pa.Table, batch))
+                task.progress.post({**line, "answered": count, "probes": len(taught)})
         return count
 
-    return {"answers": retried(placement, write)}
+    answers = retried(placement, write)
+    task.progress.post({"chain": task.name, "phase": "done"})
+    return {"answers": answers}
