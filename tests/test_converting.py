@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
+from benchmark_records import published
 from fact_files import fact, written
-from test_benchmarks import published
 from test_files import EASYEDIT, KNOWEDIT
 
 from corsa.cli.main import main

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_benchmarks import PUBLISHED
+from benchmark_records import PUBLISHED
 
 from corsa.config.steps import RoundsConfig
 from corsa.data.benchmarks import read
