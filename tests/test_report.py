@@ -26,8 +26,10 @@ from corsa.experiments.kinds import PAPER, REPORT
 from corsa.experiments.steps import join_reports
 from corsa.flow import Step, Store
 from corsa.flow.task import Task
+from corsa.methods import METHODS
 from corsa.report.answers import folded_answers
 from corsa.report.dag import Dag
+from corsa.report.figures import LOOKS
 from corsa.report.findings import findings, shown, summary
 from corsa.report.layout import write_page
 from corsa.report.page import Scenario, write_paper, write_report
@@ -394,3 +396,8 @@ def test_a_perturbation_that_drowns_in_rounding_is_told(dtype: Any, change: floa
     if told:
         assert "changed the gradient by 0.48 % of its length" in found[0]
         assert "--dtype float32" in found[0]
+
+
+def test_no_two_methods_look_the_same() -> None:
+    assert set(LOOKS) == {"base", *METHODS}
+    assert len(set(LOOKS.values())) == len(LOOKS)

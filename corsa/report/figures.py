@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import cycle
 from typing import Any
 
 import pandas as pd
@@ -14,10 +15,32 @@ from corsa.methods import METHODS
 from corsa.report.findings import drawn, label, shown
 
 # Mid tones with a contrast of at least 3 to 1 on the page's light and dark backgrounds.
-_COLOURS = {"base": "#7d8590"} | {name: method.colour for name, method in METHODS.items() if method.colour}
 _SPARE = ("#c9506b", "#8a8a2f", "#3a93a8", "#9a6b4f")
-_SYMBOLS = {"base": "x"} | {name: method.symbol for name, method in METHODS.items() if method.symbol}
+_SPARE_SYMBOLS = (
+    "star",
+    "hexagon",
+    "star-square",
+    "hourglass",
+    "bowtie",
+    "star-diamond",
+    "diamond-tall",
+    "octagon",
+    "hexagram",
+    "diamond-wide",
+    "star-triangle-up",
+)
 
+
+def _looks() -> dict[str, tuple[str, str]]:
+    """Colour and symbol of every method: its own, else the next spare ones, so that no two look the same."""
+    spare = zip(cycle(_SPARE), cycle(_SPARE_SYMBOLS))
+    own = {name: (method.colour, method.symbol) for name, method in METHODS.items()}
+    found = {name: (colour, symbol) if colour and symbol else next(spare) for name, (colour, symbol) in own.items()}
+    return {"base": ("#7d8590", "x"), **found}
+
+
+LOOKS = _looks()
+"""Colour and symbol of every method, by plotly's names."""
 
 _LINES = 8
 """Maximum number of distinguishable curves in one plot."""
@@ -152,7 +175,7 @@ def _add_point(plot: go.Figure, row: dict[str, Any], x: str, y: str, cost: Mappi
         marker={
             "size": _COSTLIEST * math.sqrt(seconds / max(cost.values())) if seconds else _POINT,
             "color": _colour(row["method"]),
-            "symbol": _SYMBOLS.get(row["method"], "star"),
+            "symbol": _symbol(row["method"]),
         },
         hovertemplate=f"{text}<extra>{label(row['method'])}</extra>",
     )
@@ -306,7 +329,7 @@ def _line(method: str, *, markers: bool = True) -> dict[str, Any]:
             "width": 2,
             "dash": "solid" if method == "corsa" else "dash" if method == "lora" else "dot",
         },
-        "marker": {"size": 7, "symbol": _SYMBOLS.get(method, "star")},
+        "marker": {"size": 7, "symbol": _symbol(method)},
     }
 
 
@@ -326,7 +349,11 @@ def _bars(entries: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _colour(method: str) -> str:
-    return _COLOURS.get(method) or _SPARE[sum(map(ord, method)) % len(_SPARE)]
+    return LOOKS[method][0] if method in LOOKS else _SPARE[sum(map(ord, method)) % len(_SPARE)]
+
+
+def _symbol(method: str) -> str:
+    return LOOKS[method][1] if method in LOOKS else "star"
 
 
 def _without(figure: Figure, note: str) -> Figure:
