@@ -179,7 +179,7 @@ def _write_programs(task: Task, context: WorkerContext, post: Post) -> dict[str,
             new_tokens=how.new_tokens,
             batch=max(1, context.placement.probe_batch // 8),  # programs are longer than answers
             device=group.device,
-            told=lambda done: post({"answered": done * group.size, "probes": len(every)}),
+            told=lambda done: post({"answered": done, "probes": len(own)}),
         )
     texts = (loaded.encoder.read(ids).strip("\n") for ids in outputs)
     rows = group.collect(
