@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
+    from literal_step import Setting
+
     from corsa.models.encoding import Encoder
 
 ROOT = Path(__file__).parents[1]
@@ -49,3 +51,20 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def made() -> Setting:
+    from literal_step import Setting
+
+    return Setting()
+
+
+@pytest.fixture
+def setting(made: Setting) -> Setting:
+    """A model with LoRA at its first values, and edits: what the tests of a step use."""
+    import torch
+
+    with torch.no_grad():
+        made.lora.phi.copy_(made.start)
+    return made
