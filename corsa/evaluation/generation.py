@@ -114,7 +114,7 @@ def nucleus(p: Tensor, top_p: float) -> Tensor:
     """Probabilities (R, V) with all but the likeliest tokens that hold `top_p` set to 0 (Holtzman et al. 2020, arXiv
     1904.09751). The likeliest token always stays. Of equally likely ones the first stay.
 
-    The few likeliest are searched first: to sort a whole vocabulary takes longer than a forward pass of a small model.
+    The few likeliest are searched first: to sort a whole vocabulary takes several times as long.
     """
     size = p.shape[-1]
     for few in (min(256, size), min(8192, size), size):
