@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from benchmark_records import PUBLISHED
 from code_files import task, update, write_lines
 from tiny import tiny_model
 from transformers import TopPLogitsWarper
@@ -28,7 +29,6 @@ from corsa.experiments.code.steps import as_edits, measured
 from corsa.sandbox.batch import judge
 from corsa.sandbox.worker import available
 
-PUBLISHED = Path(__file__).parents[2] / "shared" / "data"
 isolated = pytest.mark.skipif(available()[0] is None, reason=f"programs cannot be isolated here: {available()[1]}")
 
 

@@ -28,6 +28,7 @@ from corsa.config.runtime import Placement as Placement
 from corsa.config.runtime import RunSettings as RunSettings
 from corsa.config.runtime import ShardingConfig as ShardingConfig
 from corsa.config.training import ALONE as ALONE
+from corsa.config.training import RIDGE as RIDGE
 from corsa.config.training import RIDGE_GAIN as RIDGE_GAIN
 from corsa.config.training import TRAININGS as TRAININGS
 from corsa.config.training import AnswerEnd as AnswerEnd

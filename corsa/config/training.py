@@ -101,9 +101,11 @@ def published_training(training: TrainingConfig) -> TrainingConfig:
     return training.model_copy(update={"first_rate": "zero", "answer_end": "turn"})
 
 
+RIDGE = 0.01
+"""The ridge of `corsa edit` and of the method `replay-ridge`."""
+
 RIDGE_GAIN = 4.0
 """With a ridge, the norm of each new A, in norms of the usual one."""
-
 
 ALONE = {"replay": 0.0, "anchor": 0.0, "ridge": None}
 """Settings of a training that uses the round's own edits alone."""
@@ -125,17 +127,18 @@ def replaying(training: TrainingConfig) -> TrainingConfig:
 
 
 def reading_little(training: TrainingConfig) -> TrainingConfig:
-    """Replay, with a ridge of 0.01 where the settings give none, as in `corsa edit`.
+    """Replay with a ridge, as in `corsa edit`. Settings that give a ridge are kept, with their rate.
 
-    A is `RIDGE_GAIN` times as large and fixed, so a change of B counts for that much more. B's rate is divided by it:
-    with one setting, this method and the others change the model equally fast.
+    A is `RIDGE_GAIN` times as large, so a change of B counts for that much more. The rate is divided by it, so that
+    methods with and without a ridge can share one setting.
 
     Raises:
         CorsaError: replay leaves no room for the round's own edits.
     """
     found = replaying(training)
-    rate = found.learning_rate / RIDGE_GAIN
-    return found if found.ridge else found.model_copy(update={"ridge": 0.01, "learning_rate": rate})
+    if found.ridge:
+        return found
+    return found.model_copy(update={"ridge": RIDGE, "learning_rate": found.learning_rate / RIDGE_GAIN})
 
 
 TRAININGS = {

@@ -8,6 +8,7 @@ from pydantic import Field
 from tyro.conf import Suppress
 
 from corsa.config import (
+    RIDGE,
     SEEDS,
     AlphaEditConfig,
     Dtype,
@@ -123,7 +124,7 @@ class Teaching(Options, MethodSettings):
     locft: Annotated[LocFtConfig, Suppress] = LocFtConfig()
     in_context: Annotated[InContextConfig, Suppress] = InContextConfig()
     training: TrainingConfig = TrainingConfig(
-        batch=8, replay=0.5, ridge=0.01, epochs=15, stop_above=0.5, learning_rate=5e-4
+        batch=8, replay=0.5, ridge=RIDGE, epochs=15, stop_above=0.5, learning_rate=5e-4
     )
     gates: Gates = Gates()
     out: str = Field(description="directory of the new adapter and its report; must be new")

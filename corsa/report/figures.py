@@ -16,19 +16,7 @@ from corsa.report.findings import drawn, label, shown
 
 # Mid tones with a contrast of at least 3 to 1 on the page's light and dark backgrounds.
 _SPARE = ("#c9506b", "#8a8a2f", "#3a93a8", "#9a6b4f")
-_SPARE_SYMBOLS = (
-    "star",
-    "hexagon",
-    "star-square",
-    "hourglass",
-    "bowtie",
-    "star-diamond",
-    "diamond-tall",
-    "octagon",
-    "hexagram",
-    "diamond-wide",
-    "star-triangle-up",
-)
+_SPARE_SYMBOLS = ("octagon", "hexagon", "star-square", "hourglass", "bowtie", "diamond-tall", "star")
 
 
 def _looks() -> dict[str, tuple[str, str]]:
@@ -174,8 +162,8 @@ def _add_point(plot: go.Figure, row: dict[str, Any], x: str, y: str, cost: Mappi
         name=label(row["method"]),
         marker={
             "size": _COSTLIEST * math.sqrt(seconds / max(cost.values())) if seconds else _POINT,
-            "color": _colour(row["method"]),
-            "symbol": _symbol(row["method"]),
+            "color": _look(row["method"])[0],
+            "symbol": _look(row["method"])[1],
         },
         hovertemplate=f"{text}<extra>{label(row['method'])}</extra>",
     )
@@ -325,11 +313,11 @@ def _line(method: str, *, markers: bool = True) -> dict[str, Any]:
         "mode": "lines+markers" if markers else "lines",
         "name": label(method),
         "line": {
-            "color": _colour(method),
+            "color": _look(method)[0],
             "width": 2,
             "dash": "solid" if method == "corsa" else "dash" if method == "lora" else "dot",
         },
-        "marker": {"size": 7, "symbol": _symbol(method)},
+        "marker": {"size": 7, "symbol": _look(method)[1]},
     }
 
 
@@ -348,12 +336,9 @@ def _bars(entries: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _colour(method: str) -> str:
-    return LOOKS[method][0] if method in LOOKS else _SPARE[sum(map(ord, method)) % len(_SPARE)]
-
-
-def _symbol(method: str) -> str:
-    return LOOKS[method][1] if method in LOOKS else "star"
+def _look(method: str) -> tuple[str, str]:
+    """Colour and symbol, also of a method with settings, such as "lora revising 20 %"."""
+    return LOOKS.get(method) or (_SPARE[sum(map(ord, method)) % len(_SPARE)], "star")
 
 
 def _without(figure: Figure, note: str) -> Figure:
@@ -406,7 +391,7 @@ def _size_plot(points: list[dict[str, Any]], trends: list[dict[str, Any]], measu
             if (fit["benchmark"], fit["method"], fit["measure"]) == ours and fit["slope"] is not None:
                 ends = [fit["intercept"] + fit["slope"] * math.log10(size) for size in (sizes[0], sizes[-1])]
                 drawn = [scale * (end if unit == "%" else 10**end) for end in ends]
-                line = {"color": _colour(method), "width": 1, "dash": "dash"}
+                line = {"color": _look(method)[0], "width": 1, "dash": "dash"}
                 plot.add_scatter(
                     x=[sizes[0], sizes[-1]], y=drawn, mode="lines", line=line, name=f"{label(method)}, trend"
                 )

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from literal_step import alone
 from pydantic import Field, ValidationError
 from tiny import CPU, Bench, triplets
 from torch import Tensor
@@ -27,11 +28,6 @@ from corsa.training.loop import CURVES, curves_table
 from corsa.training.worker_context import Share
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-def alone(tensor: Tensor) -> Tensor:
-    """The sum over one worker."""
-    return tensor
 
 
 # PCGrad of three
